@@ -1,0 +1,45 @@
+# Every recipe is one command that a person could type. `make` alone lists the targets.
+.DEFAULT_GOAL := help
+.PHONY: help install run test check lint types format lock clean
+
+PYTHON ?= python3
+BIN := .venv/bin
+ARGS ?=
+
+help:  ## List the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
+
+.venv/.installed: requirements-dev.txt
+	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed, this is " + sys.version.split()[0] + ". Name another with: make PYTHON=python3.13 …")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements-dev.txt
+	@touch $@
+
+install: .venv/.installed  ## Make .venv and install everything that development needs
+
+run: install  ## Serve on an embedded primary and streaming replica (ARGS="--port 8001")
+	$(BIN)/python -m local $(ARGS)
+
+test: install  ## Run the tests on real PostgreSQL, with branch coverage
+	$(BIN)/python -m coverage run -m pytest $(ARGS)
+	$(BIN)/python -m coverage report
+
+lint: install  ## Check style and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: install  ## Check types
+	$(BIN)/mypy
+
+check: lint types test  ## Everything that CI runs
+
+format: install  ## Format, and mend what can be mended
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+lock: install  ## Resolve the dependencies anew into the two hashed locks
+	$(BIN)/uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-header pyproject.toml -o requirements.txt
+	$(BIN)/uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-header pyproject.toml --group dev -c requirements.txt -o requirements-dev.txt
+
+clean:  ## Remove what the other targets made
+	rm -rf .venv .local .coverage .mypy_cache .ruff_cache .pytest_cache .hypothesis

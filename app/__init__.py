@@ -1,0 +1,1 @@
+"""Lifeguard: a FastAPI + PostgreSQL service whose database pool never drowns."""

@@ -1,0 +1,123 @@
+"""Every Prometheus object: name, help, labels, buckets. No logic.
+
+Wait, connect, query and hold are four different times: a request first waits for a connection (`acquire`, which
+includes connecting when it must), then asks (`query`), and holds the connection meanwhile (`hold`); what it holds
+without asking anything is `idle hold`, the price of slow work done at the wrong place.
+
+`Metrics` is made once per application, with a registry of its own, so that two applications in one process do not
+share figures. In multi-process mode (PROMETHEUS_MULTIPROC_DIR) gauges are the sum over the living workers.
+"""
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+ACQUIRE_BUCKETS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
+SECONDS_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+
+
+class Metrics:
+    """The figures of one application."""
+
+    def __init__(self) -> None:
+        self.registry = registry = CollectorRegistry()
+
+        def gauge(name: str, text: str, *labels: str, mode: str = "livesum") -> Gauge:
+            return Gauge(name, text, labels, registry=registry, multiprocess_mode=mode)  # type: ignore[arg-type]
+
+        def counter(name: str, text: str, *labels: str) -> Counter:
+            return Counter(name, text, labels, registry=registry)
+
+        def histogram(name: str, text: str, *labels: str, buckets: tuple[float, ...] = SECONDS_BUCKETS) -> Histogram:
+            return Histogram(name, text, labels, registry=registry, buckets=buckets)
+
+        # The pools, refreshed at each scrape.
+        self.pool_total = gauge(
+            "db_pool_connections_total", "Connections that may be at work at once: size plus overflow.", "pool"
+        )
+        self.pool_available = gauge(
+            "db_pool_connections_available", "Connections that a request could still take without waiting.", "pool"
+        )
+        self.pool_checked_out = gauge("db_pool_connections_checked_out", "Connections at work.", "pool")
+        self.pool_open = gauge("db_pool_connections_open", "Connections open, at work or idle.", "pool")
+        self.pool_waiting = gauge("db_pool_connections_waiting", "Requests in the queue for a connection.", "pool")
+        self.up = gauge("db_up", "Whether the database answered the last look at it: 1 or 0.", "pool", mode="livemin")
+
+        # Getting a connection.
+        self.acquire_seconds = histogram(
+            "db_connection_acquire_seconds",
+            "Seconds to get a connection: waiting, connecting and checking together.",
+            "pool",
+            buckets=ACQUIRE_BUCKETS,
+        )
+        self.wait = counter("db_connection_wait_total", "Acquisitions that had to wait in the queue.", "pool")
+        self.rejected = counter(
+            "db_connection_rejected_total",
+            "Acquisitions refused: queue_full, timeout (the deadline passed) or closing.",
+            "pool",
+            "reason",
+        )
+        self.connect_seconds = histogram(
+            "db_connection_connect_seconds", "Seconds to open a connection, authentication included.", "pool"
+        )
+        self.connect_failures = counter(
+            "db_connection_connect_failures_total", "Connections that could not be opened.", "pool"
+        )
+        self.invalidations = counter(
+            "db_connection_invalidations_total",
+            "Connections replaced: age, uses, idle, surplus, closed, unresponsive, error or disposed.",
+            "pool",
+            "reason",
+        )
+
+        # Having one.
+        self.hold_seconds = histogram(
+            "db_connection_hold_seconds", "Seconds a connection was held, by the route that held it.", "pool", "route"
+        )
+        self.idle_hold_seconds = histogram(
+            "db_connection_idle_hold_seconds", "Seconds a connection was held without a query.", "pool", "route"
+        )
+        self.long_held = counter(
+            "db_connection_long_held_total", "Checkouts held for longer than LEAK_AFTER_SECONDS.", "pool", "route"
+        )
+        self.query_seconds = histogram("db_query_seconds", "Seconds of one statement, seen from here.", "pool")
+        self.slow_queries = counter("db_slow_queries_total", "Statements over SLOW_QUERY_SECONDS.", "pool")
+
+        # The replica.
+        self.reads_routed = counter(
+            "db_reads_routed_total", "Read sessions by where they went and why.", "target", "reason"
+        )
+        self.reads_retried = counter(
+            "db_reads_retried_total", "GETs run once more on the primary, by why the replica did not do.", "reason"
+        )
+        self.replica_lag_seconds = gauge(
+            "db_replica_lag_seconds",
+            "Seconds the replica is behind; 0 with nothing left to replay.",
+            "pool",
+            mode="livemax",
+        )
+        self.replica_lag_bytes = gauge(
+            "db_replica_lag_bytes",
+            "Bytes of WAL between the primary and what the replica replayed.",
+            "pool",
+            mode="livemax",
+        )
+        self.replica_usable = gauge(
+            "db_replica_usable", "Whether reads go to this replica: 1 or 0.", "pool", mode="livemin"
+        )
+        self.tokens = counter(
+            "db_consistency_tokens_total", "Consistency tokens received: reached, ahead or malformed.", "outcome"
+        )
+
+        # HTTP.
+        self.http_requests = counter(
+            "http_requests_total", "Requests answered, by route template.", "method", "route", "status"
+        )
+        self.http_seconds = histogram(
+            "http_request_seconds",
+            "Seconds from the first byte of a request to the last of its answer.",
+            "method",
+            "route",
+        )
+        self.http_in_progress = gauge("http_requests_in_progress", "Requests being worked on.")
+        self.event_loop_lag_seconds = histogram(
+            "event_loop_lag_seconds", "Seconds by which the event loop was late for a timer."
+        )

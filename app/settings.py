@@ -1,0 +1,334 @@
+"""Every knob, with its unit, its bounds and the reason for its default.
+
+Nothing else reads the environment: `load_settings()` reads it over `.env` and answers a mistake with
+`SettingsError`, one sentence for each, naming the variable. The three databases share one class: `DATABASE_*`
+describes the primary; `DATABASE_REPLICA_*` and `DATABASE_ANALYTICS_*` inherit whatever they do not set.
+"""
+
+from collections.abc import Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
+from pydantic.fields import FieldInfo
+from pydantic_settings import (
+    BaseSettings,
+    DotEnvSettingsSource,
+    EnvSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
+from sqlalchemy.engine import URL, make_url
+from sqlalchemy.exc import ArgumentError
+
+# The shortest prefix comes last, so that DATABASE_REPLICA_URL is the replica's and not the primary's REPLICA_URL.
+PREFIXES = {"replicas": "database_replica_", "analytics": "database_analytics_", "primary": "database_"}
+
+
+class SettingsError(ValueError):
+    """A setting is missing, unknown, out of bounds or at odds with another; the text says which and what to do."""
+
+
+def _checked_url(secret: SecretStr) -> SecretStr:
+    """Accept postgresql://, postgres:// and postgresql+asyncpg://; never repeat the URL, it holds a password."""
+    try:
+        url = make_url(secret.get_secret_value().strip())
+    except ArgumentError:
+        raise ValueError("is not a URL; write postgresql://user:password@host:5432/database") from None
+    if url.drivername not in {"postgresql", "postgres", "postgresql+asyncpg"}:
+        raise ValueError(f"has the scheme {url.drivername!r}; this service speaks to postgresql:// only")
+    if not url.database:
+        raise ValueError("names no database; end it with /database")
+    return SecretStr(url.set(drivername="postgresql+asyncpg").render_as_string(hide_password=False))
+
+
+DatabaseUrl = Annotated[SecretStr, AfterValidator(_checked_url)]
+
+
+class DatabaseSettings(BaseModel):
+    """One database and the pool in front of it. All times are seconds, all sizes are per process."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
+
+    url: DatabaseUrl = Field(
+        description="postgresql://user:password@host:port/database; several hosts as ?host=a:5432&host=b:5432."
+    )
+    pool_size: int = Field(10, ge=1, le=500, description="Connections kept open.")
+    max_overflow: int = Field(5, ge=0, le=500, description="Connections beyond pool_size under a burst.")
+    pool_timeout: float = Field(
+        0.5, gt=0, le=60, description="Seconds to wait, connect and check, all together, before a 503."
+    )
+    pool_recycle: float = Field(
+        1800, gt=0, description="Seconds that a connection lives, shortened by up to a tenth at random."
+    )
+    pool_min_size: int | None = Field(
+        None, ge=0, description="Connections opened at start and kept while idle; unset: pool_size, at most 5."
+    )
+    pool_max_waiting: int = Field(200, ge=0, description="Requests in the queue; the next one is a 503 at once.")
+    pool_max_uses: int = Field(50_000, ge=1, description="Checkouts after which a connection is replaced.")
+    pool_idle_seconds: float = Field(300, gt=0, description="Seconds of idling before a connection is closed.")
+    pool_overflow_idle_seconds: float = Field(
+        5, gt=0, description="The same for connections beyond pool_size, so that a burst does not churn them."
+    )
+    pool_check_after_seconds: float = Field(
+        30, ge=0, description="Seconds of idling after which a connection proves itself by SELECT 1."
+    )
+    connect_timeout_seconds: float = Field(0.5, gt=0, le=60, description="Seconds for one host to accept.")
+    command_timeout_seconds: float = Field(
+        35, gt=0, description="Net for a dead peer; longer than the server's statement_timeout."
+    )
+    statement_cache_size: int = Field(
+        500, ge=0, description="Prepared statements kept per connection; 0 for poolers that lack them."
+    )
+    application_name: str = Field(
+        "lifeguard", min_length=1, max_length=63, description="As pg_stat_activity shows it."
+    )
+    echo: bool = Field(False, description="Log every statement; never in production.")
+
+    @property
+    def capacity(self) -> int:
+        """Connections at work at most."""
+        return self.pool_size + self.max_overflow
+
+    @property
+    def warm_size(self) -> int:
+        """Connections opened at start and kept while idle."""
+        return min(self.pool_size, 5) if self.pool_min_size is None else self.pool_min_size
+
+    @property
+    def parsed_url(self) -> URL:
+        """The URL with its password; keep it out of logs."""
+        return make_url(self.url.get_secret_value())
+
+    @property
+    def location(self) -> str:
+        """Host, port and database: what may be shown."""
+        url = self.parsed_url
+        hosts = url.query.get("host", f"{url.host or 'localhost'}:{url.port or 5432}")
+        return f"{hosts if isinstance(hosts, str) else ','.join(hosts)}/{url.database}"
+
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        if self.warm_size > self.pool_size:
+            raise ValueError(
+                f"POOL_MIN_SIZE {self.warm_size} > POOL_SIZE {self.pool_size}: the pool cannot keep more "
+                "connections warm than it keeps; lower the first or raise the second"
+            )
+        return self
+
+
+class Settings(BaseSettings):
+    """The whole service. Each field says its unit and its reason; `docs/settings.md` is compared with them."""
+
+    model_config = SettingsConfigDict(
+        frozen=True, extra="forbid", hide_input_in_errors=True, env_file=".env", env_ignore_empty=True
+    )
+
+    primary: DatabaseSettings
+    replicas: tuple[DatabaseSettings, ...] = ()
+    analytics: DatabaseSettings
+
+    environment: Literal["development", "test", "production"] = Field(
+        "development", description="production refuses development secrets and an open service."
+    )
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="Least severe line logged.")
+    log_format: Literal["auto", "json", "console"] = Field(
+        "auto", description="auto: readable on a terminal, JSON lines elsewhere."
+    )
+    auth_secret: SecretStr | None = Field(
+        None, description="Signs bearer tokens (HS256), at least 32 characters; unset leaves the routes open."
+    )
+    directory_url: str | None = Field(
+        None, description="Base URL of the user directory; POST /users/{id}/sync exists only if set."
+    )
+    directory_timeout_seconds: float = Field(5, gt=0, le=60, description="Seconds for one answer of the directory.")
+
+    workers: int = Field(1, ge=1, le=64, description="Processes of one instance.")
+    instances: int = Field(1, ge=1, le=10_000, description="Instances of the service; only the budget uses it.")
+    connection_limit: int | None = Field(
+        None,
+        ge=1,
+        description="Connections that the server (or pooler) grants this service; unset skips the check.",
+    )
+    connection_reserve: int = Field(
+        3, ge=0, description="Of these, kept for others: PostgreSQL's superuser_reserved_connections is 3."
+    )
+
+    statement_timeout_seconds: float = Field(
+        30,
+        gt=0,
+        description="What the roles have as statement_timeout (postgres/roles.sql); the checks rely on it.",
+    )
+    graceful_timeout_seconds: int = Field(
+        40, ge=1, description="Seconds for requests in flight after SIGTERM; longer than any statement."
+    )
+    drain_delay_seconds: float = Field(
+        0,
+        ge=0,
+        le=120,
+        description="Seconds between readiness saying no and the listener closing, for balancers.",
+    )
+    retry_after_seconds: int = Field(1, ge=1, le=3600, description="Retry-After of a 503.")
+    health_timeout_seconds: float = Field(5, gt=0, le=60, description="Seconds for one database in /health/db.")
+    monitor_interval_seconds: float = Field(
+        0.5,
+        gt=0,
+        le=60,
+        description="Seconds between two looks at each database; readiness follows within two.",
+    )
+    pool_log_interval_seconds: float = Field(60, gt=0, description="Seconds between two log lines of pool figures.")
+    slow_query_seconds: float = Field(0.1, gt=0, description="Statements slower than this are logged and counted.")
+    leak_after_seconds: float = Field(
+        60, gt=0, description="A checkout held longer is logged once, with the route that holds it."
+    )
+    replica_max_lag_seconds: float = Field(10, gt=0, description="A replica behind by more seconds AND more bytes …")
+    replica_max_lag_bytes: int = Field(8_388_608, ge=0, description="… than this serves no reads.")
+    replica_fallback: bool = Field(
+        True, description="Reads that the replica cannot serve go to the primary; off: 503 instead."
+    )
+
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        if self.graceful_timeout_seconds <= self.statement_timeout_seconds:
+            raise ValueError(
+                f"GRACEFUL_TIMEOUT_SECONDS {self.graceful_timeout_seconds} <= STATEMENT_TIMEOUT_SECONDS "
+                f"{self.statement_timeout_seconds:g}: a statement in flight would be cut at shutdown; raise the first"
+            )
+        for name, database in (("primary", self.primary), ("analytics", self.analytics)):
+            if database.command_timeout_seconds <= self.statement_timeout_seconds:
+                raise ValueError(
+                    f"{name}: COMMAND_TIMEOUT_SECONDS {database.command_timeout_seconds:g} <= "
+                    f"STATEMENT_TIMEOUT_SECONDS {self.statement_timeout_seconds:g}: the client would give up, and "
+                    "throw the connection away, before the server answers; raise the first"
+                )
+        return self
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Put the grouped variables where pydantic-settings has its own three sources."""
+        del file_secret_settings
+        return init_settings, _Variables(settings_cls, env_settings, dotenv_settings)
+
+
+class MigrationSettings(BaseSettings):
+    """Where migrations go: direct to the primary, past any pooler."""
+
+    model_config = SettingsConfigDict(env_file=".env", env_ignore_empty=True, extra="ignore")
+
+    migrations_url: DatabaseUrl | None = None
+    database_url: DatabaseUrl | None = None
+
+
+def load_settings() -> Settings:
+    """Read and check the environment.
+
+    Raises: SettingsError, with one line for each mistake.
+    """
+    try:
+        return Settings()
+    except ValidationError as error:
+        raise SettingsError(_sentences(error)) from None
+
+
+class _Variables(PydanticBaseSettingsSource):
+    """The environment over `.env`, with NAME_FILE read from its file and DATABASE_* sorted by database."""
+
+    def __init__(
+        self,
+        settings_cls: type[BaseSettings],
+        environment: PydanticBaseSettingsSource,
+        dotenv: PydanticBaseSettingsSource,
+    ) -> None:
+        super().__init__(settings_cls)
+        self.variables: dict[str, str] = {}
+        for source in (dotenv, environment):
+            if isinstance(source, (DotEnvSettingsSource, EnvSettingsSource)):
+                self.variables |= {name.lower(): value for name, value in source.env_vars.items() if value}
+
+    def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:
+        """Not called: the fields are not looked up one by one."""
+        raise NotImplementedError
+
+    def __call__(self) -> dict[str, Any]:
+        variables = _with_secret_files(self.variables)
+        groups = _grouped(variables)
+        found: dict[str, Any] = {n: variables[n] for n in Settings.model_fields if n in variables}
+        if "url" not in groups["primary"]:
+            return found
+        primary, replica = groups["primary"], groups["replicas"]
+        urls = _split_urls(replica.pop("url", ""))
+        # The analytics pool is a bulkhead: it exists in every shape, where it harms least, and it stays small.
+        analytics = {"url": urls[0] if urls else primary["url"], "pool_size": "2", "max_overflow": "2"}
+        return found | {
+            "primary": primary,
+            "replicas": tuple({**primary, **replica, "url": url} for url in urls),
+            "analytics": {**primary, **analytics, "pool_min_size": "0"} | groups["analytics"],
+        }
+
+
+def _with_secret_files(variables: Mapping[str, str]) -> dict[str, str]:
+    resolved = dict(variables)
+    for name, value in variables.items():
+        target = name.removesuffix("_file")
+        if target == name or not _is_known(target):
+            continue
+        if target in variables:
+            raise SettingsError(f"Both {target.upper()} and {name.upper()} are set; keep one.")
+        try:
+            resolved[target] = Path(value).read_text(encoding="utf-8").strip()
+        except OSError as error:
+            raise SettingsError(f"{name.upper()} names {value}, which cannot be read: {error.strerror}.") from None
+        del resolved[name]
+    return resolved
+
+
+def _grouped(variables: Mapping[str, str]) -> dict[str, dict[str, str]]:
+    groups: dict[str, dict[str, str]] = {group: {} for group in PREFIXES}
+    for name, value in variables.items():
+        if not name.startswith("database_"):
+            continue
+        if not _is_known(name):
+            near = get_close_matches(name.upper(), _known_names(), n=1)
+            hint = f" Did you mean {near[0]}?" if near else ""
+            raise SettingsError(
+                f"{name.upper()} is not a setting of this service.{hint} All are in docs/settings.md."
+            )
+        group = next(g for g, prefix in PREFIXES.items() if name.startswith(prefix))
+        groups[group][name.removeprefix(PREFIXES[group])] = value
+    return groups
+
+
+def _known_names() -> list[str]:
+    return [f"{p}{n}".upper() for p in PREFIXES.values() for n in DatabaseSettings.model_fields]
+
+
+def _is_known(name: str) -> bool:
+    return name in Settings.model_fields or name.upper() in _known_names()
+
+
+def _split_urls(text: str) -> list[str]:
+    """Split "postgresql://a/x,postgresql://b/x" without splitting a comma inside one URL's query."""
+    return [f"postgres{part}" for part in text.strip().removeprefix("postgres").split(",postgres")] if text else []
+
+
+def _sentences(error: ValidationError) -> str:
+    lines = []
+    for mistake in error.errors(include_url=False, include_input=False, include_context=False):
+        group, *rest = [str(part) for part in mistake["loc"]] or [""]
+        name = f"{PREFIXES[group]}{rest[-1] if rest else 'url'}".upper() if group in PREFIXES else group.upper()
+        if group == "primary" and not rest and mistake["type"] == "missing":
+            lines.append(
+                "DATABASE_URL is not set: the service needs its primary database. Set it to "
+                "postgresql://user:password@host:5432/database, or run `make run` for an embedded one."
+            )
+        elif not (group == "analytics" and mistake["type"] == "missing"):
+            lines.append(f"{name}: {mistake['msg'].removeprefix('Value error, ')}.".removeprefix(": "))
+    return "\n".join(dict.fromkeys(lines))
