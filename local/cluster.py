@@ -1,0 +1,239 @@
+"""A primary and its streaming replica over one directory, with the roles of postgres/roles.sql.
+
+`python -m local` serves on one, and each test run has one. `start()` mends whatever it finds: servers that a killed
+process left behind, a replica that cannot follow, an interrupted first run.
+"""
+
+import asyncio
+import json
+import os
+import secrets
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Literal, Self
+
+from local.account import Account, LocalError, remove_tree
+from local.postgres import HOST, Server, eventually
+from local.setup import PROJECT, ROLES, SLOT, clone, create_roles, initialise
+
+DATABASE = "lifeguard"
+# Two servers take 150 MB when new, and keep 1 GB of write-ahead log at most.
+NEEDED_BYTES = 500_000_000
+FOLLOW_SECONDS = 5.0
+STREAMS = "SELECT EXISTS (SELECT FROM pg_stat_replication WHERE application_name = 'replica' AND state = 'streaming')"
+
+
+class Cluster:
+    """`primary` and `replica`, made at the first `start()` and kept in `directory`.
+
+    durable=False turns fsync off: three times as fast to write, and lost with the machine. The database `lifeguard`
+    has roles and no tables until `migrate()`.
+    """
+
+    def __init__(self, directory: Path, *, durable: bool = False) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        self.directory = directory.absolute()
+        self.account = Account.current()
+        self.passwords = _passwords(self.directory / "passwords.json")
+        self._durable = durable
+        self._home = self.account.home(self.directory / "data")
+        self.primary = self._server("primary")
+        self.replica = self._server("replica")
+
+    async def __aenter__(self) -> Self:
+        try:
+            await self.start()
+        except BaseException:
+            await self.stop()
+            raise
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.stop()
+
+    @classmethod
+    def remove(cls, directory: Path) -> None:
+        """Remove everything that a cluster kept in this directory; it must not run."""
+        remove_tree(directory / "data")
+        remove_tree(directory)
+
+    async def start(self, progress: Callable[[str], None] = lambda _: None) -> None:
+        """Bring both servers up, from whatever state they are in: new, stopped, frozen, killed, promoted.
+
+        Returns when the replica streams from the primary. Raises: LocalError with a sentence for a person.
+        """
+        _check_space(self._home)
+        for server in (self.replica, self.primary):
+            if server.running:
+                server.thaw()
+            else:
+                await server.end_leftover()
+        if not self.primary.data.exists():
+            progress("Creating the primary")
+            await initialise(self.primary)
+        if not self.primary.running:
+            progress("Starting the primary")
+            await self.primary.start()
+        await create_roles(self.primary, DATABASE, self.passwords)
+        self.replica.settings["primary_slot_name"] = SLOT
+        self.replica.settings["primary_conninfo"] = (
+            f"host={HOST} port={self.primary.port} user=replicator password={self.passwords['replicator']} "
+            "application_name=replica sslmode=disable gssencmode=disable connect_timeout=2"
+        )
+        if self.replica.data.exists():
+            progress("Starting the replica")
+            if await self._replica_follows():
+                return
+        progress("Cloning the primary into a replica")
+        await self.clone_replica()
+
+    async def stop(self) -> None:
+        """Stop the replica, then the primary, which waits for its replica otherwise."""
+        await self.replica.stop()
+        await self.primary.stop()
+
+    async def clone_replica(self) -> None:
+        """Make the replica anew from the primary, whatever became of the old one; returns when it streams."""
+        await self.replica.kill()
+        await clone(self.primary, self.replica.data, password=self.passwords["replicator"])
+        if not await self._replica_follows():
+            raise LocalError(f"The new replica does not follow the primary; {self.replica.log} says why.")
+
+    def url(
+        self, role: str = "app_rw", *, server: Literal["primary", "replica"] = "primary", database: str = DATABASE
+    ) -> str:
+        """Return postgresql://… with the role's password; the role `postgres` is the superuser."""
+        port = self.primary.port if server == "primary" else self.replica.port
+        return f"postgresql://{role}:{self.passwords[role]}@{HOST}:{port}/{database}"
+
+    async def migrate(self, database: str = DATABASE) -> None:
+        """Run `alembic upgrade head` as app_owner. Raises: LocalError with what Alembic said."""
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "alembic", "upgrade", "head",
+            cwd=PROJECT, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
+            env={**_without_database(), "MIGRATIONS_URL": self.url("app_owner", database=database)},
+        )  # fmt: skip
+        output, _ = await process.communicate()
+        if process.returncode != 0:
+            raise LocalError(f"The migration failed:\n{output.decode(errors='replace').strip()}")
+
+    async def create_database(self, name: str, *, template: str = DATABASE) -> None:
+        """Copy a database that nobody is connected to; `wait_replayed()` tells when the replica has it too."""
+        # WAL_LOG needs no checkpoint: 10 ms where FILE_COPY takes 40.
+        await self._execute(f'CREATE DATABASE "{name}" TEMPLATE "{template}" STRATEGY wal_log')
+
+    async def drop_database(self, name: str) -> None:
+        """Drop a database, disconnecting whoever is in it."""
+        await self._execute(f'DROP DATABASE IF EXISTS "{name}" WITH (FORCE)')
+
+    async def wait_replayed(self, timeout_seconds: float = 10.0) -> None:
+        """Wait until the replica shows everything that is committed on the primary now, by LSN.
+
+        Raises: TimeoutError, with both positions, when it does not get there.
+        """
+        primary = await self.primary.connect()
+        try:
+            # Commits are flushed when they return; what is inserted beyond that belongs to nobody yet.
+            target = await primary.fetchval("SELECT pg_current_wal_flush_lsn()::text")
+        finally:
+            await primary.close()
+        replica = await self.replica.connect()
+        try:
+
+            async def replayed() -> bool:
+                reached = await replica.fetchval("SELECT pg_last_wal_replay_lsn() >= $1::text::pg_lsn", target)
+                return bool(reached)
+
+            if not await eventually(replayed, timeout_seconds):
+                reached = await replica.fetchval("SELECT pg_last_wal_replay_lsn()::text")
+                raise TimeoutError(f"the replica has replayed {reached}, not yet {target}")
+        finally:
+            await replica.close()
+
+    async def pause_replay(self) -> None:
+        """Make the replica fall behind: it goes on receiving, and shows nothing new. Returns when it has stopped."""
+        replica = await self.replica.connect()
+        try:
+            await replica.execute("SELECT pg_wal_replay_pause()")
+
+            async def paused() -> bool:
+                return bool(await replica.fetchval("SELECT pg_get_wal_replay_pause_state() = 'paused'"))
+
+            if not await eventually(paused, FOLLOW_SECONDS):
+                raise TimeoutError("the replica does not pause its replay")
+        finally:
+            await replica.close()
+
+    async def resume_replay(self) -> None:
+        """Let the replica catch up."""
+        await self._execute("SELECT pg_wal_replay_resume()", self.replica)
+
+    def _server(self, name: str) -> Server:
+        base = (PROJECT / "postgres" / "postgresql.conf").read_text(encoding="utf-8")
+        server = Server(
+            self._home / name,
+            log=self.directory / f"{name}.log",
+            password=self.passwords["postgres"],
+            base=base,
+            account=self.account,
+        )
+        if not self._durable:
+            server.settings |= {"fsync": "off", "full_page_writes": "off"}
+        return server
+
+    async def _replica_follows(self) -> bool:
+        """Start the replica if need be, and tell whether it streams from this primary before long."""
+        if not (self.replica.data / "standby.signal").exists():  # It was promoted, and is nobody's replica now.
+            return False
+        try:
+            if not self.replica.running:
+                await self.replica.start()
+        except LocalError:  # Another primary's data, or half of it; the log has the details.
+            return False
+        primary = await self.primary.connect()
+        try:
+
+            async def streams_or_ended() -> bool:
+                return not self.replica.running or bool(await primary.fetchval(STREAMS))
+
+            await eventually(streams_or_ended, FOLLOW_SECONDS)
+            return self.replica.running and bool(await primary.fetchval(STREAMS))
+        finally:
+            await primary.close()
+
+    async def _execute(self, statement: str, server: Server | None = None) -> None:
+        connection = await (server or self.primary).connect()
+        try:
+            await connection.execute(statement)
+        finally:
+            await connection.close()
+
+
+def _passwords(path: Path) -> dict[str, str]:
+    """Read the passwords of this directory, made once; nothing in them needs quoting in SQL, URLs or files."""
+    if not path.exists():
+        made = {role: secrets.token_urlsafe(24) for role in ROLES}
+        half = path.with_suffix(".half")
+        half.touch(mode=0o600)
+        half.write_text(json.dumps(made), encoding="utf-8")
+        half.rename(path)
+    found: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
+def _check_space(home: Path) -> None:
+    free = shutil.disk_usage(home).free
+    if free < NEEDED_BYTES:
+        raise LocalError(
+            f"The disk of {home} has {free // 1_000_000} MB left, and the two servers need "
+            f"{NEEDED_BYTES // 1_000_000}: free some space, then run this again."
+        )
+
+
+def _without_database() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if not name.upper().startswith("DATABASE_")}

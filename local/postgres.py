@@ -1,0 +1,218 @@
+"""One PostgreSQL server: started, stopped, killed, frozen, promoted. What two of them make is `local.cluster`."""
+
+import asyncio
+import os
+import random
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import asyncpg
+import psutil  # type: ignore[import-untyped]  # The wheel brings it along; its stubs would be one more package.
+
+from local.account import Account, LocalError
+from local.programs import ENVIRONMENT, explain, programs
+
+HOST = "127.0.0.1"
+# Below the ports that Linux and macOS lend to outgoing connections: a client that redials a server which is down
+# could be lent that very port, and would then be connected to itself.
+PORTS = range(20_000, 32_000)
+START_SECONDS = 30.0
+STOP_SECONDS = 20.0
+POLL_SECONDS = 0.005
+SIGNALS = {"smart": signal.SIGTERM, "fast": signal.SIGINT, "immediate": signal.SIGQUIT}
+
+
+class Server:
+    """A server over one data directory, whose configuration every `start()` writes anew.
+
+    `base` is the text that it shares with other servers, `settings` what it has of its own. The port is chosen at the
+    first start and stays.
+    """
+
+    def __init__(self, data: Path, *, log: Path, password: str, base: str, account: Account) -> None:
+        self.data = data
+        self.log = log
+        self.password = password
+        self.account = account
+        self.port = 0
+        self.settings: dict[str, str] = {}
+        self._base = base
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def running(self) -> bool:
+        """Whether the process is there, frozen or not."""
+        return self._process is not None and self._process.poll() is None
+
+    @property
+    def pid(self) -> int:
+        """The postmaster's process id. Raises: LocalError when it does not run."""
+        if self._process is None or not self.running:
+            raise LocalError(f"The server in {self.data} is not running; {self.log} says why.")
+        return self._process.pid
+
+    async def start(self) -> None:
+        """Start and wait until it answers queries.
+
+        Raises: LocalError when it ends, with the last lines of its log, or is not ready within 30 seconds.
+        """
+        for attempt in range(3):
+            if not self.port:
+                self.port = free_port()
+            try:
+                await self._start_once()
+            except LocalError as error:
+                # Somebody took the port between our look and the server's.
+                if attempt == 2 or "Address already in use" not in str(error):  # noqa: PLR2004
+                    raise
+                self.port = 0
+            else:
+                return
+
+    async def stop(self, mode: Literal["smart", "fast", "immediate"] = "fast") -> None:
+        """Stop and wait for the end; a server that does not run is stopped already.
+
+        smart waits for clients to leave, fast disconnects them, immediate leaves recovery to the next start.
+        """
+        if not self.running:
+            return
+        self.thaw()
+        os.kill(self.pid, SIGNALS[mode])
+        if not await self._gone(STOP_SECONDS):
+            await self.kill()
+
+    async def kill(self) -> None:
+        """End every process of the server by SIGKILL, as losing power would."""
+        if self.running:
+            self._signal_all(signal.SIGKILL)
+            await self._gone(STOP_SECONDS)
+
+    async def restart(self, mode: Literal["smart", "fast", "immediate"] = "fast") -> None:
+        """Stop and start on the same port."""
+        await self.stop(mode)
+        await self.start()
+
+    def freeze(self) -> None:
+        """Suspend every process: connections stay open and are accepted, nothing answers, as behind a black hole."""
+        self._signal_all(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        """Let the processes go on."""
+        self._signal_all(signal.SIGCONT)
+
+    async def promote(self) -> None:
+        """Turn a standby into a primary and wait until it is one."""
+        connection = await self.connect()
+        try:
+            await connection.execute("SELECT pg_promote(wait => true, wait_seconds => 20)")
+        finally:
+            await connection.close()
+
+    async def connect(self, database: str = "postgres") -> "asyncpg.Connection[asyncpg.Record]":
+        """Connect as the superuser; the caller closes."""
+        return await asyncpg.connect(
+            host=HOST,
+            port=self.port,
+            user="postgres",
+            password=self.password,
+            database=database,
+            ssl=False,
+            timeout=5,
+        )
+
+    async def end_leftover(self) -> None:
+        """End the server that an earlier process, killed without warning, left running over this data directory."""
+        try:
+            pid = int((self.data / "postmaster.pid").read_text(encoding="utf-8").split("\n", 1)[0])
+            leftover = psutil.Process(pid)
+            if str(self.data) not in leftover.cmdline():  # A stale file, and a stranger who has got the number since.
+                return
+        except (OSError, ValueError, psutil.NoSuchProcess, psutil.AccessDenied):
+            return
+        await asyncio.to_thread(_end, leftover)
+
+    async def _start_once(self) -> None:
+        own = {"listen_addresses": HOST, "port": str(self.port), "unix_socket_directories": ""} | self.settings
+        lines = [f"{name} = '{value}'" for name, value in own.items()]
+        (self.data / "postgresql.conf").write_text("\n".join([self._base, *lines, ""]), encoding="utf-8")
+        with self.log.open("ab") as log:
+            offset = log.tell()
+            # Popen returns at once; asyncio's own subprocesses do not all take an account.
+            self._process = subprocess.Popen(  # noqa: ASYNC220
+                [programs(self.account) / "postgres", "-D", self.data],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                cwd=self.data,
+                env=ENVIRONMENT,
+                start_new_session=True,  # Ctrl-C is for the parent, which stops everything in order.
+                **self.account.arguments,
+            )
+
+        async def ready_or_ended() -> bool:
+            return not self.running or self._ready()
+
+        if not await eventually(ready_or_ended, START_SECONDS) or not self.running:
+            await self.kill()
+            raise LocalError(explain(self.log.read_bytes()[offset:].decode(errors="replace"), str(self.log)))
+
+    def _ready(self) -> bool:
+        """Read the status where pg_ctl reads it: line 8 of postmaster.pid, written by this very process."""
+        try:
+            lines = (self.data / "postmaster.pid").read_text(encoding="utf-8").splitlines()
+        except OSError:
+            return False
+        return len(lines) >= 8 and lines[0] == str(self.pid) and lines[7].strip() == "ready"  # noqa: PLR2004
+
+    def _signal_all(self, number: signal.Signals) -> None:
+        postmaster = psutil.Process(self.pid)
+        for process in [postmaster, *postmaster.children(recursive=True)]:
+            try:
+                process.send_signal(number)
+            except psutil.NoSuchProcess:  # A backend that ended meanwhile.
+                continue
+
+    async def _gone(self, seconds: float) -> bool:
+        async def gone() -> bool:
+            return not self.running
+
+        return await eventually(gone, seconds)
+
+
+async def eventually(condition: Callable[[], Awaitable[bool]], seconds: float) -> bool:
+    """Ask every few milliseconds until the answer is yes; tell whether it was in time."""
+    deadline = time.monotonic() + seconds
+    while not await condition():
+        if time.monotonic() > deadline:
+            return False
+        await asyncio.sleep(POLL_SECONDS)
+    return True
+
+
+def free_port() -> int:
+    """Find a port that nobody listens on."""
+    for port in random.sample(PORTS, k=len(PORTS)):
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((HOST, port))
+            except OSError:
+                continue
+            return port
+    raise LocalError(f"No port between {PORTS.start} and {PORTS.stop} is free on {HOST}.")
+
+
+def _end(process: Any) -> None:
+    """Ask first: a server that shuts down need not recover at its next start."""
+    children = process.children(recursive=True)
+    process.send_signal(signal.SIGCONT)
+    process.send_signal(SIGNALS["fast"])
+    _, alive = psutil.wait_procs([process, *children], timeout=5)
+    for stubborn in alive:
+        stubborn.kill()
+    psutil.wait_procs(alive, timeout=5)

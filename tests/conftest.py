@@ -1,0 +1,84 @@
+"""The real databases that tests run on: one primary and one streaming replica per run, one database per test.
+
+`cluster` is `local.cluster.Cluster`: see there for `url()`, `wait_replayed()` and what its two servers can suffer.
+A test that stops, kills, freezes or promotes one asks for `breakable_cluster`, and may leave the wreck behind.
+"""
+
+import tempfile
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+
+import pytest
+
+from local.cluster import Cluster
+
+_numbers = count(1)
+
+
+@dataclass(frozen=True)
+class Database:
+    """A migrated, empty database that one test has to itself, on the primary and on the replica."""
+
+    name: str
+    cluster: Cluster
+
+    def url(self, role: str = "app_rw") -> str:
+        """Return where it is on the primary; roles are those of postgres/roles.sql and the superuser `postgres`."""
+        return self.cluster.url(role, database=self.name)
+
+    def replica_url(self, role: str = "app_ro") -> str:
+        """Return where it is on the replica."""
+        return self.cluster.url(role, server="replica", database=self.name)
+
+    def environment(self) -> dict[str, str]:
+        """Return the variables that point the service at primary, replica and analytics as in production."""
+        return {
+            "DATABASE_URL": self.url("app_rw"),
+            "DATABASE_REPLICA_URL": self.replica_url(),
+            "DATABASE_ANALYTICS_URL": self.replica_url(),
+            "MIGRATIONS_URL": self.url("app_owner"),
+        }
+
+
+@pytest.fixture(scope="session")
+def cluster_directory() -> Iterator[Path]:
+    """Give a directory that is open to the account that PostgreSQL runs as when we are root; pytest's own is not."""
+    with tempfile.TemporaryDirectory(prefix="lifeguard-tests-") as directory:
+        Path(directory).chmod(0o711)
+        yield Path(directory, "cluster")
+        Cluster.remove(Path(directory, "cluster"))
+
+
+@pytest.fixture(scope="session")
+async def cluster(cluster_directory: Path) -> AsyncIterator[Cluster]:
+    """Give the cluster of this run; tests leave both servers as they found them."""
+    async with Cluster(cluster_directory) as running:
+        yield running
+
+
+@pytest.fixture
+async def breakable_cluster(cluster: Cluster) -> AsyncIterator[Cluster]:
+    """Give the cluster to a test that breaks it, and mend it afterwards: both up, the replica streaming."""
+    yield cluster
+    await cluster.start()
+
+
+@pytest.fixture(scope="session")
+async def migrated(cluster: Cluster) -> str:
+    """Name the database that every test's own is copied from; nobody connects to it."""
+    name = "migrated"
+    await cluster.create_database(name)
+    await cluster.migrate(name)
+    return name
+
+
+@pytest.fixture
+async def database(cluster: Cluster, migrated: str) -> AsyncIterator[Database]:
+    """Give a migrated, empty database that the replica has already replayed."""
+    name = f"test_{next(_numbers)}"
+    await cluster.create_database(name, template=migrated)
+    await cluster.wait_replayed()
+    yield Database(name, cluster)
+    await cluster.drop_database(name)

@@ -1,0 +1,1 @@
+"""Claims about the embedded cluster and the roles in it."""

@@ -1,0 +1,152 @@
+"""The two servers start, replicate, suffer and recover."""
+
+import asyncio
+import stat
+from pathlib import Path
+
+import asyncpg
+import pytest
+
+from local.cluster import Cluster
+
+
+async def query(url: str, statement: str) -> object:
+    """Run one statement on a connection of its own and return its first value."""
+    connection = await asyncpg.connect(url, timeout=5)
+    try:
+        return await connection.fetchval(statement)
+    finally:
+        await connection.close()
+
+
+async def test_replica_streams_and_refuses_writes(cluster: Cluster) -> None:
+    """The second server is a hot standby of the first."""
+    assert await query(cluster.url("app_ro", server="replica"), "SELECT pg_is_in_recovery()") is True
+    assert await query(cluster.url("app_ro"), "SELECT pg_is_in_recovery()") is False
+
+    with pytest.raises(asyncpg.ReadOnlySQLTransactionError):
+        await query(cluster.url("app_owner", server="replica"), "CREATE TABLE refused ()")
+
+
+async def test_wait_replayed_waits_for_what_is_committed(cluster: Cluster) -> None:
+    """A row written before the call is on the replica after it; a paused replica makes it time out instead."""
+    await cluster.create_database("replayed")
+    owner, reader = (
+        cluster.url("app_owner", database="replayed"),
+        cluster.url("app_ro", server="replica", database="replayed"),
+    )
+    await query(owner, "CREATE TABLE numbers AS SELECT 1 AS number")
+    await cluster.wait_replayed()
+    await cluster.pause_replay()
+    try:
+        await query(owner, "INSERT INTO numbers VALUES (2)")
+        with pytest.raises(TimeoutError, match="has replayed"):
+            await cluster.wait_replayed(timeout_seconds=0.05)
+        before = await query(reader, "SELECT count(*) FROM numbers")
+    finally:
+        await cluster.resume_replay()
+
+    await cluster.wait_replayed()
+
+    assert (before, await query(reader, "SELECT count(*) FROM numbers")) == (1, 2)
+    await cluster.drop_database("replayed")
+
+
+async def test_new_database_is_a_copy_with_the_roles_privileges(cluster: Cluster) -> None:
+    """Default privileges travel with the template: app_rw writes tables made later by app_owner."""
+    await cluster.create_database("copied")
+    await query(cluster.url("app_owner", database="copied"), "CREATE TABLE things (id int)")
+
+    await query(cluster.url("app_rw", database="copied"), "INSERT INTO things VALUES (1)")
+
+    await cluster.drop_database("copied")
+
+
+async def test_restart_keeps_the_port(breakable_cluster: Cluster) -> None:
+    """A restarted server is where its clients look for it."""
+    for server in (breakable_cluster.replica, breakable_cluster.primary):
+        port, pid = server.port, server.pid
+
+        await server.restart()
+
+        assert (server.port, server.pid != pid) == (port, True)
+
+
+async def test_frozen_server_accepts_and_does_not_answer(breakable_cluster: Cluster) -> None:
+    """A frozen server is a black hole, not a refusal."""
+    breakable_cluster.replica.freeze()
+
+    _, writer = await asyncio.open_connection("127.0.0.1", breakable_cluster.replica.port)
+    writer.close()
+    with pytest.raises(TimeoutError):
+        await asyncpg.connect(breakable_cluster.url("app_ro", server="replica"), timeout=0.2)
+    breakable_cluster.replica.thaw()
+
+    assert await query(breakable_cluster.url("app_ro", server="replica"), "SELECT 1") == 1
+
+
+async def test_killed_primary_comes_back_with_its_rows(breakable_cluster: Cluster) -> None:
+    """After SIGKILL to every process of the primary, start() recovers it and the replica follows again."""
+    await breakable_cluster.create_database("survivor")
+    url = breakable_cluster.url("app_owner", database="survivor")
+    await query(url, "CREATE TABLE kept AS SELECT 42 AS answer")
+
+    await breakable_cluster.primary.kill()
+    with pytest.raises(OSError, match="Connect call failed"):
+        await query(url, "SELECT 1")
+    await breakable_cluster.start()
+
+    await breakable_cluster.wait_replayed()
+    reader = breakable_cluster.url("app_owner", server="replica", database="survivor")
+    assert await query(reader, "SELECT answer FROM kept") == 42
+    await breakable_cluster.drop_database("survivor")
+
+
+async def test_promoted_replica_is_cloned_anew(breakable_cluster: Cluster) -> None:
+    """A replica that has become a primary cannot follow; start() replaces it."""
+    await breakable_cluster.replica.promote()
+    assert await query(breakable_cluster.url("app_rw", server="replica"), "SELECT pg_is_in_recovery()") is False
+
+    await breakable_cluster.start()
+
+    assert await query(breakable_cluster.url("app_ro", server="replica"), "SELECT pg_is_in_recovery()") is True
+    await breakable_cluster.wait_replayed()
+
+
+async def test_replica_that_lost_its_slot_is_cloned_anew(breakable_cluster: Cluster) -> None:
+    """A replica whose log is gone from the primary does not keep the cluster from starting."""
+    await breakable_cluster.replica.stop()
+    await query(breakable_cluster.url("postgres"), "SELECT pg_drop_replication_slot('replica')")
+
+    await breakable_cluster.start()
+
+    await breakable_cluster.wait_replayed()
+    assert await query(breakable_cluster.url("postgres"), "SELECT active FROM pg_replication_slots") is True
+
+
+async def test_servers_left_by_a_killed_process_are_taken_over(tmp_path: Path) -> None:
+    """A second Cluster over the same directory ends the first one's servers and keeps its data and passwords."""
+    first = Cluster(tmp_path / "cluster")
+    try:
+        await first.start()
+        await query(first.url("app_owner"), "CREATE TABLE kept AS SELECT 42 AS answer")
+        orphans = first.primary.pid, first.replica.pid
+
+        async with Cluster(tmp_path / "cluster") as second:
+            assert {second.primary.pid, second.replica.pid}.isdisjoint(orphans)
+            assert (first.primary.running, first.replica.running) == (False, False)
+            assert await query(second.url("app_owner"), "SELECT answer FROM kept") == 42
+    finally:
+        await first.stop()
+        Cluster.remove(tmp_path / "cluster")
+
+
+async def test_passwords_are_random_and_private(tmp_path: Path) -> None:
+    """Two directories never share a password, and nobody else may read the file."""
+    clusters = [Cluster(tmp_path / name) for name in ("one", "two")]
+
+    assert set(clusters[0].passwords.values()).isdisjoint(clusters[1].passwords.values())
+    assert len(set(clusters[0].passwords.values())) == len(clusters[0].passwords)
+    assert stat.S_IMODE((tmp_path / "one" / "passwords.json").stat().st_mode) == 0o600
+    for name in ("one", "two"):
+        Cluster.remove(tmp_path / name)
