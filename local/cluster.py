@@ -17,6 +17,7 @@ from typing import Literal, Self
 
 from local.account import Account, LocalError, remove_tree
 from local.postgres import HOST, Server, eventually
+from local.programs import explain
 from local.setup import PROJECT, ROLES, SLOT, clone, create_roles, initialise
 
 DATABASE = "lifeguard"
@@ -56,11 +57,16 @@ class Cluster:
     ) -> None:
         await self.stop()
 
-    @classmethod
-    def remove(cls, directory: Path) -> None:
-        """Remove everything that a cluster kept in this directory; it must not run."""
-        remove_tree(directory / "data")
-        remove_tree(directory)
+    def remove(self) -> None:
+        """Remove everything that was kept in the directory; the servers must not run. Make a new Cluster to go on."""
+        remove_tree(self.directory / "data")
+        for name in ("passwords.json", "primary.log", "replica.log"):
+            (self.directory / name).unlink(missing_ok=True)
+
+    async def end_leftovers(self) -> None:
+        """End the servers that an earlier process, killed without warning, left running over this directory."""
+        for server in (self.replica, self.primary):
+            await server.end_leftover()
 
     async def start(self, progress: Callable[[str], None] = lambda _: None) -> None:
         """Bring both servers up, from whatever state they are in: new, stopped, frozen, killed, promoted.
@@ -71,8 +77,7 @@ class Cluster:
         for server in (self.replica, self.primary):
             if server.running:
                 server.thaw()
-            else:
-                await server.end_leftover()
+        await self.end_leftovers()
         if not self.primary.data.exists():
             progress("Creating the primary")
             await initialise(self.primary)
@@ -118,9 +123,13 @@ class Cluster:
             cwd=PROJECT, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
             env={**_without_database(), "MIGRATIONS_URL": self.url("app_owner", database=database)},
         )  # fmt: skip
-        output, _ = await process.communicate()
+        try:
+            output, _ = await process.communicate()
+        finally:
+            if process.returncode is None:  # We were told to stop meanwhile.
+                process.kill()
         if process.returncode != 0:
-            raise LocalError(f"The migration failed:\n{output.decode(errors='replace').strip()}")
+            raise LocalError(explain(output.decode(errors="replace"), "alembic upgrade head"))
 
     async def create_database(self, name: str, *, template: str = DATABASE) -> None:
         """Copy a database that nobody is connected to; `wait_replayed()` tells when the replica has it too."""

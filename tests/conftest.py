@@ -47,8 +47,7 @@ def cluster_directory() -> Iterator[Path]:
     """Give a directory that is open to the account that PostgreSQL runs as when we are root; pytest's own is not."""
     with tempfile.TemporaryDirectory(prefix="lifeguard-tests-") as directory:
         Path(directory).chmod(0o711)
-        yield Path(directory, "cluster")
-        Cluster.remove(Path(directory, "cluster"))
+        yield Path(directory)
 
 
 @pytest.fixture(scope="session")
@@ -56,6 +55,7 @@ async def cluster(cluster_directory: Path) -> AsyncIterator[Cluster]:
     """Give the cluster of this run; tests leave both servers as they found them."""
     async with Cluster(cluster_directory) as running:
         yield running
+    running.remove()
 
 
 @pytest.fixture

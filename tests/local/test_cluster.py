@@ -138,7 +138,7 @@ async def test_servers_left_by_a_killed_process_are_taken_over(tmp_path: Path) -
             assert await query(second.url("app_owner"), "SELECT answer FROM kept") == 42
     finally:
         await first.stop()
-        Cluster.remove(tmp_path / "cluster")
+        first.remove()
 
 
 async def test_passwords_are_random_and_private(tmp_path: Path) -> None:
@@ -148,5 +148,5 @@ async def test_passwords_are_random_and_private(tmp_path: Path) -> None:
     assert set(clusters[0].passwords.values()).isdisjoint(clusters[1].passwords.values())
     assert len(set(clusters[0].passwords.values())) == len(clusters[0].passwords)
     assert stat.S_IMODE((tmp_path / "one" / "passwords.json").stat().st_mode) == 0o600
-    for name in ("one", "two"):
-        Cluster.remove(tmp_path / name)
+    for cluster in clusters:
+        cluster.remove()

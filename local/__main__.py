@@ -1,0 +1,178 @@
+"""`python -m local`: the service on an embedded primary and streaming replica, from nothing to a curl in seconds."""
+
+import asyncio
+import errno
+import fcntl
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import asyncpg
+import typer
+from rich.console import Console
+
+from local.account import LocalError
+from local.cluster import Cluster
+from local.programs import DISK_FULL
+from local.seed import seed
+from local.serve import Service, environment
+from local.setup import PROJECT
+
+console = Console(highlight=False, soft_wrap=True)
+complaints = Console(highlight=False, soft_wrap=True, stderr=True)
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+SESSION = """
+[bold]Lifeguard answers at {url}[/bold] after {seconds:.1f} s. Interactive documentation: {url}/docs
+
+  curl -s {url}/patients/1
+  curl -s '{url}/patients?name=Ada'
+  curl -si {url}/patients -H 'content-type: application/json' \\
+       -d '{{"mrn": "MRN-900001", "full_name": "Ada Example", "birth_date": "1980-05-17"}}'
+  curl -s {url}/health/db
+  curl -s {url}/debug/pool-stats
+
+primary 127.0.0.1:{primary} · replica 127.0.0.1:{replica} · settings with passwords: {variables} · Ctrl-C stops all
+"""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line asked for; `seed` is a number of patients, 0 for none."""
+
+    directory: Path
+    service: Service
+    seed: int
+    keep: bool
+
+
+def main(  # noqa: PLR0913  # A command line has as many parameters as options.
+    *,
+    host: Annotated[str, typer.Option(help="Address to serve on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to serve on.", min=1, max=65535)] = 8000,
+    workers: Annotated[int, typer.Option(help="Processes of the service.", min=1, max=64)] = 1,
+    seed: Annotated[
+        int, typer.Option(help="Made-up patients, and as many users, for an empty database.", min=1)
+    ] = 300,
+    no_seed: Annotated[bool, typer.Option("--no-seed", help="Leave an empty database empty.")] = False,
+    keep: Annotated[
+        bool, typer.Option("--keep/--fresh", help="Keep the data of the last run, or start anew.")
+    ] = True,
+    directory: Annotated[Path, typer.Option(help="Where the databases live.")] = PROJECT / ".local",
+) -> None:
+    """Serve on an embedded PostgreSQL primary and streaming replica; no Docker, no server to install."""
+    service = Service(directory, host=host, port=port, workers=workers)
+    options = Options(directory, service, seed=0 if no_seed else seed, keep=keep)
+    try:
+        with _alone_in(directory):
+            service.end_leftover()
+            service.check_port()
+            status = asyncio.run(_run(options))
+    except (LocalError, OSError, asyncpg.DiskFullError) as error:
+        complaints.print(_sentence(error), style="red", markup=False)
+        raise typer.Exit(1) from None
+    raise typer.Exit(status)
+
+
+async def _run(options: Options) -> int:
+    """Bring everything up, serve until told to stop, and take everything down in the opposite order."""
+    _stop_on_signals()
+    started = time.monotonic()
+    cluster: Cluster | None = None
+    try:
+        with console.status("Starting") as status:
+
+            def progress(step: str) -> None:
+                status.update(step)
+                console.print(f"[dim]{time.monotonic() - started:5.1f} s  {step} …[/dim]")
+
+            if not options.keep:
+                progress("Removing the data of earlier runs")
+                earlier = Cluster(options.directory)
+                await earlier.end_leftovers()
+                earlier.remove()
+            cluster = Cluster(options.directory, durable=True)
+            await cluster.start(progress)
+            progress("Migrating")
+            await cluster.migrate()
+            if options.seed and await seed(cluster.url("app_rw"), options.seed):
+                progress(f"Seeded {options.seed} patients and users")
+            progress("Starting the service")
+            variables = _write_variables(options.directory, environment(cluster))
+            await options.service.start(environment(cluster))
+        console.print(
+            SESSION.format(
+                url=options.service.url,
+                seconds=time.monotonic() - started,
+                primary=cluster.primary.port,
+                replica=cluster.replica.port,
+                variables=variables,
+            )
+        )
+        return await options.service.wait()
+    except asyncio.CancelledError:
+        console.print("Stopping the service, the replica and the primary …")
+        return 0
+    finally:
+        await options.service.stop()
+        if cluster is not None:
+            await cluster.stop()
+
+
+def _stop_on_signals() -> None:
+    """Turn the first Ctrl-C, SIGTERM or hang-up into a cancellation; later ones leave the clearing up alone."""
+    task = asyncio.current_task()
+    loop = asyncio.get_running_loop()
+
+    def stop() -> None:
+        for number in STOPPING:
+            loop.add_signal_handler(number, lambda: None)
+        if task is not None:
+            task.cancel()
+
+    for number in STOPPING:
+        loop.add_signal_handler(number, stop)
+
+
+@contextmanager
+def _alone_in(directory: Path) -> Iterator[None]:
+    """Hold the directory's lock, which the kernel releases even after kill -9.
+
+    Raises: LocalError when another run holds it.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    with (directory / "lock").open("a+", encoding="utf-8") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            raise LocalError(
+                f"Another run (process {lock.read().strip()}) uses {directory}: stop it, or give this one a "
+                "directory of its own with --directory."
+            ) from None
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
+        yield
+
+
+def _sentence(error: Exception) -> str:
+    if isinstance(error, asyncpg.DiskFullError) or (isinstance(error, OSError) and error.errno == errno.ENOSPC):
+        return DISK_FULL
+    return str(error) or f"{type(error).__name__} in what the databases were asked; their logs are in .local/."
+
+
+def _write_variables(directory: Path, variables: dict[str, str]) -> Path:
+    """Write what the service was given where a person can source it, for that person alone."""
+    path = directory / "env"
+    path.touch(mode=0o600)
+    path.write_text("".join(f"export {name}={value}\n" for name, value in variables.items()), encoding="utf-8")
+    return path
+
+
+if __name__ == "__main__":
+    typer.run(main)

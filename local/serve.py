@@ -1,0 +1,114 @@
+"""The service as a child process on a cluster: started, waited for, stopped, found again after a kill -9."""
+
+import asyncio
+import os
+import signal
+import socket
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+import httpx
+import psutil  # type: ignore[import-untyped]  # See local/postgres.py.
+
+from local.account import LocalError
+from local.cluster import Cluster
+from local.postgres import eventually
+from local.setup import PROJECT
+
+READY_SECONDS = 30.0
+# Short of the service's own patience with requests in flight: who presses Ctrl-C on a laptop wants the prompt back.
+STOP_SECONDS = 5.0
+MARK = "LIFEGUARD_LOCAL"
+
+
+class Service:
+    """`python -m app serve` over the cluster in `directory`; a mark in the environment tells its processes."""
+
+    def __init__(self, directory: Path, *, host: str, port: int, workers: int) -> None:
+        self.host = host
+        self.port = port
+        self.workers = workers
+        self._mark = str(directory.absolute())
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def url(self) -> str:
+        """Where a browser on this machine finds it."""
+        return f"http://{'127.0.0.1' if self.host in {'0.0.0.0', '::'} else self.host}:{self.port}"  # noqa: S104
+
+    def end_leftover(self) -> None:
+        """End the service that an earlier run, killed without warning, left behind on this directory."""
+        family = []
+        for process in psutil.process_iter():
+            # Others' processes are closed to us, and some end while we look.
+            with suppress(psutil.Error):
+                if process.environ().get(MARK) == self._mark:
+                    process.kill()
+                    family.append(process)
+        psutil.wait_procs(family, timeout=STOP_SECONDS)
+
+    def check_port(self) -> None:
+        """Try the port before anything slow is started. Raises: LocalError when it cannot be had."""
+        family = socket.AF_INET6 if ":" in self.host else socket.AF_INET
+        with socket.socket(family) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((self.host, self.port))
+            except OSError as error:
+                raise LocalError(
+                    f"Port {self.port} on {self.host} cannot be used ({error.strerror}). Stop what listens there, or "
+                    f'choose another: make run ARGS="--port {self.port + 1}".'
+                ) from None
+
+    async def start(self, environment: dict[str, str]) -> None:
+        """Start and wait until /health/ready says yes. Raises: LocalError when it ends or takes over 30 seconds."""
+        options = ["--host", self.host, "--port", str(self.port), "--workers", str(self.workers)]
+        self._process = subprocess.Popen(  # noqa: ASYNC220  # It returns at once.
+            [sys.executable, "-m", "app", "serve", *options],
+            cwd=PROJECT,
+            env=os.environ | environment | {MARK: self._mark},
+            start_new_session=True,  # Ctrl-C is for the parent, which stops the service before its databases.
+        )
+        async with httpx.AsyncClient(base_url=self.url, timeout=1, trust_env=False) as client:
+
+            async def ready_or_ended() -> bool:
+                with suppress(httpx.TransportError):
+                    return not self.running or (await client.get("/health/ready")).is_success
+                return not self.running
+
+            if not await eventually(ready_or_ended, READY_SECONDS) or not self.running:
+                raise LocalError("The service did not become ready; its own words are above.")
+
+    @property
+    def running(self) -> bool:
+        """Whether the process is there."""
+        return self._process is not None and self._process.poll() is None
+
+    async def wait(self) -> int:
+        """Wait until the service ends by itself and return its exit status."""
+        return 0 if self._process is None else await asyncio.to_thread(self._process.wait)
+
+    async def stop(self) -> None:
+        """Ask it to stop, and after five seconds insist, to its workers too."""
+        if self._process is not None and self.running:
+            self._process.terminate()
+
+            async def ended() -> bool:
+                return not self.running
+
+            if not await eventually(ended, STOP_SECONDS):
+                os.killpg(self._process.pid, signal.SIGKILL)
+                await asyncio.to_thread(self._process.wait)
+
+
+def environment(cluster: Cluster) -> dict[str, str]:
+    """Return the variables that point the service at the cluster: what a deployment would set."""
+    reader = cluster.url("app_ro", server="replica")
+    return {
+        "DATABASE_URL": cluster.url("app_rw"),
+        "DATABASE_REPLICA_URL": reader,
+        "DATABASE_ANALYTICS_URL": reader,
+        "MIGRATIONS_URL": cluster.url("app_owner"),
+    }

@@ -1,0 +1,186 @@
+"""postgres/roles.sql: who may do what, and for how long."""
+
+from collections.abc import AsyncIterator
+from typing import TypeAlias
+
+import asyncpg
+import pytest
+
+from local.cluster import Cluster
+from local.setup import create_roles
+
+# Generic to the type checker alone.
+Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
+NAME = "roles"
+
+
+@pytest.fixture(scope="module")
+async def tables(cluster: Cluster) -> AsyncIterator[str]:
+    """Give a database in which app_owner has made a table, as a migration would."""
+    await cluster.create_database(NAME)
+    owner = await asyncpg.connect(cluster.url("app_owner", database=NAME))
+    await owner.execute("CREATE TABLE things (id bigint GENERATED ALWAYS AS IDENTITY, tag serial, name text)")
+    await owner.close()
+    await cluster.wait_replayed()
+    yield NAME
+    await cluster.drop_database(NAME)
+
+
+@pytest.fixture
+async def connect(cluster: Cluster, tables: str) -> AsyncIterator[dict[str, Connection]]:
+    """Give one connection to the primary for each role that may log in there."""
+    roles = ("app_owner", "app_rw", "app_ro", "monitor", "pgbouncer", "postgres")
+    connections = {role: await asyncpg.connect(cluster.url(role, database=tables)) for role in roles}
+    yield connections
+    for connection in connections.values():
+        await connection.close()
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "INSERT INTO things (name) VALUES ('new')",
+        "UPDATE things SET name = 'changed'",
+        "DELETE FROM things",
+    ],
+)
+async def test_reader_cannot_write_even_when_it_leaves_read_only(
+    connect: dict[str, Connection], statement: str
+) -> None:
+    """The default of app_ro is a courtesy that a session can undo; the privileges are the lock."""
+    reader = connect["app_ro"]
+
+    with pytest.raises(asyncpg.ReadOnlySQLTransactionError):
+        await reader.execute(statement)
+    await reader.execute("SET default_transaction_read_only = off")
+    with pytest.raises(asyncpg.InsufficientPrivilegeError):
+        await reader.execute(statement)
+
+
+async def test_writer_writes_rows_and_no_tables(connect: dict[str, Connection]) -> None:
+    """app_rw has the four verbs on tables made after its privileges were, and no way to change their shape."""
+    writer = connect["app_rw"]
+
+    await writer.execute("INSERT INTO things (name) VALUES ('new')")
+    await writer.execute("UPDATE things SET name = 'changed'")
+    assert await writer.fetchval("SELECT name FROM things") == "changed"
+    await writer.execute("DELETE FROM things")
+
+    for statement in (
+        "CREATE TABLE more ()",
+        "ALTER TABLE things ADD more text",
+        "DROP TABLE things",
+        "TRUNCATE things",
+    ):
+        with pytest.raises(asyncpg.InsufficientPrivilegeError):
+            await writer.execute(statement)
+
+
+@pytest.mark.parametrize("role", ["monitor", "pgbouncer"])
+async def test_those_who_look_on_see_no_rows(connect: dict[str, Connection], role: str) -> None:
+    """Neither statistics nor pooling needs a patient's data."""
+    with pytest.raises(asyncpg.InsufficientPrivilegeError):
+        await connect[role].execute("SELECT * FROM public.things")
+
+
+async def test_monitor_sees_what_others_do(connect: dict[str, Connection]) -> None:
+    """The statements of other roles are visible to monitor, which app_rw's view hides."""
+    statement = "SELECT query FROM pg_stat_activity WHERE pid = $1"
+    watched = connect["app_owner"]
+    await watched.execute("SELECT 'watched'")
+
+    assert await connect["monitor"].fetchval(statement, watched.get_server_pid()) == "SELECT 'watched'"
+    assert await connect["app_rw"].fetchval(statement, watched.get_server_pid()) == "<insufficient privilege>"
+
+
+async def test_replicator_replicates_and_does_nothing_else(cluster: Cluster) -> None:
+    """A role that may copy every byte has no plain login."""
+    with pytest.raises(asyncpg.InvalidAuthorizationSpecificationError, match="rejects connection"):
+        await asyncpg.connect(cluster.url("replicator"))
+
+
+async def test_pooler_learns_the_hash_of_pooled_roles_alone(connect: dict[str, Connection]) -> None:
+    """auth_query answers for the roles that may come through PgBouncer, and for pgbouncer only."""
+    lookup = "SELECT username, password FROM pgbouncer.get_auth($1)"
+    found = {role: await connect["pgbouncer"].fetchrow(lookup, role) for role in ("app_rw", "app_ro", "app_owner")}
+    hidden = await connect["pgbouncer"].fetchrow(lookup, "postgres")
+
+    assert found["app_rw"] is not None
+    assert found["app_rw"]["password"].startswith("SCRAM-SHA-256$")
+    assert found["app_ro"] is not None
+    assert (found["app_owner"], hidden) == (None, None)
+    with pytest.raises(asyncpg.InsufficientPrivilegeError):
+        await connect["app_rw"].fetchrow(lookup, "app_rw")
+
+
+async def test_every_password_is_scram(connect: dict[str, Connection]) -> None:
+    """No role has an MD5 hash, and none has none."""
+    rows = await connect["postgres"].fetch("SELECT rolpassword FROM pg_authid WHERE rolcanlogin")
+
+    assert len(rows) == 7
+    assert all(row["rolpassword"].startswith("SCRAM-SHA-256$") for row in rows)
+
+
+async def test_wrong_password_is_refused(cluster: Cluster) -> None:
+    """Nobody comes in by trust, not even from this machine."""
+    with pytest.raises(asyncpg.InvalidPasswordError):
+        await asyncpg.connect(cluster.url("app_ro").replace(cluster.passwords["app_ro"], "guessed"))
+
+
+@pytest.mark.parametrize("server", ["primary", "replica"])
+@pytest.mark.parametrize(
+    ("role", "expected"),
+    [
+        ("app_rw", {"statement_timeout": "30s", "idle_in_transaction_session_timeout": "1min"}),
+        (
+            "app_ro",
+            {
+                "statement_timeout": "30s",
+                "idle_in_transaction_session_timeout": "1min",
+                "default_transaction_read_only": "on",
+            },
+        ),
+        ("app_owner", {"lock_timeout": "4s", "idle_in_transaction_session_timeout": "1min"}),
+        ("monitor", {"statement_timeout": "10s", "default_transaction_read_only": "on"}),
+    ],
+)
+async def test_timeouts_come_with_the_role(
+    cluster: Cluster, server: str, role: str, expected: dict[str, str]
+) -> None:
+    """A session that sets nothing has them, on either server, because they are the role's."""
+    common = {"jit": "off", "TimeZone": "UTC", "client_connection_check_interval": "5s"}
+    connection = await asyncpg.connect(cluster.url(role, server="replica" if server == "replica" else "primary"))
+
+    rows = await connection.fetch("SELECT name, current_setting(name) AS value, source FROM pg_settings")
+
+    await connection.close()
+    settings = {row["name"]: row["value"] for row in rows if row["source"] == "user"}
+    assert settings.items() >= (common | expected).items()
+
+
+async def test_roles_can_be_run_again(cluster: Cluster, tables: str) -> None:
+    """The script changes a password in place and keeps tables and privileges."""
+    await create_roles(cluster.primary, tables, cluster.passwords | {"monitor": "changed"})
+    changed = cluster.url("monitor").replace(cluster.passwords["monitor"], "changed")
+
+    await (await asyncpg.connect(changed)).close()
+    await create_roles(cluster.primary, tables, cluster.passwords)
+
+    with pytest.raises(asyncpg.InvalidPasswordError):
+        await asyncpg.connect(changed)
+    writer = await asyncpg.connect(cluster.url("app_rw", database=tables))
+    await writer.execute("INSERT INTO things (name) VALUES ('still')")
+    await writer.close()
+
+
+async def test_server_settings_are_the_shared_file(connect: dict[str, Connection]) -> None:
+    """What compose will use is what these tests run on; a value that PostgreSQL refused would be missing here."""
+    rows = await connect["postgres"].fetch("SELECT name, error FROM pg_file_settings WHERE error IS NOT NULL")
+    settings = await connect["postgres"].fetchrow(
+        "SELECT current_setting('max_connections') AS connections, current_setting('wal_level') AS wal_level, "
+        "current_setting('log_parameter_max_length') AS parameters"
+    )
+
+    assert rows == []
+    assert settings is not None
+    assert tuple(settings) == ("100", "replica", "0")
