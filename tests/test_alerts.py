@@ -1,0 +1,156 @@
+"""The rules under prometheus/: complete, tested in both directions, and about figures that exist.
+
+`promtool` runs their own tests; it comes with Debian's package `prometheus` and with Prometheus's releases. Where it
+is not on the PATH the two tests that need it are skipped, and the summary says so.
+"""
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from prometheus_client import Histogram
+
+from app.metrics import Metrics
+
+ROOT = Path(__file__).parent.parent
+PROMETHEUS = ROOT / "prometheus"
+PROMTOOL = shutil.which("promtool")
+needs_promtool = pytest.mark.skipif(
+    PROMTOOL is None,
+    reason="promtool is not on the PATH (apt-get install prometheus): THE ALERT RULES WERE NOT TESTED",
+)
+# What the guides published; the names and meanings are what other people's dashboards and habits rely on.
+PUBLISHED = {
+    "DatabasePoolNearlyExhausted": ("db_pool_connections_available / db_pool_connections_total < 0.2", "2m"),
+    "DatabasePoolContention": ("rate(db_connection_wait_total[5m]) > 0.5", "5m"),
+    "SlowConnectionAcquisition": (
+        "histogram_quantile(0.95, rate(db_connection_acquire_seconds_bucket[5m])) > 0.1",
+        "5m",
+    ),
+}
+
+
+def _rules(file: str) -> list[dict[str, Any]]:
+    groups = yaml.safe_load((PROMETHEUS / file).read_text(encoding="utf-8"))["groups"]
+    return [rule for group in groups for rule in group["rules"]]
+
+
+def _unit_tests() -> list[dict[str, Any]]:
+    files = sorted((PROMETHEUS / "tests").glob("*.yml"))
+    return [test for file in files for test in yaml.safe_load(file.read_text(encoding="utf-8"))["tests"]]
+
+
+ALERTS = {rule["alert"]: rule for rule in _rules("alerts.yml")}
+RECORDED = {rule["record"]: rule for rule in _rules("recording.yml")}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_alert_is_unchanged(name: str) -> None:
+    """The three published alerts ask what they always asked, for as long as they always waited."""
+    alert = ALERTS[name]
+
+    assert (alert["expr"], alert["for"]) == PUBLISHED[name]
+
+
+@pytest.mark.parametrize("name", ALERTS)
+def test_alert_has_tests_of_firing_and_of_silence(name: str) -> None:
+    """Every alert is seen to fire, and seen not to, in the rules' own tests."""
+    cases = [case for test in _unit_tests() for case in test.get("alert_rule_test", []) if case["alertname"] == name]
+
+    assert any(case["exp_alerts"] for case in cases)
+    assert any(not case["exp_alerts"] for case in cases)
+
+
+@pytest.mark.parametrize("name", RECORDED)
+def test_recording_is_tested_and_used(name: str) -> None:
+    """Every recorded figure has a test of its value and a reader among the alerts or in the runbook."""
+    tested = [case["expr"] for test in _unit_tests() for case in test.get("promql_expr_test", [])]
+    read = [rule["expr"] for rule in ALERTS.values()] + [(ROOT / "docs/runbook.md").read_text(encoding="utf-8")]
+
+    assert any(name in expression for expression in tested)
+    assert any(name in expression for expression in read)
+
+
+@pytest.mark.parametrize("name", ALERTS)
+def test_alert_says_what_how_much_and_where_to_look(name: str) -> None:
+    """Every alert has a severity that is routed, its pool, its value, and a link to its section of the runbook."""
+    alert = ALERTS[name]
+    summary = alert["annotations"]["summary"]
+    sections = re.findall(r"^## (\w+)$", (ROOT / "docs/runbook.md").read_text(encoding="utf-8"), re.MULTILINE)
+
+    assert alert["labels"]["severity"] in {"critical", "warning"}
+    assert "$value" in summary or name in {"DatabaseDown", "ServiceDown"}, "those two are about nothing being there"
+    assert (
+        "$labels.pool" in summary
+        or "pool" not in alert["expr"]
+        or name in {"ReadsFallingBack", "PgBouncerClientsWaiting"}
+    )
+    assert alert["annotations"]["runbook_url"] == f"docs/runbook.md#{name.lower()}"
+    assert name in sections
+
+
+def test_runbook_has_no_section_without_an_alert() -> None:
+    """The runbook and the rules name the same alerts."""
+    sections = re.findall(r"^## (\w+)$", (ROOT / "docs/runbook.md").read_text(encoding="utf-8"), re.MULTILINE)
+
+    assert sorted(sections) == sorted(ALERTS)
+
+
+def _served() -> dict[str, set[str]]:
+    """Return each series name that the service serves, with its labels."""
+    served = {}
+    for metric in vars(Metrics()).values():
+        if not hasattr(metric, "_labelnames"):
+            continue
+        labels = {*metric._labelnames}
+        for sample in metric.describe():
+            suffixes = {"counter": ("_total",), "histogram": ("_count", "_sum", "_bucket")}.get(sample.type, ("",))
+            for suffix in suffixes:
+                served[sample.name + suffix] = labels | ({"le"} if isinstance(metric, Histogram) else set())
+    return served
+
+
+@pytest.mark.parametrize("name", [*ALERTS, *RECORDED])
+def test_rule_asks_for_series_that_the_service_serves(name: str) -> None:
+    """Every series of ours in a rule exists in app/metrics.py, with the labels that the rule groups or selects by.
+
+    The exporters' series are compared with a live scrape, in tests/compose.
+    """
+    expression = (ALERTS | RECORDED)[name]["expr"]
+    ours = set(re.findall(r"(?<![\w:])(?:db|http|event)_\w+", expression))
+    served = _served()
+    # Labels that Prometheus adds by itself, and those of the exporters.
+    foreign = {"job", "instance", "server", "database", "user"}
+    wanted = set(re.findall(r'(\w+)(?:=|!=|=~|!~)"', expression))
+    wanted |= {label for group in re.findall(r"by \(([^)]*)\)", expression) for label in group.split(", ")}
+
+    assert ours <= served.keys()
+    for series in ours:
+        assert wanted - foreign <= served[series]
+
+
+@needs_promtool
+def test_rules_pass_their_own_tests() -> None:
+    """Each alert fires when it should, waits for as long as it says, and stays silent otherwise."""
+    files = sorted(str(file) for file in (PROMETHEUS / "tests").glob("*.yml"))
+
+    result = subprocess.run([str(PROMTOOL), "test", "rules", *files], capture_output=True, text=True, check=False)
+
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+@needs_promtool
+def test_configuration_is_valid() -> None:
+    """Prometheus accepts its configuration with all that it includes."""
+    result = subprocess.run(
+        [str(PROMTOOL), "check", "config", str(PROMETHEUS / "prometheus.yml")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert result.returncode == 0, result.stdout + result.stderr
