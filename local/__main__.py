@@ -2,12 +2,8 @@
 
 import asyncio
 import errno
-import fcntl
-import os
 import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -19,6 +15,7 @@ from rich.console import Console
 from local.account import LocalError
 from local.cluster import Cluster
 from local.programs import DISK_FULL
+from local.runs import alone_in
 from local.seed import seed
 from local.serve import Service, environment
 from local.setup import PROJECT
@@ -68,9 +65,7 @@ def main(  # noqa: PLR0913  # A command line has as many parameters as options.
     service = Service(directory, host=host, port=port, workers=workers)
     options = Options(directory, service, seed=0 if no_seed else seed, keep=keep)
     try:
-        with _alone_in(directory):
-            service.end_leftover()
-            service.check_port()
+        with alone_in(directory):
             status = asyncio.run(_run(options))
     except (LocalError, OSError, asyncpg.DiskFullError) as error:
         complaints.print(_sentence(error), style="red", markup=False)
@@ -83,6 +78,7 @@ async def _run(options: Options) -> int:
     _stop_on_signals()
     started = time.monotonic()
     cluster: Cluster | None = None
+    await options.service.take_port()
     try:
         with console.status("Starting") as status:
 
@@ -136,28 +132,6 @@ def _stop_on_signals() -> None:
 
     for number in STOPPING:
         loop.add_signal_handler(number, stop)
-
-
-@contextmanager
-def _alone_in(directory: Path) -> Iterator[None]:
-    """Hold the directory's lock, which the kernel releases even after kill -9.
-
-    Raises: LocalError when another run holds it.
-    """
-    directory.mkdir(parents=True, exist_ok=True)
-    with (directory / "lock").open("a+", encoding="utf-8") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.seek(0)
-            raise LocalError(
-                f"Another run (process {lock.read().strip()}) uses {directory}: stop it, or give this one a "
-                "directory of its own with --directory."
-            ) from None
-        lock.truncate(0)
-        lock.write(str(os.getpid()))
-        lock.flush()
-        yield
 
 
 def _sentence(error: Exception) -> str:

@@ -5,9 +5,7 @@ process left behind, a replica that cannot follow, an interrupted first run.
 """
 
 import asyncio
-import json
 import os
-import secrets
 import shutil
 import sys
 from collections.abc import Callable
@@ -16,9 +14,11 @@ from types import TracebackType
 from typing import Literal, Self
 
 from local.account import Account, LocalError, remove_tree
-from local.postgres import HOST, Server, eventually
+from local.postgres import HOST, Server
 from local.programs import explain
-from local.setup import PROJECT, ROLES, SLOT, clone, create_roles, initialise
+from local.runs import end_server
+from local.setup import PROJECT, SLOT, clone, create_roles, initialise, read_passwords
+from local.waiting import eventually
 
 DATABASE = "lifeguard"
 # Two servers take 150 MB when new, and keep 1 GB of write-ahead log at most.
@@ -38,7 +38,7 @@ class Cluster:
         directory.mkdir(parents=True, exist_ok=True)
         self.directory = directory.absolute()
         self.account = Account.current()
-        self.passwords = _passwords(self.directory / "passwords.json")
+        self.passwords = read_passwords(self.directory / "passwords.json")
         self._durable = durable
         self._home = self.account.home(self.directory / "data")
         self.primary = self._server("primary")
@@ -66,7 +66,8 @@ class Cluster:
     async def end_leftovers(self) -> None:
         """End the servers that an earlier process, killed without warning, left running over this directory."""
         for server in (self.replica, self.primary):
-            await server.end_leftover()
+            if not server.running:
+                await end_server(server.data)
 
     async def start(self, progress: Callable[[str], None] = lambda _: None) -> None:
         """Bring both servers up, from whatever state they are in: new, stopped, frozen, killed, promoted.
@@ -221,18 +222,6 @@ class Cluster:
             await connection.execute(statement)
         finally:
             await connection.close()
-
-
-def _passwords(path: Path) -> dict[str, str]:
-    """Read the passwords of this directory, made once; nothing in them needs quoting in SQL, URLs or files."""
-    if not path.exists():
-        made = {role: secrets.token_urlsafe(24) for role in ROLES}
-        half = path.with_suffix(".half")
-        half.touch(mode=0o600)
-        half.write_text(json.dumps(made), encoding="utf-8")
-        half.rename(path)
-    found: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))
-    return found
 
 
 def _check_space(home: Path) -> None:

@@ -1,21 +1,19 @@
 """One PostgreSQL server: started, stopped, killed, frozen, promoted. What two of them make is `local.cluster`."""
 
-import asyncio
 import os
 import random
 import signal
 import socket
 import subprocess
-import time
-from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import asyncpg
-import psutil  # type: ignore[import-untyped]  # The wheel brings it along; its stubs would be one more package.
+import psutil  # type: ignore[import-untyped]  # See local/waiting.py.
 
 from local.account import Account, LocalError
 from local.programs import ENVIRONMENT, explain, programs
+from local.waiting import eventually
 
 HOST = "127.0.0.1"
 # Below the ports that Linux and macOS lend to outgoing connections: a client that redials a server which is down
@@ -23,7 +21,6 @@ HOST = "127.0.0.1"
 PORTS = range(20_000, 32_000)
 START_SECONDS = 30.0
 STOP_SECONDS = 20.0
-POLL_SECONDS = 0.005
 SIGNALS = {"smart": signal.SIGTERM, "fast": signal.SIGINT, "immediate": signal.SIGQUIT}
 
 
@@ -125,19 +122,6 @@ class Server:
             timeout=5,
         )
 
-    async def end_leftover(self) -> None:
-        """End the server that an earlier process, killed without warning, left running over this data directory."""
-        if self.running:
-            return
-        try:
-            pid = int((self.data / "postmaster.pid").read_text(encoding="utf-8").split("\n", 1)[0])
-            leftover = psutil.Process(pid)
-            if str(self.data) not in leftover.cmdline():  # A stale file, and a stranger who has got the number since.
-                return
-        except (OSError, ValueError, psutil.NoSuchProcess, psutil.AccessDenied):
-            return
-        await asyncio.to_thread(_end, leftover)
-
     async def _start_once(self) -> None:
         own = {"listen_addresses": HOST, "port": str(self.port), "unix_socket_directories": ""} | self.settings
         lines = [f"{name} = '{value}'" for name, value in own.items()]
@@ -186,16 +170,6 @@ class Server:
         return await eventually(gone, seconds)
 
 
-async def eventually(condition: Callable[[], Awaitable[bool]], seconds: float) -> bool:
-    """Ask every few milliseconds until the answer is yes; tell whether it was in time."""
-    deadline = time.monotonic() + seconds
-    while not await condition():
-        if time.monotonic() > deadline:
-            return False
-        await asyncio.sleep(POLL_SECONDS)
-    return True
-
-
 def free_port() -> int:
     """Find a port that nobody listens on."""
     for port in random.sample(PORTS, k=len(PORTS)):
@@ -207,14 +181,3 @@ def free_port() -> int:
                 continue
             return port
     raise LocalError(f"No port between {PORTS.start} and {PORTS.stop} is free on {HOST}.")
-
-
-def _end(process: Any) -> None:
-    """Ask first: a server that shuts down need not recover at its next start."""
-    children = process.children(recursive=True)
-    process.send_signal(signal.SIGCONT)
-    process.send_signal(SIGNALS["fast"])
-    _, alive = psutil.wait_procs([process, *children], timeout=5)
-    for stubborn in alive:
-        stubborn.kill()
-    psutil.wait_procs(alive, timeout=5)

@@ -10,17 +10,17 @@ from contextlib import suppress
 from pathlib import Path
 
 import httpx
-import psutil  # type: ignore[import-untyped]  # See local/postgres.py.
 
 from local.account import LocalError
 from local.cluster import Cluster
-from local.postgres import eventually
+from local.runs import MARK, end_service
 from local.setup import PROJECT
+from local.waiting import eventually
 
 READY_SECONDS = 30.0
 # Short of the service's own patience with requests in flight: who presses Ctrl-C on a laptop wants the prompt back.
 STOP_SECONDS = 5.0
-MARK = "LIFEGUARD_LOCAL"
+PORT_SECONDS = 2.0
 
 
 class Service:
@@ -38,29 +38,18 @@ class Service:
         """Where a browser on this machine finds it."""
         return f"http://{'127.0.0.1' if self.host in {'0.0.0.0', '::'} else self.host}:{self.port}"  # noqa: S104
 
-    def end_leftover(self) -> None:
-        """End the service that an earlier run, killed without warning, left behind on this directory."""
-        family = []
-        for process in psutil.process_iter():
-            # Others' processes are closed to us, and some end while we look.
-            with suppress(psutil.Error):
-                if process.environ().get(MARK) == self._mark:
-                    process.kill()
-                    family.append(process)
-        psutil.wait_procs(family, timeout=STOP_SECONDS)
+    async def take_port(self) -> None:
+        """Make sure of the port before anything slow is started, ending the service that a killed run left on it.
 
-    def check_port(self) -> None:
-        """Try the port before anything slow is started. Raises: LocalError when it cannot be had."""
-        family = socket.AF_INET6 if ":" in self.host else socket.AF_INET
-        with socket.socket(family) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind((self.host, self.port))
-            except OSError as error:
-                raise LocalError(
-                    f"Port {self.port} on {self.host} cannot be used ({error.strerror}). Stop what listens there, or "
-                    f'choose another: make run ARGS="--port {self.port + 1}".'
-                ) from None
+        Raises: LocalError when somebody else has it.
+        """
+        # A process that was killed is gone a moment before the kernel has closed what it listened on.
+        patience = PORT_SECONDS if await end_service(self._mark) else 0.0
+        if not await eventually(self._port_is_free, patience):
+            raise LocalError(
+                f"Port {self.port} on {self.host} is taken or not ours to use. Stop what listens there, or choose "
+                f'another: make run ARGS="--port {self.port + 1}".'
+            )
 
     async def start(self, environment: dict[str, str]) -> None:
         """Start and wait until /health/ready says yes. Raises: LocalError when it ends or takes over 30 seconds."""
@@ -101,6 +90,15 @@ class Service:
             if not await eventually(ended, STOP_SECONDS):
                 os.killpg(self._process.pid, signal.SIGKILL)
                 await asyncio.to_thread(self._process.wait)
+
+    async def _port_is_free(self) -> bool:
+        with socket.socket(socket.AF_INET6 if ":" in self.host else socket.AF_INET) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((self.host, self.port))
+            except OSError:
+                return False
+            return True
 
 
 def environment(cluster: Cluster) -> dict[str, str]:

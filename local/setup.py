@@ -4,6 +4,8 @@ Everything is made beside its place and renamed when whole, so that no later run
 """
 
 import asyncio
+import json
+import secrets
 import shutil
 from collections.abc import Mapping
 from contextlib import suppress
@@ -12,8 +14,9 @@ from pathlib import Path
 import asyncpg
 
 from local.account import Account, remove_tree
-from local.postgres import HOST, Server, eventually
+from local.postgres import HOST, Server
 from local.programs import run_program
+from local.waiting import eventually
 
 PROJECT = Path(__file__).parent.parent
 SLOT = "replica"
@@ -28,6 +31,18 @@ VARIABLES = {
     "pgbouncer": "PGBOUNCER_PASSWORD",
 }
 ROLES = ("postgres", *VARIABLES)
+
+
+def read_passwords(path: Path) -> dict[str, str]:
+    """Read the passwords of a directory, made once; nothing in them needs quoting in SQL, URLs or files."""
+    if not path.exists():
+        made = {role: secrets.token_urlsafe(24) for role in ROLES}
+        half = path.with_suffix(".half")
+        half.touch(mode=0o600)
+        half.write_text(json.dumps(made), encoding="utf-8")
+        half.rename(path)
+    found: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))
+    return found
 
 
 async def initialise(server: Server) -> None:

@@ -6,6 +6,7 @@ A test that stops, kills, freezes or promotes one asks for `breakable_cluster`, 
 
 import tempfile
 from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -42,20 +43,23 @@ class Database:
         }
 
 
-@pytest.fixture(scope="session")
-def cluster_directory() -> Iterator[Path]:
-    """Give a directory that is open to the account that PostgreSQL runs as when we are root; pytest's own is not."""
-    with tempfile.TemporaryDirectory(prefix="lifeguard-tests-") as directory:
-        Path(directory).chmod(0o711)
-        yield Path(directory)
+@pytest.fixture
+def open_directory() -> Iterator[Path]:
+    """Give an empty directory that the account reaches that PostgreSQL runs as when we are root.
+
+    That account is shut out of pytest's own `tmp_path`.
+    """
+    with _open_directory() as directory:
+        yield directory
 
 
 @pytest.fixture(scope="session")
-async def cluster(cluster_directory: Path) -> AsyncIterator[Cluster]:
+async def cluster() -> AsyncIterator[Cluster]:
     """Give the cluster of this run; tests leave both servers as they found them."""
-    async with Cluster(cluster_directory) as running:
-        yield running
-    running.remove()
+    with _open_directory() as directory:
+        async with Cluster(directory) as running:
+            yield running
+        running.remove()
 
 
 @pytest.fixture
@@ -82,3 +86,10 @@ async def database(cluster: Cluster, migrated: str) -> AsyncIterator[Database]:
     await cluster.wait_replayed()
     yield Database(name, cluster)
     await cluster.drop_database(name)
+
+
+@contextmanager
+def _open_directory() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="lifeguard-tests-") as directory:
+        Path(directory).chmod(0o711)
+        yield Path(directory)

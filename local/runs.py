@@ -1,0 +1,71 @@
+"""Other runs over the same directory: the one that is alive, and what a killed one left behind."""
+
+import fcntl
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import psutil  # type: ignore[import-untyped]  # See local/waiting.py.
+
+from local.account import LocalError
+from local.waiting import processes_end
+
+END_SECONDS = 5.0
+# The variable that tells a service's processes, workers included, from all others.
+MARK = "LIFEGUARD_LOCAL"
+
+
+@contextmanager
+def alone_in(directory: Path) -> Iterator[None]:
+    """Hold the directory's lock, which the kernel releases even after kill -9.
+
+    Raises: LocalError when another run holds it.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    with (directory / "lock").open("a+", encoding="utf-8") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            raise LocalError(
+                f"Another run (process {lock.read().strip()}) uses {directory}: stop it, or give this one a "
+                "directory of its own with --directory."
+            ) from None
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
+        yield
+
+
+async def end_server(data: Path) -> None:
+    """End the PostgreSQL server over this data directory, politely: its next start then need not recover."""
+    try:
+        pid = int((data / "postmaster.pid").read_text(encoding="utf-8").split("\n", 1)[0])
+        postmaster = psutil.Process(pid)
+        if str(data) not in postmaster.cmdline():  # A stale file, and a stranger who has got the number since.
+            return
+        family = [postmaster, *postmaster.children(recursive=True)]
+        postmaster.send_signal(signal.SIGCONT)
+        postmaster.send_signal(signal.SIGINT)
+    except (OSError, ValueError, psutil.Error):
+        return
+    if not await processes_end(family, END_SECONDS):
+        for process in family:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        await processes_end(family, END_SECONDS)
+
+
+async def end_service(mark: str) -> bool:
+    """End the processes of the service that carry this mark; tell whether there were any."""
+    family = []
+    for process in psutil.process_iter():
+        # Others' processes are closed to us, and some end while we look.
+        with suppress(psutil.Error):
+            if process.environ().get(MARK) == mark:
+                process.kill()
+                family.append(process)
+    await processes_end(family, END_SECONDS)
+    return bool(family)

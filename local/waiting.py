@@ -1,0 +1,36 @@
+"""Waiting for what cannot call back, always with a deadline."""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Iterable
+from contextlib import suppress
+
+import psutil  # type: ignore[import-untyped]  # The wheel brings it along; its stubs would be one more package.
+
+POLL_SECONDS = 0.005
+
+
+async def eventually(condition: Callable[[], Awaitable[bool]], seconds: float) -> bool:
+    """Ask every few milliseconds until the answer is yes; tell whether it was in time."""
+    deadline = time.monotonic() + seconds
+    while not await condition():
+        if time.monotonic() > deadline:
+            return False
+        await asyncio.sleep(POLL_SECONDS)
+    return True
+
+
+async def processes_end(processes: Iterable[psutil.Process], seconds: float) -> bool:
+    """Wait until none of them works any more; tell whether it was in time.
+
+    A zombie has ended: whose child it is collects it at leisure, and the first process of some containers never does.
+    """
+
+    async def ended() -> bool:
+        for process in processes:
+            with suppress(psutil.NoSuchProcess):
+                if process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+                    return False
+        return True
+
+    return await eventually(ended, seconds)
