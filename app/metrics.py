@@ -8,7 +8,7 @@ without asking anything is `idle hold`, the price of slow work done at the wrong
 share figures. In multi-process mode (PROMETHEUS_MULTIPROC_DIR) gauges are the sum over the living workers.
 """
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
 
 ACQUIRE_BUCKETS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
 SECONDS_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
@@ -18,6 +18,8 @@ class Metrics:
     """The figures of one application."""
 
     def __init__(self) -> None:
+        # A second series for each counter and histogram that says when it was made, and that nobody reads.
+        disable_created_metrics()
         self.registry = registry = CollectorRegistry()
 
         def gauge(name: str, text: str, *labels: str, mode: str = "livesum") -> Gauge:

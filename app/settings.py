@@ -81,9 +81,7 @@ class DatabaseSettings(BaseModel):
     statement_cache_size: int = Field(
         500, ge=0, description="Prepared statements kept per connection; 0 for poolers that lack them."
     )
-    application_name: str = Field(
-        "lifeguard", min_length=1, max_length=63, description="As pg_stat_activity shows it."
-    )
+    application_name: str = Field("lifeguard", min_length=1, max_length=63, description="As pg_stat_activity shows it.")
     echo: bool = Field(False, description="Log every statement; never in production.")
 
     @property
@@ -144,6 +142,12 @@ class Settings(BaseSettings):
     )
     directory_timeout_seconds: float = Field(5, gt=0, le=60, description="Seconds for one answer of the directory.")
 
+    host: str = Field("127.0.0.1", description="Address to listen on; 0.0.0.0 in a container.")
+    port: int = Field(8000, ge=0, le=65_535, description="Port to listen on.")
+    trusted_proxies: str = Field(
+        "127.0.0.1", description="Addresses whose X-Forwarded-* headers are believed, separated by commas."
+    )
+    access_log: bool = Field(False, description="A log line for each request; the metrics count them anyway.")
     workers: int = Field(1, ge=1, le=64, description="Processes of one instance.")
     instances: int = Field(1, ge=1, le=10_000, description="Instances of the service; only the budget uses it.")
     connection_limit: int | None = Field(
@@ -226,6 +230,20 @@ class MigrationSettings(BaseSettings):
     migrations_url: DatabaseUrl | None = None
     database_url: DatabaseUrl | None = None
 
+    @property
+    def url(self) -> str:
+        """MIGRATIONS_URL, else DATABASE_URL, with its password.
+
+        Raises: SettingsError when neither is set.
+        """
+        found = self.migrations_url or self.database_url
+        if found is None:
+            raise SettingsError(
+                "Neither MIGRATIONS_URL nor DATABASE_URL is set: say where to migrate, past any pooler, as "
+                "postgresql://app_owner:password@host:5432/database."
+            )
+        return found.get_secret_value()
+
 
 def load_settings() -> Settings:
     """Read and check the environment.
@@ -298,9 +316,7 @@ def _grouped(variables: Mapping[str, str]) -> dict[str, dict[str, str]]:
         if not _is_known(name):
             near = get_close_matches(name.upper(), _known_names(), n=1)
             hint = f" Did you mean {near[0]}?" if near else ""
-            raise SettingsError(
-                f"{name.upper()} is not a setting of this service.{hint} All are in docs/settings.md."
-            )
+            raise SettingsError(f"{name.upper()} is not a setting of this service.{hint} All are in docs/settings.md.")
         group = next(g for g, prefix in PREFIXES.items() if name.startswith(prefix))
         groups[group][name.removeprefix(PREFIXES[group])] = value
     return groups

@@ -1,0 +1,181 @@
+"""The operator's commands: `python -m app serve | doctor | connections | token`."""
+
+import asyncio
+import os
+from datetime import timedelta
+from typing import Annotated, Any, cast
+
+import typer
+import uvicorn
+from rich.console import Console
+from rich.table import Table
+
+from app.db import budget
+from app.db.connector import Connector
+from app.db.sentinel import Sentinel
+from app.errors import DatabaseUnavailable
+from app.logs import log_config, wants_json
+from app.metrics import Metrics
+from app.security import Scope, issue_token
+from app.settings import DatabaseSettings, Settings, SettingsError, load_settings
+
+cli = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False)
+console = Console()
+
+HostOption = Annotated[str | None, typer.Option(help="Address to listen on; HOST.")]
+PortOption = Annotated[int | None, typer.Option(help="Port to listen on; PORT.", min=0, max=65_535)]
+WorkersOption = Annotated[int | None, typer.Option(help="Processes; WORKERS. One for each container.", min=1)]
+
+# Another service's session that has been idle for this long is likelier forgotten than pooled.
+IDLE_SECONDS = 600
+
+CONNECTIONS = """
+SELECT pid, usename, application_name, state, extract(epoch FROM clock_timestamp() - state_change)::float8 AS seconds,
+       left(query, 60) AS query
+FROM pg_stat_activity WHERE backend_type = 'client backend' AND pid <> pg_backend_pid()
+ORDER BY state, seconds DESC
+"""
+CLOSE_IDLE = """
+SELECT pid, pg_terminate_backend(pid) AS closed FROM pg_stat_activity
+WHERE backend_type = 'client backend' AND pid <> pg_backend_pid() AND state = 'idle'
+  AND state_change < clock_timestamp() - make_interval(secs => $1) AND application_name = $2
+"""
+
+
+@cli.command()
+def serve(host: HostOption = None, port: PortOption = None, workers: WorkersOption = None) -> None:
+    """Serve HTTP until SIGTERM or Ctrl-C; requests in flight are finished first."""
+    for name, value in (("HOST", host), ("PORT", port), ("WORKERS", workers)):
+        if value is not None:
+            # Worker processes read the environment too, and the budget counts them.
+            os.environ[name] = str(value)
+    settings = _settings()
+    as_json = wants_json(settings.log_format)
+    uvicorn.run(
+        "app.main:create_app",
+        factory=True,
+        host=settings.host,
+        port=settings.port,
+        workers=settings.workers,
+        loop="uvloop",
+        http="httptools",
+        lifespan="on",
+        proxy_headers=True,
+        forwarded_allow_ips=settings.trusted_proxies,
+        # Longer than any statement, so that none in flight is cut; the pools are drained after that.
+        timeout_graceful_shutdown=settings.graceful_timeout_seconds,
+        access_log=settings.access_log,
+        server_header=False,
+        log_config=log_config(settings.log_level, as_json=as_json, access_log=settings.access_log),
+    )
+
+
+@cli.command()
+def doctor() -> None:
+    """Check the settings, reach each database, and do the arithmetic of connections."""
+    settings = _settings()
+    table = Table("database", "at", "status", "latency", "pool", "server's max_connections", title="Databases")
+    ok = True
+    for name, database in _databases(settings):
+        try:
+            rows = _ask(settings, database, "SELECT current_setting('max_connections')::int AS n")
+        except DatabaseUnavailable as error:
+            ok = False
+            table.add_row(name, database.location, f"[red]{error}[/red]", "", _pool(database), "")
+            continue
+        table.add_row(name, database.location, "[green]healthy[/green]", "", _pool(database), str(rows[0]["n"]))
+    console.print(table)
+    total = budget.connections_of(settings, [database for _, database in _databases(settings)])
+    console.print(
+        f"All pools: {settings.workers} workers x {settings.instances} instances = at most {total} connections."
+    )
+    sizes = Table("rule", "8 cores", "this machine", title="Sizing, connections on the server")
+    cores = os.cpu_count() or 1
+    for rule, by in (
+        ("cores x 2 + 1", budget.by_cores),
+        ("cores x 2 + 4", budget.for_production),
+    ):
+        sizes.add_row(rule, str(by(8)), str(by(cores)))
+    sizes.add_row("500/s x 10 ms x 1.2", str(budget.by_load(500, 0.010)), "")
+    sizes.add_row("2,000/s x 5 ms x 1.2", str(budget.by_load(2000, 0.005)), "")
+    console.print(sizes)
+    presets = Table("preset", "pool_size", "max_overflow", title="Presets, per process")
+    for preset in budget.PRESETS:
+        presets.add_row(preset.name, str(preset.pool_size), str(preset.max_overflow))
+    console.print(presets)
+    if not ok:
+        raise typer.Exit(1)
+
+
+@cli.command()
+def connections(
+    *,
+    close_idle: Annotated[bool, typer.Option(help="Close this service's own connections idle for long.")] = False,
+    idle_seconds: Annotated[int, typer.Option(help="Seconds that count as long.", min=1)] = IDLE_SECONDS,
+) -> None:
+    """Show the primary's connections by application and state; close forgotten ones on request."""
+    settings = _settings()
+    try:
+        if close_idle:
+            closed = _ask(settings, settings.primary, CLOSE_IDLE, idle_seconds, settings.primary.application_name)
+            console.print(f"Closed {sum(row['closed'] for row in closed)} connections idle for {idle_seconds} s.")
+        rows = _ask(settings, settings.primary, CONNECTIONS)
+    except DatabaseUnavailable as error:
+        raise _stop(str(error)) from None
+    table = Table("pid", "role", "application", "state", "seconds", "query", title=settings.primary.location)
+    for row in rows:
+        seconds = "" if row["seconds"] is None else f"{row['seconds']:.0f}"
+        table.add_row(
+            str(row["pid"]), row["usename"], row["application_name"], row["state"] or "?", seconds, row["query"]
+        )
+    console.print(table)
+
+
+@cli.command()
+def token(
+    scope: Annotated[list[str], typer.Option(help="read, write or ops; repeat it for several.")],
+    subject: Annotated[str, typer.Option(help="Whom it is for.")] = "operator",
+    hours: Annotated[float, typer.Option(help="How long it is valid.", min=0.01, max=8760)] = 8,
+) -> None:
+    """Print a bearer token signed with AUTH_SECRET."""
+    settings = _settings()
+    if settings.auth_secret is None:
+        raise _stop("AUTH_SECRET is not set: the routes are open and need no token.")
+    if wrong := set(scope) - {"read", "write", "ops"}:
+        raise _stop(f"There is no scope {', '.join(sorted(wrong))}; choose from read, write, ops.")
+    scopes = cast("list[Scope]", scope)
+    print(issue_token(settings.auth_secret, subject=subject, scopes=scopes, lifetime=timedelta(hours=hours)))  # noqa: T201  # For a pipe: no colours, no wrapping.
+
+
+def _settings() -> Settings:
+    try:
+        settings = load_settings()
+        budget.check_budget(settings)
+    except SettingsError as error:
+        raise _stop(str(error)) from None
+    return settings
+
+
+def _stop(sentence: str) -> typer.Exit:
+    Console(stderr=True, soft_wrap=True).print(sentence, markup=False, highlight=False)
+    return typer.Exit(2)
+
+
+def _databases(settings: Settings) -> list[tuple[str, DatabaseSettings]]:
+    replicas = [(f"replica {number}", replica) for number, replica in enumerate(settings.replicas, 1)]
+    return [("primary", settings.primary), *replicas, ("analytics", settings.analytics)]
+
+
+def _pool(database: DatabaseSettings) -> str:
+    return f"{database.pool_size} + {database.max_overflow}"
+
+
+def _ask(settings: Settings, database: DatabaseSettings, sql: str, *arguments: Any) -> list[Any]:
+    async def ask() -> list[Any]:
+        sentinel = Sentinel("cli", Connector(database, writable=False), settings, Metrics())
+        try:
+            return list(await sentinel.ask(sql, *arguments, timeout_seconds=settings.health_timeout_seconds))
+        finally:
+            await sentinel.close()
+
+    return asyncio.run(ask())

@@ -1,0 +1,169 @@
+"""Opening one connection to PostgreSQL: several hosts, a deadline, keepalive. No pool in here.
+
+asyncpg's own list of hosts tries the next one when a connect is *refused*, but a black hole eats the whole timeout.
+Here each host has a timeout of its own, and the one that worked last is tried first.
+"""
+
+import asyncio
+import logging
+import socket
+from collections.abc import Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import asyncpg
+from sqlalchemy.exc import DBAPIError, EmulatedDBAPIException
+
+from app.errors import DatabaseUnreachable
+from app.settings import DatabaseSettings
+
+logger = logging.getLogger(__name__)
+
+# What opening or checking a connection raises: asyncpg's own, and SQLAlchemy's rendering of it. A TimeoutError is an
+# OSError.
+DRIVER_FAILURES = (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, DBAPIError, EmulatedDBAPIException)
+
+KEEPALIVE_IDLE_SECONDS = 30
+KEEPALIVE_INTERVAL_SECONDS = 5
+KEEPALIVE_PROBES = 3
+# Data that the peer's kernel does not acknowledge for this long ends the connection: 30 s, as a statement may take.
+UNACKNOWLEDGED_MILLISECONDS = 30_000
+
+
+class Opening:
+    """One attempt to open a connection, which must be over at `deadline` (the event loop's time)."""
+
+    def __init__(self, deadline: float) -> None:
+        self.deadline = deadline
+        self._guard: asyncio.TimerHandle | None = None
+
+    def guard(self, connection: "asyncpg.Connection[Any]") -> None:
+        """Tear the connection down if what SQLAlchemy still has to ask of it is not done by the deadline."""
+        self._guard = asyncio.get_running_loop().call_at(self.deadline, connection.terminate)
+
+    def done(self) -> None:
+        """Keep the connection."""
+        if self._guard is not None:
+            self._guard.cancel()
+
+
+opening: ContextVar[Opening] = ContextVar("opening")
+
+
+class KeptAliveConnection(asyncpg.Connection):
+    """A connection whose kernel notices a peer that is gone; asyncpg sets neither option."""
+
+    __slots__ = ()
+
+    def __init__(self, protocol: Any, transport: asyncio.Transport, *rest: Any) -> None:
+        super().__init__(protocol, transport, *rest)
+        sock: socket.socket = transport.get_extra_info("socket")
+        if sock.family in (socket.AF_INET, socket.AF_INET6):
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            for name, value in (
+                ("TCP_KEEPIDLE", KEEPALIVE_IDLE_SECONDS),
+                ("TCP_KEEPINTVL", KEEPALIVE_INTERVAL_SECONDS),
+                ("TCP_KEEPCNT", KEEPALIVE_PROBES),
+                ("TCP_USER_TIMEOUT", UNACKNOWLEDGED_MILLISECONDS),
+            ):
+                if hasattr(socket, name):  # Linux has them all, macOS some.
+                    sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+
+
+@dataclass(frozen=True, slots=True)
+class Host:
+    """One address of a database."""
+
+    name: str
+    port: int
+
+    def __str__(self) -> str:
+        return f"{self.name}:{self.port}"
+
+
+def hosts_of(settings: DatabaseSettings) -> list[Host]:
+    """List the hosts of a URL in its order: `//host:port/` or `?host=a:5432&host=b:5432`."""
+    url = settings.parsed_url
+    listed = url.query.get("host")
+    if listed is None:
+        return [Host(url.host or "localhost", url.port or 5432)]
+    pairs = [listed] if isinstance(listed, str) else listed
+    parts = [pair.rpartition(":") for entry in pairs for pair in entry.split(",")]
+    return [Host(name or port, int(port) if name else 5432) for name, _, port in parts]
+
+
+class Connector:
+    """Opens connections to the first of several hosts that will do."""
+
+    def __init__(self, settings: DatabaseSettings, *, writable: bool) -> None:
+        self.settings = settings
+        self.hosts = hosts_of(settings)
+        self._must_be_writable = writable and len(self.hosts) > 1
+        self._first = 0
+
+    async def open_for_pool(self) -> "asyncpg.Connection[Any]":
+        """Open a connection by the deadline of the pool's attempt, and guard what follows."""
+        attempt = opening.get()
+        connection = await self.open(attempt.deadline)
+        attempt.guard(connection)
+        return connection
+
+    async def open(self, deadline: float) -> "asyncpg.Connection[Any]":
+        """Open a connection by `deadline` (the event loop's time), trying the last good host first.
+
+        Raises: DatabaseUnreachable, caused by the last host's failure.
+        """
+        loop = asyncio.get_running_loop()
+        failure: BaseException | None = None
+        for index in self._order():
+            seconds = min(self.settings.connect_timeout_seconds, deadline - loop.time())
+            if seconds <= 0:
+                break
+            try:
+                connection = await self._open_host(self.hosts[index], seconds)
+            except DRIVER_FAILURES as error:
+                failure = error
+            else:
+                self._remember(index)
+                return connection
+            if index == self._first:
+                # The next request starts with the next host, and does not wait for this one again.
+                self._first = (index + 1) % len(self.hosts)
+        message = str(failure) or type(failure).__name__ if failure else "no time was left"
+        raise DatabaseUnreachable(f"The database cannot be reached: {message}.") from failure
+
+    def _order(self) -> Sequence[int]:
+        count = len(self.hosts)
+        return [(self._first + offset) % count for offset in range(count)]
+
+    def _remember(self, index: int) -> None:
+        if index != self._first:
+            logger.warning("database host changed", extra={"host": str(self.hosts[index])})
+            self._first = index
+
+    async def _open_host(self, host: Host, seconds: float) -> "asyncpg.Connection[Any]":
+        settings, url = self.settings, self.settings.parsed_url
+        query = {name: value for name, value in url.query.items() if name not in {"host", "target_session_attrs"}}
+        # asyncpg reads sslmode and its like from a URL only; user and password need no quoting as arguments.
+        rest = url.set(drivername="postgresql", username=None, password=None, host=None, port=None, query=query)
+        connection = await asyncpg.connect(
+            rest.render_as_string(hide_password=False),
+            host=host.name,
+            port=host.port,
+            user=url.username,
+            password=url.password,
+            timeout=seconds,
+            command_timeout=settings.command_timeout_seconds,
+            statement_cache_size=settings.statement_cache_size,
+            server_settings={"application_name": settings.application_name},
+            connection_class=KeptAliveConnection,
+        )
+        if self._must_be_writable and await _is_standby(connection):
+            connection.terminate()
+            raise ConnectionRefusedError(f"{host} is a standby and takes no writes")
+        return connection
+
+
+async def _is_standby(connection: "asyncpg.Connection[Any]") -> bool:
+    return bool(await connection.fetchval("SELECT pg_catalog.pg_is_in_recovery()"))

@@ -1,0 +1,165 @@
+"""The databases of the service: each an engine, its pool and its sentinel, opened and closed together.
+
+`Databases` is made by `create_app`, opened by the lifespan, and reached by sessions through `app.state`. It starts
+with any of the databases down: readiness says so, and the sentinels notice when they are back.
+"""
+
+import asyncio
+import logging
+from typing import Literal, cast
+
+from sqlalchemy.ext.asyncio import create_async_engine
+
+from app.db.connector import Connector
+from app.db.observe import EngineWatch, PoolWatch
+from app.db.pool import BoundedPool
+from app.db.replica import Replica, Router
+from app.db.sentinel import Sentinel
+from app.errors import DatabaseUnavailable
+from app.metrics import Metrics
+from app.settings import DatabaseSettings, Settings
+
+logger = logging.getLogger(__name__)
+
+Role = Literal["primary", "replica", "analytics"]
+# Seconds between two rounds of upkeep of the pools: short against every lifetime, long against a round's cost.
+UPKEEP_SECONDS = 1.0
+
+
+class Database:
+    """One database: its engine, the pool in front, the sentinel beside, and three ways to use the engine."""
+
+    def __init__(self, name: str, role: Role, settings: DatabaseSettings, service: Settings, metrics: Metrics) -> None:
+        self.name = name
+        self.role = role
+        self.settings = settings
+        watch = PoolWatch(metrics, name)
+        connector = Connector(settings, writable=role == "primary")
+        self.sentinel = Sentinel(name, connector, service, metrics)
+        self.engine = create_async_engine(
+            # SQLAlchemy reads the dialect from it; where to connect is the connector's business.
+            "postgresql+asyncpg://",
+            poolclass=BoundedPool,
+            settings=settings,
+            watch=watch,
+            connect_args={
+                "async_creator_fn": connector.open_for_pool,
+                "prepared_statement_cache_size": settings.statement_cache_size,
+            },
+            # A standby is read-only by nature, so a read there needs no transaction: one round trip, not three.
+            **({"isolation_level": "AUTOCOMMIT"} if role == "replica" else {}),
+            echo=settings.echo,
+            hide_parameters=True,
+        )
+        self.pool = cast("BoundedPool", self.engine.pool)
+        EngineWatch(
+            self.engine, self.pool, watch, slow_query_seconds=service.slow_query_seconds, writable=role == "primary"
+        )
+        # For reads: free of transactions on a replica, BEGIN READ ONLY on the primary.
+        self.read_engine = self.engine if role == "replica" else self.engine.execution_options(postgresql_readonly=True)
+        # For reports: all statements of a session see one snapshot.
+        self.report_engine = self.engine.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
+
+
+class Databases:
+    """The primary, its replicas and the analytics database, as one thing to open and close."""
+
+    def __init__(self, settings: Settings, metrics: Metrics) -> None:
+        self.settings = settings
+        self.metrics = metrics
+
+        def database(name: str, role: Role, chosen: DatabaseSettings) -> Database:
+            return Database(name, role, chosen, settings, metrics)
+
+        self.primary = database("primary", "primary", settings.primary)
+        self.analytics = database("analytics", "analytics", settings.analytics)
+        self.replicas = [
+            # One replica is plainly "replica"; several are numbered.
+            database("replica" if len(settings.replicas) == 1 else f"replica-{number}", "replica", chosen)
+            for number, chosen in enumerate(settings.replicas, 1)
+        ]
+        self.router = Router(
+            self.primary,
+            [Replica(database, self.primary.sentinel, settings, metrics) for database in self.replicas],
+            metrics,
+            fallback=settings.replica_fallback,
+        )
+        self.closing = False
+        self._tasks: list[asyncio.Task[None]] = []
+
+    def all(self) -> list[Database]:
+        """List the databases: primary, replicas, analytics."""
+        return [self.primary, *self.replicas, self.analytics]
+
+    async def open(self) -> None:
+        """Warm the pools and start the sentinels. A database that is down does not keep the service from starting."""
+        await asyncio.gather(*(_warm_up(database) for database in self.all()))
+        self._tasks = [asyncio.create_task(database.sentinel.watch()) for database in self.all()]
+        self._tasks += [asyncio.create_task(self._upkeep()), asyncio.create_task(self._log_figures())]
+
+    async def close(self, *, grace_seconds: float = 5.0) -> None:
+        """Admit nobody, let what is at work finish for `grace_seconds`, close every connection."""
+        self.closing = True
+        for database in self.all():
+            database.pool.close()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        deadline = asyncio.get_running_loop().time() + grace_seconds
+        for database in self.all():
+            await database.pool.drained(deadline - asyncio.get_running_loop().time())
+        for database in self.all():
+            if holdings := database.pool.holdings():
+                logger.error("connections cut at shutdown", extra={"pool": database.name, "count": len(holdings)})
+            database.pool.abandon()
+            await database.engine.dispose()
+            await database.sentinel.close()
+
+    def publish(self) -> None:
+        """Set the gauges to what the pools are now; called for each scrape."""
+        metrics = self.metrics
+        for database in self.all():
+            figures, name = database.pool.figures(), database.name
+            metrics.pool_total.labels(name).set(figures.total)
+            metrics.pool_available.labels(name).set(figures.available)
+            metrics.pool_checked_out.labels(name).set(figures.checked_out)
+            metrics.pool_open.labels(name).set(figures.checked_out + figures.checked_in)
+            metrics.pool_waiting.labels(name).set(figures.waiting)
+            metrics.up.labels(name).set(database.sentinel.healthy)
+
+    async def _upkeep(self) -> None:
+        while True:
+            await asyncio.sleep(UPKEEP_SECONDS)
+            for database in self.all():
+                database.pool.tend()
+                self._report_long_held(database)
+                if database.sentinel.healthy:
+                    await _warm_up(database)
+
+    def _report_long_held(self, database: Database) -> None:
+        for holding in database.pool.newly_long_held(self.settings.leak_after_seconds):
+            self.metrics.long_held.labels(database.name, holding.holder).inc()
+            logger.warning(
+                "connection held for long",
+                extra={
+                    "pool": database.name,
+                    "route": holding.holder,
+                    "held_seconds": round(holding.held_seconds, 1),
+                    "idle_seconds": round(holding.idle_seconds, 1),
+                },
+            )
+
+    async def _log_figures(self) -> None:
+        while True:
+            await asyncio.sleep(self.settings.pool_log_interval_seconds)
+            for database in self.all():
+                figures = database.pool.figures()
+                extra = {name: getattr(figures, name) for name in figures.__slots__}
+                logger.info("pool figures", extra={"pool": database.name, **extra})
+
+
+async def _warm_up(database: Database) -> None:
+    try:
+        await database.pool.warm_up()
+    except DatabaseUnavailable as error:
+        logger.warning("pool not warmed", extra={"pool": database.name, "reason": str(error)})

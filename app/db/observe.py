@@ -1,0 +1,150 @@
+"""What the pools and engines tell: metrics by pool, log lines, slow queries, and the driver's failures by name.
+
+Names of metrics live in `app/metrics.py`; this module feeds them. The route or task that holds a connection comes
+with the checkout, never from a listener's own state.
+"""
+
+import logging
+import time
+from collections.abc import Callable
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+from prometheus_client import Counter, Histogram
+from sqlalchemy import event
+from sqlalchemy.engine import Connection, ExceptionContext
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from app.errors import CommandTimeout, ConnectionLost, WriteInReadSession, sqlstate
+from app.metrics import Metrics
+
+if TYPE_CHECKING:
+    from app.db.pool import BoundedPool, Tenure
+
+logger = logging.getLogger(__name__)
+
+# A statement is cut to this length in the log: enough to find it, too little to flood.
+STATEMENT_CHARACTERS = 200
+READ_ONLY = "25006"
+
+
+class PoolWatch:
+    """Counts what one pool does. Looking a metric's labels up costs more than counting, so each is looked up once."""
+
+    def __init__(self, metrics: Metrics, pool: str) -> None:
+        self.pool = pool
+        self._acquire = metrics.acquire_seconds.labels(pool)
+        self._wait = metrics.wait.labels(pool)
+        self._connect = metrics.connect_seconds.labels(pool)
+        self._connect_failures = metrics.connect_failures.labels(pool)
+        self.query = metrics.query_seconds.labels(pool)
+        self.slow = metrics.slow_queries.labels(pool)
+        # Routes are templates and a handful: the caches stay small.
+        self._hold: Callable[[str], Histogram] = lru_cache(lambda route: metrics.hold_seconds.labels(pool, route))
+        self._idle: Callable[[str], Histogram] = lru_cache(lambda route: metrics.idle_hold_seconds.labels(pool, route))
+        self._rejected: Callable[[str], Counter] = lru_cache(lambda why: metrics.rejected.labels(pool, why))
+        self._replaced: Callable[[str], Counter] = lru_cache(lambda why: metrics.invalidations.labels(pool, why))
+        for reason in ("queue_full", "timeout", "closing"):
+            # A rate needs a zero to start from: without it the first refusal would not show.
+            self._rejected(reason)
+
+    def acquired(self, seconds: float) -> None:
+        """Count a checkout and the seconds that it took."""
+        self._acquire.observe(seconds)
+
+    def waited(self) -> None:
+        """Count an acquisition that has to queue."""
+        self._wait.inc()
+
+    def rejected(self, reason: str) -> None:
+        """Count a refusal. Many come at once, so the log has them at DEBUG only."""
+        self._rejected(reason).inc()
+        logger.debug("connection refused", extra={"pool": self.pool, "reason": reason})
+
+    def connected(self, seconds: float) -> None:
+        """Count and log a connection that was opened."""
+        self._connect.observe(seconds)
+        logger.debug("connection opened", extra={"pool": self.pool, "seconds": round(seconds, 4)})
+
+    def connect_failed(self) -> None:
+        """Count a connection that could not be opened."""
+        self._connect_failures.inc()
+
+    def replaced(self, reason: str) -> None:
+        """Count and log a connection that was given up."""
+        self._replaced(reason).inc()
+        logger.debug("connection closed", extra={"pool": self.pool, "reason": reason})
+
+    def returned(self, holder: str, held: float, queried: float) -> None:
+        """Count a checkin: seconds held, and of these the ones without a query."""
+        self._hold(holder).observe(held)
+        self._idle(holder).observe(max(0.0, held - queried))
+
+
+class EngineWatch:
+    """Times every statement of an engine, logs the slow ones, and names the failures that SQLAlchemy leaves bare."""
+
+    def __init__(
+        self, engine: AsyncEngine, pool: "BoundedPool", watch: PoolWatch, *, slow_query_seconds: float, writable: bool
+    ) -> None:
+        self._pool = pool
+        self._writable = writable
+        self._watch = watch
+        self._slow_query_seconds = slow_query_seconds
+        for name, listener in (
+            ("before_cursor_execute", self._started),
+            ("after_cursor_execute", self._succeeded),
+            ("handle_error", self._failed),
+            ("rollback", self._rolled_back),
+            ("rollback_savepoint", self._rolled_back),
+        ):
+            event.listen(engine.sync_engine, name, listener)
+
+    def _started(self, _connection: Connection, *rest: Any) -> None:
+        # cursor, statement, parameters, context, executemany
+        rest[3].started_at = time.perf_counter()
+
+    def _succeeded(self, connection: Connection, *rest: Any) -> None:
+        self._finished(connection, rest[1], rest[3])
+
+    def _finished(self, connection: Connection, statement: str, context: Any) -> "Tenure":
+        seconds = time.perf_counter() - context.started_at
+        self._watch.query.observe(seconds)
+        tenure: Tenure = connection.info["tenure"]
+        tenure.queried += seconds
+        if seconds >= self._slow_query_seconds:
+            self._watch.slow.inc()
+            # Never the parameters: they are health data.
+            text = " ".join(statement.split())[:STATEMENT_CHARACTERS]
+            extra = {"pool": self._watch.pool, "seconds": round(seconds, 3), "route": tenure.holder, "statement": text}
+            logger.warning("slow query", extra=extra)
+        return tenure
+
+    def _rolled_back(self, connection: Connection, *_savepoint: Any) -> None:
+        if not connection.invalidated:
+            connection.info["tenure"].aborted = False
+
+    def _failed(self, failure: ExceptionContext) -> None:
+        connection, context, error = failure.connection, failure.execution_context, failure.original_exception
+        if connection is not None and hasattr(context, "started_at"):
+            # Until a rollback, to a savepoint or of all, whatever comes next in this transaction fails too.
+            self._finished(connection, failure.statement or "", context).aborted = True
+        state = sqlstate(error) or ""
+        if state == READ_ONLY:
+            if not self._writable or connection is None or _reads_only(connection):
+                raise WriteInReadSession("A read session was asked to write.") from error
+            # The address leads to a server that was demoted, and so do all the other connections.
+            failure.is_disconnect = True
+            self._pool.dispose()
+        elif state.startswith("57P"):
+            failure.is_disconnect = True
+        elif isinstance(error, TimeoutError):
+            failure.is_disconnect = True
+            raise CommandTimeout("The database did not answer in time.") from error
+        elif isinstance(error, OSError):
+            failure.is_disconnect = True
+            raise ConnectionLost("The connection to the database was lost; nothing was committed.") from error
+
+
+def _reads_only(connection: Connection) -> bool:
+    return bool(connection.get_execution_options().get("postgresql_readonly"))

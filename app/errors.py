@@ -1,0 +1,247 @@
+"""What can go wrong, and what a client is told: RFC 9457 problem documents with a stable `code`.
+
+    ServiceError                      code                   status
+    ├── NotFound                      not_found              404    (each domain names its own)
+    ├── Conflict                      conflict               409    (each domain names its own)
+    ├── Unauthorized                  unauthorized           401
+    ├── Forbidden                     forbidden              403
+    ├── DirectoryFailed               directory_failed       502
+    ├── WriteInReadSession            internal_error         500    a bug: a read session was asked to write
+    ├── TransactionAborted            internal_error         500    a bug: a statement's failure was swallowed
+    └── DatabaseUnavailable           database_unavailable   503    weather: the same request may work in a second
+        ├── PoolExhausted             pool_exhausted
+        ├── DatabaseUnreachable       database_unreachable
+        ├── ConnectionLost            connection_lost
+        ├── CommandTimeout            database_timeout
+        ├── ReplicaUnavailable        replica_unavailable
+        └── OutcomeUnknown            outcome_unknown        the connection died while COMMIT was under way
+
+Failures that the server reports stay SQLAlchemy's exceptions; `classify` is the one table that turns their SQLSTATE
+into an answer. An OSError or a TimeoutError becomes one of ours where it leaves the driver (`app/db`), so that a bug
+elsewhere that raises one is not mistaken for weather.
+"""
+
+import logging
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from sqlalchemy.exc import DBAPIError
+from starlette.exceptions import HTTPException
+
+logger = logging.getLogger(__name__)
+
+MEDIA_TYPE = "application/problem+json"
+
+
+class ServiceError(Exception):
+    """Root of the tree. `str(error)` is the sentence that the client reads: no health data, no secrets."""
+
+    status = 500
+    code = "internal_error"
+
+
+class NotFound(ServiceError):
+    """The thing that the path names does not exist."""
+
+    status = 404
+    code = "not_found"
+
+
+class Conflict(ServiceError):
+    """The request contradicts what is stored."""
+
+    status = 409
+    code = "conflict"
+
+
+class Unauthorized(ServiceError):
+    """No bearer token, or not one of ours."""
+
+    status = 401
+    code = "unauthorized"
+
+
+class Forbidden(ServiceError):
+    """The token lacks the scope."""
+
+    status = 403
+    code = "forbidden"
+
+
+class DirectoryFailed(ServiceError):
+    """The user directory did not give a usable answer."""
+
+    status = 502
+    code = "directory_failed"
+
+
+class WriteInReadSession(ServiceError):
+    """A statement that writes was sent through a read session: a bug of ours, never weather."""
+
+
+class TransactionAborted(ServiceError):
+    """A statement failed, somebody swallowed its error, and COMMIT would be a silent ROLLBACK: a bug of ours."""
+
+
+class DatabaseUnavailable(ServiceError):
+    """The database cannot serve this request now; a retry may help."""
+
+    status = 503
+    code = "database_unavailable"
+
+
+class PoolExhausted(DatabaseUnavailable):
+    """Every connection is at work, and the queue is full or the wait was too long."""
+
+    code = "pool_exhausted"
+
+
+class DatabaseUnreachable(DatabaseUnavailable):
+    """No connection could be opened."""
+
+    code = "database_unreachable"
+
+
+class ConnectionLost(DatabaseUnavailable):
+    """The connection went away, and nothing of the request was committed."""
+
+    code = "connection_lost"
+
+
+class CommandTimeout(DatabaseUnavailable):
+    """The server did not answer within command_timeout_seconds; the connection was dropped."""
+
+    code = "database_timeout"
+
+
+class ReplicaUnavailable(DatabaseUnavailable):
+    """The replica cannot serve this read, and the primary may not or is too busy to step in."""
+
+    code = "replica_unavailable"
+
+
+class OutcomeUnknown(DatabaseUnavailable):
+    """The connection died while COMMIT was under way: the write may or may not have happened."""
+
+    code = "outcome_unknown"
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """What a client is told about a failure that the database reported."""
+
+    status: int
+    code: str
+    detail: str
+
+
+_LOST = Failure(503, "connection_lost", "The connection to the database was lost; nothing was committed.")
+_BUSY = Failure(503, "database_overloaded", "The database is out of a resource.")
+# The first five, three or two characters of an SQLSTATE; the longest match wins.
+_FAILURES = {
+    "08": _LOST,
+    "23503": Failure(409, "conflict", "The request refers to something that does not exist or is still in use."),
+    "23505": Failure(409, "conflict", "Something with the same unique value exists already."),
+    "23P01": Failure(409, "conflict", "The request overlaps something that exists already."),
+    "25006": Failure(503, "database_read_only", "The database takes no writes at the moment."),
+    "25P03": _LOST,
+    "25P04": Failure(504, "statement_timeout", "The transaction took longer than the database allows."),
+    "28": Failure(503, "database_unreachable", "The database did not let the service in."),
+    "3D000": Failure(503, "database_unreachable", "The database does not exist."),
+    "40001": Failure(503, "serialization_failure", "The transaction collided with another one."),
+    "40P01": Failure(503, "deadlock", "The transaction ran into a deadlock and was rolled back."),
+    "53": _BUSY,
+    "53300": Failure(503, "too_many_connections", "The database has no connection left."),
+    "55P03": Failure(503, "lock_timeout", "The rows are locked by another transaction."),
+    "57014": Failure(504, "statement_timeout", "The statement took longer than the database allows."),
+    "57P": _LOST,
+    "58": Failure(503, "database_failed", "The database has trouble with its own system."),
+}
+
+
+def sqlstate(error: BaseException | None) -> str | None:
+    """Return the five characters with which PostgreSQL names a failure, of SQLAlchemy's or asyncpg's exception."""
+    original = error.orig if isinstance(error, DBAPIError) else error
+    state = getattr(original, "sqlstate", None)
+    return state if isinstance(state, str) else None
+
+
+def classify(error: BaseException) -> Failure | None:
+    """Say what a client is told about a failure of the database; None is a bug, and a 500."""
+    if isinstance(error, (WriteInReadSession, TransactionAborted)):
+        return None
+    state = sqlstate(error) or sqlstate(error.__cause__) or ""
+    if isinstance(error, (DBAPIError, DatabaseUnreachable)):
+        for length in (5, 3, 2):
+            if failure := _FAILURES.get(state[:length]):
+                return failure
+    if isinstance(error, ServiceError):
+        return Failure(error.status, error.code, str(error))
+    return _LOST if isinstance(error, DBAPIError) and error.connection_invalidated else None
+
+
+def problem(request: Request, failure: Failure, **more: Any) -> JSONResponse:
+    """Build the answer: application/problem+json, with Retry-After on every 503."""
+    headers = {}
+    if failure.status == HTTPStatus.SERVICE_UNAVAILABLE:
+        headers["Retry-After"] = str(request.app.state.settings.retry_after_seconds)
+    if failure.status == HTTPStatus.UNAUTHORIZED:
+        headers["WWW-Authenticate"] = "Bearer"
+    body = {
+        "type": "about:blank",
+        "title": HTTPStatus(failure.status).phrase,
+        "status": failure.status,
+        "detail": failure.detail,
+        "code": failure.code,
+        **more,
+    }
+    return JSONResponse(body, failure.status, headers, MEDIA_TYPE)
+
+
+def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """Describe error answers for OpenAPI: `APIRouter(responses=documented(404, 409))`."""
+    text = {"type": "string"}
+    properties = {"type": text, "title": text, "status": {"type": "integer"}, "detail": text, "code": text}
+    schema = {"type": "object", "properties": properties, "required": list(properties)}
+    return {
+        status: {"description": HTTPStatus(status).phrase, "content": {MEDIA_TYPE: {"schema": schema}}}
+        for status in statuses
+    }
+
+
+def install(app: FastAPI) -> None:
+    """Answer every exception of this service with a problem document."""
+    app.add_exception_handler(ServiceError, _answer_failure)
+    app.add_exception_handler(DBAPIError, _answer_failure)
+    app.add_exception_handler(RequestValidationError, _answer_invalid)
+    app.add_exception_handler(HTTPException, _answer_http)
+
+
+async def _answer_failure(request: Request, error: Exception) -> JSONResponse:
+    failure = classify(error)
+    if failure is None:
+        raise error  # Not weather: the last resort in middleware.py logs it and answers 500.
+    if failure.status >= HTTPStatus.INTERNAL_SERVER_ERROR:
+        logger.warning("%s: %s", failure.code, error.orig if isinstance(error, DBAPIError) else error)
+    # For the middleware, which may run a read once more elsewhere when it knows why this one failed.
+    request.scope.setdefault("state", {})["failure_code"] = failure.code
+    return problem(request, failure)
+
+
+async def _answer_invalid(request: Request, error: Exception) -> JSONResponse:
+    # What was sent stays out of the answer and the log: it is health data.
+    mistakes = error.errors() if isinstance(error, RequestValidationError) else []
+    errors = [{"loc": list(m["loc"]), "msg": m["msg"], "type": m["type"]} for m in mistakes]
+    return problem(request, Failure(422, "invalid_request", "The request does not fit its schema."), errors=errors)
+
+
+async def _answer_http(request: Request, error: Exception) -> JSONResponse:
+    status = error.status_code if isinstance(error, HTTPException) else 500
+    phrase = HTTPStatus(status).phrase
+    answer = problem(request, Failure(status, phrase.lower().replace(" ", "_"), f"{phrase}."))
+    answer.headers.update(getattr(error, "headers", None) or {})
+    return answer

@@ -1,0 +1,33 @@
+"""Types of request fields that more than one domain uses."""
+
+from typing import Annotated, Any, Self
+
+from fastapi import Path
+from pydantic import BaseModel, ConfigDict, StringConstraints, model_validator
+
+# One line of text. Control characters are refused: PostgreSQL cannot store NUL, and the others only hide things.
+Line = Annotated[
+    str,
+    StringConstraints(strip_whitespace=True, min_length=1, max_length=200, pattern=r"^[^\x00-\x1f\x7f]*$"),
+]
+# A primary key; larger numbers do not fit PostgreSQL's bigint.
+Id = Annotated[int, Path(ge=1, le=2**63 - 1)]
+
+
+class Change(BaseModel):
+    """The body of a PATCH: a field left out stays as it is, null is refused, and something must change."""
+
+    model_config = ConfigDict(extra="forbid", json_schema_extra={"minProperties": 1})
+
+    @model_validator(mode="after")
+    def _changes_something(self) -> Self:
+        if not self.changes():
+            raise ValueError("names nothing to change")
+        for name, value in self.changes().items():
+            if value is None:
+                raise ValueError(f"{name} cannot be null; leave it out to keep it")
+        return self
+
+    def changes(self) -> dict[str, Any]:
+        """Return the fields that were sent."""
+        return {name: getattr(self, name) for name in self.model_fields_set}

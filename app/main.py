@@ -1,0 +1,90 @@
+"""Put the service together: the only place where settings, databases, middleware and routes meet.
+
+`create_app(Settings(...))` may be called more than once in a process; `uvicorn --factory app.main:create_app` calls it
+without arguments, and then it reads the environment.
+"""
+
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+
+import httpx
+from fastapi import Depends, FastAPI
+from fastapi.params import Depends as DependsClass
+
+from app import errors, patients, reports, users
+from app.db.budget import check_budget
+from app.db.engines import Databases
+from app.logs import configure_logs
+from app.metrics import Metrics
+from app.middleware import HttpMetrics, LastResort, OnceMore, ReadYourWrites, RequestId
+from app.ops import debug, health
+from app.security import required
+from app.settings import Settings, SettingsError, load_settings
+
+DESCRIPTION = "A FastAPI + PostgreSQL reference service whose database pool never drowns."
+
+
+def create_app(settings: Settings | None = None) -> FastAPI:
+    """Build the service. Without settings, read them from the environment, and set the logs up.
+
+    Raises: SystemExit, with a sentence, when the environment is wrong; SettingsError when the given settings are.
+    """
+    if settings is None:
+        try:
+            return create_app(_from_environment())
+        except SettingsError as error:
+            raise SystemExit(f"lifeguard cannot start.\n{error}") from None
+    check_budget(settings)
+    metrics = Metrics()
+    databases = Databases(settings, metrics)
+
+    app = FastAPI(title="Lifeguard", version="0.1.0", description=DESCRIPTION, lifespan=_lifespan)
+    app.state.settings = settings
+    app.state.metrics = metrics
+    app.state.databases = databases
+    errors.install(app)
+    _add_routes(app, settings)
+
+    # The last one added is the outermost.
+    app.add_middleware(OnceMore, metrics=metrics, databases=databases)
+    app.add_middleware(ReadYourWrites, metrics=metrics)
+    app.add_middleware(LastResort)
+    app.add_middleware(HttpMetrics, metrics=metrics)
+    app.add_middleware(RequestId)
+    return app
+
+
+def _from_environment() -> Settings:
+    settings = load_settings()
+    configure_logs(settings.log_level, settings.log_format)
+    return settings
+
+
+def _add_routes(app: FastAPI, settings: Settings) -> None:
+    app.include_router(health.router)
+    guard: Sequence[DependsClass] = ()
+    guard_ops: Sequence[DependsClass] = ()
+    if settings.auth_secret is not None:
+        guard = [Depends(required(settings.auth_secret))]
+        guard_ops = [Depends(required(settings.auth_secret, "ops"))]
+    app.include_router(debug.router, dependencies=guard_ops)
+    for domain in (users, patients, reports):
+        app.include_router(domain.router, dependencies=guard)
+    if settings.directory_url is not None:
+        app.include_router(users.sync_router, dependencies=guard)
+
+
+@asynccontextmanager
+async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
+    """Open what the service needs and close it; a database that is down keeps it neither from starting nor stopping."""
+    databases: Databases = app.state.databases
+    settings: Settings = app.state.settings
+    async with httpx.AsyncClient(
+        base_url=settings.directory_url or "", timeout=settings.directory_timeout_seconds
+    ) as client:
+        app.state.directory = client
+        await databases.open()
+        try:
+            yield
+        finally:
+            await databases.close()

@@ -1,0 +1,240 @@
+"""Pure ASGI middleware, outermost first: request id, HTTP metrics, last resort, consistency.
+
+Each passes other scope types through. What a request's layers tell each other lives in `scope["state"]`.
+"""
+
+import logging
+import re
+import secrets
+import time
+from functools import lru_cache
+from typing import Any
+
+from fastapi import Request
+from starlette.datastructures import MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from app.db.engines import Databases
+from app.db.sessions import Consistency, route_of
+from app.errors import Failure, problem
+from app.logs import request_id
+from app.metrics import Metrics
+
+logger = logging.getLogger(__name__)
+
+METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+SAFE_METHODS = frozenset({"GET", "HEAD"})
+TOKEN_HEADER = "X-Consistency-Token"  # noqa: S105  # A position in the WAL, not a secret.
+TOKEN_COOKIE = "consistency_token"  # noqa: S105  # The same.
+# A replica that is further behind than this serves nobody, so an older token asks for nothing.
+TOKEN_SECONDS = 60
+# What a replica answers when it is the replica that fails, and not the request.
+REPLICA_FAILURES = frozenset(
+    {
+        "connection_lost",
+        "database_timeout",
+        "database_unreachable",
+        "deadlock",
+        "serialization_failure",
+        "too_many_connections",
+    }
+)
+
+
+class RequestId:
+    """Give each request an id, the client's own if it is a plain one, in the log and in X-Request-ID."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        given = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"")
+        chosen = given if _PLAIN_ID.fullmatch(given) else secrets.token_hex(8).encode()
+        request_id.set(chosen.decode())
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message.get("headers", ()), (b"x-request-id", chosen)]
+            await send(message)
+
+        await self._app(scope, receive, send_with_id)
+
+
+class HttpMetrics:
+    """Count and time requests by method, route template and status."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self._app = app
+        self._in_progress = metrics.http_in_progress
+        self._counter = lru_cache(4096)(lambda *labels: metrics.http_requests.labels(*labels))
+        self._timer = lru_cache(1024)(lambda *labels: metrics.http_seconds.labels(*labels))
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        status = 500
+        started = time.perf_counter()
+        self._in_progress.inc()
+
+        async def send_counted(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_counted)
+        finally:
+            self._in_progress.dec()
+            # A client may send any word as its method; the label may not.
+            method = scope["method"] if scope["method"] in METHODS else "other"
+            route = route_of(scope)
+            self._counter(method, route, str(status)).inc()
+            self._timer(method, route).observe(time.perf_counter() - started)
+
+
+class LastResort:
+    """Answer 500 as a problem document, inside the request id and the metrics, and log what was not foreseen."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        started = False
+
+        async def send_noting(message: Message) -> None:
+            nonlocal started
+            started = True
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_noting)
+        except Exception:
+            # The edge of the request: whatever comes here is a bug, and the next request must not suffer from it.
+            logger.exception("unforeseen failure", extra={"route": route_of(scope)})
+            if started:
+                raise
+            failure = Failure(500, "internal_error", "The service failed. The log has the reason by X-Request-ID.")
+            await problem(Request(scope), failure)(scope, receive, send)
+
+
+class ReadYourWrites:
+    """Carry the consistency token: what a client wrote, it reads, whichever database serves it.
+
+    A write answers with the LSN after its COMMIT, in a header and a cookie; a request that sends either back is read
+    from a replica only when that has replayed as much.
+    """
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self._app = app
+        self._count = lru_cache(lambda outcome: metrics.tokens.labels(outcome))
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        consistency = Consistency(wanted_lsn=self._wanted(scope))
+        scope.setdefault("state", {})["consistency"] = consistency
+
+        async def send_with_token(message: Message) -> None:
+            if message["type"] == "http.response.start" and consistency.written_lsn is not None:
+                token = f"{consistency.written_lsn >> 32:X}/{consistency.written_lsn & 0xFFFFFFFF:X}"
+                headers = MutableHeaders(scope=message)
+                headers[TOKEN_HEADER] = token
+                cookie = f"{TOKEN_COOKIE}={token}; Max-Age={TOKEN_SECONDS}; Path=/; HttpOnly; SameSite=Lax"
+                headers.append("Set-Cookie", cookie)
+            await send(message)
+
+        await self._app(scope, receive, send_with_token)
+
+    def _wanted(self, scope: Scope) -> int | None:
+        """Return the newer of the header's and the cookie's token, in bytes of WAL; None without one."""
+        found = []
+        for name, value in scope["headers"]:
+            if name == b"x-consistency-token":
+                found.append(value)
+            elif name == b"cookie" and (match := _COOKIE.search(value)):
+                found.append(match[1])
+        wanted = None
+        for text in found:
+            if match := _TOKEN.fullmatch(text):
+                wanted = max(wanted or 0, (int(match[1], 16) << 32) + int(match[2], 16))
+                self._count("sent").inc()
+            else:
+                self._count("malformed").inc()
+        return wanted
+
+
+class OnceMore:
+    """Run a GET once more, whole, on the primary when the replica failed it or did not find what it names.
+
+    At most half of the primary's capacity does this at a time. Past that a failure is answered as it is, and "not
+    found", which may be a row on its way to the replica, as 503: a client never gets a 404 for a row that exists.
+    """
+
+    def __init__(self, app: ASGIApp, metrics: Metrics, databases: Databases) -> None:
+        self._app = app
+        self._metrics = metrics
+        self._databases = databases
+        self._room = max(1, databases.settings.primary.capacity // 2)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        if scope["type"] != "http" or scope["method"] not in SAFE_METHODS or not self._databases.replicas:
+            await self._app(scope, receive, send)
+            return
+        consistency: Consistency = scope["state"]["consistency"]
+        again = dict(scope)
+        reason: str | None = None
+
+        async def send_unless_retried(message: Message) -> None:
+            nonlocal reason
+            if message["type"] == "http.response.start":
+                reason = self._reason(scope, consistency, message["status"])
+            if reason is None:
+                await send(message)
+
+        await self._app(scope, receive, send_unless_retried)
+        if reason is None:
+            return
+        if self._room == 0:
+            failure = Failure(503, "replica_unavailable", "The replica cannot tell, and the primary is busy.")
+            await problem(Request(scope), failure)(scope, receive, send)
+            return
+        self._metrics.reads_retried.labels(reason).inc()
+        consistency.primary_only = True
+        self._room -= 1
+        try:
+            await self._app(again, receive, send)
+        finally:
+            self._room += 1
+
+    def _reason(self, scope: Scope, consistency: Consistency, status: int) -> str | None:
+        """Say why the primary should be asked; None when this answer is the one."""
+        database = consistency.read_from
+        if database is None or database.role != "replica" or not self._databases.settings.replica_fallback:
+            return None
+        if status == 404:  # noqa: PLR2004
+            return "not_found"
+        code: Any = scope["state"].get("failure_code")
+        if code not in REPLICA_FAILURES or status < 500:  # noqa: PLR2004
+            return None
+        if code in {"database_unreachable", "database_timeout"}:
+            self._databases.router.trip(database.name)
+        return str(code) if self._room else None
+
+
+_PLAIN_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
+_TOKEN = re.compile(rb"([0-9A-Fa-f]{1,8})/([0-9A-Fa-f]{1,8})")
+_COOKIE = re.compile(rb"(?:^|;\s*)consistency_token=([^;]*)")

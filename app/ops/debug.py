@@ -1,0 +1,56 @@
+"""What operators look at when it is slow: pool figures, who holds connections, metrics. Never behind a request pool."""
+
+import os
+from dataclasses import asdict
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from prometheus_client.multiprocess import MultiProcessCollector
+
+from app.db.engines import Database
+from app.errors import DatabaseUnavailable
+from app.ops.health import DatabasesOfApp
+
+router = APIRouter(tags=["operations"])
+
+# Sessions of other roles show neither state nor statement unless the role has pg_read_all_stats.
+CONNECTIONS = """
+SELECT coalesce(application_name, '') AS application, coalesce(state, 'unknown') AS state, count(*) AS connections,
+       max(extract(epoch FROM clock_timestamp() - state_change))::float8 AS longest_seconds
+FROM pg_stat_activity
+WHERE backend_type = 'client backend'
+GROUP BY 1, 2 ORDER BY 1, 2
+"""
+
+
+@router.get("/debug/pool-stats")
+async def get_pool_stats(databases: DatabasesOfApp) -> dict[str, dict[str, int]]:
+    """Count the connections of each pool of this process, now."""
+    return {database.name: asdict(database.pool.figures()) for database in databases.all()}
+
+
+@router.get("/debug/connections")
+async def get_connections(databases: DatabasesOfApp) -> dict[str, Any]:
+    """List each server's connections by application and state, and what this process holds and for how long."""
+    return {database.name: await _connections(database) for database in databases.all()}
+
+
+async def _connections(database: Database) -> dict[str, Any]:
+    holdings = [asdict(holding) for holding in database.pool.holdings()]
+    try:
+        rows = await database.sentinel.ask(CONNECTIONS, timeout_seconds=2)
+    except DatabaseUnavailable as error:
+        return {"held": holdings, "server": None, "error": str(error)}
+    return {"held": holdings, "server": [dict(row) for row in rows]}
+
+
+@router.get("/metrics")
+async def get_metrics(databases: DatabasesOfApp, request: Request) -> Response:
+    """Expose the metrics to Prometheus; with several workers, those of all of them."""
+    databases.publish()
+    registry: CollectorRegistry = request.app.state.metrics.registry
+    if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
+        registry = CollectorRegistry()
+        MultiProcessCollector(registry)  # type: ignore[no-untyped-call]  # prometheus-client annotates only parts.
+    return Response(generate_latest(registry), headers={"Content-Type": CONTENT_TYPE_LATEST})

@@ -1,0 +1,70 @@
+"""Is it alive, may traffic come, and how are the databases? None of it waits behind requests."""
+
+import asyncio
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, Response, status
+
+from app.db.engines import Database, Databases
+from app.db.sessions import databases_of
+from app.errors import documented
+
+router = APIRouter(prefix="/health", tags=["operations"])
+DatabasesOfApp = Annotated[Databases, Depends(databases_of)]
+
+
+@router.get("/live")
+async def get_live() -> dict[str, str]:
+    """Say that the process runs; touches nothing."""
+    return {"status": "alive"}
+
+
+@router.get("/ready", responses=documented(503))
+async def get_ready(databases: DatabasesOfApp, response: Response) -> dict[str, Any]:
+    """Say whether traffic may come: the primary answered the last look, and no shutdown is under way. No I/O."""
+    if databases.closing:
+        return _unavailable(databases, response, {"status": "closing"})
+    if not databases.primary.sentinel.healthy:
+        return _unavailable(databases, response, {"status": "primary database is not healthy"})
+    return {"status": "ready"}
+
+
+@router.get("/db", responses=documented(503))
+async def get_databases(databases: DatabasesOfApp, response: Response) -> dict[str, Any]:
+    """Look at each database now, for at most HEALTH_TIMEOUT_SECONDS, and tell its pool's figures."""
+    found = await asyncio.gather(*(_describe(databases, database) for database in databases.all()))
+    healthy = found[0]["status"] == "healthy"
+    body = {
+        "status": "healthy" if healthy else "unhealthy",
+        "databases": {database.name: one for database, one in zip(databases.all(), found, strict=True)},
+    }
+    return body if healthy else _unavailable(databases, response, body)
+
+
+async def _describe(databases: Databases, database: Database) -> dict[str, Any]:
+    look = await database.sentinel.look()
+    figures = database.pool.figures()
+    described: dict[str, Any] = {
+        "status": look.status,
+        "latency_ms": None if look.latency_seconds is None else round(look.latency_seconds * 1000, 2),
+        "pool_size": figures.pool_size,
+        "checked_in": figures.checked_in,
+        "checked_out": figures.checked_out,
+        "overflow": figures.overflow,
+    }
+    if look.error is not None:
+        described["error"] = look.error
+    for replica in databases.router.replicas:
+        if replica.database is database:
+            described |= {
+                "state": replica.state,
+                "lag_seconds": replica.lag_seconds,
+                "lag_bytes": replica.lag_bytes,
+            }
+    return described
+
+
+def _unavailable(databases: Databases, response: Response, body: dict[str, Any]) -> dict[str, Any]:
+    response.status_code = status.HTTP_503_SERVICE_UNAVAILABLE
+    response.headers["Retry-After"] = str(databases.settings.retry_after_seconds)
+    return body

@@ -1,0 +1,126 @@
+"""Every statement about patients. Each function takes the session first; none commits.
+
+Reads give rows and not entities: nothing is loaded by accident, and a row costs a third of an entity.
+"""
+
+from collections.abc import Mapping, Sequence
+from datetime import date, datetime
+from typing import Any, TypeAlias
+
+from sqlalchemy import Row, delete, func, insert, select, tuple_, update
+from sqlalchemy.exc import IntegrityError
+
+from app.db.sessions import ReadSession, WriteSession
+from app.errors import Conflict, NotFound
+from app.patients.models import Patient
+
+COLUMNS = (
+    Patient.id,
+    Patient.mrn,
+    Patient.full_name,
+    Patient.birth_date,
+    Patient.created_at,
+    Patient.updated_at,
+)
+PatientRow: TypeAlias = Row[int, str, str, date, datetime, datetime]
+NamedPatientRow: TypeAlias = Row[int, str, str, date, datetime, datetime, str]
+# The expression of the index ix_patients_name, to the letter.
+NAME_KEY = func.lower(Patient.full_name).collate("C")
+
+
+class PatientNotFound(NotFound):
+    """No patient has this id."""
+
+    def __init__(self, patient_id: int) -> None:
+        super().__init__(f"Patient {patient_id} does not exist.")
+
+
+class MrnTaken(Conflict):
+    """Another patient has this medical record number."""
+
+    code = "mrn_taken"
+
+    def __init__(self) -> None:
+        super().__init__("A patient with this mrn exists already.")
+
+
+async def get_patient(session: ReadSession, patient_id: int) -> PatientRow:
+    """Return one patient.
+
+    Raises: PatientNotFound.
+    """
+    row = (await session.execute(select(*COLUMNS).where(Patient.id == patient_id))).one_or_none()
+    if row is None:
+        raise PatientNotFound(patient_id)
+    return row
+
+
+async def list_patients(
+    session: ReadSession, *, limit: int, mrn: str | None = None, after_id: int = 0
+) -> Sequence[PatientRow]:
+    """Return at most `limit` patients with a larger id than `after_id`, by id; with `mrn`, the one who has it."""
+    statement = select(*COLUMNS).where(Patient.id > after_id).order_by(Patient.id).limit(limit)
+    if mrn is not None:
+        statement = statement.where(Patient.mrn == mrn)
+    return (await session.execute(statement)).all()
+
+
+async def search_patients(
+    session: ReadSession, prefix: str, *, limit: int, mrn: str | None = None, after: tuple[str, int] | None = None
+) -> Sequence[NamedPatientRow]:
+    """Return at most `limit` patients whose name starts with `prefix` in any case, by (name, id).
+
+    `after` is the (lower-case name, id) of the last one of the page before. Each row has that name as `name_key`.
+    """
+    statement = (
+        select(*COLUMNS, NAME_KEY.label("name_key"))
+        .where(NAME_KEY.startswith(func.lower(prefix), autoescape=False))
+        .order_by(NAME_KEY, Patient.id)
+        .limit(limit)
+    )
+    if after is not None:
+        statement = statement.where(tuple_(NAME_KEY, Patient.id) > after)
+    if mrn is not None:
+        statement = statement.where(Patient.mrn == mrn)
+    return (await session.execute(statement)).all()
+
+
+async def add_patient(session: WriteSession, values: Mapping[str, Any]) -> PatientRow:
+    """Store a patient and return it.
+
+    Raises: MrnTaken.
+    """
+    try:
+        return (await session.execute(insert(Patient).values(**values).returning(*COLUMNS))).one()
+    except IntegrityError as error:
+        raise MrnTaken from error
+
+
+async def change_patient(session: WriteSession, patient_id: int, changes: Mapping[str, Any]) -> PatientRow:
+    """Change some columns of a patient and return it.
+
+    Raises: PatientNotFound, MrnTaken.
+    """
+    statement = (
+        update(Patient)
+        .where(Patient.id == patient_id)
+        .values(**changes, updated_at=func.clock_timestamp())
+        .returning(*COLUMNS)
+    )
+    try:
+        row = (await session.execute(statement)).one_or_none()
+    except IntegrityError as error:
+        raise MrnTaken from error
+    if row is None:
+        raise PatientNotFound(patient_id)
+    return row
+
+
+async def delete_patient(session: WriteSession, patient_id: int) -> None:
+    """Delete a patient.
+
+    Raises: PatientNotFound.
+    """
+    statement = delete(Patient).where(Patient.id == patient_id).returning(Patient.id)
+    if (await session.execute(statement)).one_or_none() is None:
+        raise PatientNotFound(patient_id)

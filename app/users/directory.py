@@ -1,0 +1,33 @@
+"""The user directory: somebody else's HTTP service, slow on a bad day. Called with no connection held."""
+
+import httpx
+from pydantic import BaseModel, ValidationError
+
+from app.errors import DirectoryFailed
+from app.fields import Line
+
+
+class Profile(BaseModel):
+    """What the directory knows of a user."""
+
+    full_name: Line
+    is_active: bool
+
+
+async def fetch_profile(client: httpx.AsyncClient, email: str) -> Profile:
+    """Ask `GET {DIRECTORY_URL}/profiles/{email}`.
+
+    Raises: DirectoryFailed when the answer is late, an error, or not a profile.
+    """
+    try:
+        response = await client.get(f"/profiles/{email}")
+        response.raise_for_status()
+        return Profile.model_validate_json(response.content)
+    except httpx.TimeoutException as error:
+        raise DirectoryFailed("The user directory did not answer in time.") from error
+    except httpx.HTTPStatusError as error:
+        raise DirectoryFailed(f"The user directory answered {error.response.status_code}.") from error
+    except httpx.HTTPError as error:
+        raise DirectoryFailed("The user directory cannot be reached.") from error
+    except ValidationError as error:
+        raise DirectoryFailed("The user directory's answer is not a profile.") from error

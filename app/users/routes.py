@@ -1,0 +1,68 @@
+"""The routes of users."""
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, Request, Response, status
+
+from app.db.engines import Databases
+from app.db.sessions import ReadDB, WriteDB, consistency_of, databases_of, reading, writing
+from app.errors import documented
+from app.fields import Id
+from app.paging import After, Limit, cut_page, decode_cursor
+from app.users import queries
+from app.users.directory import fetch_profile
+from app.users.schemas import UserChange, UserIn, UserOut
+
+router = APIRouter(prefix="/users", tags=["users"], responses=documented(401, 403, 422, 503, 504))
+sync_router = APIRouter(prefix="/users", tags=["users"], responses=documented(401, 403, 422, 502, 503, 504))
+
+
+@router.post("", status_code=status.HTTP_201_CREATED, responses=documented(409))
+async def create_user(session: WriteDB, new: UserIn, response: Response) -> UserOut:
+    """Store a user; the Location header names it."""
+    user = await queries.add_user(session, new.model_dump())
+    response.headers["Location"] = f"/users/{user.id}"
+    return UserOut.model_validate(user)
+
+
+@router.get("")
+async def list_users(
+    session: ReadDB, request: Request, response: Response, limit: Limit = 50, after: After = None
+) -> list[UserOut]:
+    """List users by id; the Link header names the next page."""
+    key = decode_cursor(after, int)
+    rows = await queries.list_users(session, limit=limit + 1, after_id=0 if key is None else key[0])
+    page = cut_page(request, response, rows, limit, lambda row: (row.id,))
+    return [UserOut.model_validate(row) for row in page]
+
+
+@router.get("/{user_id}", responses=documented(404))
+async def get_user(session: ReadDB, user_id: Id) -> UserOut:
+    """Return one user."""
+    return UserOut.model_validate(await queries.get_user(session, user_id))
+
+
+@router.patch("/{user_id}", responses=documented(404, 409))
+async def change_user(session: WriteDB, user_id: Id, change: UserChange) -> UserOut:
+    """Change some fields of a user."""
+    return UserOut.model_validate(await queries.change_user(session, user_id, change.changes()))
+
+
+@router.delete("/{user_id}", status_code=status.HTTP_204_NO_CONTENT, responses=documented(404))
+async def delete_user(session: WriteDB, user_id: Id) -> None:
+    """Delete a user."""
+    await queries.delete_user(session, user_id)
+
+
+@sync_router.post("/{user_id}/sync", responses=documented(404))
+async def sync_user(request: Request, databases: Annotated[Databases, Depends(databases_of)], user_id: Id) -> UserOut:
+    """Take over name and state from the user directory.
+
+    The directory may take seconds, so no connection is held while it thinks: read, let go, ask, write.
+    """
+    label: dict[str, Any] = {"label": "/users/{user_id}/sync"}
+    async with reading(databases, consistency_of(request.scope), **label) as session:
+        user = await queries.get_user(session, user_id)
+    profile = await fetch_profile(request.app.state.directory, user.email)
+    async with writing(databases, consistency_of(request.scope), **label) as session:
+        return UserOut.model_validate(await queries.change_user(session, user_id, profile.model_dump()))

@@ -1,0 +1,40 @@
+"""What clients send and get."""
+
+from datetime import datetime
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, EmailStr, Field
+
+from app.fields import Change, Line
+
+Email = Annotated[EmailStr, Field(max_length=254)]
+
+
+class UserIn(BaseModel):
+    """A new user."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    email: Email
+    full_name: Line
+    is_active: bool = True
+
+
+class UserChange(Change):
+    """What to change of a user."""
+
+    email: Email | None = None
+    full_name: Line | None = None
+    is_active: bool | None = None
+
+
+class UserOut(BaseModel):
+    """A user as stored."""
+
+    model_config = ConfigDict(from_attributes=True)
+
+    id: int
+    email: str
+    full_name: str
+    is_active: bool
+    created_at: datetime

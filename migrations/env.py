@@ -1,0 +1,60 @@
+"""Run the migrations: direct to the primary, one runner at a time, never waiting long for a lock.
+
+The URL is MIGRATIONS_URL, else DATABASE_URL. It must not go through a pooler in transaction mode, which would spread
+a session over connections. `alembic -x url=…` overrides both.
+"""
+
+import asyncio
+import logging
+
+from alembic import context
+from sqlalchemy import Connection, pool, text
+from sqlalchemy.ext.asyncio import create_async_engine
+
+import app.patients.models
+import app.users.models  # noqa: F401  # Importing the models fills the metadata.
+from app.db.base import Base
+from app.settings import MigrationSettings
+
+# A migration that waits for a lock makes every statement behind it wait too: better to fail and be run again.
+LOCK_TIMEOUT = "4s"
+# Any number will do, if nobody else uses it.
+ADVISORY_LOCK = 7_253_094
+
+
+def run(connection: Connection) -> None:
+    """Migrate on an open connection, in one transaction for each version."""
+    context.configure(
+        connection=connection,
+        target_metadata=Base.metadata,
+        compare_server_default=True,
+        transaction_per_migration=True,
+    )
+    with context.begin_transaction():
+        context.run_migrations()
+
+
+async def run_online() -> None:
+    """Connect, wait for a runner that came first, and migrate."""
+    settings = MigrationSettings()
+    chosen = context.get_x_argument(as_dictionary=True).get("url")
+    url = chosen or settings.url
+    engine = create_async_engine(url, poolclass=pool.NullPool)
+    logging.getLogger(__name__).info("migrating")
+    async with engine.connect() as guard, engine.connect() as connection:
+        # The lock belongs to a transaction of its own, so that it holds over all the versions' transactions, and
+        # ends with the connection whatever happens.
+        await guard.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": ADVISORY_LOCK})
+        await connection.execute(text(f"SET lock_timeout = '{LOCK_TIMEOUT}'"))
+        await connection.commit()
+        await connection.run_sync(run)
+        await connection.commit()
+    await engine.dispose()
+
+
+if context.is_offline_mode():
+    context.configure(url="postgresql://", target_metadata=Base.metadata, literal_binds=True)
+    with context.begin_transaction():
+        context.run_migrations()
+else:
+    asyncio.run(run_online())
