@@ -19,7 +19,7 @@ class Metrics:
 
     def __init__(self) -> None:
         # A second series for each counter and histogram that says when it was made, and that nobody reads.
-        disable_created_metrics()
+        disable_created_metrics()  # type: ignore[no-untyped-call]  # prometheus-client annotates only parts.
         self.registry = registry = CollectorRegistry()
 
         def gauge(name: str, text: str, *labels: str, mode: str = "livesum") -> Gauge:

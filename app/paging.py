@@ -60,7 +60,7 @@ def decode_cursor(after: str | None, *types: type) -> list[Any] | None:
 def cut_page(
     request: Request, response: Response, rows: Sequence[RowT], limit: int, key: Callable[[RowT], tuple[Any, ...]]
 ) -> Sequence[RowT]:
-    """Return the first `limit` rows; when there is one more, name the page after the last of them in the Link header."""
+    """Return the first `limit` rows; when there are more, name the next page in the Link header."""
     page = rows[:limit]
     if len(rows) > limit:
         url = request.url.include_query_params(after=encode_cursor(*key(page[-1])))

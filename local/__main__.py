@@ -52,13 +52,9 @@ def main(  # noqa: PLR0913  # A command line has as many parameters as options.
     host: Annotated[str, typer.Option(help="Address to serve on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to serve on.", min=1, max=65535)] = 8000,
     workers: Annotated[int, typer.Option(help="Processes of the service.", min=1, max=64)] = 1,
-    seed: Annotated[
-        int, typer.Option(help="Made-up patients, and as many users, for an empty database.", min=1)
-    ] = 300,
+    seed: Annotated[int, typer.Option(help="Made-up patients, and as many users, for an empty database.", min=1)] = 300,
     no_seed: Annotated[bool, typer.Option("--no-seed", help="Leave an empty database empty.")] = False,
-    keep: Annotated[
-        bool, typer.Option("--keep/--fresh", help="Keep the data of the last run, or start anew.")
-    ] = True,
+    keep: Annotated[bool, typer.Option("--keep/--fresh", help="Keep the data of the last run, or start anew.")] = True,
     directory: Annotated[Path, typer.Option(help="Where the databases live.")] = PROJECT / ".local",
 ) -> None:
     """Serve on an embedded PostgreSQL primary and streaming replica; no Docker, no server to install."""

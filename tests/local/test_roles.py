@@ -144,9 +144,7 @@ async def test_wrong_password_is_refused(cluster: Cluster) -> None:
         ("monitor", {"statement_timeout": "10s", "default_transaction_read_only": "on"}),
     ],
 )
-async def test_timeouts_come_with_the_role(
-    cluster: Cluster, server: str, role: str, expected: dict[str, str]
-) -> None:
+async def test_timeouts_come_with_the_role(cluster: Cluster, server: str, role: str, expected: dict[str, str]) -> None:
     """A session that sets nothing has them, on either server, because they are the role's."""
     common = {"jit": "off", "TimeZone": "UTC", "client_connection_check_interval": "5s"}
     connection = await asyncpg.connect(cluster.url(role, server="replica" if server == "replica" else "primary"))
