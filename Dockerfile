@@ -10,12 +10,12 @@ RUN --mount=type=cache,target=/root/.cache/pip \
     python -m pip --python /opt/venv/bin/python install --no-compile --only-binary :all: --require-hashes \
         --requirement /tmp/requirements.txt
 RUN find /opt/venv -depth -type d \( -name tests -o -name test \) -exec rm -r {} + \
- && python -m compileall --quiet --invalidation-mode unchecked-hash /opt/venv
+ && python -m compileall -q --invalidation-mode unchecked-hash /opt/venv
 COPY app /srv/app
 COPY migrations /srv/migrations
 COPY alembic.ini /srv/alembic.ini
 # Bytecode that does not look at its source's date, because COPY keeps dates and a read-only file system could not renew it.
-RUN python -m compileall --quiet --invalidation-mode unchecked-hash /srv
+RUN python -m compileall -q --invalidation-mode unchecked-hash /srv
 
 FROM python:3.13-slim-trixie
 # A number, so that an orchestrator can check "not root" without reading the image's /etc/passwd.

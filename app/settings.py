@@ -5,7 +5,7 @@ Nothing else reads the environment: `load_settings()` reads it over `.env` and a
 describes the primary; `DATABASE_REPLICA_*` and `DATABASE_ANALYTICS_*` inherit whatever they do not set.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -223,12 +223,15 @@ class Settings(BaseSettings):
 
 
 class MigrationSettings(BaseSettings):
-    """Where migrations go: direct to the primary, past any pooler."""
+    """Where migrations go: direct to the primary, past any pooler; and who must hear of them afterwards."""
 
     model_config = SettingsConfigDict(env_file=".env", env_ignore_empty=True, extra="ignore")
 
     migrations_url: DatabaseUrl | None = None
     database_url: DatabaseUrl | None = None
+    database_replica_url: SecretStr | None = None
+    # PgBouncer's admin console: its server connections are replaced once the schema is new.
+    pgbouncer_admin_url: DatabaseUrl | None = None
 
     @property
     def url(self) -> str:
@@ -243,6 +246,24 @@ class MigrationSettings(BaseSettings):
                 "postgresql://app_owner:password@host:5432/database."
             )
         return found.get_secret_value()
+
+    @property
+    def replica_urls(self) -> list[str]:
+        """The replicas that a migration has to reach before it is over."""
+        return [] if self.database_replica_url is None else _split_urls(self.database_replica_url.get_secret_value())
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Read NAME_FILE here as well."""
+        del file_secret_settings
+        return init_settings, _MigrationVariables(settings_cls, env_settings, dotenv_settings)
 
 
 def load_settings() -> Settings:
@@ -276,7 +297,7 @@ class _Variables(PydanticBaseSettingsSource):
         raise NotImplementedError
 
     def __call__(self) -> dict[str, Any]:
-        variables = _with_secret_files(self.variables)
+        variables = _with_secret_files(self.variables, _is_known)
         groups = _grouped(variables)
         found: dict[str, Any] = {n: variables[n] for n in Settings.model_fields if n in variables}
         if "url" not in groups["primary"]:
@@ -292,11 +313,20 @@ class _Variables(PydanticBaseSettingsSource):
         }
 
 
-def _with_secret_files(variables: Mapping[str, str]) -> dict[str, str]:
+class _MigrationVariables(_Variables):
+    """The same for migrations, which have no groups."""
+
+    def __call__(self) -> dict[str, Any]:
+        names = MigrationSettings.model_fields
+        variables = _with_secret_files(self.variables, lambda name: name in names)
+        return {name: variables[name] for name in names if name in variables}
+
+
+def _with_secret_files(variables: Mapping[str, str], is_known: Callable[[str], bool]) -> dict[str, str]:
     resolved = dict(variables)
     for name, value in variables.items():
         target = name.removesuffix("_file")
-        if target == name or not _is_known(target):
+        if target == name or not is_known(target):
             continue
         if target in variables:
             raise SettingsError(f"Both {target.upper()} and {name.upper()} are set; keep one.")
