@@ -24,6 +24,7 @@ DATABASE = "lifeguard"
 # Two servers take 150 MB when new, and keep 1 GB of write-ahead log at most.
 NEEDED_BYTES = 500_000_000
 FOLLOW_SECONDS = 5.0
+SLOT_SERVES = f"SELECT EXISTS (SELECT FROM pg_replication_slots WHERE slot_name = '{SLOT}' AND wal_status <> 'lost')"
 STREAMS = "SELECT EXISTS (SELECT FROM pg_stat_replication WHERE application_name = 'replica' AND state = 'streaming')"
 
 
@@ -193,7 +194,8 @@ class Cluster:
             account=self.account,
         )
         if not self._durable:
-            server.settings |= {"fsync": "off", "full_page_writes": "off"}
+            # The log is kept short because a test run may have it in memory.
+            server.settings |= {"fsync": "off", "full_page_writes": "off", "max_wal_size": "256MB"}
         return server
 
     async def _replica_follows(self) -> bool:
@@ -207,6 +209,8 @@ class Cluster:
             return False
         primary = await self.primary.connect()
         try:
+            if not await primary.fetchval(SLOT_SERVES):
+                return False
 
             async def streams_or_ended() -> bool:
                 return not self.replica.running or bool(await primary.fetchval(STREAMS))

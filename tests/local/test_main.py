@@ -1,0 +1,179 @@
+"""`python -m local` from the outside: real processes, real signals, a real port."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import httpx
+import psutil  # type: ignore[import-untyped]  # The wheel brings it along; its stubs would be one more package.
+import pytest
+
+from local.postgres import free_port
+from local.runs import MARK
+from local.setup import PROJECT
+
+READY_SECONDS = 40.0
+STOP_SECONDS = 15.0
+
+
+class Run:
+    """One `python -m local`; its words go to a file."""
+
+    def __init__(self, directory: Path, port: int, *options: str) -> None:
+        self.directory = directory
+        self.url = f"http://127.0.0.1:{port}"
+        self.output = directory.with_name(f"{directory.name}.{time.monotonic_ns()}.out")
+        with self.output.open("wb") as output:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "local", "--directory", str(directory), "--port", str(port), *options],
+                cwd=PROJECT,
+                stdout=output,
+                stderr=output,
+            )
+
+    @property
+    def words(self) -> str:
+        """What it has said so far."""
+        return self.output.read_text(encoding="utf-8")
+
+    def wait_ready(self) -> "Run":
+        """Wait until it says that the service answers."""
+        until(lambda: "answers at" in self.words or self.process.poll() is not None, READY_SECONDS)
+        assert "answers at" in self.words, self.words
+        return self
+
+    def stop(self, number: signal.Signals) -> int:
+        """Signal it and return its exit status."""
+        self.process.send_signal(number)
+        return self.process.wait(STOP_SECONDS)
+
+
+def until(condition: Callable[[], bool], seconds: float) -> None:
+    """Poll a condition up to a deadline; what follows asserts it."""
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.02)
+
+
+def processes(directory: Path) -> list[psutil.Process]:
+    """Find every process that works for a run: PostgreSQL's by where they stand, the service's by their mark."""
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            works_here = process.environ().get(MARK) == str(directory) or Path(process.cwd()).is_relative_to(directory)
+            if works_here and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
+
+
+@pytest.fixture
+def directory(open_directory: Path) -> Iterator[Path]:
+    """Give a directory for one run's data, and end whatever a failed test leaves running over it."""
+    place = open_directory / "local"
+    yield place
+    for process in processes(place):
+        process.kill()
+
+
+@contextmanager
+def started(directory: Path, *options: str) -> Iterator[Run]:
+    """Start, wait until ready, and do not leave it running when the test fails."""
+    run = Run(directory, free_port(), *options)
+    try:
+        yield run.wait_ready()
+    finally:
+        run.process.kill()
+        run.process.wait()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_serves_seeded_patients_and_stops_without_a_trace(directory: Path, number: signal.Signals) -> None:
+    """From an empty directory to an answer; Ctrl-C, SIGTERM and hang-up leave no process and exit with 0."""
+    with started(directory, "--seed", "20", "--workers", "2") as run:
+        assert httpx.get(f"{run.url}/patients/20").json()["mrn"] == "MRN-000020"
+        assert httpx.get(f"{run.url}/patients/21").status_code == 404
+        assert len(processes(directory)) > 10
+
+        assert run.stop(number) == 0
+
+    assert processes(directory) == []
+
+
+def test_recovers_after_kill_9_and_keeps_the_data(directory: Path) -> None:
+    """The next run ends what a killed one left behind, takes the same port and shows what was written."""
+    new = {"mrn": "MRN-900001", "full_name": "Ada Example", "birth_date": "1980-05-17"}
+    port = free_port()
+    first = Run(directory, port).wait_ready()
+    created = httpx.post(f"{first.url}/patients", json=new)
+    assert created.status_code == 201
+    first.process.kill()
+    first.process.wait()
+    orphans = processes(directory)
+    assert orphans
+
+    second = Run(directory, port).wait_ready()
+
+    assert set(processes(directory)).isdisjoint(orphans)
+    assert httpx.get(f"{second.url}{created.headers['location']}").json()["full_name"] == "Ada Example"
+    assert "Seeded" not in second.words
+    assert second.stop(signal.SIGTERM) == 0
+
+
+def test_fresh_starts_anew(directory: Path) -> None:
+    """--fresh forgets the last run's rows, and --no-seed makes none."""
+    with started(directory, "--seed", "5") as run:
+        run.stop(signal.SIGTERM)
+
+    with started(directory, "--fresh", "--no-seed") as run:
+        assert httpx.get(f"{run.url}/patients").json() == []
+        run.stop(signal.SIGTERM)
+
+
+def test_taken_port_is_said_before_anything_starts(directory: Path) -> None:
+    """The sentence names the port and the way out, and no database was made."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        run = Run(directory, port)
+
+        assert run.process.wait(STOP_SECONDS) == 1
+
+    assert f"Port {port} on 127.0.0.1 is taken or not ours to use" in run.words
+    assert f'make run ARGS="--port {port + 1}"' in run.words
+    assert "Traceback" not in run.words
+    assert not (directory / "data").exists()
+
+
+def test_second_run_over_the_same_directory_is_refused(directory: Path) -> None:
+    """Two runs would stop each other's databases; the second says who was first."""
+    with started(directory, "--no-seed") as first:
+        second = Run(directory, free_port())
+
+        assert second.process.wait(STOP_SECONDS) == 1
+
+        assert f"Another run (process {first.process.pid})" in second.words
+        assert httpx.get(f"{first.url}/health/ready").status_code == 200
+        first.stop(signal.SIGTERM)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk takes root")
+def test_full_disk_is_a_sentence(directory: Path) -> None:
+    """A disk too small for two servers is told before they are made."""
+    directory.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=20m", "tmpfs", directory], check=False)
+    if mounted.returncode != 0:
+        pytest.skip("this container may not mount")
+    try:
+        run = Run(directory, free_port())
+
+        assert run.process.wait(STOP_SECONDS) == 1
+    finally:
+        subprocess.run(["umount", directory], check=True)
+
+    assert "has 20 MB left" in run.words
+    assert "Traceback" not in run.words
