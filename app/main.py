@@ -4,6 +4,7 @@
 without arguments, and then it reads the environment.
 """
 
+import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
@@ -14,10 +15,13 @@ from fastapi.params import Depends as DependsClass
 from app import errors, patients, reports, users
 from app.db.budget import check_budget
 from app.db.engines import Databases
+from app.idempotency import keep_house
 from app.logs import configure_logs
 from app.metrics import Metrics
 from app.middleware import HttpMetrics, LastResort, OnceMore, ReadYourWrites, RequestId
 from app.ops import debug, health
+from app.ops.loop import LoopWatch
+from app.ops.shutdown import draining_first
 from app.security import required
 from app.settings import Settings, SettingsError, load_settings
 
@@ -84,7 +88,20 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     ) as client:
         app.state.directory = client
         await databases.open()
+        loop_watch = LoopWatch(
+            app.state.metrics.event_loop_lag_seconds,
+            blocked_seconds=settings.blocked_after_seconds,
+            accuse=settings.environment == "development",
+        )
+        tasks = [
+            asyncio.create_task(loop_watch.run()),
+            asyncio.create_task(keep_house(databases, hours=settings.idempotency_hours)),
+        ]
         try:
-            yield
+            with draining_first(databases, delay_seconds=settings.drain_delay_seconds):
+                yield
         finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
             await databases.close()

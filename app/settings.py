@@ -173,6 +173,7 @@ class Settings(BaseSettings):
         le=120,
         description="Seconds between readiness saying no and the listener closing, for balancers.",
     )
+    idempotency_hours: float = Field(24, gt=0, le=720, description="Hours for which an Idempotency-Key is remembered.")
     retry_after_seconds: int = Field(1, ge=1, le=3600, description="Retry-After of a 503.")
     health_timeout_seconds: float = Field(5, gt=0, le=60, description="Seconds for one database in /health/db.")
     monitor_interval_seconds: float = Field(
@@ -183,6 +184,9 @@ class Settings(BaseSettings):
     )
     pool_log_interval_seconds: float = Field(60, gt=0, description="Seconds between two log lines of pool figures.")
     slow_query_seconds: float = Field(0.1, gt=0, description="Statements slower than this are logged and counted.")
+    blocked_after_seconds: float = Field(
+        0.25, gt=0, description="The event loop standing still for longer is logged in development, with the line."
+    )
     leak_after_seconds: float = Field(
         60, gt=0, description="A checkout held longer is logged once, with the route that holds it."
     )

@@ -11,6 +11,7 @@ from alembic import context
 from sqlalchemy import Connection, pool, text
 from sqlalchemy.ext.asyncio import create_async_engine
 
+import app.idempotency
 import app.patients.models
 import app.users.models  # noqa: F401  # Importing the models fills the metadata.
 from app.db.base import Base

@@ -42,6 +42,8 @@ class Database:
             poolclass=BoundedPool,
             settings=settings,
             watch=watch,
+            # Where each connection was taken costs a walk over the stack: for development.
+            trace=service.environment == "development",
             connect_args={
                 "async_creator_fn": connector.open_for_pool,
                 "prepared_statement_cache_size": settings.statement_cache_size,
@@ -146,6 +148,7 @@ class Databases:
                     "route": holding.holder,
                     "held_seconds": round(holding.held_seconds, 1),
                     "idle_seconds": round(holding.idle_seconds, 1),
+                    "taken_in": holding.taken_in,
                 },
             )
 

@@ -22,6 +22,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, Self, cast
 
+from greenlet import getcurrent
 from sqlalchemy.pool import ConnectionPoolEntry, Pool, PoolProxiedConnection
 from sqlalchemy.util.concurrency import await_, greenlet_spawn
 
@@ -46,6 +47,7 @@ class Tenure:
     holder: str = ""
     taken_at: float = 0.0
     queried: float = 0.0
+    taken_in: str | None = None
     reported: bool = False
     aborted: bool = False
 
@@ -72,6 +74,7 @@ class Holding:
     holder: str
     held_seconds: float
     idle_seconds: float
+    taken_in: str | None = None
 
 
 @dataclass(slots=True)
@@ -92,6 +95,7 @@ class BoundedPool(Pool):
         settings: DatabaseSettings,
         watch: PoolWatch,
         clock: Callable[[], float] = time.monotonic,
+        trace: bool = False,  # noqa: FBT001, FBT002  # As above.
         **for_pool: Any,
     ) -> None:
         # create_async_engine hands on what it finds in this signature, and overlooks what is keyword-only.
@@ -99,6 +103,7 @@ class BoundedPool(Pool):
         self.settings = settings
         self._watch = watch
         self._clock = clock
+        self._trace = trace
         self._idle: list[ConnectionPoolEntry] = []
         self._waiters: OrderedDict[asyncio.Future[None], None] = OrderedDict()
         self._counts = _Counts()
@@ -131,7 +136,7 @@ class BoundedPool(Pool):
         """List the checkouts going on, longest first."""
         now = self._clock()
         tenures = sorted(self._counts.out.values(), key=lambda t: t.taken_at)
-        return [Holding(t.holder, now - t.taken_at, now - t.taken_at - t.queried) for t in tenures]
+        return [_holding(t, now) for t in tenures]
 
     def status(self) -> str:
         """Describe the pool in one line, as SQLAlchemy's own pools do."""
@@ -154,6 +159,7 @@ class BoundedPool(Pool):
         tenure.holder = holder.get()
         tenure.taken_at = now
         tenure.queried = 0.0
+        tenure.taken_in = _caller() if self._trace else None
         tenure.reported = tenure.aborted = False
         self._counts.out[entry] = tenure
         self._watch.acquired(now - started)
@@ -353,10 +359,9 @@ class BoundedPool(Pool):
         """List the checkouts that have been held for longer than `seconds`, each of them once."""
         now, found = self._clock(), []
         for tenure in self._counts.out.values():
-            held = now - tenure.taken_at
-            if held >= seconds and not tenure.reported:
+            if now - tenure.taken_at >= seconds and not tenure.reported:
                 tenure.reported = True
-                found.append(Holding(tenure.holder, held, held - tenure.queried))
+                found.append(_holding(tenure, now))
         return found
 
     async def drained(self, timeout_seconds: float) -> bool:
@@ -399,3 +404,20 @@ class BoundedPool(Pool):
 
 def _tenure(entry: ConnectionPoolEntry) -> Tenure:
     return cast("Tenure", entry.info["tenure"])
+
+
+def _holding(tenure: Tenure, now: float) -> Holding:
+    held = now - tenure.taken_at
+    return Holding(tenure.holder, held, held - tenure.queried, tenure.taken_in)
+
+
+def _caller() -> str | None:
+    """Name the line of the service that asked for a connection: outside `app.db`, below SQLAlchemy's greenlet."""
+    parent = getcurrent().parent
+    frame = None if parent is None else parent.gr_frame
+    while frame is not None:
+        module = str(frame.f_globals.get("__name__", ""))
+        if not module.startswith(("app.db.", "sqlalchemy.")):
+            return f"{module}:{frame.f_lineno} in {frame.f_code.co_name}"
+        frame = frame.f_back
+    return None

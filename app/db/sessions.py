@@ -216,8 +216,17 @@ async def _read(request: Request) -> AsyncIterator[ReadSession]:
         yield session
 
 
+def share_write_session(request: Request, session: WriteSession) -> None:
+    """Make `WriteDB` of this request this session; whoever opened it commits it."""
+    request.scope["state"]["write_session"] = session
+
+
 async def _write(request: Request) -> AsyncIterator[WriteSession]:
     scope = request.scope
+    shared: WriteSession | None = scope.get("state", {}).get("write_session")
+    if shared is not None:
+        yield shared
+        return
     async with writing(databases_of(request), consistency_of(scope), label=route_of(scope)) as session:
         yield session
 

@@ -7,14 +7,20 @@ from fastapi import APIRouter, Query, Request, Response, status
 from app.db.sessions import ReadDB, WriteDB
 from app.errors import documented
 from app.fields import Id, Line
+from app.idempotency import OPENAPI, IdempotentRoute
 from app.paging import After, Limit, cut_page, decode_cursor
 from app.patients import queries
 from app.patients.schemas import Mrn, PatientChange, PatientIn, PatientOut
 
-router = APIRouter(prefix="/patients", tags=["patients"], responses=documented(401, 403, 422, 503, 504))
+router = APIRouter(
+    prefix="/patients",
+    tags=["patients"],
+    route_class=IdempotentRoute,
+    responses=documented(401, 403, 422, 503, 504),
+)
 
 
-@router.post("", status_code=status.HTTP_201_CREATED, responses=documented(409))
+@router.post("", status_code=status.HTTP_201_CREATED, responses=documented(409), openapi_extra=OPENAPI)
 async def create_patient(session: WriteDB, new: PatientIn, response: Response) -> PatientOut:
     """Store a patient; the Location header names it."""
     patient = await queries.add_patient(session, new.model_dump())
@@ -53,7 +59,7 @@ async def get_patient(session: ReadDB, patient_id: Id) -> PatientOut:
     return PatientOut.model_validate(await queries.get_patient(session, patient_id))
 
 
-@router.patch("/{patient_id}", responses=documented(404, 409))
+@router.patch("/{patient_id}", responses=documented(404, 409), openapi_extra=OPENAPI)
 async def change_patient(session: WriteDB, patient_id: Id, change: PatientChange) -> PatientOut:
     """Change some fields of a patient."""
     return PatientOut.model_validate(await queries.change_patient(session, patient_id, change.changes()))

@@ -8,16 +8,22 @@ from app.db.engines import Databases
 from app.db.sessions import ReadDB, WriteDB, consistency_of, databases_of, reading, writing
 from app.errors import documented
 from app.fields import Id
+from app.idempotency import OPENAPI, IdempotentRoute
 from app.paging import After, Limit, cut_page, decode_cursor
 from app.users import queries
 from app.users.directory import fetch_profile
 from app.users.schemas import UserChange, UserIn, UserOut
 
-router = APIRouter(prefix="/users", tags=["users"], responses=documented(401, 403, 422, 503, 504))
+router = APIRouter(
+    prefix="/users",
+    tags=["users"],
+    route_class=IdempotentRoute,
+    responses=documented(401, 403, 422, 503, 504),
+)
 sync_router = APIRouter(prefix="/users", tags=["users"], responses=documented(401, 403, 422, 502, 503, 504))
 
 
-@router.post("", status_code=status.HTTP_201_CREATED, responses=documented(409))
+@router.post("", status_code=status.HTTP_201_CREATED, responses=documented(409), openapi_extra=OPENAPI)
 async def create_user(session: WriteDB, new: UserIn, response: Response) -> UserOut:
     """Store a user; the Location header names it."""
     user = await queries.add_user(session, new.model_dump())
@@ -42,7 +48,7 @@ async def get_user(session: ReadDB, user_id: Id) -> UserOut:
     return UserOut.model_validate(await queries.get_user(session, user_id))
 
 
-@router.patch("/{user_id}", responses=documented(404, 409))
+@router.patch("/{user_id}", responses=documented(404, 409), openapi_extra=OPENAPI)
 async def change_user(session: WriteDB, user_id: Id, change: UserChange) -> UserOut:
     """Change some fields of a user."""
     return UserOut.model_validate(await queries.change_user(session, user_id, change.changes()))

@@ -1,0 +1,66 @@
+"""Is the event loop late, and who holds it up?
+
+One blocking call in one route stops every request of the process, and no database figure shows it. The lateness of a
+timer is a metric; in development a thread also names the line that the loop stands in.
+"""
+
+import asyncio
+import logging
+import sys
+import threading
+import time
+from contextlib import suppress
+from types import FrameType
+
+from prometheus_client import Histogram
+
+logger = logging.getLogger(__name__)
+
+INTERVAL_SECONDS = 0.1
+
+
+class LoopWatch:
+    """Measures how late the loop is, every `INTERVAL_SECONDS`; `accuse` names what blocks it for `blocked_seconds`."""
+
+    def __init__(self, lag: Histogram, *, blocked_seconds: float, accuse: bool) -> None:
+        self._lag = lag
+        self._blocked_seconds = blocked_seconds
+        self._accuse = accuse
+        self._beat = time.monotonic()
+        self._stop = threading.Event()
+
+    async def run(self) -> None:
+        """Measure until cancelled."""
+        loop_thread = threading.get_ident()
+        if self._accuse:
+            threading.Thread(target=self._watch, args=(loop_thread,), name="loop-watch", daemon=True).start()
+        with suppress(asyncio.CancelledError):
+            while True:
+                due = self._beat = time.monotonic()
+                await asyncio.sleep(INTERVAL_SECONDS)
+                self._lag.observe(max(0.0, time.monotonic() - due - INTERVAL_SECONDS))
+        self._stop.set()
+
+    def _watch(self, loop_thread: int) -> None:
+        accused = 0.0
+        while not self._stop.wait(INTERVAL_SECONDS):
+            beat = self._beat
+            late = time.monotonic() - beat - INTERVAL_SECONDS
+            if late >= self._blocked_seconds and beat != accused:
+                accused = beat
+                frame = sys._current_frames().get(loop_thread)  # noqa: SLF001  # The only way to see another thread.
+                logger.warning("event loop blocked", extra={"seconds": round(late, 2), "where": culprit(frame)})
+
+
+def culprit(frame: FrameType | None) -> str:
+    """Name the innermost line of this service in a stack, else the innermost line of all."""
+    innermost = "" if frame is None else _line(frame)
+    while frame is not None:
+        if str(frame.f_globals.get("__name__", "")).startswith("app."):
+            return _line(frame)
+        frame = frame.f_back
+    return innermost
+
+
+def _line(frame: FrameType) -> str:
+    return f"{frame.f_code.co_filename}:{frame.f_lineno} in {frame.f_code.co_name}"

@@ -1,0 +1,52 @@
+"""SIGTERM in two steps: readiness says no, and after a delay the listener closes; a second signal ends at once.
+
+A balancer that still believes in this instance would otherwise meet a closed port. uvicorn's own handler does the
+second step; this one goes in front of it for as long as the lifespan runs.
+"""
+
+import asyncio
+import logging
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from uvicorn import Server
+
+from app.db.engines import Databases
+
+logger = logging.getLogger(__name__)
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+@contextmanager
+def draining_first(databases: Databases, *, delay_seconds: float) -> Iterator[None]:
+    """Put the drain in front of uvicorn's signal handlers; served by something else, change nothing."""
+    loop = asyncio.get_running_loop()
+    servers = {sig: handler for sig in SIGNALS if isinstance(_owner(handler := signal.getsignal(sig)), Server)}
+
+    def drain(sig: int, frame: FrameType | None) -> None:
+        server = _owner(servers[signal.Signals(sig)])
+        if not isinstance(server, Server):
+            raise TypeError("the handler was uvicorn's a moment ago")
+        if databases.closing:
+            logger.warning("second signal: ending at once")
+            server.should_exit = server.force_exit = True
+            return
+        databases.closing = True
+        logger.info("draining", extra={"seconds": delay_seconds})
+        loop.call_soon_threadsafe(loop.call_later, delay_seconds, server.handle_exit, sig, frame)
+
+    for sig in servers:
+        signal.signal(sig, drain)
+    try:
+        yield
+    finally:
+        for sig, handler in servers.items():
+            signal.signal(sig, handler)
+
+
+def _owner(handler: object) -> object:
+    """Return the object whose bound method this is."""
+    return getattr(handler, "__self__", None)
