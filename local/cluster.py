@@ -24,7 +24,7 @@ DATABASE = "lifeguard"
 # Two servers take 150 MB when new, and keep 1 GB of write-ahead log at most.
 NEEDED_BYTES = 500_000_000
 FOLLOW_SECONDS = 5.0
-SLOT_SERVES = f"SELECT EXISTS (SELECT FROM pg_replication_slots WHERE slot_name = '{SLOT}' AND wal_status <> 'lost')"
+SLOT_SERVES = "SELECT EXISTS (SELECT FROM pg_replication_slots WHERE slot_name = $1 AND wal_status <> 'lost')"
 STREAMS = "SELECT EXISTS (SELECT FROM pg_stat_replication WHERE application_name = 'replica' AND state = 'streaming')"
 
 
@@ -209,7 +209,7 @@ class Cluster:
             return False
         primary = await self.primary.connect()
         try:
-            if not await primary.fetchval(SLOT_SERVES):
+            if not await primary.fetchval(SLOT_SERVES, SLOT):
                 return False
 
             async def streams_or_ended() -> bool:
