@@ -4,6 +4,7 @@
 A test that stops, kills, freezes or promotes one asks for `breakable_cluster`, and may leave the wreck behind.
 """
 
+import os
 import shutil
 import tempfile
 from collections.abc import AsyncIterator, Iterator
@@ -11,10 +12,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from app.settings import DatabaseSettings, Settings
 from local.cluster import Cluster
+from tests.service import Service, serving
 
 # What a run may take in memory: two servers with their write-ahead logs. Docker gives containers 64 MB by default.
 MEMORY_BYTES = 3_000_000_000
@@ -46,6 +50,19 @@ class Database:
             "MIGRATIONS_URL": self.url("app_owner"),
         }
 
+    def settings(self, *, replica: bool = True, **changes: Any) -> Settings:
+        """Return the service's settings over this database: `changes` by field, of all pools or of the service."""
+        pools = {name: changes.pop(name) for name in set(changes) & set(DatabaseSettings.model_fields)}
+        url = self.replica_url() if replica else self.url()
+        fields: dict[str, Any] = {
+            "environment": "test",
+            "monitor_interval_seconds": 0.05,
+            "primary": {"url": self.url(), **pools},
+            "replicas": ({"url": url, **pools},) if replica else (),
+            "analytics": {"url": url, "pool_size": 2, "max_overflow": 0, "pool_min_size": 0, **pools},
+        }
+        return Settings(_env_file=None, **(fields | changes))
+
 
 @pytest.fixture
 def open_directory() -> Iterator[Path]:
@@ -55,6 +72,14 @@ def open_directory() -> Iterator[Path]:
     """
     with _open_directory() as directory:
         yield directory
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_settings_from_outside() -> None:
+    """Keep a developer's own environment out of the tests."""
+    for name in list(os.environ):
+        if name.startswith("DATABASE_") or name.lower() in Settings.model_fields:
+            del os.environ[name]
 
 
 @pytest.fixture(scope="session")
@@ -90,6 +115,13 @@ async def database(cluster: Cluster, migrated: str) -> AsyncIterator[Database]:
     await cluster.wait_replayed()
     yield Database(name, cluster)
     await cluster.drop_database(name)
+
+
+@pytest.fixture
+async def service(database: Database) -> AsyncIterator[Service]:
+    """Give the service over primary and replica, running, with every setting's default."""
+    async with serving(database.settings()) as running:
+        yield running
 
 
 @contextmanager

@@ -1,0 +1,83 @@
+"""The service in the test's own process: its lifespan open, its databases at hand, requests without a socket.
+
+`serving(settings)` is for most tests; `listening(app)` gives any ASGI application a real socket.
+"""
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+import uvicorn
+from fastapi import FastAPI
+
+from app.db.engines import Database, Databases
+from app.main import create_app
+from app.settings import Settings
+from local.waiting import eventually
+
+
+@dataclass(frozen=True)
+class Service:
+    """A running application and a client of it."""
+
+    app: FastAPI
+    client: httpx.AsyncClient
+    databases: Databases
+
+    def sample(self, name: str, **labels: str) -> float:
+        """Return a figure of /metrics, 0.0 when there is no such series yet."""
+        value = self.app.state.metrics.registry.get_sample_value(name, labels)
+        return 0.0 if value is None else value
+
+
+@asynccontextmanager
+async def serving(settings: Settings, *, settled: bool = True) -> AsyncIterator[Service]:
+    """Run the service; returns when its databases have been looked at, unless told not to wait."""
+    app = create_app(settings)
+    databases: Databases = app.state.databases
+    transport = httpx.ASGITransport(app=app)
+    async with (
+        app.router.lifespan_context(app),
+        httpx.AsyncClient(transport=transport, base_url="http://test") as client,
+    ):
+
+        async def all_usable() -> bool:
+            replicas = all(replica.state == "usable" for replica in databases.router.replicas)
+            return replicas and databases.primary.sentinel.healthy
+
+        if settled and not await eventually(all_usable, 10):
+            raise TimeoutError("the service does not find its databases usable")
+        yield Service(app, client, databases)
+
+
+@asynccontextmanager
+async def exhausted(database: Database) -> AsyncIterator[None]:
+    """Hold every connection of a pool."""
+    async with AsyncExitStack() as stack:
+        for _ in range(database.settings.capacity):
+            await stack.enter_async_context(database.engine.connect())
+        yield
+
+
+@asynccontextmanager
+async def listening(app: Any) -> AsyncIterator[str]:
+    """Serve an ASGI application on a free port of this machine and give its URL."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=1))
+        # Not serve(), which would take this process's signals.
+        task = asyncio.create_task(server._serve([listener]))
+
+        async def started_or_ended() -> bool:
+            return server.started or task.done()
+
+        await eventually(started_or_ended, 10)
+        try:
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            await task
