@@ -87,6 +87,7 @@ async def _run(options: Options) -> int:
                 earlier = Cluster(options.directory)
                 await earlier.end_leftovers()
                 earlier.remove()
+            # People keep this data and measure writes on it: both want what production has, fsync.
             cluster = Cluster(options.directory, durable=True)
             await cluster.start(progress)
             progress("Migrating")

@@ -194,8 +194,12 @@ class Cluster:
             account=self.account,
         )
         if not self._durable:
-            # The log is kept short because a test run may have it in memory.
-            server.settings |= {"fsync": "off", "full_page_writes": "off", "max_wal_size": "256MB"}
+            server.settings |= {
+                "fsync": "off",
+                "full_page_writes": "off",
+                "max_wal_size": "256MB",  # A test run may have it in memory.
+                "dynamic_shared_memory_type": "mmap",  # Goes with the directory, also after a kill.
+            }
         return server
 
     async def _replica_follows(self) -> bool:

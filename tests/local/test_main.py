@@ -78,7 +78,9 @@ def directory(open_directory: Path) -> Iterator[Path]:
     place = open_directory / "local"
     yield place
     for process in processes(place):
-        process.kill()
+        with suppress(psutil.NoSuchProcess):  # A postmaster takes its children along.
+            process.kill()
+    until(lambda: not processes(place), STOP_SECONDS)
 
 
 @contextmanager
@@ -92,21 +94,20 @@ def started(directory: Path, *options: str) -> Iterator[Run]:
         run.process.wait()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_serves_seeded_patients_and_stops_without_a_trace(directory: Path, number: signal.Signals) -> None:
-    """From an empty directory to an answer; Ctrl-C, SIGTERM and hang-up leave no process and exit with 0."""
+def test_serves_seeded_patients_and_ctrl_c_leaves_no_trace(directory: Path) -> None:
+    """From an empty directory to an answer with two workers, and back to no process, with exit status 0."""
     with started(directory, "--seed", "20", "--workers", "2") as run:
         assert httpx.get(f"{run.url}/patients/20").json()["mrn"] == "MRN-000020"
         assert httpx.get(f"{run.url}/patients/21").status_code == 404
         assert len(processes(directory)) > 10
 
-        assert run.stop(number) == 0
+        assert run.stop(signal.SIGINT) == 0
 
     assert processes(directory) == []
 
 
 def test_recovers_after_kill_9_and_keeps_the_data(directory: Path) -> None:
-    """The next run ends what a killed one left behind, takes the same port and shows what was written."""
+    """The next run ends what a killed one left behind, takes the same port and shows what was written; SIGTERM ends it."""
     new = {"mrn": "MRN-900001", "full_name": "Ada Example", "birth_date": "1980-05-17"}
     port = free_port()
     first = Run(directory, port).wait_ready()
@@ -123,6 +124,7 @@ def test_recovers_after_kill_9_and_keeps_the_data(directory: Path) -> None:
     assert httpx.get(f"{second.url}{created.headers['location']}").json()["full_name"] == "Ada Example"
     assert "Seeded" not in second.words
     assert second.stop(signal.SIGTERM) == 0
+    assert processes(directory) == []
 
 
 def test_fresh_starts_anew(directory: Path) -> None:
@@ -150,7 +152,7 @@ def test_taken_port_is_said_before_anything_starts(directory: Path) -> None:
 
 
 def test_second_run_over_the_same_directory_is_refused(directory: Path) -> None:
-    """Two runs would stop each other's databases; the second says who was first."""
+    """Two runs would stop each other's databases; the second says who was first, which a hang-up ends."""
     with started(directory, "--no-seed") as first:
         second = Run(directory, free_port())
 
@@ -158,7 +160,9 @@ def test_second_run_over_the_same_directory_is_refused(directory: Path) -> None:
 
         assert f"Another run (process {first.process.pid})" in second.words
         assert httpx.get(f"{first.url}/health/ready").status_code == 200
-        first.stop(signal.SIGTERM)
+        assert first.stop(signal.SIGHUP) == 0
+
+    assert processes(directory) == []
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk takes root")
