@@ -107,7 +107,7 @@ def test_serves_seeded_patients_and_ctrl_c_leaves_no_trace(directory: Path) -> N
 
 
 def test_recovers_after_kill_9_and_keeps_the_data(directory: Path) -> None:
-    """The next run ends what a killed one left behind, takes the same port and shows what was written; SIGTERM ends it."""
+    """The next run ends what a killed one left behind, takes its port and shows what was written; SIGTERM ends it."""
     new = {"mrn": "MRN-900001", "full_name": "Ada Example", "birth_date": "1980-05-17"}
     port = free_port()
     first = Run(directory, port).wait_ready()
