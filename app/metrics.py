@@ -106,7 +106,7 @@ class Metrics:
             "db_replica_usable", "Whether reads go to this replica: 1 or 0.", "pool", mode="livemin"
         )
         self.tokens = counter(
-            "db_consistency_tokens_total", "Consistency tokens received: reached, ahead or malformed.", "outcome"
+            "db_consistency_tokens_total", "Consistency tokens received: accepted or malformed.", "outcome"
         )
 
         # HTTP.

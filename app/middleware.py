@@ -170,7 +170,7 @@ class ReadYourWrites:
         for text in found:
             if match := _TOKEN.fullmatch(text):
                 wanted = max(wanted or 0, (int(match[1], 16) << 32) + int(match[2], 16))
-                self._count("sent").inc()
+                self._count("accepted").inc()
             else:
                 self._count("malformed").inc()
         return wanted

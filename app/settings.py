@@ -8,13 +8,12 @@ describes the primary; `DATABASE_REPLICA_*` and `DATABASE_ANALYTICS_*` inherit w
 from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, cast
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_settings import (
     BaseSettings,
-    DotEnvSettingsSource,
     EnvSettingsSource,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
@@ -24,6 +23,10 @@ from sqlalchemy.exc import ArgumentError
 
 # The shortest prefix comes last, so that DATABASE_REPLICA_URL is the replica's and not the primary's REPLICA_URL.
 PREFIXES = {"replicas": "database_replica_", "analytics": "database_analytics_", "primary": "database_"}
+# HS256 wants a key as long as its hash (RFC 7518, section 3.2).
+SECRET_CHARACTERS = 32
+# What docker-compose.yml's default passwords begin with.
+DEVELOPMENT_SECRET = "development-"  # noqa: S105  # It is what a secret must not look like.
 
 
 class SettingsError(ValueError):
@@ -34,13 +37,19 @@ def _checked_url(secret: SecretStr) -> SecretStr:
     """Accept postgresql://, postgres:// and postgresql+asyncpg://; never repeat the URL, it holds a password."""
     try:
         url = make_url(secret.get_secret_value().strip())
-    except ArgumentError:
+    except (ArgumentError, ValueError):
         raise ValueError("is not a URL; write postgresql://user:password@host:5432/database") from None
     if url.drivername not in {"postgresql", "postgres", "postgresql+asyncpg"}:
         raise ValueError(f"has the scheme {url.drivername!r}; this service speaks to postgresql:// only")
     if not url.database:
         raise ValueError("names no database; end it with /database")
     return SecretStr(url.set(drivername="postgresql+asyncpg").render_as_string(hide_password=False))
+
+
+def _checked_secret(secret: SecretStr) -> SecretStr:
+    if len(secret.get_secret_value()) < SECRET_CHARACTERS:
+        raise ValueError(f"has fewer than {SECRET_CHARACTERS} characters; `openssl rand -hex 32` makes a good one")
+    return secret
 
 
 DatabaseUrl = Annotated[SecretStr, AfterValidator(_checked_url)]
@@ -134,11 +143,13 @@ class Settings(BaseSettings):
     log_format: Literal["auto", "json", "console"] = Field(
         "auto", description="auto: readable on a terminal, JSON lines elsewhere."
     )
-    auth_secret: SecretStr | None = Field(
+    auth_secret: Annotated[SecretStr, AfterValidator(_checked_secret)] | None = Field(
         None, description="Signs bearer tokens (HS256), at least 32 characters; unset leaves the routes open."
     )
     directory_url: str | None = Field(
-        None, description="Base URL of the user directory; POST /users/{id}/sync exists only if set."
+        None,
+        pattern="^https?://",
+        description="Base URL of the user directory; POST /users/{id}/sync exists only if set.",
     )
     directory_timeout_seconds: float = Field(5, gt=0, le=60, description="Seconds for one answer of the directory.")
 
@@ -195,6 +206,15 @@ class Settings(BaseSettings):
     replica_fallback: bool = Field(
         True, description="Reads that the replica cannot serve go to the primary; off: 503 instead."
     )
+    prometheus_multiproc_dir: Path | None = Field(
+        None, description="Empty directory in which several workers gather their metrics; prometheus-client reads it."
+    )
+
+    @property
+    def databases(self) -> list[tuple[str, DatabaseSettings]]:
+        """Primary, replicas, analytics, each with the prefix of its variables."""
+        replicas = [("DATABASE_REPLICA_", replica) for replica in self.replicas]
+        return [("DATABASE_", self.primary), *replicas, ("DATABASE_ANALYTICS_", self.analytics)]
 
     @model_validator(mode="after")
     def _agree(self) -> Self:
@@ -203,13 +223,30 @@ class Settings(BaseSettings):
                 f"GRACEFUL_TIMEOUT_SECONDS {self.graceful_timeout_seconds} <= STATEMENT_TIMEOUT_SECONDS "
                 f"{self.statement_timeout_seconds:g}: a statement in flight would be cut at shutdown; raise the first"
             )
-        for name, database in (("primary", self.primary), ("analytics", self.analytics)):
+        for prefix, database in self.databases:
             if database.command_timeout_seconds <= self.statement_timeout_seconds:
                 raise ValueError(
-                    f"{name}: COMMAND_TIMEOUT_SECONDS {database.command_timeout_seconds:g} <= "
+                    f"{prefix}COMMAND_TIMEOUT_SECONDS {database.command_timeout_seconds:g} <= "
                     f"STATEMENT_TIMEOUT_SECONDS {self.statement_timeout_seconds:g}: the client would give up, and "
                     "throw the connection away, before the server answers; raise the first"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _fit_for_production(self) -> Self:
+        if self.environment != "production":
+            return self
+        refused = {
+            f"{prefix}URL holds a development password": None
+            for prefix, database in self.databases
+            if (database.parsed_url.password or "").startswith(DEVELOPMENT_SECRET)
+        }
+        if self.auth_secret is None:
+            refused["AUTH_SECRET is not set, and every route would be open"] = None
+        elif self.auth_secret.get_secret_value().startswith(DEVELOPMENT_SECRET):
+            refused["AUTH_SECRET is a development secret"] = None
+        if refused:
+            raise ValueError(f"ENVIRONMENT=production refuses to start: {'; '.join(refused)}")
         return self
 
     @classmethod
@@ -292,9 +329,8 @@ class _Variables(PydanticBaseSettingsSource):
     ) -> None:
         super().__init__(settings_cls)
         self.variables: dict[str, str] = {}
-        for source in (dotenv, environment):
-            if isinstance(source, (DotEnvSettingsSource, EnvSettingsSource)):
-                self.variables |= {name.lower(): value for name, value in source.env_vars.items() if value}
+        for source in cast("tuple[EnvSettingsSource, ...]", (dotenv, environment)):
+            self.variables |= {name.lower(): value for name, value in source.env_vars.items() if value}
 
     def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:
         """Not called: the fields are not looked up one by one."""
@@ -370,15 +406,17 @@ def _split_urls(text: str) -> list[str]:
 
 
 def _sentences(error: ValidationError) -> str:
-    lines = []
+    lines: dict[tuple[str, str], str] = {}
     for mistake in error.errors(include_url=False, include_input=False, include_context=False):
-        group, *rest = [str(part) for part in mistake["loc"]] or [""]
-        name = f"{PREFIXES[group]}{rest[-1] if rest else 'url'}".upper() if group in PREFIXES else group.upper()
-        if group == "primary" and not rest and mistake["type"] == "missing":
-            lines.append(
-                "DATABASE_URL is not set: the service needs its primary database. Set it to "
-                "postgresql://user:password@host:5432/database, or run `make run` for an embedded one."
+        group, *path = [part for part in mistake["loc"] if isinstance(part, str)] or [""]
+        field = path[-1] if path else "url" if group in PREFIXES else group
+        name, text = f"{PREFIXES.get(group, '')}{field}".upper(), mistake["msg"].removeprefix("Value error, ")
+        if mistake["type"] == "missing":
+            name = "DATABASE_URL"
+            text = (
+                "is not set: the service needs its primary database. Set it to "
+                "postgresql://user:password@host:5432/database, or run `make run` for an embedded one"
             )
-        elif not (group == "analytics" and mistake["type"] == "missing"):
-            lines.append(f"{name}: {mistake['msg'].removeprefix('Value error, ')}.".removeprefix(": "))
-    return "\n".join(dict.fromkeys(lines))
+        # What the others inherit is wrong once, under the name by which it was set.
+        lines.setdefault((field, text), f"{name}: {text}.".removeprefix(": "))
+    return "\n".join(lines.values())

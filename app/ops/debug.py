@@ -1,18 +1,18 @@
 """What operators look at when it is slow: pool figures, who holds connections, metrics. Never behind a request pool."""
 
-import os
 from dataclasses import asdict
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
+from fastapi.responses import PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector
 
 from app.db.engines import Database
-from app.errors import DatabaseUnavailable
+from app.errors import DatabaseUnavailable, documented
 from app.ops.health import DatabasesOfApp
 
-router = APIRouter(tags=["operations"])
+router = APIRouter(tags=["operations"], responses=documented(401, 403))
 
 # Sessions of other roles show neither state nor statement unless the role has pg_read_all_stats.
 CONNECTIONS = """
@@ -45,12 +45,13 @@ async def _connections(database: Database) -> dict[str, Any]:
     return {"held": holdings, "server": [dict(row) for row in rows]}
 
 
-@router.get("/metrics")
+@router.get("/metrics", response_class=PlainTextResponse)
 async def get_metrics(databases: DatabasesOfApp, request: Request) -> Response:
     """Expose the metrics to Prometheus; with several workers, those of all of them."""
     databases.publish()
     registry: CollectorRegistry = request.app.state.metrics.registry
-    if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
+    shared = databases.settings.prometheus_multiproc_dir
+    if shared is not None:
         registry = CollectorRegistry()
-        MultiProcessCollector(registry)  # type: ignore[no-untyped-call]  # prometheus-client annotates only parts.
+        MultiProcessCollector(registry, str(shared))  # type: ignore[no-untyped-call]  # prometheus-client annotates only parts.
     return Response(generate_latest(registry), headers={"Content-Type": CONTENT_TYPE_LATEST})
