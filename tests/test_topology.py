@@ -50,7 +50,7 @@ def settings(services: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path
     """Give the service's settings as its container has them."""
     monkeypatch.chdir(tmp_path)
     for name, value in services["app"]["environment"].items():
-        monkeypatch.setenv(name, str(value))
+        monkeypatch.setenv(name, "" if value is None else str(value))
     return Settings()
 
 
