@@ -2,15 +2,19 @@
 
 import asyncio
 import os
+import time
+from collections.abc import Sequence
 from datetime import timedelta
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, cast, get_args
 
 import typer
 import uvicorn
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from app.db import budget
+from app.db.activity import CLOSE_IDLE, EACH, MAX_CONNECTIONS
 from app.db.connector import Connector
 from app.db.sentinel import Sentinel
 from app.errors import DatabaseUnavailable
@@ -28,18 +32,8 @@ WorkersOption = Annotated[int | None, typer.Option(help="Processes; WORKERS. One
 
 # Another service's session that has been idle for this long is likelier forgotten than pooled.
 IDLE_SECONDS = 600
-
-CONNECTIONS = """
-SELECT pid, usename, application_name, state, extract(epoch FROM clock_timestamp() - state_change)::float8 AS seconds,
-       left(query, 60) AS query
-FROM pg_stat_activity WHERE backend_type = 'client backend' AND pid <> pg_backend_pid()
-ORDER BY state, seconds DESC
-"""
-CLOSE_IDLE = """
-SELECT pid, pg_terminate_backend(pid) AS closed FROM pg_stat_activity
-WHERE backend_type = 'client backend' AND pid <> pg_backend_pid() AND state = 'idle'
-  AND state_change < clock_timestamp() - make_interval(secs => $1) AND application_name = $2
-"""
+# Characters of a statement in a table: enough to recognise it.
+QUERY_CHARACTERS = 60
 
 
 @cli.command()
@@ -74,35 +68,26 @@ def serve(host: HostOption = None, port: PortOption = None, workers: WorkersOpti
 def doctor() -> None:
     """Check the settings, reach each database, and do the arithmetic of connections."""
     settings = _settings()
-    table = Table("database", "at", "status", "latency", "pool", "server's max_connections", title="Databases")
+    table = Table("database", "at", "status", "first answer", "pool", "max_connections", title="Databases")
     ok = True
-    for name, database in _databases(settings):
+    for prefix, database in settings.databases:
+        started = time.perf_counter()
         try:
-            rows = _ask(settings, database, "SELECT current_setting('max_connections')::int AS n")
+            granted = _ask(settings, database, MAX_CONNECTIONS)[0]["granted"]
         except DatabaseUnavailable as error:
             ok = False
-            table.add_row(name, database.location, f"[red]{error}[/red]", "", _pool(database), "")
-            continue
-        table.add_row(name, database.location, "[green]healthy[/green]", "", _pool(database), str(rows[0]["n"]))
+            status, latency, limit = f"[red]{escape(str(error))}[/red]", "", ""
+        else:
+            status, latency = "[green]healthy[/green]", f"{(time.perf_counter() - started) * 1000:.0f} ms"
+            limit = str(granted)
+        pool = f"{database.pool_size} + {database.max_overflow}"
+        table.add_row(f"{prefix}URL", escape(database.location), status, latency, pool, limit)
     console.print(table)
-    total = budget.connections_of(settings, [database for _, database in _databases(settings)])
+    total = budget.connections_of(settings, [database for _, database in settings.databases])
     console.print(
         f"All pools: {settings.workers} workers x {settings.instances} instances = at most {total} connections."
     )
-    sizes = Table("rule", "8 cores", "this machine", title="Sizing, connections on the server")
-    cores = os.cpu_count() or 1
-    for rule, by in (
-        ("cores x 2 + 1", budget.by_cores),
-        ("cores x 2 + 4", budget.for_production),
-    ):
-        sizes.add_row(rule, str(by(8)), str(by(cores)))
-    sizes.add_row("500/s x 10 ms x 1.2", str(budget.by_load(500, 0.010)), "")
-    sizes.add_row("2,000/s x 5 ms x 1.2", str(budget.by_load(2000, 0.005)), "")
-    console.print(sizes)
-    presets = Table("preset", "pool_size", "max_overflow", title="Presets, per process")
-    for preset in budget.PRESETS:
-        presets.add_row(preset.name, str(preset.pool_size), str(preset.max_overflow))
-    console.print(presets)
+    console.print(_sizing(os.cpu_count() or 1), _presets())
     if not ok:
         raise typer.Exit(1)
 
@@ -119,15 +104,13 @@ def connections(
         if close_idle:
             closed = _ask(settings, settings.primary, CLOSE_IDLE, idle_seconds, settings.primary.application_name)
             console.print(f"Closed {sum(row['closed'] for row in closed)} connections idle for {idle_seconds} s.")
-        rows = _ask(settings, settings.primary, CONNECTIONS)
+        rows = _ask(settings, settings.primary, EACH, QUERY_CHARACTERS)
     except DatabaseUnavailable as error:
         raise _stop(str(error)) from None
     table = Table("pid", "role", "application", "state", "seconds", "query", title=settings.primary.location)
     for row in rows:
-        seconds = "" if row["seconds"] is None else f"{row['seconds']:.0f}"
-        table.add_row(
-            str(row["pid"]), row["usename"], row["application_name"], row["state"] or "?", seconds, row["query"]
-        )
+        texts = (escape(row[name]) for name in ("role", "application", "state"))
+        table.add_row(str(row["pid"]), *texts, f"{row['seconds']:.0f}", escape(" ".join(row["query"].split())))
     console.print(table)
 
 
@@ -141,8 +124,8 @@ def token(
     settings = _settings()
     if settings.auth_secret is None:
         raise _stop("AUTH_SECRET is not set: the routes are open and need no token.")
-    if wrong := set(scope) - {"read", "write", "ops"}:
-        raise _stop(f"There is no scope {', '.join(sorted(wrong))}; choose from read, write, ops.")
+    if wrong := set(scope) - set(get_args(Scope)):
+        raise _stop(f"There is no scope {', '.join(sorted(wrong))}; choose from {', '.join(get_args(Scope))}.")
     scopes = cast("list[Scope]", scope)
     print(issue_token(settings.auth_secret, subject=subject, scopes=scopes, lifetime=timedelta(hours=hours)))  # noqa: T201  # For a pipe: no colours, no wrapping.
 
@@ -161,20 +144,27 @@ def _stop(sentence: str) -> typer.Exit:
     return typer.Exit(2)
 
 
-def _databases(settings: Settings) -> list[tuple[str, DatabaseSettings]]:
-    replicas = [(f"replica {number}", replica) for number, replica in enumerate(settings.replicas, 1)]
-    return [("primary", settings.primary), *replicas, ("analytics", settings.analytics)]
+def _sizing(cores: int) -> Table:
+    sizes = Table("rule", "8 cores", "this machine", title="Sizing, connections on the server")
+    for rule, by in (("cores x 2 + 1", budget.by_cores), ("cores x 2 + 4", budget.for_production)):
+        sizes.add_row(rule, str(by(8)), str(by(cores)))
+    sizes.add_row("500/s x 10 ms x 1.2", str(budget.by_load(500, 0.010)), "")
+    sizes.add_row("2,000/s x 5 ms x 1.2", str(budget.by_load(2000, 0.005)), "")
+    return sizes
 
 
-def _pool(database: DatabaseSettings) -> str:
-    return f"{database.pool_size} + {database.max_overflow}"
+def _presets() -> Table:
+    presets = Table("preset", "pool_size", "max_overflow", title="Presets, per process")
+    for preset in budget.PRESETS:
+        presets.add_row(preset.name, str(preset.pool_size), str(preset.max_overflow))
+    return presets
 
 
-def _ask(settings: Settings, database: DatabaseSettings, sql: str, *arguments: Any) -> list[Any]:
-    async def ask() -> list[Any]:
+def _ask(settings: Settings, database: DatabaseSettings, sql: str, *arguments: Any) -> Sequence[Any]:
+    async def ask() -> Sequence[Any]:
         sentinel = Sentinel("cli", Connector(database, writable=False), settings, Metrics())
         try:
-            return list(await sentinel.ask(sql, *arguments, timeout_seconds=settings.health_timeout_seconds))
+            return await sentinel.ask(sql, *arguments, timeout_seconds=settings.health_timeout_seconds)
         finally:
             await sentinel.close()
 

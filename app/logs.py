@@ -15,9 +15,9 @@ request_id: ContextVar[str | None] = ContextVar("request_id", default=None)
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "color_message", "taskName"}
 
 
-def configure_logs(level: str, log_format: Literal["auto", "json", "console"]) -> None:
+def configure_logs(level: str, log_format: Literal["auto", "json", "console"], *, access_log: bool) -> None:
     """Send every logger, uvicorn's too, to standard error in one format."""
-    logging.config.dictConfig(log_config(level, as_json=wants_json(log_format)))
+    logging.config.dictConfig(log_config(level, as_json=wants_json(log_format), access_log=access_log))
 
 
 def wants_json(log_format: Literal["auto", "json", "console"]) -> bool:
@@ -25,7 +25,7 @@ def wants_json(log_format: Literal["auto", "json", "console"]) -> bool:
     return log_format == "json" or (log_format == "auto" and not sys.stderr.isatty())
 
 
-def log_config(level: str, *, as_json: bool, access_log: bool = False) -> dict[str, Any]:
+def log_config(level: str, *, as_json: bool, access_log: bool) -> dict[str, Any]:
     """Build the `logging.config` dictionary, for this process or for uvicorn's workers."""
     formatter = "app.logs.JsonFormatter" if as_json else "app.logs.ConsoleFormatter"
     return {

@@ -60,7 +60,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
 
 def _from_environment() -> Settings:
     settings = load_settings()
-    configure_logs(settings.log_level, settings.log_format)
+    configure_logs(settings.log_level, settings.log_format, access_log=settings.access_log)
     return settings
 
 

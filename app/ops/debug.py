@@ -8,20 +8,12 @@ from fastapi.responses import PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector
 
+from app.db.activity import BY_STATE
 from app.db.engines import Database
 from app.errors import DatabaseUnavailable, documented
 from app.ops.health import DatabasesOfApp
 
 router = APIRouter(tags=["operations"], responses=documented(401, 403))
-
-# Sessions of other roles show neither state nor statement unless the role has pg_read_all_stats.
-CONNECTIONS = """
-SELECT coalesce(application_name, '') AS application, coalesce(state, 'unknown') AS state, count(*) AS connections,
-       max(extract(epoch FROM clock_timestamp() - state_change))::float8 AS longest_seconds
-FROM pg_stat_activity
-WHERE backend_type = 'client backend'
-GROUP BY 1, 2 ORDER BY 1, 2
-"""
 
 
 @router.get("/debug/pool-stats")
@@ -39,7 +31,7 @@ async def get_connections(databases: DatabasesOfApp) -> dict[str, Any]:
 async def _connections(database: Database) -> dict[str, Any]:
     holdings = [asdict(holding) for holding in database.pool.holdings()]
     try:
-        rows = await database.sentinel.ask(CONNECTIONS, timeout_seconds=2)
+        rows = await database.sentinel.ask(BY_STATE, timeout_seconds=2)
     except DatabaseUnavailable as error:
         return {"held": holdings, "server": None, "error": str(error)}
     return {"held": holdings, "server": [dict(row) for row in rows]}

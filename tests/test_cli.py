@@ -1,0 +1,290 @@
+"""`python -m app …`, from the outside where a process is the point, else through Typer's own runner."""
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import asyncpg
+import httpx
+import jwt
+import pytest
+import uvicorn
+from typer.testing import CliRunner, Result
+
+from app.cli import cli
+from local.postgres import free_port
+from local.waiting import eventually
+from tests.conftest import Database
+
+SECRET = "0123456789abcdef0123456789abcdef"
+NAME = "told-apart"
+# A single process of uvicorn sends itself the signal again once it has ended in good order.
+ENDED = {0, -signal.SIGTERM}
+MODULE = ("-m", "app", "serve")
+FACTORY = ("-m", "uvicorn", "--factory", "app.main:create_app")
+
+
+@dataclass
+class Process:
+    """A server as a process of its own."""
+
+    url: str
+    client: httpx.AsyncClient
+    process: asyncio.subprocess.Process
+    log: Path
+
+    async def stop(self) -> int:
+        """Send SIGTERM and return the exit status."""
+        self.process.send_signal(signal.SIGTERM)
+        return await asyncio.wait_for(self.process.wait(), 15)
+
+
+@asynccontextmanager
+async def served(directory: Path, environment: dict[str, str], *arguments: str) -> AsyncIterator[Process]:
+    """Run `python …` with a port, wait until it is ready, and make sure that it ends."""
+    port, log = free_port(), directory / "log"
+    with log.open("wb") as output:
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, *arguments, "--port", str(port),
+            env=os.environ | environment | {"DATABASE_APPLICATION_NAME": NAME}, stdout=output, stderr=output,
+        )  # fmt: skip
+    url = f"http://127.0.0.1:{port}"
+    async with httpx.AsyncClient(base_url=url, timeout=10, trust_env=False) as client:
+
+        async def ready_or_ended() -> bool:
+            try:
+                return (await client.get("/health/ready")).is_success
+            except httpx.TransportError:
+                return process.returncode is not None
+
+        try:
+            ready = await eventually(ready_or_ended, 15)
+            assert ready, log.read_text(encoding="utf-8")
+            assert process.returncode is None, log.read_text(encoding="utf-8")
+            yield Process(url, client, process, log)
+        finally:
+            if process.returncode is None:
+                process.kill()
+                await process.wait()
+
+
+async def sessions(database: Database) -> int:
+    """Count the sessions that a served process holds."""
+    connection = await asyncpg.connect(database.url("postgres"))
+    try:
+        return int(await connection.fetchval("SELECT count(*) FROM pg_stat_activity WHERE application_name = $1", NAME))
+    finally:
+        await connection.close()
+
+
+async def run(*arguments: str, **environment: str) -> Result:
+    """Run a command in a thread, for it has an event loop of its own."""
+    return await asyncio.to_thread(CliRunner().invoke, cli, arguments, env=environment | {"COLUMNS": "200"})
+
+
+async def test_serve_finishes_what_is_in_flight_on_sigterm(database: Database, tmp_path: Path) -> None:
+    """A request that waits for a lock when SIGTERM comes is answered; then no session is left on the server."""
+    blocker = await asyncpg.connect(database.url("postgres"))
+    only_primary = {"DATABASE_URL": database.url()}
+    async with served(tmp_path, only_primary, *MODULE) as server:
+        transaction = blocker.transaction()
+        await transaction.start()
+        await blocker.execute("LOCK TABLE patients")
+        slow = asyncio.create_task(server.client.get("/patients/1"))
+
+        async def waits() -> bool:
+            asked = "SELECT count(*) FROM pg_stat_activity WHERE application_name = $1 AND wait_event_type = 'Lock'"
+            return bool(await blocker.fetchval(asked, NAME))
+
+        assert await eventually(waits, 5)
+        server.process.send_signal(signal.SIGTERM)
+
+        async def refuses() -> bool:
+            async with httpx.AsyncClient(trust_env=False) as client:
+                try:
+                    await client.get(f"{server.url}/health/live")
+                except httpx.ConnectError:
+                    return True
+                return False
+
+        assert await eventually(refuses, 5)
+        await transaction.rollback()
+        answer = await slow
+
+        assert (answer.status_code, answer.headers["content-type"]) == (404, "application/problem+json")
+        assert await asyncio.wait_for(server.process.wait(), 15) in ENDED
+    await blocker.close()
+    assert await sessions(database) == 0
+
+
+async def test_serve_tells_nothing_about_itself(database: Database, tmp_path: Path) -> None:
+    """There is no Server header, no access log by default, and log lines are JSON when nobody looks."""
+    async with served(tmp_path, database.environment(), *MODULE) as server:
+        answer = await server.client.get("/patients")
+
+        assert answer.status_code == 200
+        assert "server" not in answer.headers
+        assert await server.stop() in ENDED
+        lines = server.log.read_text(encoding="utf-8").splitlines()
+        assert all(line.startswith("{") for line in lines), lines
+        assert not [line for line in lines if "GET /patients" in line]
+
+
+async def test_access_log_can_be_had(database: Database, tmp_path: Path) -> None:
+    """ACCESS_LOG=true writes a line for each request."""
+    async with served(tmp_path, database.environment() | {"ACCESS_LOG": "true"}, *MODULE) as server:
+        await server.client.get("/patients")
+        await server.stop()
+
+        assert "GET /patients" in server.log.read_text(encoding="utf-8")
+
+
+async def test_workers_share_a_port_and_end_together(database: Database, tmp_path: Path) -> None:
+    """Two workers serve, and SIGTERM to their parent leaves neither process nor session."""
+    async with served(tmp_path, database.environment(), *MODULE, "--workers", "2") as server:
+        started = server.log.read_text(encoding="utf-8").count("Started server process")
+
+        assert started >= 1
+        assert (await server.client.get("/users")).status_code == 200
+        assert await server.stop() == 0
+    assert await sessions(database) == 0
+
+
+async def test_uvicorn_serves_the_factory(database: Database, tmp_path: Path) -> None:
+    """`uvicorn --factory app.main:create_app` works with a plain DATABASE_URL and nothing else."""
+    async with served(tmp_path, {"DATABASE_URL": database.url()}, *FACTORY) as server:
+        answer = await server.client.post("/users", json={"email": "ada@example.com", "full_name": "Ada"})
+
+        assert answer.status_code == 201
+
+
+@pytest.mark.parametrize("arguments", [MODULE, FACTORY])
+def test_wrong_settings_end_the_start_with_a_sentence(arguments: tuple[str, ...]) -> None:
+    """A mistake in the environment is a sentence and a status, no traceback."""
+    environment = os.environ | {"DATABASE_URL": "mysql://x/y"}
+
+    ended = subprocess.run(
+        [sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=20, check=False
+    )
+
+    assert ended.returncode != 0
+    assert "DATABASE_URL: has the scheme 'mysql'" in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+def test_serve_gives_uvicorn_its_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Proxies are believed by address only, and the graceful timeout is longer than any statement."""
+    given: dict[str, Any] = {}
+    monkeypatch.setattr(uvicorn, "run", lambda app, **options: given.update(options, app=app))
+    for name in ("HOST", "PORT", "WORKERS"):
+        monkeypatch.setenv(name, "1")  # Restored afterwards: the command sets them for its workers.
+    environment = {
+        "DATABASE_URL": "postgresql://a@b/c",
+        "TRUSTED_PROXIES": "10.0.0.1",
+        "STATEMENT_TIMEOUT_SECONDS": "5",
+    }
+
+    result = CliRunner().invoke(cli, ["serve", "--port", "8123", "--workers", "3"], env=environment)
+
+    assert result.exit_code == 0, result.output
+    assert (given["app"], given["factory"]) == ("app.main:create_app", True)
+    assert (given["port"], given["workers"], given["host"]) == (8123, 3, "1")
+    assert (given["loop"], given["http"], given["lifespan"]) == ("uvloop", "httptools", "on")
+    assert (given["forwarded_allow_ips"], given["access_log"]) == ("10.0.0.1", False)
+    assert given["timeout_graceful_shutdown"] > 5
+
+
+async def test_doctor_reaches_every_database(database: Database) -> None:
+    """Each database is named with its place and state; the arithmetic and the formulas are shown."""
+    result = await run("doctor", **database.environment())
+
+    assert result.exit_code == 0, result.output
+    for expected in ("DATABASE_URL", "DATABASE_REPLICA_URL", "DATABASE_ANALYTICS_URL", "background worker"):
+        assert expected in result.output
+    assert result.output.count("healthy") == 3
+    assert "1 workers x 1 instances = at most 37 connections" in result.output
+    assert "app_rw" not in result.output
+
+
+async def test_doctor_fails_when_a_database_does_not_answer(database: Database) -> None:
+    """A database that is down is said, and is the exit status."""
+    down = f"postgresql://a:hunter2@127.0.0.1:{free_port()}/x"
+
+    result = await run("doctor", DATABASE_URL=database.url(), DATABASE_REPLICA_URL=down)
+
+    assert result.exit_code == 1
+    assert "cannot be reached" in result.output
+    assert "hunter2" not in result.output
+
+
+async def test_connections_are_listed_and_closed_when_idle(database: Database) -> None:
+    """The list shows who is there; --close-idle ends this service's own sessions that idle, and no others."""
+    mine = await asyncpg.connect(database.url(), server_settings={"application_name": NAME})
+    other = await asyncpg.connect(database.url(), server_settings={"application_name": "another"})
+    await mine.execute("SELECT 'forgotten'")
+    environment = {"DATABASE_URL": database.url(), "DATABASE_APPLICATION_NAME": NAME}
+
+    async def idle_for_a_second() -> bool:
+        asked = "SELECT bool_and(state_change < clock_timestamp() - interval '1.1 s') FROM pg_stat_activity "
+        return bool(await other.fetchval(asked + "WHERE application_name = $1", NAME))
+
+    listed = await run("connections", **environment)
+    assert await eventually(idle_for_a_second, 5)
+    closing = await run("connections", "--close-idle", "--idle-seconds", "1", **environment)
+
+    assert listed.exit_code == 0, listed.output
+    assert NAME in listed.output
+    assert "forgotten" in listed.output
+    assert "Closed 1 connections idle for 1 s." in closing.output
+    assert await other.fetchval("SELECT 1") == 1
+
+    async def gone() -> bool:
+        return mine.is_closed()
+
+    assert await eventually(gone, 5)
+    await other.close()
+
+
+async def test_connections_say_when_the_database_is_down() -> None:
+    """No traceback: a sentence and a status."""
+    result = await run("connections", DATABASE_URL=f"postgresql://a@127.0.0.1:{free_port()}/x")
+
+    assert result.exit_code == 2
+    assert "cannot be reached" in result.stderr
+
+
+async def test_token_is_signed_with_the_secret() -> None:
+    """The token names subject, scopes and an end, and stands alone on its line."""
+    result = await run(
+        "token", "--scope", "read", "--scope", "ops", "--subject", "me", "--hours", "1",
+        DATABASE_URL="postgresql://a@b/c", AUTH_SECRET=SECRET,
+    )  # fmt: skip
+
+    claims = jwt.decode(result.stdout.strip(), SECRET, algorithms=["HS256"])
+    assert (claims["sub"], claims["scope"]) == ("me", "read ops")
+    assert claims["exp"] - claims["iat"] == timedelta(hours=1).total_seconds()
+
+
+async def test_token_needs_a_secret_and_a_known_scope() -> None:
+    """Without AUTH_SECRET there is nothing to sign with; a scope that no route asks for is refused."""
+    open_service = await run("token", "--scope", "read", DATABASE_URL="postgresql://a@b/c")
+    unknown = await run("token", "--scope", "admin", DATABASE_URL="postgresql://a@b/c", AUTH_SECRET=SECRET)
+
+    assert (open_service.exit_code, "AUTH_SECRET is not set" in open_service.stderr) == (2, True)
+    assert (unknown.exit_code, "choose from read, write, ops" in unknown.stderr) == (2, True)
+
+
+async def test_budget_is_checked_before_serving() -> None:
+    """Settings that can open more connections than the server grants start nothing, and show the arithmetic."""
+    result = await run("serve", DATABASE_URL="postgresql://a@b/c", CONNECTION_LIMIT="10", WORKERS="2")
+
+    assert result.exit_code == 2
+    assert "2 workers x 1 instances x (10 + 5 + 1) + (2 + 2 + 1) = 42 connections > 10 - 3" in result.stderr
