@@ -84,7 +84,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     databases: Databases = app.state.databases
     settings: Settings = app.state.settings
     async with httpx.AsyncClient(
-        base_url=settings.directory_url or "", timeout=settings.directory_timeout_seconds
+        base_url=settings.directory_url or "", timeout=settings.directory_timeout_seconds, trust_env=False
     ) as client:
         app.state.directory = client
         await databases.open()

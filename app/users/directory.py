@@ -1,5 +1,8 @@
 """The user directory: somebody else's HTTP service, slow on a bad day. Called with no connection held."""
 
+import asyncio
+from urllib.parse import quote
+
 import httpx
 from pydantic import BaseModel, ValidationError
 
@@ -14,16 +17,18 @@ class Profile(BaseModel):
     is_active: bool
 
 
-async def fetch_profile(client: httpx.AsyncClient, email: str) -> Profile:
-    """Ask `GET {DIRECTORY_URL}/profiles/{email}`.
+async def fetch_profile(client: httpx.AsyncClient, email: str, *, timeout_seconds: float) -> Profile:
+    """Ask `GET {DIRECTORY_URL}/profiles/{email}`, and wait for the whole answer for `timeout_seconds`.
 
     Raises: DirectoryFailed when the answer is late, an error, or not a profile.
     """
     try:
-        response = await client.get(f"/profiles/{email}")
+        # The client's own timeouts are for each read: an answer in drops would never be late.
+        async with asyncio.timeout(timeout_seconds):
+            response = await client.get(f"/profiles/{quote(email, safe='@')}")
         response.raise_for_status()
         return Profile.model_validate_json(response.content)
-    except httpx.TimeoutException as error:
+    except (TimeoutError, httpx.TimeoutException) as error:
         raise DirectoryFailed("The user directory did not answer in time.") from error
     except httpx.HTTPStatusError as error:
         raise DirectoryFailed(f"The user directory answered {error.response.status_code}.") from error

@@ -69,6 +69,7 @@ async def sync_user(request: Request, databases: Annotated[Databases, Depends(da
     label: dict[str, Any] = {"label": "/users/{user_id}/sync"}
     async with reading(databases, consistency_of(request.scope), **label) as session:
         user = await queries.get_user(session, user_id)
-    profile = await fetch_profile(request.app.state.directory, user.email)
+    timeout_seconds = databases.settings.directory_timeout_seconds
+    profile = await fetch_profile(request.app.state.directory, user.email, timeout_seconds=timeout_seconds)
     async with writing(databases, consistency_of(request.scope), **label) as session:
         return UserOut.model_validate(await queries.change_user(session, user_id, profile.model_dump()))
