@@ -19,7 +19,7 @@ PROFILE = b'{"full_name": "Ada King", "is_active": false, "more": 1}'
 
 
 @asynccontextmanager
-async def synced(database: Database, answer: Answer, *, timeout: float = 0.3) -> AsyncIterator[tuple[Service, str]]:
+async def synced(database: Database, answer: Answer, *, patience: float = 0.3) -> AsyncIterator[tuple[Service, str]]:
     """Serve with a directory that answers so; give the service and the path of a user to sync."""
     directory = FastAPI()
 
@@ -28,7 +28,7 @@ async def synced(database: Database, answer: Answer, *, timeout: float = 0.3) ->
         return await answer(email)
 
     async with listening(directory) as url:
-        settings = database.settings(directory_url=f"{url}/api", directory_timeout_seconds=timeout)
+        settings = database.settings(directory_url=f"{url}/api", directory_timeout_seconds=patience)
         async with serving(settings) as service:
             yield service, await add(service, "ada+x/y?z#@example.com")
 
@@ -66,7 +66,7 @@ async def test_sync_holds_no_connection_while_the_directory_thinks(database: Dat
         await may_answer.wait()
         return Response(PROFILE)
 
-    async with synced(database, answer, timeout=10) as (service, _):
+    async with synced(database, answer, patience=10) as (service, _):
         paths = [await add(service, f"user-{number}@example.com") for number in range(10)]
         requests = [asyncio.create_task(service.client.post(path)) for path in paths]
         for _request in requests:
