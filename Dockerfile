@@ -10,6 +10,7 @@ RUN --mount=type=cache,target=/root/.cache/pip \
     python -m pip --python /opt/venv/bin/python install --no-compile --only-binary :all: --require-hashes \
         --requirement /tmp/requirements.txt
 RUN find /opt/venv -depth -type d \( -name tests -o -name test \) -exec rm -r {} + \
+ && find /opt/venv -type f \( -name '*.[ch]' -o -name '*.[ch]pp' -o -name '*.px[di]' -o -name '*.pyx' \) -delete \
  && python -m compileall -q --invalidation-mode unchecked-hash /opt/venv
 COPY app /srv/app
 COPY migrations /srv/migrations

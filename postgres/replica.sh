@@ -53,6 +53,7 @@ ask() { psql --no-psqlrc --no-align --tuples-only --username=monitor --dbname=po
 makes_progress() {
     local answer=starting
     if pg_isready --quiet; then
+        served=yes
         answer=$(ask "SELECT coalesce((SELECT status FROM pg_stat_wal_receiver), 'none'), pg_last_wal_replay_lsn()") ||
             return 0
         [[ $answer == streaming* || $answer != "$last_answer" ]] || return 1
@@ -98,11 +99,11 @@ while true; do
         say "this server was promoted: it runs as it is and is never cloned over; remove its volume to start again"
         exec postgres "$@"
     fi
-    started_at=$SECONDS
+    served=''
     status=0
     follow "$@" || status=$?
     if ((status == 0)); then exit 0; fi
-    # A copy that ends before it ever ran for long does not fit the primary any more; one that ran was killed.
-    if ((status == 1 && SECONDS - started_at >= 10)); then exit 1; fi
+    # A copy that ends before it ever served does not fit the primary any more; one that served was killed.
+    if ((status == 1)) && [[ -n $served ]]; then exit 1; fi
     clone_primary
 done

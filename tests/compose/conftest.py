@@ -1,0 +1,74 @@
+"""The stack that the suite shares: built, started, and taken down at the end, whatever happens."""
+
+import re
+import shutil
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.compose.stack import PORTS, ROOT, Stack
+
+URL = f"http://127.0.0.1:{PORTS['APP_PORT']}"
+PROMETHEUS = f"http://127.0.0.1:{PORTS['PROMETHEUS_PORT']}"
+
+
+@pytest.fixture(scope="session")
+async def stack(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Stack]:
+    """Give the running stack. Tests leave it as they found it: every service up, one instance of the app."""
+    folder = tmp_path_factory.mktemp("stack")
+    # Containers read these as accounts of their own.
+    folder.chmod(0o755)
+    for parent in folder.parents[:2]:
+        parent.chmod(0o755)
+    stack = Stack(
+        "lifeguard-test",
+        "docker-compose.yml",
+        "tests/compose/docker-compose.test.yml",
+        TEST_RULES=str(_impatient_rules(folder)),
+        ALERT_WEBHOOKS_DIR=str(_webhooks(folder)),
+    )
+    await stack.compose("down", "--volumes", "--remove-orphans")
+    try:
+        await stack.compose("build", "--quiet")
+        await stack.up()
+        yield stack
+    finally:
+        await stack.compose("down", "--volumes", "--remove-orphans")
+
+
+@pytest.fixture
+async def client(stack: Stack) -> AsyncIterator[httpx.AsyncClient]:
+    """Give an HTTP client of the published service."""
+    async with httpx.AsyncClient(base_url=URL, timeout=60) as client:
+        assert stack.project
+        yield client
+
+
+@pytest.fixture
+async def prometheus(stack: Stack) -> AsyncIterator[httpx.AsyncClient]:
+    """Give an HTTP client of Prometheus."""
+    async with httpx.AsyncClient(base_url=PROMETHEUS, timeout=10) as client:
+        assert stack.project
+        yield client
+
+
+def _impatient_rules(folder: Path) -> Path:
+    """Copy the rules with one thing changed: nobody waits minutes for an alert."""
+    rules = (ROOT / "prometheus/alerts.yml").read_text(encoding="utf-8")
+    copy = folder / "alerts.yml"
+    copy.write_text(re.sub(r"for: \w+", "for: 5s", rules), encoding="utf-8")
+    copy.chmod(0o644)
+    return copy
+
+
+def _webhooks(folder: Path) -> Path:
+    """Point both addresses at the double of the world outside."""
+    webhooks = folder / "webhooks"
+    shutil.copytree(ROOT / "prometheus/webhooks", webhooks)
+    for name in ("page", "ticket"):
+        (webhooks / name).write_text(f"http://outside:8080/{name}", encoding="utf-8")
+        (webhooks / name).chmod(0o644)
+    webhooks.chmod(0o755)
+    return webhooks
