@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
 
+import asyncpg
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
@@ -175,7 +176,7 @@ def classify(error: BaseException) -> Failure | None:
     if isinstance(error, (WriteInReadSession, TransactionAborted)):
         return None
     state = sqlstate(error) or sqlstate(error.__cause__) or ""
-    if isinstance(error, (DBAPIError, DatabaseUnreachable)):
+    if isinstance(error, (DBAPIError, asyncpg.PostgresError, DatabaseUnreachable)):
         for length in (5, 3, 2):
             if failure := _FAILURES.get(state[:length]):
                 return failure
@@ -217,6 +218,7 @@ def install(app: FastAPI) -> None:
     """Answer every exception of this service with a problem document."""
     app.add_exception_handler(ServiceError, _answer_failure)
     app.add_exception_handler(DBAPIError, _answer_failure)
+    app.add_exception_handler(asyncpg.PostgresError, _answer_failure)
     app.add_exception_handler(RequestValidationError, _answer_invalid)
     app.add_exception_handler(HTTPException, _answer_http)
 

@@ -5,14 +5,13 @@ without arguments, and then it reads the environment.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import httpx
-from fastapi import Depends, FastAPI
-from fastapi.params import Depends as DependsClass
+from fastapi import FastAPI
 
-from app import errors, patients, reports, users
+from app import errors, patients, reports, security, users
 from app.db.budget import check_budget
 from app.db.engines import Databases
 from app.idempotency import keep_house
@@ -22,7 +21,6 @@ from app.middleware import HttpMetrics, LastResort, OnceMore, ReadYourWrites, Re
 from app.ops import debug, health
 from app.ops.loop import LoopWatch
 from app.ops.shutdown import draining_first
-from app.security import required
 from app.settings import Settings, SettingsError, load_settings
 
 DESCRIPTION = "A FastAPI + PostgreSQL reference service whose database pool never drowns."
@@ -52,6 +50,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     # The last one added is the outermost.
     app.add_middleware(OnceMore, metrics=metrics, databases=databases)
     app.add_middleware(ReadYourWrites, metrics=metrics)
+    if settings.auth_secret is not None:
+        security.install(app, settings.auth_secret)
     app.add_middleware(LastResort)
     app.add_middleware(HttpMetrics, metrics=metrics)
     app.add_middleware(RequestId)
@@ -65,17 +65,13 @@ def _from_environment() -> Settings:
 
 
 def _add_routes(app: FastAPI, settings: Settings) -> None:
-    app.include_router(health.router)
-    guard: Sequence[DependsClass] = ()
-    guard_ops: Sequence[DependsClass] = ()
-    if settings.auth_secret is not None:
-        guard = [Depends(required(settings.auth_secret))]
-        guard_ops = [Depends(required(settings.auth_secret, "ops"))]
-    app.include_router(debug.router, dependencies=guard_ops)
-    for domain in (users, patients, reports):
-        app.include_router(domain.router, dependencies=guard)
+    domains = [patients.router, users.router, reports.router]
     if settings.directory_url is not None:
-        app.include_router(users.sync_router, dependencies=guard)
+        domains.append(users.sync_router)
+    for router in [debug.router, health.router, *reversed(domains)]:
+        # include_router would match a path router by router, then route by route: a sixth of a read's whole CPU. The
+        # routers carry their own prefixes and answers, so their routes can stand side by side (docs/decisions).
+        app.router.routes[:0] = router.routes
 
 
 @asynccontextmanager

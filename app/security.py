@@ -4,22 +4,21 @@
 are open, which `ENVIRONMENT=production` refuses.
 """
 
-from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime, timedelta
-from typing import Annotated, Literal
+from typing import Any, Literal
 
 import jwt
-from fastapi import Depends, Request
-from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from fastapi import FastAPI, Request
 from pydantic import SecretStr
+from starlette.types import ASGIApp, Receive, Send
+from starlette.types import Scope as ASGIScope
 
-from app.errors import Forbidden, Unauthorized
+from app.errors import Failure, Forbidden, ServiceError, Unauthorized, problem
 
 Scope = Literal["read", "write", "ops"]
 ALGORITHM = "HS256"
-
-_bearer = HTTPBearer(auto_error=False, description="python -m app token --scope read --scope write")
-Credentials = Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]
+# What balancers, Prometheus and people who read the documentation need before they have a token.
+OPEN_PATHS = ("/health/", "/metrics", "/docs", "/redoc", "/openapi.json")
 
 
 def issue_token(secret: SecretStr, *, subject: str, scopes: list[Scope], lifetime: timedelta) -> str:
@@ -29,26 +28,62 @@ def issue_token(secret: SecretStr, *, subject: str, scopes: list[Scope], lifetim
     return jwt.encode(claims, secret.get_secret_value(), ALGORITHM)
 
 
-def required(secret: SecretStr, scope: Scope | None = None) -> Callable[..., Awaitable[None]]:
-    """Make a dependency that asks for `scope`, or for `read` or `write` by the request's method.
+class BearerGuard:
+    """Let a request through with the scope that it needs; without it, answer 401 or 403 before anything else is done.
 
-    Raises, when called: Unauthorized without a valid token, Forbidden without the scope.
+    A middleware, and not a dependency: it costs nothing when it is not there, and no route can forget it.
     """
 
-    async def authorize(request: Request, credentials: Credentials) -> None:
-        if credentials is None:
+    def __init__(self, app: ASGIApp, secret: SecretStr) -> None:
+        self._app = app
+        self._secret = secret
+
+    async def __call__(self, scope: ASGIScope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        if scope["type"] == "http" and not scope["path"].startswith(OPEN_PATHS):
+            request = Request(scope)
+            try:
+                self._check(request)
+            except ServiceError as error:
+                await problem(request, Failure(error.status, error.code, str(error)))(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+    def _check(self, request: Request) -> None:
+        kind, _, token = request.headers.get("authorization", "").partition(" ")
+        if kind.lower() != "bearer":
             raise Unauthorized("This route needs a bearer token.")
         try:
             claims = jwt.decode(
-                credentials.credentials,
-                secret.get_secret_value(),
+                token,
+                self._secret.get_secret_value(),
                 algorithms=[ALGORITHM],
                 options={"require": ["exp", "sub"]},
             )
         except jwt.InvalidTokenError as error:
             raise Unauthorized(f"The bearer token is not valid: {error}.") from error
-        needed = scope or ("read" if request.method in {"GET", "HEAD"} else "write")
+        needed = needed_scope(request)
         if needed not in str(claims.get("scope", "")).split():
             raise Forbidden(f"The bearer token lacks the scope {needed!r}.")
 
-    return authorize
+
+def needed_scope(request: Request) -> Scope:
+    """Say which scope a request needs."""
+    if request.url.path.startswith("/debug"):
+        return "ops"
+    return "read" if request.method in {"GET", "HEAD"} else "write"
+
+
+def install(app: FastAPI, secret: SecretStr) -> None:
+    """Guard the service, and tell its OpenAPI document so."""
+    app.add_middleware(BearerGuard, secret=secret)
+    describe = app.openapi
+
+    def describe_guarded() -> dict[str, Any]:
+        document = describe()
+        scheme = {"type": "http", "scheme": "bearer", "description": "python -m app token --scope read --scope write"}
+        document.setdefault("components", {})["securitySchemes"] = {"bearer": scheme}
+        document["security"] = [{"bearer": []}]
+        return document
+
+    app.openapi = describe_guarded  # type: ignore[method-assign]  # FastAPI's own way to extend the document.

@@ -6,16 +6,21 @@ with any of the databases down: readiness says so, and the sentinels notice when
 
 import asyncio
 import logging
-from typing import Literal, cast
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, TypeVarTuple, cast
 
+import asyncpg
+from sqlalchemy import Row
 from sqlalchemy.ext.asyncio import create_async_engine
 
-from app.db.connector import Connector
-from app.db.observe import EngineWatch, PoolWatch
+from app.db.connector import DRIVER_FAILURES, Connector
+from app.db.observe import EngineWatch, PoolWatch, name_loss
 from app.db.pool import BoundedPool
+from app.db.query import Query
 from app.db.replica import Replica, Router
 from app.db.sentinel import Sentinel
-from app.errors import DatabaseUnavailable
+from app.errors import ConnectionLost, DatabaseUnavailable
 from app.metrics import Metrics
 from app.settings import DatabaseSettings, Settings
 
@@ -24,6 +29,9 @@ logger = logging.getLogger(__name__)
 Role = Literal["primary", "replica", "analytics"]
 # Seconds between two rounds of upkeep of the pools: short against every lifetime, long against a round's cost.
 UPKEEP_SECONDS = 1.0
+# Seconds for telling the server to stop what a cancelled request asked.
+CLOSE_SECONDS = 2.0
+Ts = TypeVarTuple("Ts")
 
 
 class Database:
@@ -33,7 +41,7 @@ class Database:
         self.name = name
         self.role = role
         self.settings = settings
-        watch = PoolWatch(metrics, name)
+        self.watch = watch = PoolWatch(metrics, name, slow_query_seconds=service.slow_query_seconds)
         connector = Connector(settings, writable=role == "primary")
         self.sentinel = Sentinel(name, connector, service, metrics)
         self.engine = create_async_engine(
@@ -54,13 +62,36 @@ class Database:
             hide_parameters=True,
         )
         self.pool = cast("BoundedPool", self.engine.pool)
-        EngineWatch(
-            self.engine, self.pool, watch, slow_query_seconds=service.slow_query_seconds, writable=role == "primary"
-        )
+        EngineWatch(self.engine, self.pool, watch, writable=role == "primary")
         # For reads: free of transactions on a replica, BEGIN READ ONLY on the primary.
         self.read_engine = self.engine if role == "replica" else self.engine.execution_options(postgresql_readonly=True)
         # For reports: all statements of a session see one snapshot.
         self.report_engine = self.engine.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
+
+    async def fetch(self, query: Query[*Ts], parameters: Mapping[str, Any]) -> Sequence[Row[*Ts]]:
+        """Run one query on a connection taken for it alone, outside any transaction.
+
+        Raises: PoolExhausted, DatabaseUnreachable, ConnectionLost, CommandTimeout; asyncpg.PostgresError as it comes.
+        """
+        entry = await self.pool.lease()
+        connection = cast("asyncpg.Connection[Any]", entry.driver_connection)
+        started = time.perf_counter()
+        try:
+            return await query.fetch(connection, parameters)
+        except OSError as error:
+            connection.terminate()
+            raise name_loss(error) from error
+        except asyncpg.InterfaceError as error:
+            if connection.is_closed():
+                raise ConnectionLost("The connection to the database was lost.") from error
+            raise
+        except asyncio.CancelledError:
+            # The statement may still run: closing waits until the server has been told to stop it.
+            await asyncio.shield(_close(connection))
+            raise
+        finally:
+            self.watch.answered(entry.info["tenure"], query.sql, time.perf_counter() - started)
+            self.pool.give_back(entry)
 
 
 class Databases:
@@ -159,6 +190,13 @@ class Databases:
                 figures = database.pool.figures()
                 extra = {name: getattr(figures, name) for name in figures.__slots__}
                 logger.info("pool figures", extra={"pool": database.name, **extra})
+
+
+async def _close(connection: "asyncpg.Connection[Any]") -> None:
+    try:
+        await connection.close(timeout=CLOSE_SECONDS)
+    except DRIVER_FAILURES:
+        connection.terminate()
 
 
 async def _warm_up(database: Database) -> None:

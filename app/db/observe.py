@@ -15,7 +15,7 @@ from sqlalchemy import event
 from sqlalchemy.engine import Connection, ExceptionContext
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from app.errors import CommandTimeout, ConnectionLost, WriteInReadSession, sqlstate
+from app.errors import CommandTimeout, ConnectionLost, DatabaseUnavailable, WriteInReadSession, sqlstate
 from app.metrics import Metrics
 
 if TYPE_CHECKING:
@@ -31,14 +31,15 @@ READ_ONLY = "25006"
 class PoolWatch:
     """Counts what one pool does. Looking a metric's labels up costs more than counting, so each is looked up once."""
 
-    def __init__(self, metrics: Metrics, pool: str) -> None:
+    def __init__(self, metrics: Metrics, pool: str, *, slow_query_seconds: float) -> None:
         self.pool = pool
+        self._slow_query_seconds = slow_query_seconds
         self._acquire = metrics.acquire_seconds.labels(pool)
         self._wait = metrics.wait.labels(pool)
         self._connect = metrics.connect_seconds.labels(pool)
         self._connect_failures = metrics.connect_failures.labels(pool)
-        self.query = metrics.query_seconds.labels(pool)
-        self.slow = metrics.slow_queries.labels(pool)
+        self._query = metrics.query_seconds.labels(pool)
+        self._slow = metrics.slow_queries.labels(pool)
         # Routes are templates and a handful: the caches stay small.
         self._hold: Callable[[str], Histogram] = lru_cache(lambda route: metrics.hold_seconds.labels(pool, route))
         self._idle: Callable[[str], Histogram] = lru_cache(lambda route: metrics.idle_hold_seconds.labels(pool, route))
@@ -80,17 +81,25 @@ class PoolWatch:
         self._hold(holder).observe(held)
         self._idle(holder).observe(max(0.0, held - queried))
 
+    def answered(self, tenure: "Tenure", statement: str, seconds: float) -> None:
+        """Count a statement, answered or failed; log it when it was slow."""
+        self._query.observe(seconds)
+        tenure.queried += seconds
+        if seconds >= self._slow_query_seconds:
+            self._slow.inc()
+            # Never the parameters: they are health data.
+            text = " ".join(statement.split())[:STATEMENT_CHARACTERS]
+            extra = {"pool": self.pool, "seconds": round(seconds, 3), "route": tenure.holder, "statement": text}
+            logger.warning("slow query", extra=extra)
+
 
 class EngineWatch:
     """Times every statement of an engine, logs the slow ones, and names the failures that SQLAlchemy leaves bare."""
 
-    def __init__(
-        self, engine: AsyncEngine, pool: "BoundedPool", watch: PoolWatch, *, slow_query_seconds: float, writable: bool
-    ) -> None:
+    def __init__(self, engine: AsyncEngine, pool: "BoundedPool", watch: PoolWatch, *, writable: bool) -> None:
         self._pool = pool
         self._writable = writable
         self._watch = watch
-        self._slow_query_seconds = slow_query_seconds
         for name, listener in (
             ("before_cursor_execute", self._started),
             ("after_cursor_execute", self._succeeded),
@@ -108,16 +117,8 @@ class EngineWatch:
         self._finished(connection, rest[1], rest[3])
 
     def _finished(self, connection: Connection, statement: str, context: Any) -> "Tenure":
-        seconds = time.perf_counter() - context.started_at
-        self._watch.query.observe(seconds)
         tenure: Tenure = connection.info["tenure"]
-        tenure.queried += seconds
-        if seconds >= self._slow_query_seconds:
-            self._watch.slow.inc()
-            # Never the parameters: they are health data.
-            text = " ".join(statement.split())[:STATEMENT_CHARACTERS]
-            extra = {"pool": self._watch.pool, "seconds": round(seconds, 3), "route": tenure.holder, "statement": text}
-            logger.warning("slow query", extra=extra)
+        self._watch.answered(tenure, statement, time.perf_counter() - context.started_at)
         return tenure
 
     def _rolled_back(self, connection: Connection, *_savepoint: Any) -> None:
@@ -138,12 +139,16 @@ class EngineWatch:
             self._pool.dispose()
         elif state.startswith("57P"):
             failure.is_disconnect = True
-        elif isinstance(error, TimeoutError):
-            failure.is_disconnect = True
-            raise CommandTimeout("The database did not answer in time.") from error
         elif isinstance(error, OSError):
             failure.is_disconnect = True
-            raise ConnectionLost("The connection to the database was lost; nothing was committed.") from error
+            raise name_loss(error) from error
+
+
+def name_loss(error: OSError) -> DatabaseUnavailable:
+    """Name what asyncpg leaves bare: a command that timed out, or a connection that went away under it."""
+    if isinstance(error, TimeoutError):
+        return CommandTimeout("The database did not answer in time.")
+    return ConnectionLost("The connection to the database was lost; nothing was committed.")
 
 
 def _reads_only(connection: Connection) -> bool:

@@ -153,6 +153,27 @@ class BoundedPool(Pool):
         except BaseException:
             self._release()
             raise
+        return self._hand_out(entry, started)
+
+    async def lease(self) -> ConnectionPoolEntry:
+        """Take a connection past SQLAlchemy; `give_back` it whatever happens.
+
+        Raises: PoolExhausted, DatabaseUnreachable.
+        """
+        # Most of the time a connection is there to be taken, and nothing has to be waited for.
+        if self._idle and self._counts.at_work < self.settings.capacity and not self._counts.closed:
+            started, entry = self._clock(), self._idle[-1]
+            idle = started - _tenure(entry).idle_since
+            if self._expired(entry, started) is None and idle < self.settings.pool_check_after_seconds:
+                self._counts.at_work += 1
+                return self._hand_out(self._idle.pop(), started)
+        return cast("ConnectionPoolEntry", await greenlet_spawn(self._do_get))
+
+    def give_back(self, entry: ConnectionPoolEntry) -> None:
+        """Return what `lease` gave; a connection that is closed meanwhile is replaced."""
+        self._do_return_conn(entry)
+
+    def _hand_out(self, entry: ConnectionPoolEntry, started: float) -> ConnectionPoolEntry:
         now = self._clock()
         tenure = _tenure(entry)
         tenure.uses += 1

@@ -12,20 +12,23 @@ The dependencies have `scope="function"`: they end before the response starts, s
 
 import logging
 import time
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Never, cast
+from types import TracebackType
+from typing import TYPE_CHECKING, Annotated, Any, Never, TypeVarTuple, cast
 
 import asyncpg
 from fastapi import Depends, Request
-from sqlalchemy import Connection, Engine
+from sqlalchemy import Connection, Engine, Row
 from sqlalchemy.exc import DBAPIError
-from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.orm import Session
+from sqlalchemy.sql.selectable import TypedReturnsRows
+from sqlalchemy.util.concurrency import greenlet_spawn
 
 from app.db.connector import DRIVER_FAILURES
 from app.db.pool import Tenure, holder
+from app.db.query import Query
 from app.errors import CommandTimeout, ConnectionLost, OutcomeUnknown, TransactionAborted
 
 if TYPE_CHECKING:
@@ -35,6 +38,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 WRITTEN_LSN = "SELECT pg_current_wal_insert_lsn() - '0/0'::pg_lsn"
+Ts = TypeVarTuple("Ts")
+
 UNKNOWN = (
     "The connection was lost while the change was being committed, so it may or may not have been made. "
     "Read before you try again, or send the request with an Idempotency-Key."
@@ -56,11 +61,18 @@ class _OneConnection(Session):
     """A session that opens its connection at the first statement and keeps it until it is closed."""
 
     held: Connection | None = None
+    label: str = "background"
 
     def get_bind(self, *_args: Any, **_kwargs: Any) -> Connection:
         if self.held is None:
+            holder.set(self.label)
             self.held = cast("Engine", self.bind).connect()
+            # The transaction is ours: SQLAlchemy's session takes part in it, and does not end it.
+            self.held.begin()
         return self.held
+
+    def read_rows(self, statement: TypedReturnsRows[*Ts], parameters: Mapping[str, Any]) -> Sequence[Row[*Ts]]:
+        return list(self.get_bind().execute(statement, parameters).all())
 
     def close(self) -> None:
         try:
@@ -75,11 +87,49 @@ class ReadSession(AsyncSession):
     """A session that reads. The database refuses its writes; mypy refuses them before."""
 
     sync_session_class = _OneConnection
+    sync_session: _OneConnection
+
+    def __init__(self, database: "Database", engine: AsyncEngine, *, label: str) -> None:
+        self._database = database
+        self._engine = engine
+        self._label = label
+        # Nothing to undo on the server, and so nothing to wait for when the session is closed.
+        self._settled = database.role == "replica"
+
+    def __getattr__(self, name: str) -> Any:
+        # SQLAlchemy's own session is made when it is first asked for; a session that reads by `rows` never asks.
+        if name not in {"sync_session", "_proxied", "bind", "binds"}:
+            raise AttributeError(name)
+        super().__init__(self._engine, expire_on_commit=False)
+        self.sync_session.label = self._label
+        return getattr(self, name)
 
     @property
     def connection_held(self) -> Connection | None:
-        """The connection, once a statement was sent."""
-        return cast("_OneConnection", self.sync_session).held
+        """The connection that SQLAlchemy's session has, if it has one."""
+        return self.sync_session.held if "sync_session" in vars(self) else None
+
+    async def rows(self, query: Query[*Ts], **parameters: Any) -> Sequence[Row[*Ts]]:
+        """Return all rows of a query, past the unit of work: flush before, if objects were changed.
+
+        On a replica each call takes a connection for itself, one round trip and gives it back: there is no transaction
+        for it to be part of. On the primary it runs in the session's transaction.
+        """
+        if self._settled and self.connection_held is None:
+            holder.set(self._label)
+            return await self._database.fetch(query, parameters)
+        return await greenlet_spawn(self.sync_session.read_rows, query.statement, parameters)
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Give the connection back; what is not committed is rolled back."""
+        if "sync_session" not in vars(self):
+            return
+        if self._settled or self.sync_session.held is None:
+            self.sync_session.close()
+        else:
+            await super().__aexit__(kind, error, trace)
 
     # WriteSession widens these again.
     def add(self, instance: Never, *, _warn: bool = True) -> None:  # type: ignore[override]  # Narrowed on purpose.
@@ -96,7 +146,11 @@ class ReadSession(AsyncSession):
 
 
 class WriteSession(ReadSession):
-    """A session that reads and writes on the primary. Nobody but this module commits it."""
+    """A session that reads and writes on the primary, and commits when its block ends without an error."""
+
+    def __init__(self, database: "Database", *, label: str, consistency: Consistency | None) -> None:
+        super().__init__(database, database.engine, label=label)
+        self._consistency = consistency
 
     def add(self, instance: object, *, _warn: bool = True) -> None:
         """Put an object into the session; `flush()` when the database must answer now."""
@@ -110,11 +164,33 @@ class WriteSession(ReadSession):
         """Mark an object to be deleted with the next flush."""
         await AsyncSession.delete(self, instance)
 
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Commit, or roll back after an error, and give the connection back."""
+        try:
+            if error is None:
+                await self._finish()
+        finally:
+            await super().__aexit__(kind, error, trace)
 
-@asynccontextmanager
-async def reading(
+    async def _finish(self) -> None:
+        if "sync_session" not in vars(self):
+            return
+        if self.new or self.dirty or self.deleted:
+            # What the objects still owe fails here, and not inside COMMIT, where it would look like a lost outcome.
+            await self.flush()
+        connection = self.sync_session.held
+        if connection is not None:
+            await _commit(connection)
+            self._settled = True
+            if self._consistency is not None:
+                self._consistency.written_lsn = await _written_lsn(connection)
+
+
+def reading(
     databases: "Databases", consistency: Consistency | None = None, *, label: str = "background"
-) -> AsyncIterator[ReadSession]:
+) -> ReadSession:
     """Open a session that reads from a replica that is near enough, else from the primary.
 
     Each statement sees what is committed when it starts; for one snapshot over several, see `reporting`.
@@ -122,41 +198,26 @@ async def reading(
     wish = Consistency() if consistency is None else consistency
     database, wish.reason = databases.router.route(at_least=wish.wanted_lsn, primary=wish.primary_only)
     wish.read_from = database
-    holder.set(label)
-    async with ReadSession(database.read_engine, expire_on_commit=False) as session:
-        yield session
+    return ReadSession(database, database.read_engine, label=label)
 
 
-@asynccontextmanager
-async def reporting(databases: "Databases", *, label: str = "background") -> AsyncIterator[ReadSession]:
+def reporting(databases: "Databases", *, label: str = "background") -> ReadSession:
     """Open a session on the analytics pool: REPEATABLE READ, READ ONLY, one snapshot for all its statements."""
-    holder.set(label)
-    async with ReadSession(databases.analytics.report_engine, expire_on_commit=False) as session:
-        yield session
+    return ReadSession(databases.analytics, databases.analytics.report_engine, label=label)
 
 
-@asynccontextmanager
-async def writing(
+def writing(
     databases: "Databases", consistency: Consistency | None = None, *, label: str = "background"
-) -> AsyncIterator[WriteSession]:
-    """Open a session on the primary; commit when the block ends, roll back when it raises.
+) -> WriteSession:
+    """Open a session on the primary; it commits when its block ends, and rolls back when that raises.
 
-    Raises: OutcomeUnknown when the connection dies during COMMIT; ConnectionLost when it died before.
+    Raises, at the end of the block: OutcomeUnknown when the connection dies during COMMIT, ConnectionLost when before.
     """
-    holder.set(label)
-    async with WriteSession(databases.primary.engine, expire_on_commit=False) as session:
-        yield session
-        if session.new or session.dirty or session.deleted:
-            # What the objects still owe fails here, and not inside COMMIT, where it would look like a lost outcome.
-            await session.flush()
-        connection = session.connection_held
-        if connection is not None:
-            await _commit(session, connection)
-            if databases.replicas and consistency is not None:
-                consistency.written_lsn = await _written_lsn(connection)
+    # Without a replica nobody reads elsewhere, and a token would be a round trip for nothing.
+    return WriteSession(databases.primary, label=label, consistency=consistency if databases.replicas else None)
 
 
-async def _commit(session: WriteSession, connection: Connection) -> None:
+async def _commit(connection: Connection) -> None:
     tenure: Tenure = connection.info["tenure"]
     if tenure.aborted:
         # PostgreSQL answers COMMIT of a failed transaction with a silent ROLLBACK; the client would read 2xx.
@@ -166,7 +227,7 @@ async def _commit(session: WriteSession, connection: Connection) -> None:
         raise ConnectionLost("The connection to the database was lost; nothing was committed.")
     started = time.perf_counter()
     try:
-        await session.commit()
+        await greenlet_spawn(connection.commit)
     except (ConnectionLost, CommandTimeout) as error:
         raise OutcomeUnknown(UNKNOWN) from error
     except DBAPIError as error:

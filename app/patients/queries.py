@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from datetime import date, datetime
 from typing import Any, TypeAlias
 
-from sqlalchemy import Row, delete, func, insert, select, tuple_, update
+from sqlalchemy import Row, bindparam, delete, func, insert, select, tuple_, update
 from sqlalchemy.exc import IntegrityError
 
+from app.db.query import Query
 from app.db.sessions import ReadSession, WriteSession
 from app.errors import Conflict, NotFound
 from app.patients.models import Patient
@@ -29,6 +30,23 @@ NAME_KEY = func.lower(Patient.full_name).collate("C")
 # Sorts behind every character, so that what begins with a prefix lies between the prefix and the prefix with this.
 # A range uses the index in every plan, where LIKE does only while the planner sees the pattern.
 LAST_CHARACTER = "\U0010ffff"
+
+
+# Built and compiled once: that costs as much as sending them.
+BY_ID = Query(select(*COLUMNS).where(Patient.id == bindparam("patient_id")))
+PAGE = Query(select(*COLUMNS).where(Patient.id > bindparam("after_id")).order_by(Patient.id).limit(bindparam("limit")))
+# From the prefix to the last name that starts with it: a range of the index, in which no character is special.
+IN_PREFIX = NAME_KEY.between(func.lower(bindparam("prefix")), func.lower(bindparam("prefix")).concat(LAST_CHARACTER))
+BY_MRN = Query(select(*COLUMNS).where(Patient.mrn == bindparam("mrn"), IN_PREFIX))
+SEARCH = Query(
+    select(*COLUMNS, NAME_KEY.label("name_key"))
+    .where(IN_PREFIX, tuple_(NAME_KEY, Patient.id) > tuple_(bindparam("after_name"), bindparam("after_id")))
+    .order_by(NAME_KEY, Patient.id)
+    .limit(bindparam("limit"))
+)
+ADD = Query(
+    insert(Patient).values({name: bindparam(name) for name in ("mrn", "full_name", "birth_date")}).returning(*COLUMNS)
+)
 
 
 class PatientNotFound(NotFound):
@@ -52,40 +70,30 @@ async def get_patient(session: ReadSession, patient_id: int) -> PatientRow:
 
     Raises: PatientNotFound.
     """
-    row = (await session.execute(select(*COLUMNS).where(Patient.id == patient_id))).one_or_none()
-    if row is None:
+    rows = await session.rows(BY_ID, patient_id=patient_id)
+    if not rows:
         raise PatientNotFound(patient_id)
-    return row
+    return rows[0]
 
 
-async def list_patients(
-    session: ReadSession, *, limit: int, mrn: str | None = None, after_id: int = 0
-) -> Sequence[PatientRow]:
-    """Return at most `limit` patients with a larger id than `after_id`, by id; with `mrn`, the one who has it."""
-    statement = select(*COLUMNS).where(Patient.id > after_id).order_by(Patient.id).limit(limit)
-    if mrn is not None:
-        statement = statement.where(Patient.mrn == mrn)
-    return (await session.execute(statement)).all()
+async def list_patients(session: ReadSession, *, limit: int, after_id: int = 0) -> Sequence[PatientRow]:
+    """Return at most `limit` patients with a larger id than `after_id`, by id."""
+    return await session.rows(PAGE, after_id=after_id, limit=limit)
+
+
+async def find_patient(session: ReadSession, mrn: str, *, prefix: str = "") -> Sequence[PatientRow]:
+    """Return the patient with this number, if there is one and the name starts with `prefix` in any case."""
+    return await session.rows(BY_MRN, mrn=mrn, prefix=prefix)
 
 
 async def search_patients(
-    session: ReadSession, prefix: str, *, limit: int, mrn: str | None = None, after: tuple[str, int] | None = None
+    session: ReadSession, prefix: str, *, limit: int, after: tuple[str, int] = ("", 0)
 ) -> Sequence[NamedPatientRow]:
     """Return at most `limit` patients whose name starts with `prefix` in any case, by (name, id).
 
     `after` is the (lower-case name, id) of the last one of the page before. Each row has that name as `name_key`.
     """
-    statement = (
-        select(*COLUMNS, NAME_KEY.label("name_key"))
-        .where(NAME_KEY.between(func.lower(prefix), func.lower(prefix + LAST_CHARACTER)))
-        .order_by(NAME_KEY, Patient.id)
-        .limit(limit)
-    )
-    if after is not None:
-        statement = statement.where(tuple_(NAME_KEY, Patient.id) > after)
-    if mrn is not None:
-        statement = statement.where(Patient.mrn == mrn)
-    return (await session.execute(statement)).all()
+    return await session.rows(SEARCH, prefix=prefix, after_name=after[0], after_id=after[1], limit=limit)
 
 
 async def add_patient(session: WriteSession, values: Mapping[str, Any]) -> PatientRow:
@@ -94,7 +102,7 @@ async def add_patient(session: WriteSession, values: Mapping[str, Any]) -> Patie
     Raises: MrnTaken.
     """
     try:
-        return (await session.execute(insert(Patient).values(**values).returning(*COLUMNS))).one()
+        return (await session.rows(ADD, **values))[0]
     except IntegrityError as error:
         raise MrnTaken from error
 

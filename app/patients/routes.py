@@ -40,15 +40,16 @@ async def list_patients(  # noqa: PLR0913  # Each is a parameter of the URL or o
     after: After = None,
 ) -> list[PatientOut]:
     """List patients by id, or by name when searched by name; the Link header names the next page."""
+    if mrn is not None:
+        return [PatientOut.model_validate(row) for row in await queries.find_patient(session, mrn, prefix=name or "")]
     # One row more than the page holds tells whether there is a next one.
     if name is None:
-        key = decode_cursor(after, int)
-        rows = await queries.list_patients(session, limit=limit + 1, mrn=mrn, after_id=0 if key is None else key[0])
+        (after_id,) = decode_cursor(after, int) or (0,)
+        rows = await queries.list_patients(session, limit=limit + 1, after_id=after_id)
         page = cut_page(request, response, rows, limit, lambda row: (row.id,))
         return [PatientOut.model_validate(row) for row in page]
-    key = decode_cursor(after, str, int)
-    last = None if key is None else (key[0], key[1])
-    named = await queries.search_patients(session, name, limit=limit + 1, mrn=mrn, after=last)
+    last_name, last_id = decode_cursor(after, str, int) or ("", 0)
+    named = await queries.search_patients(session, name, limit=limit + 1, after=(last_name, last_id))
     found = cut_page(request, response, named, limit, lambda row: (row.name_key, row.id))
     return [PatientOut.model_validate(row) for row in found]
 

@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any, TypeAlias
 
-from sqlalchemy import Row, delete, insert, select, update
+from sqlalchemy import Row, bindparam, delete, insert, select, update
 from sqlalchemy.exc import IntegrityError
 
+from app.db.query import Query
 from app.db.sessions import ReadSession, WriteSession
 from app.errors import Conflict, NotFound
 from app.users.models import User
@@ -17,6 +18,12 @@ from app.users.models import User
 COLUMNS = (User.id, User.email, User.full_name, User.is_active, User.created_at)
 
 UserRow: TypeAlias = Row[int, str, str, bool, datetime]
+# Built and compiled once: that costs as much as sending them.
+BY_ID = Query(select(*COLUMNS).where(User.id == bindparam("user_id")))
+PAGE = Query(select(*COLUMNS).where(User.id > bindparam("after_id")).order_by(User.id).limit(bindparam("limit")))
+ADD = Query(
+    insert(User).values({name: bindparam(name) for name in ("email", "full_name", "is_active")}).returning(*COLUMNS)
+)
 
 
 class UserNotFound(NotFound):
@@ -40,16 +47,15 @@ async def get_user(session: ReadSession, user_id: int) -> UserRow:
 
     Raises: UserNotFound.
     """
-    row = (await session.execute(select(*COLUMNS).where(User.id == user_id))).one_or_none()
-    if row is None:
+    rows = await session.rows(BY_ID, user_id=user_id)
+    if not rows:
         raise UserNotFound(user_id)
-    return row
+    return rows[0]
 
 
 async def list_users(session: ReadSession, *, limit: int, after_id: int = 0) -> Sequence[UserRow]:
     """Return at most `limit` users with a larger id than `after_id`, by id."""
-    statement = select(*COLUMNS).where(User.id > after_id).order_by(User.id).limit(limit)
-    return (await session.execute(statement)).all()
+    return await session.rows(PAGE, after_id=after_id, limit=limit)
 
 
 async def add_user(session: WriteSession, values: Mapping[str, Any]) -> UserRow:
@@ -58,7 +64,7 @@ async def add_user(session: WriteSession, values: Mapping[str, Any]) -> UserRow:
     Raises: EmailTaken.
     """
     try:
-        return (await session.execute(insert(User).values(**values).returning(*COLUMNS))).one()
+        return (await session.rows(ADD, **values))[0]
     except IntegrityError as error:
         raise EmailTaken from error
 

@@ -36,8 +36,8 @@ async def list_users(
     session: ReadDB, request: Request, response: Response, limit: Limit = 50, after: After = None
 ) -> list[UserOut]:
     """List users by id; the Link header names the next page."""
-    key = decode_cursor(after, int)
-    rows = await queries.list_users(session, limit=limit + 1, after_id=0 if key is None else key[0])
+    (after_id,) = decode_cursor(after, int) or (0,)
+    rows = await queries.list_users(session, limit=limit + 1, after_id=after_id)
     page = cut_page(request, response, rows, limit, lambda row: (row.id,))
     return [UserOut.model_validate(row) for row in page]
 

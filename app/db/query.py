@@ -1,0 +1,76 @@
+"""A statement that is built and compiled once and, where no transaction is needed, sent past SQLAlchemy's execution.
+
+SQLAlchemy writes the SQL and says how values are bound; asyncpg runs it on a connection of our pool. That saves what
+costs most of a short read: building the statement, the engine's connection, its cursor and its result, and two switches
+of greenlet. `docs/performance.md` has the figures. It is for reads on a replica alone; everything else, and every
+transaction, goes through SQLAlchemy's own `Connection`.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from typing import Any, Generic, TypeVarTuple, cast
+
+import asyncpg
+from sqlalchemy import Row
+from sqlalchemy.dialects.postgresql.asyncpg import dialect
+from sqlalchemy.engine.interfaces import Dialect
+from sqlalchemy.sql.selectable import TypedReturnsRows
+
+Ts = TypeVarTuple("Ts")
+
+_DIALECT: Dialect = dialect()  # type: ignore[no-untyped-call]  # SQLAlchemy leaves its dialects bare.
+
+
+class RowRecord(asyncpg.Record):
+    """A record whose columns are attributes too, as those of SQLAlchemy's rows are."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+
+class Query(Generic[*Ts]):
+    """One statement with `bindparam`s for what changes: `BY_ID = Query(select(...).where(... == bindparam("id")))`.
+
+    Make it a constant of the module: its worth is that it is compiled once.
+    """
+
+    def __init__(self, statement: TypedReturnsRows[*Ts]) -> None:
+        self.statement = statement
+
+    @cached_property
+    def sql(self) -> str:
+        """The statement in asyncpg's notation, with $1 for the first parameter."""
+        return str(self._compiled)
+
+    def arguments(self, parameters: Mapping[str, Any]) -> list[Any]:
+        """Return the values in the order of the statement, bound as their types say."""
+        values = {**self._constants, **parameters}
+        return [values[name] if bind is None else bind(values[name]) for name, bind in self._binds]
+
+    async def fetch(self, connection: asyncpg.Connection, parameters: Mapping[str, Any]) -> Sequence[Row[*Ts]]:
+        """Run it on a connection that is in no transaction: one round trip once the connection knows the statement."""
+        records = await connection.fetch(self.sql, *self.arguments(parameters), record_class=RowRecord)
+        return cast("Sequence[Row[*Ts]]", records)
+
+    @cached_property
+    def _compiled(self) -> Any:
+        compiled = self.statement.compile(dialect=_DIALECT)
+        for column in self.statement.exported_columns:
+            if column.type.dialect_impl(_DIALECT).result_processor(_DIALECT, None) is not None:
+                raise TypeError(f"{column} needs SQLAlchemy to read it: use session.execute for this statement")
+        return compiled
+
+    @cached_property
+    def _constants(self) -> dict[str, Any]:
+        return {name: value for name, value in self._compiled.params.items() if value is not None}
+
+    @cached_property
+    def _binds(self) -> list[tuple[str, Callable[[Any], Any] | None]]:
+        binds = self._compiled.binds
+        return [
+            (name, binds[name].type.dialect_impl(_DIALECT).bind_processor(_DIALECT))
+            for name in self._compiled.positiontup
+        ]
