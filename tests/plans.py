@@ -1,13 +1,14 @@
 """How PostgreSQL runs the statements that a request sends."""
 
+import asyncio
 import json
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import asyncpg
-from sqlalchemy import event
+from asyncpg.connection import LoggedQuery
 
 from tests.conftest import Database
 from tests.service import Service
@@ -19,23 +20,27 @@ class Statements:
 
     sent: list[tuple[str, tuple[Any, ...]]] = field(default_factory=list)
 
-    def note(self, _connection: Any, _cursor: Any, statement: str, parameters: Any, *_rest: Any) -> None:
+    def note(self, query: LoggedQuery) -> None:
         """Listen."""
-        self.sent.append((statement, tuple(parameters)))
+        if query.query.startswith(("SELECT", "INSERT", "UPDATE", "DELETE")):
+            self.sent.append((query.query, tuple(query.args)))
 
 
 @asynccontextmanager
 async def noting_statements(service: Service) -> AsyncIterator[Statements]:
-    """Collect what the service's engines send meanwhile."""
+    """Collect what the connections that the service has open send meanwhile."""
     statements = Statements()
-    engines = [database.engine.sync_engine for database in service.databases.all()]
-    for engine in engines:
-        event.listen(engine, "before_cursor_execute", statements.note)
+    entries = [entry for database in service.databases.all() for entry in database.pool._idle]
+    connections = [cast("asyncpg.Connection[Any]", entry.driver_connection) for entry in entries]
+    for connection in connections:
+        connection.add_query_logger(statements.note)
     try:
         yield statements
+        # asyncpg tells its loggers in the loop's next turn.
+        await asyncio.sleep(0)
     finally:
-        for engine in engines:
-            event.remove(engine, "before_cursor_execute", statements.note)
+        for connection in connections:
+            connection.remove_query_logger(statements.note)
 
 
 async def plans(database: Database, statement: str, parameters: tuple[Any, ...]) -> list[list[dict[str, Any]]]:
