@@ -90,10 +90,12 @@ class IdempotentRoute(APIRoute):
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         """Wrap the route's handler."""
         handler = super().get_route_handler()
+        if METHODS.isdisjoint(self.methods or ()):
+            return handler
 
         async def handle(request: Request) -> Response:
             key = request.headers.get(HEADER)
-            if key is None or request.method not in METHODS:
+            if key is None:
                 return await handler(request)
             claim = await _claim_of(request, key)
             hours = request.app.state.settings.idempotency_hours

@@ -5,6 +5,7 @@ without arguments, and then it reads the environment.
 """
 
 import asyncio
+import gc
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -40,7 +41,14 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     metrics = Metrics()
     databases = Databases(settings, metrics)
 
-    app = FastAPI(title="Lifeguard", version="0.1.0", description=DESCRIPTION, lifespan=_lifespan)
+    app = FastAPI(
+        title="Lifeguard",
+        version="0.1.0",
+        description=DESCRIPTION,
+        lifespan=_lifespan,
+        # The metrics are Prometheus's. OpenTelemetry that nobody has set up still asks itself so at every step.
+        telemetry={"tracing": False, "metrics": False},
+    )
     app.state.settings = settings
     app.state.metrics = metrics
     app.state.databases = databases
@@ -94,6 +102,9 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
             asyncio.create_task(keep_house(databases, hours=settings.idempotency_hours)),
         ]
         try:
+            # What is there now stays until the end: the garbage collector need not look at it again.
+            gc.collect()
+            gc.freeze()
             with draining_first(databases, delay_seconds=settings.drain_delay_seconds):
                 yield
         finally:

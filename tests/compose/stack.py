@@ -65,7 +65,7 @@ class Stack:
 
     async def lock_patient(self, patient: int, *, seconds: float) -> None:
         """Hold the row of a patient, so that everybody who changes it waits."""
-        lock = f"BEGIN; SELECT FROM patients WHERE id = {patient} FOR UPDATE; SELECT pg_sleep({seconds}); COMMIT"  # noqa: S608
+        lock = f"BEGIN; SELECT FROM patients WHERE id = {patient} FOR UPDATE; SELECT pg_sleep({seconds}); COMMIT"
         await self.psql("primary", lock)
 
     async def console(self, command: str) -> list[dict[str, str]]:
