@@ -166,16 +166,20 @@ _FAILURES = {
 
 def sqlstate(error: BaseException | None) -> str | None:
     """Return the five characters with which PostgreSQL names a failure, of SQLAlchemy's or asyncpg's exception."""
-    original = error.orig if isinstance(error, DBAPIError) else error
-    state = getattr(original, "sqlstate", None)
-    return state if isinstance(state, str) else None
+    state = None
+    cause = error.orig if isinstance(error, DBAPIError) else error
+    while cause is not None:
+        # The innermost is the server's own: asyncpg wraps its last words into "connection was closed", a 08003.
+        state = getattr(cause, "sqlstate", None) or state
+        cause = cause.__cause__
+    return state
 
 
 def classify(error: BaseException) -> Failure | None:
     """Say what a client is told about a failure of the database; None is a bug, and a 500."""
     if isinstance(error, (WriteInReadSession, TransactionAborted)):
         return None
-    state = sqlstate(error) or sqlstate(error.__cause__) or ""
+    state = sqlstate(error) or ""
     if isinstance(error, (DBAPIError, asyncpg.PostgresError, DatabaseUnreachable)):
         for length in (5, 3, 2):
             if failure := _FAILURES.get(state[:length]):

@@ -1,0 +1,140 @@
+"""Log lines are JSON for machines and readable on a terminal, each with the id of its request."""
+
+import json
+import logging
+import logging.config
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from app.logs import ConsoleFormatter, JsonFormatter, configure_logs, log_config, request_id, wants_json
+from tests.service import Service
+
+
+@pytest.fixture
+def in_request() -> Iterator[None]:
+    """Work for a request."""
+    token = request_id.set("abc")
+    yield
+    request_id.reset(token)
+
+
+@pytest.fixture
+def root() -> Iterator[logging.Logger]:
+    """Give the root logger, and put its handlers back afterwards."""
+    logger = logging.getLogger()
+    handlers, level = logger.handlers[:], logger.level
+    yield logger
+    logger.handlers[:] = handlers
+    logger.setLevel(level)
+
+
+def record(message: str, *arguments: object, failure: Any = None, **extra: object) -> logging.LogRecord:
+    """Make a record as a logger does."""
+    return logging.getLogger("app.test").makeRecord(
+        "app.test", logging.WARNING, __file__, 1, message, arguments, failure, extra=extra
+    )
+
+
+@pytest.mark.usefixtures("in_request")
+def test_json_line_holds_message_extra_and_request_id() -> None:
+    """One object on one line, its time in UTC; text of any script stays readable, objects become text."""
+    line = JsonFormatter().format(record("slow %s\n2", "query", seconds=0.5, pool="primary", odd={1}, name_="Łu"))
+
+    assert "\n" not in line
+    assert "Łu" in line
+    found = json.loads(line)
+    assert found.pop("time").endswith("+00:00")
+    assert found == {
+        "level": "WARNING",
+        "logger": "app.test",
+        "message": "slow query\n2",
+        "request_id": "abc",
+        "seconds": 0.5,
+        "pool": "primary",
+        "odd": "{1}",
+        "name_": "Łu",
+    }
+
+
+def test_console_line_is_for_eyes() -> None:
+    """Time, level, logger, message, then extra; without a request there is no id."""
+    line = ConsoleFormatter().format(record("slow query", seconds=0.5))
+
+    assert line.endswith(" WARNING app.test: slow query seconds=0.5")
+    assert len(line.split(" ", 1)[0]) == len("12:34:56.789")
+
+
+def test_exceptions_are_written_whole() -> None:
+    """Both forms have the traceback: as a field, or below the line."""
+    try:
+        int("of course")
+    except ValueError:
+        failed = record("it failed", failure=sys.exc_info())
+
+    in_json, on_console = JsonFormatter().format(failed), ConsoleFormatter().format(failed)
+
+    assert "ValueError: invalid literal" in json.loads(in_json)["exception"]
+    assert on_console.splitlines()[0].endswith("it failed")
+    assert on_console.splitlines()[-1].startswith("ValueError: invalid literal")
+
+
+def test_form_follows_the_terminal_unless_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`auto` is readable on a terminal and JSON elsewhere; the others are what they say."""
+    for is_terminal in (True, False):
+        monkeypatch.setattr(sys.stderr, "isatty", lambda answer=is_terminal: answer)
+
+        assert wants_json("auto") is not is_terminal
+        assert (wants_json("json"), wants_json("console")) == (True, False)
+
+
+def test_every_logger_writes_in_the_chosen_form(root: logging.Logger, capsys: pytest.CaptureFixture[str]) -> None:
+    """One handler on standard error for all; httpx says nothing of the URLs that it asks, at INFO."""
+    configure_logs("INFO", "json", access_log=False)
+
+    logging.getLogger("anybody").info("hello")
+    logging.getLogger("anybody").debug("nothing")
+    logging.getLogger("httpx").info("GET /users/ada@example.com")
+    logging.getLogger("uvicorn.access").info("GET /")
+
+    assert len(root.handlers) == 1
+    assert [json.loads(line)["message"] for line in capsys.readouterr().err.splitlines()] == ["hello"]
+
+
+def test_access_log_is_a_setting() -> None:
+    """The access logger is silent unless asked for."""
+    levels = [
+        log_config("INFO", as_json=True, access_log=wanted)["loggers"]["uvicorn.access"]["level"]
+        for wanted in (True, False)
+    ]
+
+    assert levels == ["INFO", "WARNING"]
+
+
+async def test_lines_of_a_request_carry_its_id(service: Service, caplog: pytest.LogCaptureFixture) -> None:
+    """What is logged while a request runs can be found by the id that the client got."""
+
+    async def fail() -> None:
+        raise RuntimeError("a bug")
+
+    service.app.add_api_route("/fail", fail)
+    lines = []
+
+    class Listener(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            lines.append(json.loads(JsonFormatter().format(record)))
+
+    listener = Listener()
+    logging.getLogger("app").addHandler(listener)
+    try:
+        answer = await service.client.get("/fail")
+    finally:
+        logging.getLogger("app").removeHandler(listener)
+
+    (line,) = [line for line in lines if line["message"] == "unforeseen failure"]
+    assert line["request_id"] == answer.headers["x-request-id"]
+    assert line["route"] == "/fail"
+    assert "RuntimeError: a bug" in line["exception"]
+    assert "unforeseen failure" in caplog.text
