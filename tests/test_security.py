@@ -12,7 +12,7 @@ from app.security import Scope, issue_token
 from tests.conftest import Database
 from tests.service import Service, serving
 
-SECRET = "0123456789abcdef0123456789abcdef"
+SECRET = "0123456789abcdef" * 4
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ async def test_scopes_open_their_methods(guarded: Service) -> None:
         ("POST", "/users", "write"),
         ("DELETE", "/patients/1", "write"),
         ("GET", "/debug/pool-stats", "ops"),
-        ("GET", "/metrics", "ops"),
+        ("GET", "/debug/connections", "ops"),
     ]
     scopes: tuple[Scope, ...] = ("read", "write", "ops")
     for method, path, needed in requests:
@@ -70,7 +70,6 @@ WRONG = {
 
 
 @pytest.mark.parametrize("headers", WRONG.values(), ids=WRONG)
-@pytest.mark.filterwarnings("ignore::jwt.warnings.InsecureKeyLengthWarning")
 async def test_wrong_token_is_401_before_any_connection(guarded: Service, headers: dict[str, str]) -> None:
     """The answer says how to come in, repeats no token, and the database hears nothing."""
     answer = await guarded.client.get("/users", headers=headers)
@@ -88,10 +87,21 @@ async def test_token_without_scopes_opens_nothing(guarded: Service) -> None:
         assert (answer.status_code, answer.json()["code"]) == (403, "forbidden")
 
 
-async def test_probes_need_no_token(guarded: Service) -> None:
-    """A balancer has no secret."""
-    for path in ("/health/live", "/health/ready", "/health/db"):
+async def test_probes_metrics_and_documentation_need_no_token(guarded: Service) -> None:
+    """A balancer and Prometheus have no secret, and nobody has one before reading how to get it."""
+    for path in ("/health/live", "/health/ready", "/health/db", "/metrics", "/docs", "/openapi.json"):
         assert (await guarded.client.get(path)).status_code == 200
+
+
+async def test_document_says_that_a_token_is_needed(guarded: Service, database: Database) -> None:
+    """The OpenAPI document names the scheme where there is a secret, and none where there is not."""
+    document = (await guarded.client.get("/openapi.json")).json()
+    async with serving(database.settings(replica=False)) as unguarded:
+        free = (await unguarded.client.get("/openapi.json")).json()
+
+    assert document["security"] == [{"bearer": []}]
+    assert document["components"]["securitySchemes"]["bearer"]["scheme"] == "bearer"
+    assert "security" not in free
 
 
 async def test_refusal_comes_before_validation(guarded: Service) -> None:

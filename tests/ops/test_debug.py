@@ -79,7 +79,7 @@ async def test_metrics_of_several_workers_come_from_their_directory(database: Da
     assert "http_requests" not in answer.text
 
 
-@pytest.mark.parametrize("path", ["/debug/pool-stats", "/debug/connections", "/metrics"])
+@pytest.mark.parametrize("path", ["/debug/pool-stats", "/debug/connections"])
 async def test_operators_need_their_scope(database: Database, path: str) -> None:
     """With AUTH_SECRET set, nobody looks without a token; probes stay open."""
     async with serving(database.settings(auth_secret="x" * 32)) as service:
