@@ -10,7 +10,7 @@ import socket
 from collections.abc import Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import asyncpg
 from sqlalchemy.exc import DBAPIError, EmulatedDBAPIException
@@ -29,6 +29,11 @@ KEEPALIVE_INTERVAL_SECONDS = 5
 KEEPALIVE_PROBES = 3
 # Data that the peer's kernel does not acknowledge for this long ends the connection: 30 s, as a statement may take.
 UNACKNOWLEDGED_MILLISECONDS = 30_000
+# Two servers that took turns behind one address were not started in the same microsecond.
+WHO = """
+SELECT extract(epoch FROM pg_postmaster_start_time())::float8 AS server,
+       current_setting('transaction_read_only')::boolean AS read_only
+"""
 
 
 class Opening:
@@ -52,12 +57,17 @@ opening: ContextVar[Opening] = ContextVar("opening")
 
 
 class KeptAliveConnection(asyncpg.Connection):
-    """A connection whose kernel notices a peer that is gone; asyncpg sets neither option."""
+    """A connection whose kernel notices a peer that is gone; asyncpg sets neither option.
 
-    __slots__ = ()
+    `server` says when the server behind it was started, which tells it from the one that takes its place; it is
+    asked of primaries only.
+    """
+
+    __slots__ = ("server",)
 
     def __init__(self, protocol: Any, transport: asyncio.Transport, *rest: Any) -> None:
         super().__init__(protocol, transport, *rest)
+        self.server: float | None = None
         sock: socket.socket = transport.get_extra_info("socket")
         if sock.family in (socket.AF_INET, socket.AF_INET6):
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -99,17 +109,17 @@ class Connector:
     def __init__(self, settings: DatabaseSettings, *, writable: bool) -> None:
         self.settings = settings
         self.hosts = hosts_of(settings)
-        self._must_be_writable = writable and len(self.hosts) > 1
+        self.writable = writable
         self._first = 0
 
-    async def open_for_pool(self) -> "asyncpg.Connection[Any]":
+    async def open_for_pool(self) -> KeptAliveConnection:
         """Open a connection by the deadline of the pool's attempt, and guard what follows."""
         attempt = opening.get()
         connection = await self.open(attempt.deadline)
         attempt.guard(connection)
         return connection
 
-    async def open(self, deadline: float) -> "asyncpg.Connection[Any]":
+    async def open(self, deadline: float) -> KeptAliveConnection:
         """Open a connection by `deadline` (the event loop's time), trying the last good host first.
 
         Raises: DatabaseUnreachable, caused by the last host's failure.
@@ -142,12 +152,12 @@ class Connector:
             logger.warning("database host changed", extra={"host": str(self.hosts[index])})
             self._first = index
 
-    async def _open_host(self, host: Host, seconds: float) -> "asyncpg.Connection[Any]":
-        settings, url = self.settings, self.settings.parsed_url
+    async def _open_host(self, host: Host, seconds: float) -> KeptAliveConnection:
+        settings, url, deadline = self.settings, self.settings.parsed_url, asyncio.get_running_loop().time() + seconds
         query = {name: value for name, value in url.query.items() if name not in {"host", "target_session_attrs"}}
         # asyncpg reads sslmode and its like from a URL only; user and password need no quoting as arguments.
         rest = url.set(drivername="postgresql", username=None, password=None, host=None, port=None, query=query)
-        connection = await asyncpg.connect(
+        connection: KeptAliveConnection = await asyncpg.connect(
             rest.render_as_string(hide_password=False),
             host=host.name,
             port=host.port,
@@ -159,11 +169,21 @@ class Connector:
             server_settings={"application_name": settings.application_name},
             connection_class=KeptAliveConnection,
         )
-        if self._must_be_writable and await _is_standby(connection):
+        if self.writable and await _takes_no_writes(connection, deadline) and len(self.hosts) > 1:
             connection.terminate()
-            raise ConnectionRefusedError(f"{host} is a standby and takes no writes")
+            raise ConnectionRefusedError(f"{host} takes no writes")
         return connection
 
 
-async def _is_standby(connection: "asyncpg.Connection[Any]") -> bool:
-    return bool(await connection.fetchval("SELECT pg_catalog.pg_is_in_recovery()"))
+async def _takes_no_writes(connection: KeptAliveConnection, deadline: float) -> bool:
+    """Learn which server answers, and whether it is a standby or demoted."""
+    timer = asyncio.get_running_loop().call_at(deadline, connection.terminate)
+    try:
+        who = cast("asyncpg.Record", await connection.fetchrow(WHO))
+    except BaseException:
+        connection.terminate()
+        raise
+    finally:
+        timer.cancel()
+    connection.server = who["server"]
+    return bool(who["read_only"])

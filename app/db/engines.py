@@ -19,7 +19,7 @@ from app.db.observe import EngineWatch, PoolWatch, name_loss
 from app.db.pool import BoundedPool
 from app.db.query import Query
 from app.db.replica import Replica, Router
-from app.db.sentinel import Sentinel
+from app.db.sentinel import Look, Sentinel
 from app.errors import ConnectionLost, DatabaseUnavailable
 from app.metrics import Metrics
 from app.settings import DatabaseSettings, Settings
@@ -67,6 +67,18 @@ class Database:
         self.read_engine = self.engine if role == "replica" else self.engine.execution_options(postgresql_readonly=True)
         # For reports: all statements of a session see one snapshot.
         self.report_engine = self.engine.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
+        self._server: float | None = None
+        if role == "primary":
+            self.sentinel.listeners.append(self._follow)
+
+    def _follow(self, look: Look) -> None:
+        """Leave a server that another one replaced: who waits for its answer would wait until a timeout."""
+        if look.server is None:
+            return
+        if self._server not in {None, look.server}:
+            logger.warning("database is another server", extra={"database": self.name})
+            self.pool.abandon(keep=look.server)
+        self._server = look.server
 
     async def fetch(self, query: Query[*Ts], parameters: Mapping[str, Any]) -> Sequence[Row[*Ts]]:
         """Run one query on a connection taken for it alone, outside any transaction.

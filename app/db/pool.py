@@ -26,7 +26,7 @@ from greenlet import getcurrent
 from sqlalchemy.pool import ConnectionPoolEntry, Pool, PoolProxiedConnection
 from sqlalchemy.util.concurrency import await_, greenlet_spawn
 
-from app.db.connector import DRIVER_FAILURES, Opening, opening
+from app.db.connector import DRIVER_FAILURES, KeptAliveConnection, Opening, opening
 from app.db.observe import PoolWatch
 from app.errors import DatabaseUnreachable, PoolExhausted
 from app.settings import DatabaseSettings
@@ -396,12 +396,17 @@ class BoundedPool(Pool):
             return False
         return True
 
-    def abandon(self) -> None:
-        """Drop every connection, those at work too: the server behind them is gone or is the wrong one."""
-        self.dispose()
-        for entry in self._counts.out:
-            if entry.driver_connection is not None:
-                entry.driver_connection.terminate()
+    def abandon(self, *, keep: float | None = None) -> None:
+        """Drop every connection, those at work too: the server behind them is gone or is the wrong one.
+
+        Those that lead to the server `keep` stay.
+        """
+        for entry in (*self._idle, *self._counts.out):
+            connection = cast("KeptAliveConnection | None", entry.driver_connection)
+            if connection is not None and (keep is None or connection.server != keep):
+                # Whoever takes it or brings it back finds it closed.
+                connection.terminate()
+        self.tend()
 
     def close(self) -> None:
         """Admit nobody any more; who waits is refused now. The connections at work stay with their holders."""

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import asyncpg
 
-from app.db.connector import DRIVER_FAILURES, Connector
+from app.db.connector import DRIVER_FAILURES, Connector, KeptAliveConnection
 from app.errors import DatabaseUnavailable, DatabaseUnreachable
 from app.metrics import Metrics
 from app.settings import Settings
@@ -26,7 +26,8 @@ LOOK = """
 SELECT in_recovery,
        CASE WHEN in_recovery THEN pg_last_wal_replay_lsn() ELSE pg_current_wal_insert_lsn() END - '0/0'::pg_lsn AS lsn,
        CASE WHEN in_recovery
-            THEN extract(epoch FROM clock_timestamp() - pg_last_xact_replay_timestamp())::float8 END AS replay_age
+            THEN extract(epoch FROM clock_timestamp() - pg_last_xact_replay_timestamp())::float8 END AS replay_age,
+       current_setting('transaction_read_only')::boolean AS read_only
 FROM pg_is_in_recovery() AS in_recovery
 """
 
@@ -45,6 +46,7 @@ class Look:
     in_recovery: bool | None = None
     lsn: int | None = None
     replay_age_seconds: float | None = None
+    server: float | None = None
 
 
 class Sentinel:
@@ -60,7 +62,7 @@ class Sentinel:
         self._connector = connector
         self._settings = settings
         self._metrics = metrics
-        self._connection: asyncpg.Connection[Any] | None = None
+        self._connection: KeptAliveConnection | None = None
         self._look: asyncio.Task[Look] | None = None
         self._turn = asyncio.Lock()
 
@@ -92,10 +94,7 @@ class Sentinel:
             late = time.monotonic() - started >= seconds or isinstance(error.__cause__, TimeoutError)
             found = Look(time.monotonic(), "timeout" if late else "error", error=str(error))
         else:
-            now, row = time.monotonic(), rows[0]
-            lsn = None if row["lsn"] is None else int(row["lsn"])
-            found = Look(now, "healthy", now - started, None, row["in_recovery"], lsn, row["replay_age"])
-            self.lsn = lsn
+            found = await self._seen(rows[0], started)
         if found.status != self.last.status:
             level = logging.INFO if found.status == "healthy" else logging.WARNING
             logger.log(level, "database is %s", found.status, extra={"database": self.name, "reason": found.error})
@@ -104,6 +103,16 @@ class Sentinel:
         for listener in self.listeners:
             listener(found)
         return found
+
+    async def _seen(self, row: asyncpg.Record, started: float) -> Look:
+        now = time.monotonic()
+        if row["read_only"] and self._connector.writable:
+            # Demoted, or not promoted yet. The address may lead to another server by now: look there next time.
+            await self.close()
+            return Look(now, "error", now - started, "The server takes no writes.", row["in_recovery"])
+        self.lsn = lsn = None if row["lsn"] is None else int(row["lsn"])
+        server = None if self._connection is None else self._connection.server
+        return Look(now, "healthy", now - started, None, row["in_recovery"], lsn, row["replay_age"], server)
 
     async def ask(self, sql: str, *arguments: Any, timeout_seconds: float) -> Sequence[asyncpg.Record]:
         """Ask one question on the connection beside the pool.

@@ -1,0 +1,82 @@
+"""The primary goes away under 200 writes a second, and another server takes over.
+
+Before failing over, whatever does it must have fenced the old primary: two servers that take writes are beyond what
+a client can tell. Acknowledged writes outlive the failover because the primary replicates synchronously.
+"""
+
+import time
+from collections.abc import Callable
+
+import pytest
+from sqlalchemy.engine import make_url
+
+from local.cluster import Cluster
+from local.postgres import Server
+from local.waiting import eventually
+from tests.chaos.load import Writers
+from tests.conftest import Database
+from tests.service import serving
+
+RESUMED_SECONDS = 3.0
+
+
+def both_hosts(database: Database) -> str:
+    """Return a URL that lists the primary and the standby, in this order."""
+    url, standby = make_url(database.url()), make_url(database.replica_url())
+    hosts = tuple(f"127.0.0.1:{port}" for port in (url.port, standby.port))
+    return url.set(host=None, port=None, query={"host": hosts}).render_as_string(hide_password=False)
+
+
+@pytest.mark.parametrize("end", ["killed", "stopped", "mute"])
+async def test_writes_follow_to_the_promoted_standby(
+    database: Database, synchronous_cluster: Cluster, measured: Callable[[str], None], end: str
+) -> None:
+    """A primary that is killed, stopped or mute is left for the promoted standby; no acknowledged write is lost."""
+    settings = database.settings(replica=False, primary={"url": both_hosts(database)}, monitor_interval_seconds=0.5)
+    async with serving(settings) as service, Writers(service.app) as writers:
+        await flowing(writers, time.monotonic())
+
+        await take_away(synchronous_cluster.primary, end)
+        promoted = await promote(synchronous_cluster.replica)
+        await flowing(writers, promoted + RESUMED_SECONDS)
+
+    measured(f"{end}: {judge(writers, promoted)}")
+    await writers.reconcile(database.replica_url("postgres"))
+
+
+async def take_away(primary: Server, end: str) -> None:
+    """Make the primary unable to take writes."""
+    if end == "killed":
+        await primary.kill()
+    elif end == "stopped":
+        await primary.stop()
+    elif end == "mute":
+        primary.freeze()
+
+
+async def promote(standby: Server) -> float:
+    """Promote, and return when that was done."""
+    await standby.promote()
+    return time.monotonic()
+
+
+async def flowing(writers: Writers, since: float) -> None:
+    """Wait until twenty writes sent after a moment were acknowledged."""
+
+    async def flows() -> bool:
+        return len(writers.answered_since(since)) >= 20
+
+    assert await eventually(flows, 20), writers.outcomes()
+
+
+def judge(writers: Writers, promoted: float) -> str:
+    """Check that writes resumed for good in time and that nobody waited for longer; return the figures."""
+    resumed = min(writers.answered_since(promoted))
+    told = writers.told.values()
+    slowest = max(answer.seconds for answer in told)
+    failed_late = [answer.code for answer in told if answer.asked_at >= promoted + RESUMED_SECONDS and answer.code]
+    figures = f"resumed after {resumed:.2f} s, slowest answer {slowest:.2f} s, {dict(writers.outcomes())}"
+    assert resumed <= RESUMED_SECONDS, figures
+    assert slowest <= RESUMED_SECONDS, figures
+    assert not failed_late, figures
+    return figures
