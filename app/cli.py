@@ -4,6 +4,7 @@ import asyncio
 import os
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from datetime import timedelta
 from typing import Annotated, Any, cast, get_args
 
@@ -20,6 +21,7 @@ from app.db.sentinel import Sentinel
 from app.errors import DatabaseUnavailable
 from app.logs import log_config, wants_json
 from app.metrics import Metrics
+from app.ops.workers import shared_figures
 from app.security import Scope, issue_token
 from app.settings import DatabaseSettings, Settings, SettingsError, load_settings
 
@@ -45,23 +47,24 @@ def serve(host: HostOption = None, port: PortOption = None, workers: WorkersOpti
             os.environ[name] = str(value)
     settings = _settings()
     as_json = wants_json(settings.log_format)
-    uvicorn.run(
-        "app.main:create_app",
-        factory=True,
-        host=settings.host,
-        port=settings.port,
-        workers=settings.workers,
-        loop="uvloop",
-        http="httptools",
-        lifespan="on",
-        proxy_headers=True,
-        forwarded_allow_ips=settings.trusted_proxies,
-        # Longer than any statement, so that none in flight is cut; the pools are drained after that.
-        timeout_graceful_shutdown=settings.graceful_timeout_seconds,
-        access_log=settings.access_log,
-        server_header=False,
-        log_config=log_config(settings.log_level, as_json=as_json, access_log=settings.access_log),
-    )
+    with shared_figures() if settings.workers > 1 else nullcontext():
+        uvicorn.run(
+            "app.main:create_app",
+            factory=True,
+            host=settings.host,
+            port=settings.port,
+            workers=settings.workers,
+            loop="uvloop",
+            http="httptools",
+            lifespan="on",
+            proxy_headers=True,
+            forwarded_allow_ips=settings.trusted_proxies,
+            # Longer than any statement, so that none in flight is cut; the pools are drained after that.
+            timeout_graceful_shutdown=settings.graceful_timeout_seconds,
+            access_log=settings.access_log,
+            server_header=False,
+            log_config=log_config(settings.log_level, as_json=as_json, access_log=settings.access_log),
+        )
 
 
 @cli.command()

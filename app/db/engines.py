@@ -180,6 +180,8 @@ class Databases:
                 self._report_long_held(database)
                 if database.sentinel.healthy:
                     await _warm_up(database)
+            # With several workers a scrape reaches one of them and reads what the others published last.
+            self.publish()
 
     def _report_long_held(self, database: Database) -> None:
         for holding in database.pool.newly_long_held(self.settings.leak_after_seconds):

@@ -5,13 +5,13 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import PlainTextResponse
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
-from prometheus_client.multiprocess import MultiProcessCollector
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from app.db.activity import BY_STATE
 from app.db.engines import Database
 from app.errors import DatabaseUnavailable, documented
 from app.ops.health import DatabasesOfApp
+from app.ops.workers import exposition
 
 router = APIRouter(tags=["operations"], responses=documented(401, 403))
 
@@ -41,9 +41,6 @@ async def _connections(database: Database) -> dict[str, Any]:
 async def get_metrics(databases: DatabasesOfApp, request: Request) -> Response:
     """Expose the metrics to Prometheus; with several workers, those of all of them."""
     databases.publish()
-    registry: CollectorRegistry = request.app.state.metrics.registry
     shared = databases.settings.prometheus_multiproc_dir
-    if shared is not None:
-        registry = CollectorRegistry()
-        MultiProcessCollector(registry, str(shared))  # type: ignore[no-untyped-call]  # prometheus-client annotates only parts.
-    return Response(generate_latest(registry), headers={"Content-Type": CONTENT_TYPE_LATEST})
+    content = generate_latest(request.app.state.metrics.registry) if shared is None else exposition(shared)
+    return Response(content, headers={"Content-Type": CONTENT_TYPE_LATEST})

@@ -1,0 +1,114 @@
+"""The figures of several worker processes as one: prometheus-client's files, kept right and kept few.
+
+prometheus-client gives each worker a file per kind of metric and adds them up at a scrape. Left to itself, a worker
+that was killed goes on counting in the gauges, and each one that ever lived leaves its files for good. The parent,
+which outlives them all, tidies up: gauges of the dead go, their counters and histograms are added to an archive, so
+that no counter ever falls. A lock keeps a scrape from seeing a figure twice in between.
+
+With one process, the recommended way, none of this is needed and none of it is used.
+"""
+
+import fcntl
+import os
+import shutil
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.mmap_dict import MmapedDict
+from prometheus_client.multiprocess import MultiProcessCollector
+
+VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
+# Seconds between two looks for dead workers; the parent itself notices and replaces them in about as many.
+TIDY_SECONDS = 1.0
+# No process of ours has this number.
+ARCHIVE = 0
+
+
+@contextmanager
+def shared_figures() -> Iterator[None]:
+    """Give the workers that are started meanwhile a folder for their figures, and tidy it until they have ended."""
+    folder = Path(tempfile.mkdtemp(prefix="lifeguard-metrics-"))
+    before = os.environ.get(VARIABLE)
+    os.environ[VARIABLE] = str(folder)
+    ended = threading.Event()
+    tidier = threading.Thread(target=_tidy_until, args=(folder, ended), name="tidy-metrics", daemon=True)
+    tidier.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        tidier.join()
+        if before is None:
+            del os.environ[VARIABLE]
+        else:
+            os.environ[VARIABLE] = before
+        shutil.rmtree(folder)
+
+
+def exposition(folder: Path) -> bytes:
+    """Return the figures of all workers, living and dead, as Prometheus reads them."""
+    registry = CollectorRegistry()
+    MultiProcessCollector(registry, str(folder))  # type: ignore[no-untyped-call]  # prometheus-client annotates only parts.
+    with _locked(folder, fcntl.LOCK_SH):
+        return generate_latest(registry)
+
+
+def tidy(folder: Path) -> None:
+    """Take the files of dead workers away: gauges at once, counts and histograms into the archive."""
+    dead = [file for file in folder.glob("*.db") if not _is_alive(_owner(file))]
+    if not dead:
+        return
+    with _locked(folder, fcntl.LOCK_EX):
+        for file in dead:
+            kind = file.stem.split("_")[0]
+            if kind != "gauge":
+                _add_up(folder / f"{kind}_{ARCHIVE}.db", file)
+            file.unlink()
+
+
+def _tidy_until(folder: Path, ended: threading.Event) -> None:
+    while not ended.wait(TIDY_SECONDS):
+        tidy(folder)
+
+
+def _add_up(archive: Path, file: Path) -> None:
+    """Add a file's values to the archive's; the sum is complete before it takes the archive's name."""
+    total: dict[str, float] = {}
+    for source in (archive, file):
+        if source.exists():
+            for key, value, _, _ in MmapedDict.read_all_values_from_file(source):  # type: ignore[no-untyped-call]
+                total[key] = total.get(key, 0.0) + value
+    fresh = archive.with_suffix(".new")
+    fresh.unlink(missing_ok=True)
+    values = MmapedDict(str(fresh))  # type: ignore[no-untyped-call]
+    for key, value in total.items():
+        values.write_value(key, value, 0.0)  # type: ignore[no-untyped-call]
+    values.close()  # type: ignore[no-untyped-call]
+    fresh.replace(archive)
+
+
+def _owner(file: Path) -> int:
+    """Return the process that a file belongs to: counter_123.db, gauge_livesum_123.db."""
+    return int(file.stem.rpartition("_")[2])
+
+
+def _is_alive(pid: int) -> bool:
+    if pid == ARCHIVE:
+        return True
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+@contextmanager
+def _locked(folder: Path, how: int) -> Iterator[None]:
+    """Hold the folder's lock: LOCK_SH to read, LOCK_EX to change. Held for milliseconds."""
+    with (folder / "lock").open("ab") as lock:
+        fcntl.flock(lock, how)
+        yield
