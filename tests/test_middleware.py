@@ -1,0 +1,377 @@
+"""What every request passes through: its id, the metrics, the last resort, the token, and once more on the primary."""
+
+import asyncio
+import re
+from collections.abc import AsyncIterator
+from typing import Any
+
+import asyncpg
+import pytest
+from fastapi import Request
+from fastapi.responses import StreamingResponse
+from sqlalchemy import text
+from starlette.types import Message, Receive, Scope, Send
+
+from app.db.sessions import ReadDB
+from app.errors import MEDIA_TYPE
+from app.middleware import HttpMetrics, LastResort, OnceMore, ReadYourWrites, RequestId
+from local.cluster import Cluster
+from local.waiting import eventually
+from tests.conftest import Database
+from tests.service import Service, exhausted, serving
+
+ADA = {"mrn": "A-1", "full_name": "Ada", "birth_date": "1980-01-01"}
+
+
+@pytest.fixture
+async def behind(breakable_cluster: Cluster, service: Service) -> AsyncIterator[Service]:
+    """Give a service whose replica shows nothing new."""
+    await breakable_cluster.pause_replay()
+    try:
+        yield service
+    finally:
+        await breakable_cluster.resume_replay()
+
+
+async def write(service: Service, mrn: str = "A-1") -> Any:
+    """Store a patient and forget the cookie; returns the answer."""
+    answer = await service.client.post("/patients", json=ADA | {"mrn": mrn})
+    service.client.cookies.clear()
+    assert answer.status_code == 201, answer.text
+    return answer
+
+
+# The request id
+
+
+async def test_plain_id_of_the_client_is_kept(service: Service) -> None:
+    """An id that a proxy gave goes through the log and comes back."""
+    answer = await service.client.get("/health/live", headers={"X-Request-ID": "trace-1.2_3"})
+
+    assert answer.headers.get_list("x-request-id") == ["trace-1.2_3"]
+
+
+@pytest.mark.parametrize("given", ["", "two words", "x" * 65, 'a"b', "ünïcode", "a\tb"])
+async def test_other_id_is_replaced(service: Service, given: str) -> None:
+    """What could forge a log line or fill it is not repeated."""
+    answer = await service.client.get("/health/live", headers={b"X-Request-ID": given.encode()})
+
+    assert re.fullmatch(r"[0-9a-f]{16}", answer.headers["x-request-id"])
+
+
+async def test_each_request_has_an_id_of_its_own(service: Service) -> None:
+    """Errors have one too, and no two are alike."""
+    answers = await asyncio.gather(*(service.client.get(path) for path in ["/patients/1", "/x", "/users"] * 10))
+
+    assert len({answer.headers["x-request-id"] for answer in answers}) == 30
+
+
+# The metrics
+
+
+async def test_requests_are_counted_by_template(service: Service) -> None:
+    """The label is the route's template, whatever the path; unknown paths and methods have one label each."""
+    for number in range(3):
+        await service.client.get(f"/patients/{number + 1}")
+        await service.client.get(f"/nothing/{number}")
+        await service.client.request(f"ODD{number}", "/patients")
+
+    def counted(method: str, route: str, status: str) -> float:
+        return service.sample("http_requests_total", method=method, route=route, status=status)
+
+    assert counted("GET", "/patients/{patient_id}", "404") == 3
+    assert counted("GET", "unmatched", "404") == 3
+    assert counted("other", "/patients", "405") + counted("other", "unmatched", "405") == 3
+    assert service.sample("http_request_seconds_count", method="GET", route="/patients/{patient_id}") == 3
+    assert service.sample("http_requests_in_progress") == 0
+
+
+async def test_request_in_progress_is_counted(service: Service) -> None:
+    """The gauge goes up while a request is worked on, and down again."""
+    arrived, may_go = asyncio.Event(), asyncio.Event()
+
+    async def wait() -> None:
+        arrived.set()
+        await may_go.wait()
+
+    service.app.add_api_route("/wait", wait)
+    waiting = asyncio.create_task(service.client.get("/wait"))
+    await arrived.wait()
+
+    during = service.sample("http_requests_in_progress")
+    may_go.set()
+    await waiting
+
+    assert (during, service.sample("http_requests_in_progress")) == (1, 0)
+
+
+async def test_cancelled_request_is_counted_and_over(service: Service) -> None:
+    """A request that the server gives up is counted as failed, and no longer in progress."""
+    arrived = asyncio.Event()
+
+    async def wait() -> None:
+        arrived.set()
+        await asyncio.Event().wait()
+
+    service.app.add_api_route("/wait", wait)
+    waiting = asyncio.create_task(service.client.get("/wait"))
+    await arrived.wait()
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+
+    assert service.sample("http_requests_in_progress") == 0
+    assert service.sample("http_requests_total", method="GET", route="/wait", status="500") == 1
+
+
+# The last resort
+
+
+async def test_unforeseen_failure_is_a_problem_document(service: Service) -> None:
+    """A bug is a 500 as a problem, with the request id, counted, and without a word of what went wrong."""
+
+    async def fail() -> None:
+        raise RuntimeError("the secret of Ada Lovelace")
+
+    service.app.add_api_route("/fail", fail)
+
+    answer = await service.client.get("/fail")
+
+    assert (answer.status_code, answer.headers["content-type"]) == (500, MEDIA_TYPE)
+    assert answer.json()["code"] == "internal_error"
+    assert answer.headers["x-request-id"]
+    assert "Ada" not in answer.text
+    assert service.sample("http_requests_total", method="GET", route="/fail", status="500") == 1
+
+
+async def test_failure_after_the_start_of_an_answer_is_the_servers(service: Service) -> None:
+    """What has begun cannot be answered again: the failure goes on to the server, which cuts the connection."""
+
+    async def broken() -> AsyncIterator[bytes]:
+        yield b"half of "
+        raise RuntimeError("a bug")
+
+    async def stream() -> StreamingResponse:
+        return StreamingResponse(broken())
+
+    service.app.add_api_route("/stream", stream)
+
+    with pytest.raises(RuntimeError, match="a bug"):
+        await service.client.get("/stream")
+
+
+async def test_other_scopes_pass_through(service: Service) -> None:
+    """Lifespan and websockets are none of these layers' business."""
+    seen: list[Scope] = []
+
+    async def app(scope: Scope, _receive: Receive, _send: Send) -> None:
+        seen.append(scope)
+
+    async def receive() -> Message:
+        raise AssertionError
+
+    async def send(message: Message) -> None:
+        raise AssertionError(message)
+
+    metrics, scope = service.app.state.metrics, {"type": "websocket"}
+    for layer in (
+        RequestId(app),
+        HttpMetrics(app, metrics),
+        LastResort(app),
+        ReadYourWrites(app, metrics),
+        OnceMore(app, metrics, service.databases),
+    ):
+        await layer(scope, receive, send)
+
+    assert seen == [{"type": "websocket"}] * 5
+
+
+# Read your writes
+
+
+async def test_write_answers_with_its_position(service: Service, database: Database) -> None:
+    """Header and cookie carry an LSN at which the write is visible; reads carry none."""
+    created = await service.client.post("/patients", json=ADA)
+    read = await service.client.get("/patients")
+
+    token = created.headers["x-consistency-token"]
+    assert re.fullmatch(r"[0-9A-F]{1,8}/[0-9A-F]{1,8}", token)
+    assert created.headers["set-cookie"] == (f"consistency_token={token}; Max-Age=60; Path=/; HttpOnly; SameSite=Lax")
+    assert "x-consistency-token" not in read.headers
+    owner = await asyncpg.connect(database.url("app_owner"))
+    assert await owner.fetchval("SELECT $1::text::pg_lsn <= pg_current_wal_insert_lsn()", token)
+    await owner.close()
+
+
+@pytest.mark.parametrize("way", ["header", "cookie", "both"])
+async def test_client_reads_what_it_wrote(behind: Service, way: str) -> None:
+    """With the token in either place a list on a replica that is behind comes from the primary."""
+    token = (await write(behind)).headers["x-consistency-token"]
+    without = await behind.client.get("/patients")
+    headers = {}
+    if way in {"header", "both"}:
+        headers["X-Consistency-Token"] = token if way == "header" else "0/1"
+    if way in {"cookie", "both"}:
+        headers["Cookie"] = f"other=1; consistency_token={token}; more=2"
+
+    with_token = await behind.client.get("/patients", headers=headers)
+
+    assert without.json() == []
+    assert [patient["mrn"] for patient in with_token.json()] == ["A-1"]
+    assert behind.sample("db_reads_routed_total", target="primary", reason="behind_token") == 1
+
+
+async def test_token_that_was_reached_reads_from_the_replica(service: Service, database: Database) -> None:
+    """Once the replica has replayed the write, the token costs the primary nothing."""
+    token = (await write(service)).headers["x-consistency-token"]
+    await database.cluster.wait_replayed()
+
+    async def from_replica() -> bool:
+        before = service.sample("db_reads_routed_total", target="replica", reason="replica")
+        answer = await service.client.get("/patients", headers={"X-Consistency-Token": token})
+        assert [patient["mrn"] for patient in answer.json()] == ["A-1"]
+        return service.sample("db_reads_routed_total", target="replica", reason="replica") > before
+
+    assert await eventually(from_replica, 5)
+
+
+@pytest.mark.parametrize("token", ["", "x", "1/2/3", "G/1", "123456789/1", "1/", "/1", "ä/1"])
+async def test_malformed_token_is_ignored_and_counted(service: Service, token: str) -> None:
+    """Anything else than an LSN asks for nothing."""
+    headers = ({b"X-Consistency-Token": token.encode()}, {b"Cookie": b"consistency_token=" + token.encode()})
+
+    answers = [await service.client.get("/patients", headers=header) for header in headers]
+
+    assert [answer.status_code for answer in answers] == [200, 200]
+    assert service.sample("db_consistency_tokens_total", outcome="malformed") >= 1
+    assert service.sample("db_reads_routed_total", target="primary", reason="behind_token") == 0
+
+
+async def test_service_without_a_replica_gives_no_token(database: Database) -> None:
+    """There is one place to read: a token would cost a round trip for nothing."""
+    async with serving(database.settings(replica=False)) as service:
+        assert "x-consistency-token" not in (await write(service)).headers
+
+
+# Once more, on the primary
+
+
+async def test_row_that_exists_is_never_404(behind: Service) -> None:
+    """A patient that the replica has not seen yet is found on the primary, without any token."""
+    created = await write(behind)
+
+    found = await behind.client.get(created.headers["Location"])
+    missing = await behind.client.get("/patients/4711")
+
+    assert (found.status_code, found.json()) == (200, created.json())
+    assert missing.status_code == 404
+    assert behind.sample("db_reads_retried_total", reason="not_found") == 2
+
+
+async def test_not_found_is_503_while_the_primary_has_no_room(database: Database) -> None:
+    """Half of the primary's capacity helps out; past that "not found" is not known, and is not said."""
+    async with serving(database.settings(pool_size=2, max_overflow=0, pool_timeout=2)) as service:
+        async with exhausted(service.databases.primary):
+            first = asyncio.create_task(service.client.get("/patients/1"))
+
+            async def waits() -> bool:
+                return service.databases.primary.pool.figures().waiting == 1
+
+            assert await eventually(waits, 5)
+            second = await service.client.get("/patients/1")
+        answered = await first
+
+    assert (second.status_code, second.json()["code"]) == (503, "replica_unavailable")
+    assert second.headers["retry-after"] == "1"
+    assert answered.status_code == 404
+
+
+async def test_replica_that_dies_in_mid_query_is_not_noticed(service: Service, database: Database) -> None:
+    """The backend that runs the read is killed: the client gets its answer from the primary."""
+
+    async def slow(session: ReadDB) -> bool:
+        row = (
+            await session.execute(
+                text("SELECT pg_is_in_recovery(), pg_sleep(CASE WHEN pg_is_in_recovery() THEN 20 END)")
+            )
+        ).one()
+        return bool(row[0])
+
+    service.app.add_api_route("/slow", slow)
+    admin = await asyncpg.connect(database.replica_url("postgres"))
+    asked = asyncio.create_task(service.client.get("/slow"))
+
+    async def killed() -> bool:
+        kill = """
+            SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity
+            WHERE query LIKE '%pg_sleep(CASE%' AND pid <> pg_backend_pid()
+        """
+        return bool(await admin.fetchval(kill))
+
+    assert await eventually(killed, 5)
+    answer = await asked
+    await admin.close()
+
+    assert (answer.status_code, answer.json()) == (200, False)
+    assert service.sample("db_reads_retried_total", reason="connection_lost") == 1
+
+
+async def test_bug_on_the_replica_is_not_run_again(service: Service) -> None:
+    """Only the replica's own failures go to the primary; a bug would be one there, too."""
+    ran = []
+
+    async def fail(session: ReadDB) -> None:
+        ran.append(1)
+        await session.execute(text("SELECT * FROM nowhere"))
+
+    service.app.add_api_route("/fail", fail)
+
+    answer = await service.client.get("/fail")
+
+    assert (answer.status_code, len(ran)) == (500, 1)
+
+
+async def test_write_is_never_run_again(service: Service) -> None:
+    """A method that is not safe runs once, whatever it read and where."""
+    ran = []
+
+    async def post(request: Request, session: ReadDB) -> None:
+        ran.append(request.method)
+        await session.execute(text("SELECT pg_terminate_backend(pg_backend_pid())"))
+
+    service.app.add_api_route("/post", post, methods=["POST"])
+
+    answer = await service.client.post("/post")
+
+    assert (answer.status_code, answer.json()["code"], ran) == (503, "connection_lost", ["POST"])
+
+
+async def test_falling_back_can_be_switched_off(database: Database) -> None:
+    """Without it the primary never sees a read: 404 stays 404, and a replica that is broken is a 503."""
+    async with serving(database.settings(replica_fallback=False)) as service:
+        missing = await service.client.get("/patients/1")
+        service.databases.router.replicas[0].trip()
+        broken = await service.client.get("/patients/1")
+
+    assert missing.status_code == 404
+    assert (broken.status_code, broken.json()["code"]) == (503, "replica_unavailable")
+    assert service.sample("db_query_seconds_count", pool="primary") == 0
+
+
+async def test_replica_that_lets_nobody_in_is_left_alone(database: Database) -> None:
+    """A read that finds the replica closed is served by the primary, and the next ones do not try."""
+    admin = await asyncpg.connect(database.url("postgres"))
+    async with serving(database.settings(pool_min_size=0)) as service:
+        await admin.execute("ALTER ROLE app_ro NOLOGIN")
+        try:
+            await database.cluster.wait_replayed()
+            answer = await service.client.get("/patients")
+            state = service.databases.router.replicas[0].state
+        finally:
+            await admin.execute("ALTER ROLE app_ro LOGIN")
+            await database.cluster.wait_replayed()
+    await admin.close()
+
+    assert answer.status_code == 200
+    assert state == "broken"
+    assert service.sample("db_reads_retried_total", reason="database_unreachable") == 1
