@@ -1,11 +1,12 @@
 """The statements of the reports. They read other domains' tables by name and import none of their code."""
 
-from datetime import datetime
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import date, datetime
 
-from sqlalchemy import text
+from sqlalchemy import Row, text
 
 from app.db.sessions import ReadSession
-from app.reports.schemas import Day, Decade, Summary
 
 # Oldest first; days without a patient are left out.
 BY_DECADE = text("""
@@ -18,9 +19,17 @@ BY_DAY = text("""
 """)
 
 
-async def summarise(session: ReadSession) -> Summary:
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """What one snapshot counts: rows of (decade, patients) and of (day, patients)."""
+
+    as_of: datetime
+    by_decade: Sequence[Row[int, int]]
+    by_day: Sequence[Row[date, int]]
+
+
+async def count_patients(session: ReadSession) -> Counts:
     """Count patients by decade of birth and by day of registration, in the session's one snapshot."""
     as_of: datetime = (await session.execute(text("SELECT now()"))).scalar_one()
-    decades = [Decade(decade=row.decade, patients=row.patients) for row in await session.execute(BY_DECADE)]
-    days = [Day(day=row.day, patients=row.patients) for row in await session.execute(BY_DAY)]
-    return Summary(as_of=as_of, patients=sum(d.patients for d in decades), by_decade=decades, by_day=days)
+    decades, days = await session.execute(BY_DECADE), await session.execute(BY_DAY)
+    return Counts(as_of, decades.all(), days.all())

@@ -5,7 +5,7 @@ from fastapi import APIRouter
 from app.db.sessions import AnalyticsDB
 from app.errors import documented
 from app.reports import queries
-from app.reports.schemas import Summary
+from app.reports.schemas import Day, Decade, Summary
 
 router = APIRouter(prefix="/reports", tags=["reports"], responses=documented(401, 403, 503, 504))
 
@@ -13,4 +13,8 @@ router = APIRouter(prefix="/reports", tags=["reports"], responses=documented(401
 @router.get("/summary")
 async def get_summary(session: AnalyticsDB) -> Summary:
     """Count patients by decade of birth and by day of registration."""
-    return await queries.summarise(session)
+    counts = await queries.count_patients(session)
+    decades = [Decade.model_validate(row) for row in counts.by_decade]
+    days = [Day.model_validate(row) for row in counts.by_day]
+    patients = sum(decade.patients for decade in decades)
+    return Summary(as_of=counts.as_of, patients=patients, by_decade=decades, by_day=days)

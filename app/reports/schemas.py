@@ -2,11 +2,13 @@
 
 from datetime import date, datetime
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict
 
 
 class Decade(BaseModel):
     """Patients born in ten years, `decade` being the first of them."""
+
+    model_config = ConfigDict(from_attributes=True)
 
     decade: int
     patients: int
@@ -14,6 +16,8 @@ class Decade(BaseModel):
 
 class Day(BaseModel):
     """Patients registered on one day, UTC."""
+
+    model_config = ConfigDict(from_attributes=True)
 
     day: date
     patients: int
