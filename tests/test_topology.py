@@ -203,3 +203,34 @@ def test_every_default_secret_is_one_that_production_refuses(services: dict[str,
     assert {name for name, value in secrets.items() if value and not value.startswith("development-")} == set()
     assert secrets.keys() == services["preflight"]["environment"].keys() - {"ENVIRONMENT"}
     assert secrets.keys() <= set(re.findall(r"\w+", (ROOT / "postgres/preflight.sh").read_text(encoding="utf-8")))
+
+
+@pytest.mark.parametrize(
+    ("file", "pattern"),
+    [
+        ("postgres/postgresql.conf", r"^(\w+) ="),
+        ("pgbouncer/pgbouncer.ini", r"^(?!lifeguard)(\w+) ="),
+        (
+            "haproxy/haproxy.cfg",
+            r"^    (balance|retries|retry-on|errorfile|server-template|timeout (?!retry|resolve)\S+)",
+        ),
+    ],
+)
+def test_every_setting_of_a_server_is_documented(file: str, pattern: str) -> None:
+    """docs/servers.md says of each setting what it is for."""
+    documented = (ROOT / "docs/servers.md").read_text(encoding="utf-8")
+    names = re.findall(pattern, (ROOT / file).read_text(encoding="utf-8"), re.MULTILINE)
+
+    assert len(names) >= 10
+    assert [name for name in names if f"`{name}`" not in documented] == []
+
+
+def test_every_link_of_the_documents_leads_somewhere() -> None:
+    """Links between the topology's documents name files and headings that exist."""
+    for name in ("topology", "servers", "sizing", "troubleshooting", "runbook"):
+        text = (ROOT / f"docs/{name}.md").read_text(encoding="utf-8")
+        for target, anchor in re.findall(r"\]\((?!http)([\w/.-]*)#?([\w-]*)\)", text):
+            file = ROOT / "docs" / (target or f"{name}.md")
+            headings = re.findall(r"^#+ (.+)$", file.read_text(encoding="utf-8"), re.MULTILINE)
+            anchors = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+            assert not anchor or anchor in anchors, f"{name}.md: {target}#{anchor}"

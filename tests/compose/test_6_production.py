@@ -8,7 +8,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.compose.stack import ROOT, Stack
+from tests.compose.conftest import URL
+from tests.compose.stack import ROOT, SUPERUSER_PASSWORD, Stack, eventually
 
 PORTS = {"APP_PORT": "18001", "PROMETHEUS_PORT": "19091", "ALERTMANAGER_PORT": "19094"}
 SECRETS = (
@@ -71,6 +72,28 @@ async def test_production_runs_on_secrets_in_files(production: Stack) -> None:
     assert len(values) >= 12
     assert [value for value in values if value in described] == []
     assert mode == "0o700"
+
+
+@pytest.mark.timeout(120)
+async def test_password_is_changed_as_documented(stack: Stack) -> None:
+    """With a new password of app_rw in the environment, docs/servers.md's two commands change it, and writes go on."""
+    from_now_on = {"APP_RW_PASSWORD": "changed-and-long-enough"}
+    change = ("--entrypoint", "/docker-entrypoint-initdb.d/10-roles.sh", "primary")
+    superuser = ("-e", "PGHOST=primary", "-e", f"PGPASSWORD={SUPERUSER_PASSWORD}")
+    new = {"mrn": "NEW-PASSWORD-1", "full_name": "After Change", "birth_date": "1970-01-01"}
+    try:
+        await stack.compose("run", "--rm", "--no-deps", *superuser, *change, env=from_now_on)
+        await stack.up("--no-deps", "app", env=from_now_on)
+
+        async with httpx.AsyncClient(base_url=URL, timeout=10) as client:
+
+            async def writes() -> bool:
+                return (await client.post("/patients", json=new)).status_code == 201
+
+            await eventually(writes, within=10)
+    finally:
+        await stack.compose("run", "--rm", "--no-deps", *superuser, *change)
+        await stack.up()
 
 
 def _read_secrets(folder: Path) -> tuple[set[str], str]:
