@@ -1,0 +1,161 @@
+"""The schema goes up and down by Alembic, as the models say, one runner at a time."""
+
+import asyncio
+import os
+import re
+import sys
+from collections.abc import AsyncIterator
+from typing import Any
+
+import asyncpg
+import pytest
+from alembic.config import Config
+from alembic.script import ScriptDirectory
+
+from app.db.base import Base
+from local.waiting import eventually
+from migrations.__main__ import INI
+from tests.conftest import Database
+
+# As in migrations/env.py, which Alembic alone can import.
+ADVISORY_LOCK = 7_253_094
+TABLES = "SELECT count(*) FROM pg_tables WHERE schemaname = 'public' AND tablename <> 'alembic_version'"
+
+
+@pytest.fixture
+async def owner(database: Database) -> AsyncIterator["asyncpg.Connection[Any]"]:
+    """Give a superuser's connection to the database that is migrated."""
+    connection = await asyncpg.connect(database.url("postgres"))
+    yield connection
+    await connection.close()
+
+
+async def alembic(*arguments: str, **environment: str) -> tuple[int, str]:
+    """Run Alembic and return its status and what it said."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "alembic", *arguments,
+        cwd=INI.parent, env=os.environ | environment,
+        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
+    )  # fmt: skip
+    output, _ = await asyncio.wait_for(process.communicate(), 60)
+    assert process.returncode is not None
+    return process.returncode, output.decode()
+
+
+async def test_down_and_up_again(database: Database, owner: "asyncpg.Connection[Any]") -> None:
+    """The models match the newest version; down leaves nothing, and up makes it all again."""
+    url = {"MIGRATIONS_URL": database.url("app_owner")}
+
+    checked = await alembic("check", **url)
+    down = await alembic("downgrade", "base", **url)
+    left = await owner.fetchval(TABLES)
+    up = await alembic("upgrade", "head", **url)
+    again = await alembic("check", **url)
+
+    assert (checked[0], down[0], up[0], again[0]) == (0, 0, 0, 0), (checked, down, up, again)
+    assert left == 0
+    assert await owner.fetchval(TABLES) == len(Base.metadata.tables)
+
+
+async def test_check_notices_a_difference(database: Database, owner: "asyncpg.Connection[Any]") -> None:
+    """A table that is not as the models say is found: the check above can fail."""
+    await owner.execute("ALTER TABLE users ALTER COLUMN full_name DROP NOT NULL")
+
+    status, output = await alembic("check", MIGRATIONS_URL=database.url("app_owner"))
+
+    assert status != 0
+    assert "full_name" in output
+
+
+def test_there_is_one_head() -> None:
+    """Two branches of migrations never lie side by side."""
+    assert len(ScriptDirectory.from_config(Config(INI)).get_heads()) == 1
+
+
+async def test_every_constraint_has_its_name(owner: "asyncpg.Connection[Any]") -> None:
+    """A migration can drop any constraint and index by a name that the convention gives."""
+    names = await owner.fetch("""
+        SELECT c.conname AS name, c.conrelid::regclass::text AS table FROM pg_constraint c
+        WHERE c.connamespace = 'public'::regnamespace AND c.contype <> 'n'
+        UNION SELECT indexname, tablename FROM pg_indexes WHERE schemaname = 'public'
+    """)
+
+    found = {row["name"]: row["table"] for row in names if row["table"] != "alembic_version"}
+    assert len(found) >= 6
+    for name, table in found.items():
+        assert re.fullmatch(rf"(pk|uq|ix|fk|ck)_{table}(_\w+)?", name), name
+
+
+async def test_times_have_a_zone_and_text_no_length(owner: "asyncpg.Connection[Any]") -> None:
+    """Every time is a timestamptz, every text is a text."""
+    types = await owner.fetch("""
+        SELECT table_name || '.' || column_name AS name, data_type AS type FROM information_schema.columns
+        WHERE table_schema = 'public' AND table_name <> 'alembic_version'
+    """)
+
+    assert types
+    assert not [row["name"] for row in types if row["type"] in {"timestamp without time zone", "character varying"}]
+
+
+@pytest.mark.parametrize("variable", ["MIGRATIONS_URL", "DATABASE_URL"])
+async def test_either_url_will_do(database: Database, owner: "asyncpg.Connection[Any]", variable: str) -> None:
+    """A plain postgresql:// URL in either variable is enough; MIGRATIONS_URL comes first."""
+    url = {variable: database.url("app_owner")}
+    if variable == "MIGRATIONS_URL":
+        url["DATABASE_URL"] = "postgresql://nobody@127.0.0.1:1/nowhere"
+
+    down, up = await alembic("downgrade", "base", **url), await alembic("upgrade", "head", **url)
+
+    assert (down[0], up[0]) == (0, 0), (down, up)
+    assert await owner.fetchval(TABLES) == len(Base.metadata.tables)
+
+
+async def test_without_a_url_there_is_a_sentence() -> None:
+    """Nothing is guessed."""
+    status, output = await alembic("upgrade", "head")
+
+    assert status != 0
+    assert "Neither MIGRATIONS_URL nor DATABASE_URL is set" in output
+
+
+async def test_runners_take_turns(database: Database, owner: "asyncpg.Connection[Any]") -> None:
+    """Three runs at once on an empty database: all succeed, and the tables are made once."""
+    url = {"MIGRATIONS_URL": database.url("app_owner")}
+    await alembic("downgrade", "base", **url)
+
+    results = await asyncio.gather(*(alembic("upgrade", "head", **url) for _ in range(3)))
+
+    assert [status for status, _ in results] == [0, 0, 0], results
+    assert await owner.fetchval(TABLES) == len(Base.metadata.tables)
+
+
+async def test_runner_waits_for_the_one_before_it(database: Database, owner: "asyncpg.Connection[Any]") -> None:
+    """While somebody holds the lock a run changes nothing; it goes on when the holder's transaction ends."""
+    url = {"MIGRATIONS_URL": database.url("app_owner")}
+    async with owner.transaction():
+        await owner.execute("SELECT pg_advisory_xact_lock($1)", ADVISORY_LOCK)
+        run = asyncio.create_task(alembic("downgrade", "base", **url))
+
+        async def waits() -> bool:
+            asked = "SELECT EXISTS (SELECT FROM pg_locks WHERE locktype = 'advisory' AND NOT granted)"
+            return bool(await owner.fetchval(asked))
+
+        assert await eventually(waits, 20)
+        meanwhile = await owner.fetchval(TABLES)
+
+    assert (await run)[0] == 0
+    assert meanwhile == len(Base.metadata.tables)
+    assert await owner.fetchval(TABLES) == 0
+
+
+async def test_migration_does_not_wait_long_for_a_table(database: Database, owner: "asyncpg.Connection[Any]") -> None:
+    """A table that is in use makes the migration fail after lock_timeout, whole, instead of a queue behind it."""
+    url = {"MIGRATIONS_URL": database.url("app_owner")}
+    async with owner.transaction():
+        await owner.execute("LOCK TABLE patients IN ACCESS SHARE MODE")
+
+        status, output = await alembic("downgrade", "base", **url)
+
+    assert status != 0
+    assert "lock timeout" in output
+    assert await owner.fetchval("SELECT count(*) FROM patients") == 0
