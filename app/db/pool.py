@@ -54,7 +54,10 @@ class Tenure:
 
 @dataclass(frozen=True, slots=True)
 class PoolFigures:
-    """One instant of a pool. `checked_out + connecting + available == total`, always."""
+    """One instant of a pool. `checked_out + connecting + available == total`, always.
+
+    Connecting are the permits that have no connection yet: just granted, or it is being checked or opened.
+    """
 
     pool_size: int
     max_overflow: int
@@ -80,7 +83,6 @@ class Holding:
 @dataclass(slots=True)
 class _Counts:
     at_work: int = 0
-    connecting: int = 0
     generation: int = 0
     closed: bool = False
     out: dict[ConnectionPoolEntry, Tenure] = field(default_factory=dict)
@@ -121,7 +123,7 @@ class BoundedPool(Pool):
             total=settings.capacity,
             checked_out=len(counts.out),
             checked_in=len(self._idle),
-            connecting=counts.connecting,
+            connecting=counts.at_work - len(counts.out),
             overflow=max(0, opened - settings.pool_size),
             available=settings.capacity - counts.at_work,
             waiting=len(self._waiters),
@@ -237,7 +239,8 @@ class BoundedPool(Pool):
         try:
             await waiter
         except asyncio.CancelledError:
-            if waiter.done() and not waiter.cancelled():
+            # Cancelled in the very moment of an answer: a permit goes to the next one; a refusal was none.
+            if waiter.done() and not waiter.cancelled() and waiter.exception() is None:
                 self._release()
             raise
         finally:
@@ -296,7 +299,6 @@ class BoundedPool(Pool):
         # Half of what is left is kept for opening another one.
         loop = asyncio.get_running_loop()
         timer = loop.call_at((loop.time() + deadline) / 2, connection.terminate)
-        self._counts.connecting += 1
         try:
             await_(connection.execute("SELECT 1"))
         except DRIVER_FAILURES:
@@ -305,14 +307,13 @@ class BoundedPool(Pool):
             self._discard(entry, "unresponsive")
             raise
         finally:
-            self._counts.connecting -= 1
             timer.cancel()
         return True
 
     def _open(self, deadline: float) -> ConnectionPoolEntry:
-        started = self._clock()
+        # What `dispose` was called for while this one was being opened holds for it too.
+        started, generation = self._clock(), self._counts.generation
         opening.set(attempt := Opening(deadline))
-        self._counts.connecting += 1
         try:
             entry = self._create_connection()
         except DRIVER_FAILURES as error:
@@ -322,12 +323,11 @@ class BoundedPool(Pool):
             self._watch.connect_failed()
             raise
         finally:
-            self._counts.connecting -= 1
             attempt.done()
         now = self._clock()
         # A tenth of the lifetime is left to chance, so that connections opened together do not end together.
         lifetime = self.settings.pool_recycle * random.uniform(0.9, 1.0)  # noqa: S311  # Not a secret.
-        entry.info["tenure"] = Tenure(now, now + lifetime, self._counts.generation, idle_since=now)
+        entry.info["tenure"] = Tenure(now, now + lifetime, generation, idle_since=now)
         self._watch.connected(now - started)
         return entry
 

@@ -1,0 +1,215 @@
+"""A bad network between the service and PostgreSQL: it counts round trips, and it cuts, hangs, delays and refuses.
+
+A round trip is one turn of the conversation: the client sent something, and the server answered. However many messages
+a turn holds, and however many packets, it is the number of times that somebody waited for the wire.
+"""
+
+import asyncio
+import socket
+import struct
+from types import TracebackType
+from typing import Literal, Self, cast
+
+from sqlalchemy.engine import make_url
+
+from local.postgres import HOST, free_port
+
+Fate = Literal["lose_request", "lose_answer", "hang"]
+
+_STARTUP = 196_608  # Version 3.0 of the protocol; what a client says before it has no type byte.
+
+
+class Proxy:
+    """Stands in front of one server of this machine, from `async with` to its end."""
+
+    def __init__(self, upstream: int) -> None:
+        self.port = free_port()
+        self.upstream = upstream
+        self.round_trips = 0
+        self.connections = 0
+        # The text of every statement that was sent or prepared.
+        self.statements: list[str] = []
+        # Seconds that each answer of the server takes longer.
+        self.delay_seconds = 0.0
+        # What becomes of the turn in which the client sends a statement with this text.
+        self.fates: dict[str, Fate] = {}
+        self.hanging = False
+        self.links: set[_Link] = set()
+        self._server: asyncio.Server | None = None
+
+    async def __aenter__(self) -> Self:
+        await self.accept()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.refuse()
+        self.cut()
+
+    @property
+    def open(self) -> int:
+        """How many connections go through it now."""
+        return len(self.links)
+
+    def url(self, url: str) -> str:
+        """Return where the database of `url` is, through this proxy."""
+        return make_url(url).set(port=self.port).render_as_string(hide_password=False)
+
+    def hang(self) -> None:
+        """Be a black hole: accept connections and requests, and pass nothing on."""
+        self.hanging = True
+        self.freeze()
+
+    def freeze(self) -> None:
+        """Be a black hole for the connections that are open; new ones work."""
+        for link in self.links:
+            link.frozen = True
+
+    def resume(self) -> None:
+        """Pass on again, also what was held back."""
+        self.hanging = False
+        for link in self.links:
+            link.frozen = False
+            link.pass_on()
+
+    def cut(self) -> None:
+        """Close every connection, on both sides."""
+        for link in list(self.links):
+            link.end()
+
+    def reset(self) -> None:
+        """Close every connection with RST, as a firewall does."""
+        for link in list(self.links):
+            link.reset()
+
+    def refuse(self) -> None:
+        """Refuse new connections; what is open stays open."""
+        if self._server is not None:
+            self._server.close()
+
+    async def accept(self) -> None:
+        """Accept connections."""
+        self._server = await asyncio.get_running_loop().create_server(lambda: _Link(self), HOST, self.port)
+
+
+class _Link(asyncio.Protocol):
+    """One client's connection, and through `_Upstream` its counterpart at the server."""
+
+    def __init__(self, proxy: Proxy) -> None:
+        self.frozen = proxy.hanging
+        self._proxy = proxy
+        self._client: asyncio.Transport | None = None
+        self._server: asyncio.Transport | None = None
+        self._connecting: asyncio.Task[None] | None = None
+        self._held: list[bytes] = []
+        self._held_answers: list[bytes] = []
+        self._asked = self._lost = self._started = False
+        self._unread = b""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._client = cast("asyncio.Transport", transport)
+        self._proxy.links.add(self)
+        self._proxy.connections += 1
+        self._connecting = asyncio.create_task(self._connect())
+
+    def data_received(self, data: bytes) -> None:
+        statements = self._statements_in(data)
+        self._proxy.statements += statements
+        fate = next((fate for text, fate in self._proxy.fates.items() if any(text in s for s in statements)), None)
+        if fate == "lose_request":
+            self.end()
+            return
+        self.frozen = self.frozen or fate == "hang"
+        self._lost = fate == "lose_answer"
+        self._held.append(data)
+        self.pass_on()
+
+    def answer_received(self, data: bytes) -> None:
+        """Pass on what the server said."""
+        if self._lost:
+            self.end()
+            return
+        self._held_answers.append(data)
+        asyncio.get_running_loop().call_later(self._proxy.delay_seconds, self.pass_on)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        del exc
+        self.end()
+
+    def pass_on(self) -> None:
+        """Send on what was held back, unless it is to be held."""
+        if self.frozen or self._client is None or self._server is None:
+            return
+        requests, answers, self._held, self._held_answers = self._held, self._held_answers, [], []
+        if answers:
+            self._proxy.round_trips += self._asked
+            self._asked = False
+            self._client.write(b"".join(answers))
+        if requests:
+            self._asked = True
+            self._server.write(b"".join(requests))
+
+    def reset(self) -> None:
+        """Close both sides, the client's with RST."""
+        if self._client is not None:
+            sock: socket.socket = self._client.get_extra_info("socket")
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.end()
+
+    def end(self) -> None:
+        """Close both sides now, whatever was still to be sent."""
+        self._proxy.links.discard(self)
+        if self._connecting is not None:
+            self._connecting.cancel()
+        for transport in (self._client, self._server):
+            if transport is not None:
+                transport.abort()
+
+    async def _connect(self) -> None:
+        loop = asyncio.get_running_loop()
+        try:
+            self._server, _ = await loop.create_connection(lambda: _Upstream(self), HOST, self._proxy.upstream)
+        except OSError:
+            self.end()
+        self.pass_on()
+
+    def _statements_in(self, data: bytes) -> list[str]:
+        """Return the SQL of the Query and Parse messages that are complete now."""
+        self._unread += data
+        found = []
+        while message := self._next_message():
+            kind, body = message
+            if kind == b"Q":
+                found.append(body.rstrip(b"\0").decode())
+            elif kind == b"P":
+                found.append(body.split(b"\0")[1].decode())
+        return found
+
+    def _next_message(self) -> tuple[bytes, bytes] | None:
+        """Take a message off the front: a type byte and a length, which counts itself; the first ones lack the type."""
+        head = 1 if self._started else 0
+        if len(self._unread) < head + 4:
+            return None
+        end = head + int.from_bytes(self._unread[head : head + 4], "big")
+        if len(self._unread) < end:
+            return None
+        kind, body, self._unread = self._unread[:head], self._unread[head + 4 : end], self._unread[end:]
+        if not self._started:
+            # What came may also have been the question whether the server speaks TLS.
+            self._started = int.from_bytes(body[:4], "big") == _STARTUP
+        return kind, body
+
+
+class _Upstream(asyncio.Protocol):
+    """The server's side of a link."""
+
+    def __init__(self, link: _Link) -> None:
+        self._link = link
+
+    def data_received(self, data: bytes) -> None:
+        self._link.answer_received(data)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        del exc
+        self._link.end()
