@@ -1,5 +1,6 @@
 """The routes of patients."""
 
+from collections.abc import Sequence
 from typing import Annotated
 
 from fastapi import APIRouter, Query, Request, Response, status
@@ -20,15 +21,21 @@ router = APIRouter(
 )
 
 
-@router.post("", status_code=status.HTTP_201_CREATED, responses=documented(409), openapi_extra=OPENAPI)
-async def create_patient(session: WriteDB, new: PatientIn, response: Response) -> PatientOut:
+@router.post(
+    "",
+    status_code=status.HTTP_201_CREATED,
+    response_model=PatientOut,
+    responses=documented(409),
+    openapi_extra=OPENAPI,
+)
+async def create_patient(session: WriteDB, new: PatientIn, response: Response) -> queries.PatientRow:
     """Store a patient; the Location header names it."""
     patient = await queries.add_patient(session, new.model_dump())
     response.headers["Location"] = f"/patients/{patient.id}"
-    return PatientOut.model_validate(patient)
+    return patient
 
 
-@router.get("")
+@router.get("", response_model=list[PatientOut])
 async def list_patients(  # noqa: PLR0913  # Each is a parameter of the URL or of the answer.
     session: ReadDB,
     request: Request,
@@ -38,32 +45,30 @@ async def list_patients(  # noqa: PLR0913  # Each is a parameter of the URL or o
     name: Annotated[Line | None, Query(description="Patients whose name starts so, in any case, by name.")] = None,
     limit: Limit = 50,
     after: After = None,
-) -> list[PatientOut]:
+) -> Sequence[queries.PatientRow] | Sequence[queries.NamedPatientRow]:
     """List patients by id, or by name when searched by name; the Link header names the next page."""
     if mrn is not None:
-        return [PatientOut.model_validate(row) for row in await queries.find_patient(session, mrn, prefix=name or "")]
+        return await queries.find_patient(session, mrn, prefix=name or "")
     # One row more than the page holds tells whether there is a next one.
     if name is None:
         (after_id,) = decode_cursor(after, int) or (0,)
         rows = await queries.list_patients(session, limit=limit + 1, after_id=after_id)
-        page = cut_page(request, response, rows, limit, lambda row: (row.id,))
-        return [PatientOut.model_validate(row) for row in page]
+        return cut_page(request, response, rows, limit, lambda row: (row.id,))
     last_name, last_id = decode_cursor(after, str, int) or ("", 0)
     named = await queries.search_patients(session, name, limit=limit + 1, after=(last_name, last_id))
-    found = cut_page(request, response, named, limit, lambda row: (row.name_key, row.id))
-    return [PatientOut.model_validate(row) for row in found]
+    return cut_page(request, response, named, limit, lambda row: (row.name_key, row.id))
 
 
-@router.get("/{patient_id}", responses=documented(404))
-async def get_patient(session: ReadDB, patient_id: Id) -> PatientOut:
+@router.get("/{patient_id}", response_model=PatientOut, responses=documented(404))
+async def get_patient(session: ReadDB, patient_id: Id) -> queries.PatientRow:
     """Return one patient."""
-    return PatientOut.model_validate(await queries.get_patient(session, patient_id))
+    return await queries.get_patient(session, patient_id)
 
 
-@router.patch("/{patient_id}", responses=documented(404, 409), openapi_extra=OPENAPI)
-async def change_patient(session: WriteDB, patient_id: Id, change: PatientChange) -> PatientOut:
+@router.patch("/{patient_id}", response_model=PatientOut, responses=documented(404, 409), openapi_extra=OPENAPI)
+async def change_patient(session: WriteDB, patient_id: Id, change: PatientChange) -> queries.PatientRow:
     """Change some fields of a patient."""
-    return PatientOut.model_validate(await queries.change_patient(session, patient_id, change.changes()))
+    return await queries.change_patient(session, patient_id, change.changes())
 
 
 @router.delete("/{patient_id}", status_code=status.HTTP_204_NO_CONTENT, responses=documented(404))

@@ -1,5 +1,6 @@
 """The routes of users."""
 
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request, Response, status
@@ -23,35 +24,40 @@ router = APIRouter(
 sync_router = APIRouter(prefix="/users", tags=["users"], responses=documented(401, 403, 422, 502, 503, 504))
 
 
-@router.post("", status_code=status.HTTP_201_CREATED, responses=documented(409), openapi_extra=OPENAPI)
-async def create_user(session: WriteDB, new: UserIn, response: Response) -> UserOut:
+@router.post(
+    "",
+    status_code=status.HTTP_201_CREATED,
+    response_model=UserOut,
+    responses=documented(409),
+    openapi_extra=OPENAPI,
+)
+async def create_user(session: WriteDB, new: UserIn, response: Response) -> queries.UserRow:
     """Store a user; the Location header names it."""
     user = await queries.add_user(session, new.model_dump())
     response.headers["Location"] = f"/users/{user.id}"
-    return UserOut.model_validate(user)
+    return user
 
 
-@router.get("")
+@router.get("", response_model=list[UserOut])
 async def list_users(
     session: ReadDB, request: Request, response: Response, limit: Limit = 50, after: After = None
-) -> list[UserOut]:
+) -> Sequence[queries.UserRow]:
     """List users by id; the Link header names the next page."""
     (after_id,) = decode_cursor(after, int) or (0,)
     rows = await queries.list_users(session, limit=limit + 1, after_id=after_id)
-    page = cut_page(request, response, rows, limit, lambda row: (row.id,))
-    return [UserOut.model_validate(row) for row in page]
+    return cut_page(request, response, rows, limit, lambda row: (row.id,))
 
 
-@router.get("/{user_id}", responses=documented(404))
-async def get_user(session: ReadDB, user_id: Id) -> UserOut:
+@router.get("/{user_id}", response_model=UserOut, responses=documented(404))
+async def get_user(session: ReadDB, user_id: Id) -> queries.UserRow:
     """Return one user."""
-    return UserOut.model_validate(await queries.get_user(session, user_id))
+    return await queries.get_user(session, user_id)
 
 
-@router.patch("/{user_id}", responses=documented(404, 409), openapi_extra=OPENAPI)
-async def change_user(session: WriteDB, user_id: Id, change: UserChange) -> UserOut:
+@router.patch("/{user_id}", response_model=UserOut, responses=documented(404, 409), openapi_extra=OPENAPI)
+async def change_user(session: WriteDB, user_id: Id, change: UserChange) -> queries.UserRow:
     """Change some fields of a user."""
-    return UserOut.model_validate(await queries.change_user(session, user_id, change.changes()))
+    return await queries.change_user(session, user_id, change.changes())
 
 
 @router.delete("/{user_id}", status_code=status.HTTP_204_NO_CONTENT, responses=documented(404))
@@ -60,8 +66,10 @@ async def delete_user(session: WriteDB, user_id: Id) -> None:
     await queries.delete_user(session, user_id)
 
 
-@sync_router.post("/{user_id}/sync", responses=documented(404))
-async def sync_user(request: Request, databases: Annotated[Databases, Depends(databases_of)], user_id: Id) -> UserOut:
+@sync_router.post("/{user_id}/sync", response_model=UserOut, responses=documented(404))
+async def sync_user(
+    request: Request, databases: Annotated[Databases, Depends(databases_of)], user_id: Id
+) -> queries.UserRow:
     """Take over name and state from the user directory.
 
     The directory may take seconds, so no connection is held while it thinks: read, let go, ask, write.
@@ -72,4 +80,4 @@ async def sync_user(request: Request, databases: Annotated[Databases, Depends(da
     timeout_seconds = databases.settings.directory_timeout_seconds
     profile = await fetch_profile(request.app.state.directory, user.email, timeout_seconds=timeout_seconds)
     async with writing(databases, consistency_of(request.scope), **label) as session:
-        return UserOut.model_validate(await queries.change_user(session, user_id, profile.model_dump()))
+        return await queries.change_user(session, user_id, profile.model_dump())
