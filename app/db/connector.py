@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import asyncpg
+from sqlalchemy import URL
 from sqlalchemy.exc import DBAPIError, EmulatedDBAPIException
 
 from app.errors import DatabaseUnreachable
@@ -100,7 +101,8 @@ def hosts_of(settings: DatabaseSettings) -> list[Host]:
         return [Host(url.host or "localhost", url.port or 5432)]
     pairs = [listed] if isinstance(listed, str) else listed
     parts = [pair.rpartition(":") for entry in pairs for pair in entry.split(",")]
-    return [Host(name or port, int(port) if name else 5432) for name, _, port in parts]
+    # A URL puts an IPv6 address in brackets, which are no part of it.
+    return [Host((name or port).strip("[]"), int(port) if name else 5432) for name, _, port in parts]
 
 
 class Connector:
@@ -111,6 +113,7 @@ class Connector:
         self.hosts = hosts_of(settings)
         self.writable = writable
         self._first = 0
+        self._last_good = 0
 
     async def open_for_pool(self) -> KeptAliveConnection:
         """Open a connection by the deadline of the pool's attempt, and guard what follows."""
@@ -148,17 +151,16 @@ class Connector:
         return [(self._first + offset) % count for offset in range(count)]
 
     def _remember(self, index: int) -> None:
-        if index != self._first:
+        if index != self._last_good:
             logger.warning("database host changed", extra={"host": str(self.hosts[index])})
-            self._first = index
+        self._first = self._last_good = index
 
     async def _open_host(self, host: Host, seconds: float) -> KeptAliveConnection:
         settings, url, deadline = self.settings, self.settings.parsed_url, asyncio.get_running_loop().time() + seconds
         query = {name: value for name, value in url.query.items() if name not in {"host", "target_session_attrs"}}
         # asyncpg reads sslmode and its like from a URL only; user and password need no quoting as arguments.
-        rest = url.set(drivername="postgresql", username=None, password=None, host=None, port=None, query=query)
         connection: KeptAliveConnection = await asyncpg.connect(
-            rest.render_as_string(hide_password=False),
+            URL.create("postgresql", database=url.database, query=query).render_as_string(),
             host=host.name,
             port=host.port,
             user=url.username,

@@ -94,7 +94,7 @@ class Sentinel:
             late = time.monotonic() - started >= seconds or isinstance(error.__cause__, TimeoutError)
             found = Look(time.monotonic(), "timeout" if late else "error", error=str(error))
         else:
-            found = await self._seen(rows[0], started)
+            found = self._seen(rows[0], started)
         if found.status != self.last.status:
             level = logging.INFO if found.status == "healthy" else logging.WARNING
             logger.log(level, "database is %s", found.status, extra={"database": self.name, "reason": found.error})
@@ -104,11 +104,11 @@ class Sentinel:
             listener(found)
         return found
 
-    async def _seen(self, row: asyncpg.Record, started: float) -> Look:
+    def _seen(self, row: asyncpg.Record, started: float) -> Look:
         now = time.monotonic()
         if row["read_only"] and self._connector.writable:
             # Demoted, or not promoted yet. The address may lead to another server by now: look there next time.
-            await self.close()
+            self._hang_up()
             return Look(now, "error", now - started, "The server takes no writes.", row["in_recovery"])
         self.lsn = lsn = None if row["lsn"] is None else int(row["lsn"])
         server = None if self._connection is None else self._connection.server
@@ -132,12 +132,19 @@ class Sentinel:
                 finally:
                     timer.cancel()
             except DRIVER_FAILURES as error:
-                await self.close()
+                self._hang_up()
                 message = "no answer in time" if loop.time() >= deadline else str(error) or type(error).__name__
                 raise DatabaseUnreachable(f"The database cannot be reached: {message}.") from error
 
     async def close(self) -> None:
-        """Give the connection up."""
+        """Look no more, and give the connection up."""
+        if self._look is not None:
+            # It may be connecting right now, and would leave a session behind.
+            self._look.cancel()
+            await asyncio.gather(self._look, return_exceptions=True)
+        self._hang_up()
+
+    def _hang_up(self) -> None:
         connection, self._connection = self._connection, None
         if connection is not None:
             connection.terminate()
