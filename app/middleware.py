@@ -3,6 +3,7 @@
 Each passes other scope types through. What a request's layers tell each other lives in `scope["state"]`.
 """
 
+import asyncio
 import logging
 import re
 import secrets
@@ -179,15 +180,18 @@ class ReadYourWrites:
 class OnceMore:
     """Run a GET once more, whole, on the primary when the replica failed it or did not find what it names.
 
-    At most half of the primary's capacity does this at a time. Past that a failure is answered as it is, and "not
-    found", which may be a row on its way to the replica, as 503: a client never gets a 404 for a row that exists.
+    At most half of the primary's capacity does this at a time; others wait for their turn, half as long as for a
+    connection. Past that the answer is 503, for "not found" too, which may be a row on its way to the replica: a
+    client never gets a 404 for a row that exists.
     """
 
     def __init__(self, app: ASGIApp, metrics: Metrics, databases: Databases) -> None:
         self._app = app
         self._metrics = metrics
         self._databases = databases
-        self._room = max(1, databases.settings.primary.capacity // 2)
+        primary = databases.settings.primary
+        self._room = asyncio.Semaphore(max(1, primary.capacity // 2))
+        self._patience_seconds = primary.pool_timeout / 2
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
@@ -208,17 +212,19 @@ class OnceMore:
         await self._app(scope, receive, send_unless_retried)
         if reason is None:
             return
-        if self._room == 0:
+        try:
+            async with asyncio.timeout(self._patience_seconds):
+                await self._room.acquire()
+        except TimeoutError:
             failure = Failure(503, "replica_unavailable", "The replica cannot tell, and the primary is busy.")
             await problem(Request(scope), failure)(scope, receive, send)
             return
         self._metrics.reads_retried.labels(reason).inc()
         consistency.primary_only = True
-        self._room -= 1
         try:
             await self._app(again, receive, send)
         finally:
-            self._room += 1
+            self._room.release()
 
     def _reason(self, scope: Scope, consistency: Consistency, status: int) -> str | None:
         """Say why the primary should be asked; None when this answer is the one."""
@@ -232,7 +238,7 @@ class OnceMore:
             return None
         if code in {"database_unreachable", "database_timeout"}:
             self._databases.router.trip(database.name)
-        return str(code) if self._room else None
+        return str(code)
 
 
 _PLAIN_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")

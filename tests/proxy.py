@@ -97,7 +97,7 @@ class _Link(asyncio.Protocol):
     """One client's connection, and through `_Upstream` its counterpart at the server."""
 
     def __init__(self, proxy: Proxy) -> None:
-        self.frozen = proxy.hanging
+        self.frozen = False
         self._proxy = proxy
         self._client: asyncio.Transport | None = None
         self._server: asyncio.Transport | None = None
@@ -109,6 +109,8 @@ class _Link(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._client = cast("asyncio.Transport", transport)
+        # Not earlier: a link that is not listed yet would miss `resume`.
+        self.frozen = self._proxy.hanging
         self._proxy.links.add(self)
         self._proxy.connections += 1
         self._connecting = asyncio.create_task(self._connect())

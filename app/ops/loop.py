@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from contextlib import suppress
+from sysconfig import get_path
 from types import FrameType
 
 from prometheus_client import Histogram
@@ -17,6 +18,8 @@ from prometheus_client import Histogram
 logger = logging.getLogger(__name__)
 
 INTERVAL_SECONDS = 0.1
+# Where Python and the installed packages live; frozen modules of Python have no file.
+NOT_OURS = (*{get_path(name) for name in ("stdlib", "purelib", "platlib")}, "<frozen")
 
 
 class LoopWatch:
@@ -53,10 +56,10 @@ class LoopWatch:
 
 
 def culprit(frame: FrameType | None) -> str:
-    """Name the innermost line of this service in a stack, else the innermost line of all."""
+    """Name the innermost line of a stack that is neither Python's own nor a library's, else the innermost of all."""
     innermost = "" if frame is None else _line(frame)
     while frame is not None:
-        if str(frame.f_globals.get("__name__", "")).startswith("app."):
+        if not frame.f_code.co_filename.startswith(NOT_OURS):
             return _line(frame)
         frame = frame.f_back
     return innermost

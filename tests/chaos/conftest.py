@@ -1,14 +1,13 @@
 """How large the tests are, and the table of what they measured."""
 
-import os
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import pytest
 
 from local.cluster import Cluster
+from tests.chaos import FULL
 
-FULL = os.environ.get("CHAOS") == "full"
 TABLE = Path(__file__).parents[2] / "docs" / "failures.md"
 # The columns of the table, by position.
 MEASURED, NAME = 3, 4

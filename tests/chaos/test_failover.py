@@ -13,11 +13,15 @@ from sqlalchemy.engine import make_url
 from local.cluster import Cluster
 from local.postgres import Server
 from local.waiting import eventually
+from tests.chaos import FULL
 from tests.chaos.load import Writers
 from tests.conftest import Database
+from tests.proxy import Proxy
 from tests.service import serving
 
 RESUMED_SECONDS = 3.0
+# How long the load goes on after the promotion.
+WATCHED_SECONDS = 5.0 if FULL else 1.0
 
 
 def both_hosts(database: Database) -> str:
@@ -38,10 +42,32 @@ async def test_writes_follow_to_the_promoted_standby(
 
         await take_away(synchronous_cluster.primary, end)
         promoted = await promote(synchronous_cluster.replica)
-        await flowing(writers, promoted + RESUMED_SECONDS)
+        await flowing(writers, promoted + WATCHED_SECONDS)
 
     measured(f"{end}: {judge(writers, promoted)}")
     await writers.reconcile(database.replica_url("postgres"))
+
+
+@pytest.mark.parametrize("end", ["killed", "demoted", "mute"])
+async def test_writes_follow_behind_a_fixed_address(
+    database: Database, synchronous_cluster: Cluster, measured: Callable[[str], None], end: str
+) -> None:
+    """When one address leads to another server, connections that lead to the old one are given up."""
+    async with Proxy(synchronous_cluster.primary.port) as address:
+        url = address.url(database.url())
+        settings = database.settings(replica=False, primary={"url": url}, monitor_interval_seconds=0.5)
+        async with serving(settings) as service, Writers(service.app) as writers:
+            await flowing(writers, time.monotonic())
+
+            await take_away(synchronous_cluster.primary, end)
+            promoted = await promote(synchronous_cluster.replica)
+            address.upstream = synchronous_cluster.replica.port
+            await flowing(writers, promoted + WATCHED_SECONDS)
+
+    measured(f"{end}: {judge(writers, promoted)}")
+    await writers.reconcile(database.replica_url("postgres"))
+    if end == "demoted":
+        await order(synchronous_cluster.primary, "ALTER SYSTEM RESET default_transaction_read_only")
 
 
 async def take_away(primary: Server, end: str) -> None:
@@ -52,6 +78,18 @@ async def take_away(primary: Server, end: str) -> None:
         await primary.stop()
     elif end == "mute":
         primary.freeze()
+    else:
+        await order(primary, "ALTER SYSTEM SET default_transaction_read_only = on", "SELECT pg_reload_conf()")
+
+
+async def order(server: Server, *statements: str) -> None:
+    """Run statements as the superuser."""
+    connection = await server.connect()
+    try:
+        for statement in statements:
+            await connection.execute(statement)
+    finally:
+        await connection.close()
 
 
 async def promote(standby: Server) -> float:

@@ -1,0 +1,66 @@
+"""A connection that somebody keeps is found, with the one who keeps it."""
+
+import asyncio
+import logging
+from collections.abc import Callable
+
+import pytest
+from sqlalchemy import text
+
+from app.db.sessions import reading
+from local.waiting import eventually
+from tests.chaos.load import ask
+from tests.conftest import Database
+from tests.service import serving
+
+SELECT = text("SELECT 1")
+
+
+async def test_leak_is_logged_once_and_listed(
+    database: Database, caplog: pytest.LogCaptureFixture, measured: Callable[[str], None]
+) -> None:
+    """A checkout held beyond the setting is one log line with route, seconds and place, and is listed meanwhile."""
+    settings = database.settings(replica=False, leak_after_seconds=0.2, environment="development")
+    async with serving(settings) as service, reading(service.databases, label="/leaky") as session:
+        await session.execute(SELECT)
+
+        def lines() -> list[logging.LogRecord]:
+            return [record for record in caplog.records if record.message == "connection held for long"]
+
+        async def found() -> bool:
+            return bool(lines())
+
+        assert await eventually(found, 5)
+        first = service.sample("db_connection_long_held_total", pool="primary", route="/leaky")
+        await asyncio.sleep(1.5)  # Another round of upkeep, which must not say it again.
+        held = (await ask(service.app, "GET", "/debug/connections")).json()["primary"]["held"]
+
+    line = vars(lines()[0])
+    measured(f"found {line['held_seconds']} s after it was taken, in {line['taken_in']}")
+    assert (len(lines()), first) == (1, 1)
+    assert (line["route"], line["pool"]) == ("/leaky", "primary")
+    assert line["held_seconds"] >= line["idle_seconds"] >= 0.1
+    assert "test_leaks" in line["taken_in"]
+    assert [holding["holder"] for holding in held] == ["/leaky"]
+
+
+async def test_slow_call_shows_as_idle_hold_where_a_connection_is_held(database: Database) -> None:
+    """A slow call to somebody else costs nothing unless a connection is held meanwhile; then the metric has it."""
+
+    async def slow_call() -> None:
+        await asyncio.sleep(0.3)
+
+    async with serving(database.settings(replica=False)) as service:
+        async with reading(service.databases, label="wrong") as session:
+            await session.execute(SELECT)
+            await slow_call()
+        async with reading(service.databases, label="right") as session:
+            await session.execute(SELECT)
+        await slow_call()
+        wrong, right = (
+            service.sample("db_connection_idle_hold_seconds_sum", pool="primary", route=route)
+            for route in ("wrong", "right")
+        )
+
+    assert wrong >= 0.3
+    assert right < 0.1
