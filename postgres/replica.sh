@@ -92,6 +92,7 @@ promoted() { [[ ! -e $PGDATA/standby.signal ]]; }
 
 stopping=''
 server=''
+unfit=0
 write_passfile
 [[ -s $PGDATA/PG_VERSION ]] || clone_primary
 while true; do
@@ -103,7 +104,15 @@ while true; do
     status=0
     follow "$@" || status=$?
     if ((status == 0)); then exit 0; fi
-    # A copy that ends before it ever served does not fit the primary any more; one that served was killed.
-    if ((status == 1)) && [[ -n $served ]]; then exit 1; fi
+    if ((status == 1)); then
+        # One that served was killed, and starts again with its container.
+        if [[ -n $served ]]; then exit 1; fi
+        # One that ends before it serves, twice, does not fit the primary any more.
+        if ((++unfit < 2)); then
+            sleep 1 # Until the last process of a killed server has let go of its memory.
+            continue
+        fi
+    fi
     clone_primary
+    unfit=0
 done

@@ -95,10 +95,12 @@ async def test_exhausted_pool_reaches_the_webhook(stack: Stack, client: httpx.As
     new = {"mrn": "LOCKED-1", "full_name": "Locked Row", "birth_date": "1970-01-01"}
     patient = (await client.post("/patients", json=new)).json()["id"]
     # Less than statement_timeout, so that the requests are only late.
-    holder = asyncio.create_task(stack.lock_patient(patient, seconds=25))
+    holder = asyncio.create_task(stack.lock_patient(patient, seconds=28))
     await eventually(lambda: _sleeps(stack), within=5)
     changes = [asyncio.create_task(client.patch(f"/patients/{patient}", json={"full_name": "X"})) for _ in range(5)]
 
+    await eventually(lambda: _waits(stack, len(changes)), within=5)
+    refused = await client.post("/patients", json=new | {"mrn": "LOCKED-2"})
     outside = (await stack.containers("outside"))[0]["Id"]
 
     async def message(path: str, state: str) -> dict[str, Any]:
@@ -111,7 +113,6 @@ async def test_exhausted_pool_reaches_the_webhook(stack: Stack, client: httpx.As
         return {}
 
     firing = await eventually(lambda: message("/page", "firing"), within=40, every=1)
-    refused = await client.post("/patients", json=new | {"mrn": "LOCKED-2"})
     answers = [response.status_code for response in await asyncio.gather(*changes)]
     await holder
 
@@ -128,3 +129,8 @@ async def test_exhausted_pool_reaches_the_webhook(stack: Stack, client: httpx.As
 
 async def _sleeps(stack: Stack) -> bool:
     return bool(await stack.psql("primary", "SELECT pid FROM pg_stat_activity WHERE wait_event = 'PgSleep'"))
+
+
+async def _waits(stack: Stack, number: int) -> bool:
+    rows = await stack.psql("primary", "SELECT pid FROM pg_stat_activity WHERE wait_event_type = 'Lock'")
+    return len(rows) >= number
