@@ -90,6 +90,8 @@ class Proxy:
 
     async def accept(self) -> None:
         """Accept connections."""
+        if self._server is not None and self._server.is_serving():
+            return
         self._server = await asyncio.get_running_loop().create_server(lambda: _Link(self), HOST, self.port)
 
 
