@@ -32,6 +32,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from sqlalchemy.exc import DBAPIError
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
 logger = logging.getLogger(__name__)
 
@@ -247,7 +248,15 @@ async def _answer_invalid(request: Request, error: Exception) -> JSONResponse:
 
 async def _answer_http(request: Request, error: Exception) -> JSONResponse:
     status = error.status_code if isinstance(error, HTTPException) else 500
+    if (
+        status == HTTPStatus.BAD_REQUEST
+    ):  # FastAPI's word for a body that is no UTF-8: it does not fit its schema either.
+        return await _answer_invalid(request, error)
     phrase = HTTPStatus(status).phrase
     answer = problem(request, Failure(status, phrase.lower().replace(" ", "_"), f"{phrase}."))
     answer.headers.update(getattr(error, "headers", None) or {})
+    if status == HTTPStatus.METHOD_NOT_ALLOWED:
+        # Starlette lists the methods of the first route of the path only.
+        found = (route for route in request.app.routes if route.matches(request.scope)[0] != Match.NONE)
+        answer.headers["Allow"] = ", ".join(sorted({method for route in found for method in route.methods}))
     return answer

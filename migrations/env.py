@@ -20,6 +20,7 @@ from app.settings import MigrationSettings
 
 # A migration that waits for a lock makes every statement behind it wait too: better to fail and be run again.
 LOCK_TIMEOUT = "4s"
+GUARD_TIMEOUTS = ("lock_timeout", "statement_timeout", "idle_in_transaction_session_timeout")
 # Any number will do, if nobody else uses it.
 ADVISORY_LOCK = 7_253_094
 
@@ -54,6 +55,10 @@ async def run_online() -> None:
     async with engine.connect() as guard, engine.connect() as connection:
         # The lock belongs to a transaction of its own, so that it holds over all the versions' transactions, and
         # ends with the connection whatever happens.
+        for timeout in GUARD_TIMEOUTS:
+            # The role's own limits are for the migration: the guard may wait for as long as another runner takes, and
+            # stands idle for as long as this one does.
+            await guard.execute(text(f"SET LOCAL {timeout} = 0"))
         await guard.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": ADVISORY_LOCK})
         await connection.execute(text(f"SET lock_timeout = '{LOCK_TIMEOUT}'"))
         await connection.commit()

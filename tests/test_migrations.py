@@ -37,7 +37,11 @@ async def alembic(*arguments: str, **environment: str) -> tuple[int, str]:
         cwd=INI.parent, env=os.environ | environment,
         stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
     )  # fmt: skip
-    output, _ = await asyncio.wait_for(process.communicate(), 60)
+    try:
+        output, _ = await asyncio.wait_for(process.communicate(), 60)
+    finally:
+        if process.returncode is None:
+            process.kill()
     assert process.returncode is not None
     return process.returncode, output.decode()
 
@@ -129,23 +133,45 @@ async def test_runners_take_turns(database: Database, owner: "asyncpg.Connection
     assert await owner.fetchval(TABLES) == len(Base.metadata.tables)
 
 
+WAITING = (
+    "SELECT EXISTS (SELECT FROM pg_locks WHERE locktype = $1 AND waitstart < clock_timestamp() - interval '0.4 s')"
+)
+
+
 async def test_runner_waits_for_the_one_before_it(database: Database, owner: "asyncpg.Connection[Any]") -> None:
-    """While somebody holds the lock a run changes nothing; it goes on when the holder's transaction ends."""
-    url = {"MIGRATIONS_URL": database.url("app_owner")}
+    """While somebody holds the lock a run changes nothing, longer than its role waits for locks; then it goes on."""
+    await owner.execute(f'ALTER ROLE app_owner IN DATABASE "{database.name}" SET lock_timeout = 200')
     async with owner.transaction():
         await owner.execute("SELECT pg_advisory_xact_lock($1)", ADVISORY_LOCK)
-        run = asyncio.create_task(alembic("downgrade", "base", **url))
+        run = asyncio.create_task(alembic("downgrade", "base", MIGRATIONS_URL=database.url("app_owner")))
 
         async def waits() -> bool:
-            asked = "SELECT EXISTS (SELECT FROM pg_locks WHERE locktype = 'advisory' AND NOT granted)"
-            return bool(await owner.fetchval(asked))
+            return bool(await owner.fetchval(WAITING, "advisory"))
 
         assert await eventually(waits, 20)
         meanwhile = await owner.fetchval(TABLES)
 
-    assert (await run)[0] == 0
+    assert (await run)[0] == 0, await run
     assert meanwhile == len(Base.metadata.tables)
     assert await owner.fetchval(TABLES) == 0
+
+
+async def test_lock_is_held_for_as_long_as_it_takes(database: Database, owner: "asyncpg.Connection[Any]") -> None:
+    """The connection that holds the lock idles meanwhile, and no timeout of its role ends it."""
+    limit = f'ALTER ROLE app_owner IN DATABASE "{database.name}" SET idle_in_transaction_session_timeout = 200'
+    await owner.execute(limit)
+    async with owner.transaction():
+        await owner.execute("LOCK TABLE patients IN ACCESS SHARE MODE")
+        run = asyncio.create_task(alembic("downgrade", "base", MIGRATIONS_URL=database.url("app_owner")))
+
+        async def waits() -> bool:
+            return bool(await owner.fetchval(WAITING, "relation"))
+
+        assert await eventually(waits, 20)
+        held = await owner.fetchval("SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND granted")
+
+    assert held == 1
+    assert (await run)[0] == 0, await run
 
 
 async def test_migration_does_not_wait_long_for_a_table(database: Database, owner: "asyncpg.Connection[Any]") -> None:

@@ -1,11 +1,19 @@
 """What clients send and get."""
 
+import re
 from datetime import UTC, date, datetime, timedelta
 from typing import Annotated
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
 
 from app.fields import Change, Line
+
+
+def _written_as_date(value: object) -> object:
+    # Pydantic would take 0 and "0" for 1970.
+    if not isinstance(value, str) or re.fullmatch(r"\d{4}-\d{2}-\d{2}", value) is None:
+        raise ValueError("must be a date, written as YYYY-MM-DD")
+    return value
 
 
 def _not_in_future(birth_date: date) -> date:
@@ -16,7 +24,9 @@ def _not_in_future(birth_date: date) -> date:
 
 
 Mrn = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9-]{1,32}$")]
-BirthDate = Annotated[date, Field(ge=date(1850, 1, 1)), AfterValidator(_not_in_future)]
+BirthDate = Annotated[
+    date, BeforeValidator(_written_as_date), Field(ge=date(1850, 1, 1)), AfterValidator(_not_in_future)
+]
 
 
 class PatientIn(BaseModel):

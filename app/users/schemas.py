@@ -3,7 +3,7 @@
 from datetime import datetime
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, EmailStr, Field
+from pydantic import BaseModel, ConfigDict, EmailStr, Field, StrictBool
 
 from app.fields import Change, Line
 
@@ -17,7 +17,7 @@ class UserIn(BaseModel):
 
     email: Email
     full_name: Line
-    is_active: bool = True
+    is_active: StrictBool = True
 
 
 class UserChange(Change):
@@ -25,7 +25,7 @@ class UserChange(Change):
 
     email: Email | None = None
     full_name: Line | None = None
-    is_active: bool | None = None
+    is_active: StrictBool | None = None
 
 
 class UserOut(BaseModel):

@@ -103,6 +103,9 @@ async def test_mrn_is_unique(service: Service) -> None:
         {"full_name": "\ud800"},
         {"birth_date": "1849-12-31"},
         {"birth_date": "yesterday"},
+        {"birth_date": 0},
+        {"birth_date": "86400"},
+        {"birth_date": "1980-01-01T00:00:00"},
         {"birth_date": (datetime.now(UTC) + timedelta(days=3)).date().isoformat()},
         {"unknown": 1},
         {"id": 1},
@@ -128,8 +131,8 @@ async def test_invalid_body_is_refused_without_repeating_it(service: Service, ch
     assert service.sample("db_query_seconds_count", pool="primary") == 0
 
 
-@pytest.mark.parametrize("body", ["{}", "[]", "", "{", '{"mrn": null}', '"text"'])
-async def test_patch_must_change_something(service: Service, body: str) -> None:
+@pytest.mark.parametrize("body", [b"\xff", "{}", "[]", "", "{", '{"mrn": null}', '"text"'])
+async def test_patch_must_change_something(service: Service, body: str | bytes) -> None:
     """An empty, broken or null change is a 422."""
     answer = await service.client.patch("/patients/1", content=body, headers={"Content-Type": "application/json"})
 

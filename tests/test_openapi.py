@@ -1,0 +1,83 @@
+"""The service keeps what its OpenAPI document promises, whatever is asked of it."""
+
+import asyncio
+import sys
+from pathlib import Path
+
+import asyncpg
+from fastapi import FastAPI
+from fastapi.responses import JSONResponse
+
+from tests.conftest import Database
+from tests.service import listening, serving
+
+# ignored_auth is about tokens (test_security.py).
+CHECKS = (
+    "not_a_server_error",
+    "status_code_conformance",
+    "content_type_conformance",
+    "response_headers_conformance",
+    "response_schema_conformance",
+    "negative_data_rejection",
+    "missing_required_header",
+    "unsupported_method",
+    "allow_header_conformance",
+    "use_after_free",
+)
+ROWS = """
+INSERT INTO users (email, full_name) SELECT n || '@example.com', 'User ' || n FROM generate_series(1, 5) n;
+INSERT INTO patients (mrn, full_name, birth_date) SELECT 'A-' || n, 'Ada ' || n, '1980-01-01'
+FROM generate_series(1, 5) n
+"""
+
+
+async def schemathesis(url: str, directory: Path, *, examples: int) -> tuple[int, str]:
+    """Let schemathesis ask the document's every operation, the same questions each time."""
+    process = await asyncio.create_subprocess_exec(
+        Path(sys.executable).parent / "schemathesis", "--no-color", "run", f"{url}/openapi.json",
+        "--checks", ",".join(CHECKS), "--max-examples", str(examples), "--seed", "1", "--generation-deterministic",
+        "--suppress-health-check", "all", "--warnings", "off", "--workers", "1",
+        cwd=directory, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
+    )  # fmt: skip
+    try:
+        output, _ = await asyncio.wait_for(process.communicate(), 90)
+    finally:
+        if process.returncode is None:
+            process.kill()
+    assert process.returncode is not None
+    return process.returncode, output.decode()
+
+
+async def test_service_keeps_its_promises(database: Database, tmp_path: Path) -> None:
+    """No 5xx, and no status, media type or body that the document does not have, for good and bad requests alike."""
+    owner = await asyncpg.connect(database.url("app_owner"))
+    await owner.execute(ROWS)
+    await owner.close()
+    directory = FastAPI()
+
+    @directory.get("/profiles/{email:path}")
+    async def get_profile(email: str) -> dict[str, object]:
+        return {"full_name": email, "is_active": True}
+
+    async with listening(directory) as directory_url:
+        settings = database.settings(directory_url=directory_url)
+        async with serving(settings) as service, listening(service.app) as url:
+            status, output = await schemathesis(url, tmp_path, examples=8)
+
+    assert status == 0, output
+
+
+async def test_broken_promise_is_noticed(tmp_path: Path) -> None:
+    """A service that answers what it does not document, and a 500, is caught: the test above can fail."""
+    app = FastAPI()
+
+    @app.get("/teapot")
+    async def get_teapot(number: int) -> JSONResponse:
+        return JSONResponse({"number": number}, 418 if number < 0 else 500)
+
+    async with listening(app) as url:
+        status, output = await schemathesis(url, tmp_path, examples=5)
+
+    assert status == 1
+    assert "Undocumented status code" in output
+    assert "Server error" in output
