@@ -165,6 +165,10 @@ _FAILURES = {
 }
 
 
+# Its SQLSTATE, 0A000, stands for bugs as well: only asyncpg's class tells it apart.
+_STALE = Failure(503, "schema_changed", "The schema has just changed, and prepared statements are being renewed.")
+
+
 def sqlstate(error: BaseException | None) -> str | None:
     """Return the five characters with which PostgreSQL names a failure, of SQLAlchemy's or asyncpg's exception."""
     state = None
@@ -180,6 +184,8 @@ def classify(error: BaseException) -> Failure | None:
     """Say what a client is told about a failure of the database; None is a bug, and a 500."""
     if isinstance(error, (WriteInReadSession, TransactionAborted)):
         return None
+    if isinstance(_driver_failure(error), asyncpg.InvalidCachedStatementError):
+        return _STALE
     state = sqlstate(error) or ""
     if isinstance(error, (DBAPIError, asyncpg.PostgresError, DatabaseUnreachable)):
         for length in (5, 3, 2):
@@ -188,6 +194,11 @@ def classify(error: BaseException) -> Failure | None:
     if isinstance(error, ServiceError):
         return Failure(error.status, error.code, str(error))
     return _LOST if isinstance(error, DBAPIError) and error.connection_invalidated else None
+
+
+def _driver_failure(error: BaseException) -> BaseException | None:
+    """Return what asyncpg raised, from inside SQLAlchemy's two layers around it."""
+    return error.orig.__cause__ if isinstance(error, DBAPIError) and error.orig is not None else error
 
 
 def problem(request: Request, failure: Failure, **more: Any) -> JSONResponse:

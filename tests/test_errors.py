@@ -142,6 +142,22 @@ async def test_lock_timeout_is_answered(primary: Service, database: Database) ->
     assert_problem(answer, 503, "lock_timeout")
 
 
+async def test_stale_statement_is_answered(primary: Service, database: Database) -> None:
+    """A prepared statement whose result has changed its type since is weather; the statement after it is a new one."""
+    returning = executing("SELECT full_name FROM patients")
+    assert (await write(primary, returning)).status_code == 200
+    owner = await asyncpg.connect(database.url("app_owner"))
+    try:
+        await owner.execute("ALTER TABLE patients ALTER COLUMN full_name TYPE varchar(400)")
+    finally:
+        await owner.close()
+
+    answers = [await write(primary, returning) for _ in range(2)]
+
+    assert_problem(answers[0], 503, "schema_changed")
+    assert answers[-1].status_code == 200
+
+
 async def test_serialization_failure_is_answered(primary: Service, database: Database) -> None:
     """The row was changed since the transaction's snapshot: 503, come again."""
     other = await asyncpg.connect(database.url("app_owner"))

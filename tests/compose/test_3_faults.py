@@ -129,6 +129,7 @@ async def test_migration_that_changes_a_result_fails_nobody_after_reconnect(stac
 
         print(f"\nDDL to {changed}: {traffic.summary()}; after RECONNECT: {traffic.summary(since=reconnected)}")  # noqa: T201
         assert traffic.bad(since=reconnected) == []
+        assert {(answer.status, answer.detail) for answer in traffic.bad()} <= {(503, "schema_changed")}
         assert len([a for a in traffic.answers if a.sent >= reconnected]) >= 4.5 * RATE
         assert await _lost(stack, traffic) == []
 
