@@ -24,12 +24,11 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 def draining_first(databases: Databases, *, delay_seconds: float) -> Iterator[None]:
     """Put the drain in front of uvicorn's signal handlers; served by something else, change nothing."""
     loop = asyncio.get_running_loop()
-    servers = {sig: handler for sig in SIGNALS if isinstance(_owner(handler := signal.getsignal(sig)), Server)}
+    handlers = {sig: signal.getsignal(sig) for sig in SIGNALS}
+    servers = {sig: owner for sig, handler in handlers.items() if isinstance(owner := _owner(handler), Server)}
 
     def drain(sig: int, frame: FrameType | None) -> None:
-        server = _owner(servers[signal.Signals(sig)])
-        if not isinstance(server, Server):
-            raise TypeError("the handler was uvicorn's a moment ago")
+        server = servers[signal.Signals(sig)]
         if databases.closing:
             logger.warning("second signal: ending at once")
             server.should_exit = server.force_exit = True
@@ -43,8 +42,8 @@ def draining_first(databases: Databases, *, delay_seconds: float) -> Iterator[No
     try:
         yield
     finally:
-        for sig, handler in servers.items():
-            signal.signal(sig, handler)
+        for sig in servers:
+            signal.signal(sig, handlers[sig])
 
 
 def _owner(handler: object) -> object:

@@ -146,3 +146,13 @@ async def test_probes_ask_the_database_nothing(service: Service, path: str) -> N
 
     assert service.databases.primary.pool.figures() == before
     assert service.sample("db_query_seconds_count", pool="primary") == 0
+
+
+async def test_document_says_what_an_unhealthy_answer_is() -> None:
+    """503 is documented as the media type in which it comes."""
+    async with serving(down(), settled=False) as service:
+        document = (await service.client.get("/openapi.json")).json()
+        for path in ("/health/ready", "/health/db"):
+            answer = await service.client.get(path)
+
+            assert answer.headers["content-type"] in document["paths"][path]["get"]["responses"]["503"]["content"]

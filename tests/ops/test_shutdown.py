@@ -1,0 +1,72 @@
+"""A signal first turns readiness, then, after the delay, the server; a second one ends at once."""
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+
+import pytest
+import uvicorn
+
+from app.ops.shutdown import draining_first
+from local.waiting import eventually
+from tests.service import Service
+
+
+@pytest.fixture
+def server(service: Service) -> Iterator[uvicorn.Server]:
+    """Give uvicorn's server as it stands when it has taken the signals, and give them back afterwards."""
+    before = {sig: signal.getsignal(sig) for sig in (signal.SIGTERM, signal.SIGINT)}
+    server = uvicorn.Server(uvicorn.Config(service.app))
+    for sig in before:
+        signal.signal(sig, server.handle_exit)
+    yield server
+    for sig, handler in before.items():
+        signal.signal(sig, handler)
+
+
+async def test_readiness_says_no_before_the_listener_closes(service: Service, server: uvicorn.Server) -> None:
+    """For the length of the delay the service still serves, and tells balancers to go elsewhere."""
+    with draining_first(service.databases, delay_seconds=0.2):
+        started = time.monotonic()
+        os.kill(os.getpid(), signal.SIGTERM)
+        ready = await service.client.get("/health/ready")
+        served = await service.client.get("/patients")
+        exiting_at_once = server.should_exit
+
+        async def exits() -> bool:
+            return server.should_exit
+
+        assert await eventually(exits, 5)
+        seconds = time.monotonic() - started
+
+    assert (ready.status_code, served.status_code, exiting_at_once) == (503, 200, False)
+    assert seconds >= 0.2
+    assert not server.force_exit
+
+
+async def test_second_signal_ends_at_once(service: Service, server: uvicorn.Server) -> None:
+    """Who presses Ctrl-C twice does not wait for the delay."""
+    with draining_first(service.databases, delay_seconds=60):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+        assert server.should_exit
+        assert server.force_exit
+
+
+async def test_handlers_are_given_back(service: Service, server: uvicorn.Server) -> None:
+    """After the lifespan the signals are uvicorn's own again."""
+    with draining_first(service.databases, delay_seconds=0):
+        during = signal.getsignal(signal.SIGTERM)
+
+    assert during != server.handle_exit
+    assert signal.getsignal(signal.SIGTERM) == server.handle_exit
+
+
+async def test_other_servers_keep_their_handlers(service: Service) -> None:
+    """Served by something else than uvicorn, signals are left alone."""
+    before = signal.getsignal(signal.SIGTERM)
+
+    with draining_first(service.databases, delay_seconds=0):
+        assert signal.getsignal(signal.SIGTERM) == before
