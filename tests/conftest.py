@@ -7,21 +7,26 @@ A test that stops, kills, freezes or promotes one asks for `breakable_cluster`, 
 import os
 import shutil
 import tempfile
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
+import asyncpg
 import pytest
 
 from app.settings import DatabaseSettings, Settings
 from local.cluster import Cluster
+from tests.proxy import Proxy
 from tests.service import Service, serving
 
 # What a run may take in memory: two servers with their write-ahead logs. Docker gives containers 64 MB by default.
 MEMORY_BYTES = 3_000_000_000
+
+# Runs a statement on the primary as its superuser, beside the service, and returns its first value.
+Execute: TypeAlias = Callable[..., Awaitable[Any]]
 
 _numbers = count(1)
 
@@ -122,6 +127,32 @@ async def service(database: Database) -> AsyncIterator[Service]:
     """Give the service over primary and replica, running, with every setting's default."""
     async with serving(database.settings()) as running:
         yield running
+
+
+@pytest.fixture
+async def proxy(cluster: Cluster) -> AsyncIterator[Proxy]:
+    """Give a network in front of the primary."""
+    async with Proxy(cluster.primary.port) as running:
+        yield running
+
+
+@pytest.fixture
+async def replica_proxy(cluster: Cluster) -> AsyncIterator[Proxy]:
+    """Give a network in front of the replica."""
+    async with Proxy(cluster.replica.port) as running:
+        yield running
+
+
+@pytest.fixture
+async def execute(database: Database) -> AsyncIterator[Execute]:
+    """Give a way to the primary beside the service."""
+    connection = await asyncpg.connect(database.url("postgres"))
+
+    async def run(statement: str, *arguments: Any) -> Any:
+        return await connection.fetchval(statement, *arguments)
+
+    yield run
+    await connection.close()
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from app.db.pool import BoundedPool
 from app.db.query import Query
 from app.db.replica import Replica, Router
 from app.db.sentinel import Look, Sentinel
-from app.errors import ConnectionLost, DatabaseUnavailable
+from app.errors import ConnectionLost, DatabaseUnavailable, WriteInReadSession
 from app.metrics import Metrics
 from app.settings import DatabaseSettings, Settings
 
@@ -83,7 +83,8 @@ class Database:
     async def fetch(self, query: Query[*Ts], parameters: Mapping[str, Any]) -> Sequence[Row[*Ts]]:
         """Run one query on a connection taken for it alone, outside any transaction.
 
-        Raises: PoolExhausted, DatabaseUnreachable, ConnectionLost, CommandTimeout; asyncpg.PostgresError as it comes.
+        Raises: PoolExhausted, DatabaseUnreachable, ConnectionLost, CommandTimeout, WriteInReadSession; any other
+        asyncpg.PostgresError as it comes.
         """
         entry = await self.pool.lease()
         connection = cast("asyncpg.Connection[Any]", entry.driver_connection)
@@ -93,6 +94,8 @@ class Database:
         except OSError as error:
             connection.terminate()
             raise name_loss(error) from error
+        except asyncpg.ReadOnlySQLTransactionError as error:
+            raise WriteInReadSession("A read session was asked to write.") from error
         except asyncpg.InterfaceError as error:
             if connection.is_closed():
                 raise ConnectionLost("The connection to the database was lost.") from error

@@ -3,7 +3,7 @@
     one request = one session = one connection = one transaction
 
 The session's type says what may be done: `ReadSession` or `WriteSession`. Routes name `ReadDB`, `WriteDB` or
-`AnalyticsDB`; code outside a request says `async with databases.reading()` (or `.writing()`). A session is lazy: until
+`AnalyticsDB`; code outside a request says `async with reading(databases)` (or `writing`). A session is lazy: until
 its first statement it holds nothing. It keeps its one connection until it is closed, so what was read is read at one
 place, and what the commit left behind (its LSN) can be asked where it happened.
 
@@ -46,6 +46,7 @@ UNKNOWN = (
     "The connection was lost while the change was being committed, so it may or may not have been made. "
     "Read before you try again, or send the request with an Idempotency-Key."
 )
+SWALLOWED = "A statement failed, its error was swallowed, and nothing can be committed."
 
 
 @dataclass(slots=True)
@@ -98,13 +99,15 @@ class ReadSession(AsyncSession):
         # Nothing to undo on the server, and so nothing to wait for when the session is closed.
         self._settled = database.role == "replica"
 
-    def __getattr__(self, name: str) -> Any:
-        # SQLAlchemy's own session is made when it is first asked for; a session that reads by `rows` never asks.
-        if name not in {"sync_session", "_proxied", "bind", "binds"}:
-            raise AttributeError(name)
-        super().__init__(self._engine, expire_on_commit=False)
-        self.sync_session.label = self._label
-        return getattr(self, name)
+    if not TYPE_CHECKING:  # pragma: no branch  # To mypy a session has AsyncSession's attributes and no others.
+
+        def __getattr__(self, name: str) -> Any:
+            # SQLAlchemy's own session is made when it is first asked for; a session that reads by `rows` never asks.
+            if name not in {"sync_session", "_proxied", "bind", "binds"}:
+                raise AttributeError(name)
+            super().__init__(self._engine, expire_on_commit=False)
+            self.sync_session.label = self._label
+            return getattr(self, name)
 
     @property
     def connection_held(self) -> Connection | None:
@@ -184,6 +187,9 @@ class WriteSession(ReadSession):
             await self.flush()
         connection = self.sync_session.held
         if connection is not None:
+            if not self.is_active:
+                # A flush failed and took everything back, and somebody went on as if it had not.
+                raise TransactionAborted(SWALLOWED)
             await _commit(connection)
             self._settled = True
             if self._consistency is not None:
@@ -223,7 +229,7 @@ async def _commit(connection: Connection) -> None:
     tenure: Tenure = connection.info["tenure"]
     if tenure.aborted:
         # PostgreSQL answers COMMIT of a failed transaction with a silent ROLLBACK; the client would read 2xx.
-        raise TransactionAborted("A statement failed, its error was swallowed, and nothing can be committed.")
+        raise TransactionAborted(SWALLOWED)
     driver = connection.connection.driver_connection
     if driver is None or driver.is_closed():
         raise ConnectionLost("The connection to the database was lost; nothing was committed.")

@@ -1,9 +1,9 @@
 """One database of the service without the service around it, and the bad network in front of primary and replica."""
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 import asyncpg
 import pytest
@@ -13,13 +13,9 @@ from app.db import engines
 from app.db.pool import BoundedPool
 from app.metrics import Metrics
 from app.settings import DatabaseSettings, Settings
-from local.cluster import Cluster
 from local.waiting import eventually
 from tests.conftest import Database
-from tests.proxy import Proxy
 
-# Runs a statement on the primary as its superuser, beside the service, and returns its first value.
-Execute: TypeAlias = Callable[..., Awaitable[Any]]
 SESSIONS = "SELECT count(*) FROM pg_stat_activity WHERE datname = $1 AND backend_type = 'client backend'"
 
 
@@ -120,29 +116,3 @@ async def sessions_end(database: Database, seconds: float = 5) -> bool:
 def clock() -> Clock:
     """Give a clock that stands still."""
     return Clock()
-
-
-@pytest.fixture
-async def proxy(cluster: Cluster) -> AsyncIterator[Proxy]:
-    """Give a network in front of the primary."""
-    async with Proxy(cluster.primary.port) as running:
-        yield running
-
-
-@pytest.fixture
-async def replica_proxy(cluster: Cluster) -> AsyncIterator[Proxy]:
-    """Give a network in front of the replica."""
-    async with Proxy(cluster.replica.port) as running:
-        yield running
-
-
-@pytest.fixture
-async def execute(database: Database) -> AsyncIterator[Execute]:
-    """Give a way to the primary beside the service."""
-    connection = await asyncpg.connect(database.url("postgres"))
-
-    async def run(statement: str, *arguments: Any) -> Any:
-        return await connection.fetchval(statement, *arguments)
-
-    yield run
-    await connection.close()

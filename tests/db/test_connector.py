@@ -15,8 +15,8 @@ import pytest
 from app.db.connector import Connector, Host, hosts_of
 from app.errors import DatabaseUnreachable
 from app.settings import DatabaseSettings
-from tests.conftest import Database
-from tests.db.conftest import Execute, sessions_end
+from tests.conftest import Database, Execute
+from tests.db.conftest import sessions_end
 from tests.proxy import Proxy, _Link
 
 

@@ -12,8 +12,8 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from app.errors import DatabaseUnreachable, PoolExhausted
 from local.waiting import eventually
-from tests.conftest import Database
-from tests.db.conftest import Clock, Execute, Pooled, pooled, sessions_end
+from tests.conftest import Database, Execute
+from tests.db.conftest import Clock, Pooled, pooled, sessions_end
 from tests.proxy import Proxy
 
 
