@@ -180,7 +180,7 @@ class ReadYourWrites:
 class OnceMore:
     """Run a GET once more, whole, on the primary when the replica failed it or did not find what it names.
 
-    At most half of the primary's capacity does this at a time; others wait for their turn, half as long as for a
+    At most half of the primary's capacity does this at a time; others wait for their turn, as long as for a
     connection. Past that the answer is 503, for "not found" too, which may be a row on its way to the replica: a
     client never gets a 404 for a row that exists.
     """
@@ -191,7 +191,7 @@ class OnceMore:
         self._databases = databases
         primary = databases.settings.primary
         self._room = asyncio.Semaphore(max(1, primary.capacity // 2))
-        self._patience_seconds = primary.pool_timeout / 2
+        self._patience_seconds = primary.pool_timeout
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""

@@ -44,9 +44,9 @@ class Opening:
         self.deadline = deadline
         self._guard: asyncio.TimerHandle | None = None
 
-    def guard(self, connection: "asyncpg.Connection[Any]") -> None:
-        """Tear the connection down if what SQLAlchemy still has to ask of it is not done by the deadline."""
-        self._guard = asyncio.get_running_loop().call_at(self.deadline, connection.terminate)
+    def guard(self, connection: "KeptAliveConnection") -> None:
+        """Cut the connection if what SQLAlchemy still has to ask of it is not done by the deadline."""
+        self._guard = asyncio.get_running_loop().call_at(self.deadline, connection.cut)
 
     def done(self) -> None:
         """Keep the connection."""
@@ -64,11 +64,12 @@ class KeptAliveConnection(asyncpg.Connection):
     asked of primaries only.
     """
 
-    __slots__ = ("server",)
+    __slots__ = ("server", "transport")
 
     def __init__(self, protocol: Any, transport: asyncio.Transport, *rest: Any) -> None:
         super().__init__(protocol, transport, *rest)
         self.server: float | None = None
+        self.transport = transport
         sock: socket.socket = transport.get_extra_info("socket")
         if sock.family in (socket.AF_INET, socket.AF_INET6):
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -80,6 +81,14 @@ class KeptAliveConnection(asyncpg.Connection):
             ):
                 if hasattr(socket, name):  # Linux has them all, macOS some.
                     sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+
+    def cut(self) -> None:
+        """Close the socket under whoever is at work with it and now waits in vain.
+
+        `terminate` takes the protocol away as well: a statement between two of its steps then meets None, an
+        AttributeError that nobody takes for weather.
+        """
+        self.transport.abort()
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,7 +188,7 @@ class Connector:
 
 async def _takes_no_writes(connection: KeptAliveConnection, deadline: float) -> bool:
     """Learn which server answers, and whether it is a standby or demoted."""
-    timer = asyncio.get_running_loop().call_at(deadline, connection.terminate)
+    timer = asyncio.get_running_loop().call_at(deadline, connection.cut)
     try:
         who = cast("asyncpg.Record", await connection.fetchrow(WHO))
     except BaseException:

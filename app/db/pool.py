@@ -294,11 +294,11 @@ class BoundedPool(Pool):
         return None
 
     def _answers(self, entry: ConnectionPoolEntry, deadline: float) -> bool:
-        connection = cast("Any", entry.driver_connection)
+        connection = cast("KeptAliveConnection", entry.driver_connection)
         # At the deadline the socket is torn down, which ends the wait; cancelling would leave it to the server.
         # Half of what is left is kept for opening another one.
         loop = asyncio.get_running_loop()
-        timer = loop.call_at((loop.time() + deadline) / 2, connection.terminate)
+        timer = loop.call_at((loop.time() + deadline) / 2, connection.cut)
         try:
             await_(connection.execute("SELECT 1"))
         except DRIVER_FAILURES:
@@ -405,7 +405,7 @@ class BoundedPool(Pool):
             connection = cast("KeptAliveConnection | None", entry.driver_connection)
             if connection is not None and (keep is None or connection.server != keep):
                 # Whoever takes it or brings it back finds it closed.
-                connection.terminate()
+                connection.cut() if entry in self._counts.out else connection.terminate()
         self.tend()
 
     def close(self) -> None:

@@ -126,7 +126,7 @@ class Sentinel:
                 if self._connection is None or self._connection.is_closed():
                     self._connection = await self._connector.open(deadline)
                 # At the deadline the socket is torn down: no cancel request goes to a server that hangs.
-                timer = loop.call_at(deadline, self._connection.terminate)
+                timer = loop.call_at(deadline, self._connection.cut)
                 try:
                     return await self._connection.fetch(sql, *arguments)
                 finally:
