@@ -63,6 +63,7 @@ class Replica:
 
     def _judge(self, look: Look) -> None:
         if look.status != "healthy":
+            self._broken_at = look.at
             self._become("broken")
         elif look.at - self._broken_at >= BREAK_SECONDS:
             self._become(self._state_by_lag())
@@ -71,11 +72,13 @@ class Replica:
         behind, seconds = self.lag_bytes, self.lag_seconds
         if behind is None:
             return "unknown"
-        labels = self.database.name
-        self._metrics.replica_lag_bytes.labels(labels).set(behind)
-        self._metrics.replica_lag_seconds.labels(labels).set(seconds or 0.0)
+        self._metrics.replica_lag_bytes.labels(self.database.name).set(behind)
         near = behind <= self._settings.replica_max_lag_bytes
-        return "usable" if near or (seconds or 0.0) <= self._settings.replica_max_lag_seconds else "lagging"
+        # A standby that has replayed no transaction since it was started cannot tell.
+        if seconds is not None:
+            self._metrics.replica_lag_seconds.labels(self.database.name).set(seconds)
+            near = near or seconds <= self._settings.replica_max_lag_seconds
+        return "usable" if near else "lagging"
 
     def _become(self, state: State) -> None:
         self._metrics.replica_usable.labels(self.database.name).set(state == "usable")
