@@ -203,16 +203,16 @@ async def test_write_answers_with_its_position(service: Service, database: Datab
     await owner.close()
 
 
-@pytest.mark.parametrize("way", ["header", "cookie", "both"])
+@pytest.mark.parametrize("way", ["header", "cookie", "newer header", "newer cookie"])
 async def test_client_reads_what_it_wrote(behind: Service, way: str) -> None:
     """With the token in either place a list on a replica that is behind comes from the primary."""
     token = (await write(behind)).headers["x-consistency-token"]
     without = await behind.client.get("/patients")
-    headers = {}
-    if way in {"header", "both"}:
-        headers["X-Consistency-Token"] = token if way == "header" else "0/1"
-    if way in {"cookie", "both"}:
-        headers["Cookie"] = f"other=1; consistency_token={token}; more=2"
+    in_header = "0/1" if way == "newer cookie" else token
+    in_cookie = "0/1" if way == "newer header" else token
+    headers = {"X-Consistency-Token": in_header} if way != "cookie" else {}
+    if way != "header":
+        headers["Cookie"] = f"other=1; consistency_token={in_cookie}; more=2"
 
     with_token = await behind.client.get("/patients", headers=headers)
 
@@ -335,6 +335,24 @@ async def test_bug_on_the_replica_is_not_run_again(service: Service) -> None:
     answer = await service.client.get("/fail")
 
     assert (answer.status_code, len(ran)) == (500, 1)
+
+
+async def test_slow_or_crowded_replica_is_no_reason(database: Database) -> None:
+    """A statement that takes too long would do so on the primary; a crowd in one pool must not fill the next."""
+
+    async def slow(session: ReadDB) -> None:
+        await session.execute(text("SELECT set_config('statement_timeout', '50', false)"))
+        await session.execute(text("SELECT pg_sleep(5)"))
+
+    async with serving(database.settings(pool_size=1, max_overflow=0, pool_timeout=0.05)) as service:
+        service.app.add_api_route("/slow", slow)
+        timed_out = await service.client.get("/slow")
+        async with exhausted(service.databases.replicas[0]):
+            crowded = await service.client.get("/patients")
+
+    assert (timed_out.status_code, timed_out.json()["code"]) == (504, "statement_timeout")
+    assert (crowded.status_code, crowded.json()["code"]) == (503, "pool_exhausted")
+    assert service.sample("db_query_seconds_count", pool="primary") == 0
 
 
 async def test_write_is_never_run_again(service: Service) -> None:

@@ -51,7 +51,9 @@ async def walk(client: httpx.AsyncClient, path: str, **parameters: Any) -> list[
         assert answer.status_code == 200, answer.text
         page = [item["id"] for item in answer.json()]
         assert len(page) <= parameters["limit"]
+        assert page or not ids, "a next page has something on it"
         ids += page
+        assert len(ids) == len(set(ids)), "nothing is listed twice, or for ever"
         if "next" not in answer.links:
             return ids
         assert len(page) == parameters["limit"], "only the last page may be short"
