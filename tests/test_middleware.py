@@ -18,7 +18,7 @@ from app.middleware import HttpMetrics, LastResort, OnceMore, ReadYourWrites, Re
 from local.cluster import Cluster
 from local.waiting import eventually
 from tests.conftest import Database
-from tests.service import Service, serving
+from tests.service import Service, exhausted, serving
 
 ADA = {"mrn": "A-1", "full_name": "Ada", "birth_date": "1980-01-01"}
 
