@@ -45,7 +45,7 @@ async def owner(database: Database) -> AsyncIterator["asyncpg.Connection[Any]"]:
 
 async def walk(client: httpx.AsyncClient, path: str, **parameters: Any) -> list[int]:
     """Follow the Link headers to the end and return the ids."""
-    ids = []
+    ids: list[int] = []
     answer = await client.get(path, params=parameters)
     while True:
         assert answer.status_code == 200, answer.text
