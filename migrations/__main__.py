@@ -34,7 +34,7 @@ async def reconnect(settings: MigrationSettings) -> None:
     finally:
         await primary.close()
     for url in settings.replica_urls:
-        await _wait_replayed(url, written)
+        await wait_replayed(url, written)
     console = await _connect(settings.pgbouncer_admin_url.get_secret_value())
     try:
         await console.execute("RECONNECT")
@@ -43,7 +43,7 @@ async def reconnect(settings: MigrationSettings) -> None:
     logger.info("PgBouncer replaces its server connections")
 
 
-async def _wait_replayed(url: str, written: str) -> None:
+async def wait_replayed(url: str, written: str) -> None:
     """Wait until the replica has the new schema: prepared anew before that, a statement would be stale again."""
     place = make_url(url).render_as_string(hide_password=True)
     try:

@@ -5,6 +5,7 @@ import os
 import re
 import sys
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import asyncpg
@@ -13,8 +14,10 @@ from alembic.config import Config
 from alembic.script import ScriptDirectory
 
 from app.db.base import Base
+from app.settings import MigrationSettings
+from local.postgres import free_port
 from local.waiting import eventually
-from migrations.__main__ import INI
+from migrations.__main__ import INI, reconnect, wait_replayed
 from tests.conftest import Database
 
 # As in migrations/env.py, which Alembic alone can import.
@@ -185,3 +188,62 @@ async def test_migration_does_not_wait_long_for_a_table(database: Database, owne
     assert status != 0
     assert "lock timeout" in output
     assert await owner.fetchval("SELECT count(*) FROM patients") == 0
+
+
+async def test_without_a_pooler_there_is_nobody_to_tell(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only where PgBouncer's console is named does anybody connect after the migration."""
+    monkeypatch.setenv("MIGRATIONS_URL", database.url("app_owner"))
+    settings = MigrationSettings()
+    monkeypatch.setattr("migrations.__main__.asyncpg.connect", None)
+
+    await reconnect(settings)
+
+
+async def test_job_waits_until_the_replica_has_the_schema(
+    database: Database, owner: "asyncpg.Connection[Any]", caplog: pytest.LogCaptureFixture
+) -> None:
+    """With the replica at hand the wait ends, silently, only when it has replayed what was written last."""
+    replica = await asyncpg.connect(database.replica_url())
+    await owner.execute("CREATE TABLE seen (n int)")
+    written = await owner.fetchval("SELECT pg_current_wal_insert_lsn()::text")
+
+    await wait_replayed(database.replica_url(), written)
+
+    assert await replica.fetchval("SELECT count(*) FROM pg_class WHERE relname = 'seen'") == 1
+    assert caplog.text == ""
+    await replica.close()
+
+
+@pytest.mark.parametrize("far", ["FFFFFFFF/0", None])
+async def test_replica_that_does_not_get_there_is_told(
+    database: Database, far: str | None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A replica that is far behind, or gone, holds no deployment up; a warning names it, without its password."""
+    monkeypatch.setattr("migrations.__main__.REPLAY_SECONDS", 0.2)
+    url = database.replica_url() if far else f"postgresql://app_ro:secret@127.0.0.1:{free_port()}/gone"
+
+    await wait_replayed(url, far or "0/0")
+
+    assert "has not replayed the migration" in caplog.text
+    assert "app_ro:***@" in caplog.text
+
+
+@pytest.mark.parametrize("suffix", ["", "_FILE"])
+def test_settings_of_migrations_come_from_variables_or_files(
+    suffix: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Each of the job's URLs may be a file; two replicas are two to wait for."""
+    given = {
+        "MIGRATIONS_URL": "postgresql://o:p@primary/x",
+        "DATABASE_REPLICA_URL": "postgresql://r:p@one/x,postgresql://r:p@two/x",
+        "PGBOUNCER_ADMIN_URL": "postgresql://b:p@pooler:6432/pgbouncer",
+    }
+    for name, value in given.items():
+        (tmp_path / name).write_text(value, encoding="utf-8")
+        monkeypatch.setenv(name + suffix, str(tmp_path / name) if suffix else value)
+
+    settings = MigrationSettings()
+
+    assert settings.url == "postgresql+asyncpg://o:p@primary/x"
+    assert settings.replica_urls == given["DATABASE_REPLICA_URL"].split(",")
+    assert settings.pgbouncer_admin_url is not None
