@@ -15,7 +15,7 @@ from sqlalchemy import Row
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from app.db.connector import DRIVER_FAILURES, Connector
-from app.db.observe import EngineWatch, PoolWatch, name_loss
+from app.db.observe import EngineWatch, PoolWatch, forget_row, name_loss
 from app.db.pool import BoundedPool
 from app.db.query import Query
 from app.db.replica import Replica, Router
@@ -96,6 +96,9 @@ class Database:
             raise name_loss(error) from error
         except asyncpg.ReadOnlySQLTransactionError as error:
             raise WriteInReadSession("A read session was asked to write.") from error
+        except asyncpg.PostgresError as error:
+            forget_row(error)
+            raise
         except asyncpg.InterfaceError as error:
             if connection.is_closed():
                 raise ConnectionLost("The connection to the database was lost.") from error

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
+import asyncpg
 from prometheus_client import Counter, Histogram
 from sqlalchemy import event
 from sqlalchemy.engine import Connection, ExceptionContext
@@ -130,6 +131,7 @@ class EngineWatch:
         if connection is not None and hasattr(context, "started_at"):
             # Until a rollback, to a savepoint or of all, whatever comes next in this transaction fails too.
             self._finished(connection, failure.statement or "", context).aborted = True
+        forget_row(error.__cause__)
         state = sqlstate(error) or ""
         if state == READ_ONLY:
             if not self._writable or connection is None or _reads_only(connection):
@@ -142,6 +144,12 @@ class EngineWatch:
         elif isinstance(error, OSError):
             failure.is_disconnect = True
             raise name_loss(error) from error
+
+
+def forget_row(error: BaseException | None) -> None:
+    """Drop what PostgreSQL quotes in the details of a failure: whole rows, and they are health data."""
+    if isinstance(error, asyncpg.PostgresError):
+        error.detail = None
 
 
 def name_loss(error: OSError) -> DatabaseUnavailable:

@@ -1,0 +1,218 @@
+"""What pools and engines tell is true, and holds nothing of what was stored."""
+
+import json
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import asyncpg
+import pytest
+from sqlalchemy import Text, bindparam, cast, literal_column, select, text
+
+from app.db.query import Query
+from app.db.sessions import ReadDB, WriteDB, reading, writing
+from app.errors import CommandTimeout
+from app.logs import JsonFormatter
+from tests.conftest import Database, Execute
+from tests.db.conftest import pooled
+from tests.proxy import Proxy
+from tests.service import Service, quiet, serving
+
+SECRET = "S3CR3T-MRN"
+PATIENT = {"mrn": SECRET, "full_name": "Ada Lovelace", "birth_date": "1915-12-10"}
+SLOW_WORD = Query(select(literal_column("pg_sleep(0.02)::text", Text), bindparam("word", type_=Text)))
+
+
+@pytest.fixture
+def lines(caplog: pytest.LogCaptureFixture) -> Callable[[str], list[dict[str, Any]]]:
+    """Give the lines of the log with a message, as JSON makes them."""
+    caplog.set_level(logging.DEBUG)
+    caplog.handler.setFormatter(JsonFormatter())
+
+    def found(message: str) -> list[dict[str, Any]]:
+        written = [json.loads(line) for line in caplog.text.splitlines()]
+        return [line for line in written if line["message"] == message]
+
+    return found
+
+
+# Slow statements.
+
+
+async def test_slow_statement_is_logged_with_its_route_and_request(
+    database: Database, lines: Callable[[str], list[dict[str, Any]]], caplog: pytest.LogCaptureFixture
+) -> None:
+    """The line has statement, seconds, route and request id; what was asked for is in none of them."""
+    async with quiet(database.settings(replica=False, slow_query_seconds=1e-6)) as service:
+        created = await service.client.post("/patients", json=PATIENT, headers={"X-Request-ID": "r-1"})
+
+        assert created.status_code == 201
+        assert service.sample("db_slow_queries_total", pool="primary") == 1
+    (line,) = lines("slow query")
+    assert line["statement"].startswith("INSERT INTO patients (mrn, full_name, birth_date) VALUES ($1")
+    assert (line["pool"], line["route"], line["request_id"]) == ("primary", "/patients", "r-1")
+    assert 0 < line["seconds"] + 0.001 < 5
+    assert SECRET not in caplog.text
+
+
+async def test_slow_read_past_sqlalchemy_is_logged_too(
+    database: Database, lines: Callable[[str], list[dict[str, Any]]], caplog: pytest.LogCaptureFixture
+) -> None:
+    """The short way to a replica hides nothing."""
+    async with quiet(database.settings(slow_query_seconds=0.01)) as service:
+        async with reading(service.databases, label="report") as session:
+            await session.rows(SLOW_WORD, word=SECRET)
+
+        assert service.sample("db_slow_queries_total", pool="replica") == 1
+        assert service.sample("db_query_seconds_count", pool="replica") == 1
+        assert service.sample("db_query_seconds_sum", pool="replica") >= 0.02
+    (line,) = lines("slow query")
+    assert (line["pool"], line["route"]) == ("replica", "report")
+    assert line["seconds"] >= 0.02
+    assert SECRET not in caplog.text
+
+
+async def test_long_statement_is_cut_and_a_fast_one_is_not_logged(
+    database: Database, lines: Callable[[str], list[dict[str, Any]]]
+) -> None:
+    """Two hundred characters on one line are enough to find a statement."""
+    settings = database.settings(replica=False, slow_query_seconds=0.01)
+    async with quiet(settings) as service, writing(service.databases) as session:
+        await session.execute(text("SELECT 1"))
+        await session.execute(text("SELECT pg_sleep(0.02),\n     " + ", ".join(["1"] * 200)))
+
+    (line,) = lines("slow query")
+    assert len(line["statement"]) == 200
+    assert line["statement"].startswith("SELECT pg_sleep(0.02), 1, 1")
+
+
+# What failures say.
+
+
+@pytest.mark.parametrize("where", ["primary", "replica"])
+async def test_failure_says_nothing_of_what_was_stored(
+    database: Database, where: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """PostgreSQL quotes whole rows in the details of an error; neither log nor answer repeats them."""
+    caplog.handler.setFormatter(JsonFormatter())
+    async with serving(database.settings()) as service:
+
+        @service.app.post("/failing/primary")
+        async def fail(session: WriteDB) -> None:
+            await session.execute(
+                text("INSERT INTO patients (mrn, full_name, birth_date) VALUES (:mrn, 'Ada', NULL)"), {"mrn": SECRET}
+            )
+
+        @service.app.post("/failing/replica")
+        async def fail_reading(session: ReadDB) -> None:
+            await session.execute(text("SELECT 1 / 0, CAST(:mrn AS text)"), {"mrn": SECRET})
+
+        answer = await service.client.post(f"/failing/{where}")
+
+    assert (answer.status_code, answer.json()["code"]) == (500, "internal_error")
+    assert "unforeseen failure" in caplog.text
+    assert SECRET not in caplog.text + answer.text
+
+
+async def test_direct_read_says_nothing_of_what_was_stored(database: Database) -> None:
+    """The details of a read past SQLAlchemy are forgotten too."""
+    word = bindparam("word", type_=Text)
+    no_json = Query(select(cast(word.op("::")(literal_column("text::json")), Text)))
+    async with pooled(database.url(), role="replica") as p:
+        await p.backend()
+        with pytest.raises(asyncpg.PostgresError) as failed:
+            await p.database.fetch(no_json, {"word": SECRET})
+
+    assert (failed.value.detail, SECRET in str(failed.value)) == (None, False)
+
+
+async def test_conflict_says_nothing_of_what_was_stored(service: Service, caplog: pytest.LogCaptureFixture) -> None:
+    """The key that exists already is not repeated."""
+    caplog.set_level(logging.DEBUG)
+    await service.client.post("/patients", json=PATIENT)
+
+    answer = await service.client.post("/patients", json=PATIENT)
+
+    assert answer.status_code == 409
+    assert SECRET not in caplog.text + answer.text
+
+
+# Failures with a name.
+
+
+async def test_demoted_primary_is_left(database: Database) -> None:
+    """A server that takes no writes any more is given up by all connections: the address may lead elsewhere soon."""
+    primary = {"url": database.replica_url("app_rw"), "pool_size": 3, "pool_min_size": 3}
+    async with serving(database.settings(replica=False, primary=primary), settled=False) as service:
+        pool = service.databases.primary.pool
+        answer = await service.client.post("/patients", json=PATIENT)
+
+        assert (answer.status_code, answer.json()["code"]) == (503, "database_read_only")
+        assert pool.figures().checked_in == 0
+
+
+async def test_silent_server_is_given_up(database: Database, proxy: Proxy) -> None:
+    """A statement without an answer ends after command_timeout_seconds with a name of its own."""
+    patience: dict[str, Any] = {"command_timeout_seconds": 0.1, "service": {"statement_timeout_seconds": 5}}
+    async with pooled(proxy.url(database.url()), **patience) as p:
+        await p.backend()
+        proxy.freeze()
+
+        with pytest.raises(CommandTimeout):
+            await p.backend()
+
+        assert p.replaced("error") + p.replaced("closed") == 1
+
+
+# Figures.
+
+
+async def test_holding_without_asking_is_told_apart(service: Service, execute: Execute) -> None:
+    """Time with a connection counts by route, and what of it no statement took counts as idle."""
+
+    @service.app.post("/slow/{where}")
+    async def slow(session: WriteDB, where: str) -> None:
+        await session.execute(text("SELECT pg_sleep(0.1)" if where == "there" else "SELECT 1"))
+        if where == "here":
+            await execute("SELECT pg_sleep(0.1)")
+
+    held: dict[str, tuple[float, float]] = {}
+    for where in ("there", "here"):
+        before = _sums(service)
+        await service.client.post(f"/slow/{where}")
+        hold, idle = (after - earlier for after, earlier in zip(_sums(service), before, strict=True))
+        held[where] = (hold, idle)
+
+    assert held["there"][0] >= 0.1
+    assert held["there"][1] < 0.1
+    assert min(held["here"]) >= 0.1
+
+
+def _sums(service: Service) -> tuple[float, float]:
+    labels = {"pool": "primary", "route": "/slow/{where}"}
+    return (
+        service.sample("db_connection_hold_seconds_sum", **labels),
+        service.sample("db_connection_idle_hold_seconds_sum", **labels),
+    )
+
+
+async def test_refusals_have_a_zero_to_start_from(database: Database) -> None:
+    """The first refusal is an increase: every reason has a series before it happens."""
+    async with pooled(database.url()) as p:
+        for reason in ("queue_full", "timeout", "closing"):
+            labels = {"pool": "primary", "reason": reason}
+            assert p.metrics.registry.get_sample_value("db_connection_rejected_total", labels) == 0
+
+
+async def test_pool_events_are_counted_and_logged(
+    database: Database, lines: Callable[[str], list[dict[str, Any]]]
+) -> None:
+    """Opening, taking and closing a connection leave their figures, and a line each at DEBUG."""
+    async with pooled(database.url()) as p:
+        await p.backend()
+        p.pool.dispose()
+
+        assert p.sample("db_connection_connect_seconds_count") == 1
+        assert p.sample("db_connection_acquire_seconds_count") == 1
+    assert [line["pool"] for line in lines("connection opened")] == ["primary"]
+    assert [line["reason"] for line in lines("connection closed")] == ["disposed"]
