@@ -105,16 +105,13 @@ async def test_times_have_a_zone_and_text_no_length(owner: "asyncpg.Connection[A
 
 
 @pytest.mark.parametrize("variable", ["MIGRATIONS_URL", "DATABASE_URL"])
-async def test_either_url_will_do(database: Database, owner: "asyncpg.Connection[Any]", variable: str) -> None:
+async def test_either_url_will_do(database: Database, variable: str) -> None:
     """A plain postgresql:// URL in either variable is enough; MIGRATIONS_URL comes first."""
-    url = {variable: database.url("app_owner")}
-    if variable == "MIGRATIONS_URL":
-        url["DATABASE_URL"] = "postgresql://nobody@127.0.0.1:1/nowhere"
+    url = {"DATABASE_URL": "postgresql://nobody@127.0.0.1:1/nowhere"} | {variable: database.url("app_owner")}
 
-    down, up = await alembic("downgrade", "base", **url), await alembic("upgrade", "head", **url)
+    status, output = await alembic("check", **url)
 
-    assert (down[0], up[0]) == (0, 0), (down, up)
-    assert await owner.fetchval(TABLES) == len(Base.metadata.tables)
+    assert status == 0, output
 
 
 async def test_without_a_url_there_is_a_sentence() -> None:
