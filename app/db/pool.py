@@ -15,11 +15,13 @@ Everything here runs on one event loop, without threads: between two awaits the 
 
 import asyncio
 import random
+import sys
 import time
 from collections import OrderedDict
 from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from types import FrameType
 from typing import Any, Self, cast
 
 from greenlet import getcurrent
@@ -333,10 +335,8 @@ class BoundedPool(Pool):
 
     def _discard(self, entry: ConnectionPoolEntry, reason: str) -> None:
         self._watch.replaced(reason)
-        connection = entry.driver_connection
-        if connection is not None:
-            # Says goodbye and closes without waiting for an answer, which a dead peer would never give.
-            connection.terminate()
+        # Says goodbye and closes without waiting for an answer, which a dead peer would never give.
+        cast("KeptAliveConnection", entry.driver_connection).terminate()
         entry.invalidate()
 
     # Upkeep, called by the owner of the engine.
@@ -437,13 +437,14 @@ def _holding(tenure: Tenure, now: float) -> Holding:
     return Holding(tenure.holder, held, held - tenure.queried, tenure.taken_in)
 
 
-def _caller() -> str | None:
-    """Name the line of the service that asked for a connection: outside `app.db`, below SQLAlchemy's greenlet."""
+def _caller() -> str:
+    """Name the line of the service that asked for a connection: outside `app.db`, above SQLAlchemy's greenlet."""
     parent = getcurrent().parent
-    frame = None if parent is None else parent.gr_frame
-    while frame is not None:
-        module = str(frame.f_globals.get("__name__", ""))
-        if not module.startswith(("app.db.", "sqlalchemy.")):
-            return f"{module}:{frame.f_lineno} in {frame.f_code.co_name}"
+    frame = cast("FrameType", sys._getframe() if parent is None else parent.gr_frame)  # noqa: SLF001  # As documented.
+    while _module(frame).startswith(("app.db.", "sqlalchemy.")) and frame.f_back is not None:
         frame = frame.f_back
-    return None
+    return f"{_module(frame)}:{frame.f_lineno} in {frame.f_code.co_name}"
+
+
+def _module(frame: FrameType) -> str:
+    return str(frame.f_globals.get("__name__", ""))

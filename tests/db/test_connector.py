@@ -147,6 +147,21 @@ async def test_black_holed_host_costs_its_own_timeout(database: Database, proxy:
         assert (proxy.connections, second.connections) == (1, 2)
 
 
+async def test_requests_that_fail_together_move_on_once(database: Database, proxy: Proxy) -> None:
+    """Two requests that meet the same black hole do not skip the host after it."""
+    async with Proxy(database.cluster.primary.port) as second, Proxy(database.cluster.primary.port) as third:
+        proxy.hang()
+        to = connector(several(database, proxy.port, second.port, third.port), connect_timeout_seconds=5)
+        soon = asyncio.get_running_loop().time() + 0.1
+
+        failed = await asyncio.gather(to.open(soon), to.open(soon), return_exceptions=True)
+        async with opened(to):
+            pass
+
+        assert all(isinstance(failure, DatabaseUnreachable) for failure in failed)
+        assert (second.connections, third.connections) == (1, 0)
+
+
 async def test_request_that_found_no_host_leaves_the_next_one_a_start(database: Database, proxy: Proxy) -> None:
     """When a black hole eats the whole deadline, the next request starts with the next host."""
     async with Proxy(database.cluster.primary.port) as second:

@@ -9,9 +9,10 @@ import asyncpg
 import pytest
 from sqlalchemy import Text, bindparam, cast, literal_column, select, text
 
+from app.db.observe import name_loss
 from app.db.query import Query
 from app.db.sessions import ReadDB, WriteDB, reading, writing
-from app.errors import CommandTimeout
+from app.errors import CommandTimeout, ConnectionLost
 from app.logs import JsonFormatter
 from tests.conftest import Database, Execute
 from tests.db.conftest import pooled
@@ -76,14 +77,14 @@ async def test_long_statement_is_cut_and_a_fast_one_is_not_logged(
     database: Database, lines: Callable[[str], list[dict[str, Any]]]
 ) -> None:
     """Two hundred characters on one line are enough to find a statement."""
-    settings = database.settings(replica=False, slow_query_seconds=0.01)
+    settings = database.settings(replica=False, slow_query_seconds=0.3)
     async with quiet(settings) as service, writing(service.databases) as session:
         await session.execute(text("SELECT 1"))
-        await session.execute(text("SELECT pg_sleep(0.02),\n     " + ", ".join(["1"] * 200)))
+        await session.execute(text("SELECT pg_sleep(0.3),\n     " + ", ".join(["1"] * 200)))
 
     (line,) = lines("slow query")
     assert len(line["statement"]) == 200
-    assert line["statement"].startswith("SELECT pg_sleep(0.02), 1, 1")
+    assert line["statement"].startswith("SELECT pg_sleep(0.3), 1, 1")
 
 
 # What failures say.
@@ -162,6 +163,12 @@ async def test_silent_server_is_given_up(database: Database, proxy: Proxy) -> No
             await p.backend()
 
         assert p.replaced("error") + p.replaced("closed") == 1
+
+
+def test_bare_failures_get_a_name() -> None:
+    """What asyncpg lets through of the operating system is a timeout or a loss."""
+    assert isinstance(name_loss(TimeoutError()), CommandTimeout)
+    assert isinstance(name_loss(ConnectionResetError()), ConnectionLost)
 
 
 # Figures.

@@ -3,13 +3,16 @@
 import asyncio
 import gc
 import time
+from collections.abc import Iterator, Mapping
 from contextlib import AsyncExitStack
 from typing import Any, cast
 
 import pytest
-from sqlalchemy import exc, text
+from sqlalchemy import Integer, bindparam, exc, literal, select, text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from app.db.connector import KeptAliveConnection
+from app.db.query import Query
 from app.errors import DatabaseUnreachable, PoolExhausted
 from local.waiting import eventually
 from tests.conftest import Database, Execute
@@ -210,6 +213,40 @@ async def test_permit_granted_to_a_cancelled_waiter_goes_on(database: Database) 
         assert (granted.checked_out, granted.connecting, granted.available, granted.waiting) == (0, 1, 0, 1)
 
 
+async def test_cancelled_waiter_is_passed_over(database: Database) -> None:
+    """A permit goes to the first one in the queue who still wants it, and a refusal to nobody twice."""
+    async with pooled(database.url(), pool_size=1, max_overflow=0, pool_timeout=10) as p:
+        held = await p.database.engine.connect()
+        second, third, fourth = taking(p), taking(p), taking(p)
+        await p.waiting(3)
+
+        second.cancel()
+        await held.close()
+        fourth.cancel()
+        p.pool.close()
+
+        assert await third
+        for cancelled in (second, fourth):
+            with pytest.raises(asyncio.CancelledError):
+                await cancelled
+        assert p.rejected("closing") == 0
+
+
+async def test_deadline_that_meets_a_grant_refuses_nobody(database: Database) -> None:
+    """When time is over in the moment of the grant, the grant stands."""
+    async with pooled(database.url(), pool_size=1, max_overflow=0, pool_timeout=10) as p:
+        held = await p.database.engine.connect()
+        second = taking(p)
+        await p.waiting(1)
+        (waiter,) = p.pool._waiters
+
+        await held.close()
+        p.pool._expire(waiter)
+
+        assert await second
+        assert p.rejected("timeout") == 0
+
+
 async def test_refusal_of_a_cancelled_waiter_returns_no_permit(database: Database) -> None:
     """When refusal and cancel cross, the pool does not count a permit that nobody had."""
     async with pooled(database.url(), pool_size=1, max_overflow=0) as p, AsyncExitStack() as stack:
@@ -357,6 +394,17 @@ async def test_lost_connection_is_counted_as_an_error(database: Database) -> Non
         assert p.pool.figures().checked_in == 0
 
 
+async def test_connection_is_lost_once(database: Database) -> None:
+    """Who hears twice that a connection is lost gives it up once."""
+    async with pooled(database.url()) as p:
+        async with p.database.engine.connect() as connection:
+            lost = await connection.get_raw_connection()
+            for _ in range(2):
+                p.pool._invalidate(lost)
+
+        assert p.replaced("error") == 1
+
+
 async def test_one_lost_connection_does_not_take_the_others(database: Database) -> None:
     """Each connection is judged by itself: a killed backend costs one reconnect, not the whole pool."""
     async with pooled(database.url(), pool_size=2) as p:
@@ -369,6 +417,19 @@ async def test_one_lost_connection_does_not_take_the_others(database: Database) 
 
         assert p.pool.figures().checked_in == 1
         assert await p.backend() == survivor
+
+
+async def test_direct_read_checks_what_it_takes(database: Database, proxy: Proxy, clock: Clock) -> None:
+    """The short way to a connection is for those that need no check: after idling it costs the same round trip."""
+    async with pooled(proxy.url(database.url()), role="replica", clock=clock) as p:
+        trips = []
+        for seconds in (0, 0, 31):
+            clock.now += seconds
+            proxy.round_trips = 0
+            await p.database.fetch(Query(select(literal(1))), {})
+            trips.append(proxy.round_trips)
+
+        assert trips[1:] == [1, 2]
 
 
 async def test_cold_start_opens_many_at_once(database: Database) -> None:
@@ -499,6 +560,31 @@ async def test_development_names_the_line_that_took_a_connection(database: Datab
         assert taken_in.endswith("in test_development_names_the_line_that_took_a_connection")
 
 
+async def test_development_names_the_line_of_a_direct_read(database: Database) -> None:
+    """The short way to a connection leaves its line as well."""
+    lines: list[str | None] = []
+
+    class Watching(Mapping[str, int]):
+        """Parameters that look at who holds a connection while they are read."""
+
+        def __getitem__(self, name: str) -> int:
+            return 1
+
+        def __len__(self) -> int:
+            return 1
+
+        def __iter__(self) -> Iterator[str]:
+            lines.append(p.pool.holdings()[0].taken_in)
+            return iter(["number"])
+
+    async with pooled(database.url(), role="replica", service={"environment": "development"}) as p:
+        for _ in range(2):
+            await p.database.fetch(Query(select(bindparam("number", type_=Integer))), Watching())
+
+    assert len(lines) == 2
+    assert all(str(line).endswith("in test_development_names_the_line_of_a_direct_read") for line in lines), lines
+
+
 # The end.
 
 
@@ -554,6 +640,21 @@ async def test_abandon_cuts_those_at_work(database: Database, execute: Execute) 
                 await query
 
         assert p.pool.figures().checked_in == 0
+
+
+async def test_abandon_keeps_what_leads_to_the_right_server(database: Database) -> None:
+    """Connections to the server that took over stay; the others go."""
+    async with pooled(database.url()) as p:
+        before = await p.backend()
+        (entry,) = p.pool._idle
+        server = cast("KeptAliveConnection", entry.driver_connection).server
+        assert server is not None
+
+        p.pool.abandon(keep=server)
+        assert await p.backend() == before
+
+        p.pool.abandon(keep=server + 1)
+        assert await p.backend() != before
 
 
 async def test_closed_pool_admits_nobody(database: Database) -> None:

@@ -21,10 +21,10 @@ from tests.proxy import Proxy
 
 
 @asynccontextmanager
-async def watching(url: str, **service: Any) -> AsyncIterator[Sentinel]:
+async def watching(url: str, *, writable: bool = False, **service: Any) -> AsyncIterator[Sentinel]:
     """Give a sentinel of the database at `url`."""
     settings = service_settings(url, **service)
-    connector = Connector(DatabaseSettings(url=url), writable=False)
+    connector = Connector(DatabaseSettings(url=url), writable=writable)
     sentinel = Sentinel("primary", connector, settings, Metrics())
     yield sentinel
     await sentinel.close()
@@ -52,6 +52,15 @@ async def test_look_at_a_replica(database: Database) -> None:
         assert (look.status, look.in_recovery) == ("healthy", True)
         assert look.lsn
         assert look.replay_age_seconds is not None
+
+
+async def test_primary_that_takes_no_writes_is_an_error(database: Database) -> None:
+    """A demoted primary answers, and is not healthy; the next look asks the address again."""
+    async with watching(database.replica_url("app_rw"), writable=True) as sentinel:
+        look = await sentinel.look()
+
+        assert (look.status, look.error, sentinel.healthy) == ("error", "The server takes no writes.", False)
+        assert sentinel._connection is None
 
 
 async def test_refusing_database_is_an_error(database: Database, proxy: Proxy) -> None:

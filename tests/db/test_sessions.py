@@ -174,6 +174,21 @@ async def test_one_request_holds_one_connection(service: Service) -> None:
     assert service.sample("db_connection_hold_seconds_count", pool="primary", route="/twice") == 1
 
 
+async def test_shared_session_is_committed_once(database: Database, proxy: Proxy) -> None:
+    """A route that honours Idempotency-Key gives its own session to the endpoint: one connection, one COMMIT."""
+    async with quiet(through(database, proxy)) as service:
+        proxy.statements.clear()
+
+        answer = await service.client.post("/patients", json=ADA, headers={"Idempotency-Key": "k-1"})
+
+        assert answer.status_code == 201
+        assert [statement for statement in proxy.statements if statement in {"BEGIN;", "COMMIT;"}] == [
+            "BEGIN;",
+            "COMMIT;",
+        ]
+        assert service.sample("db_connection_hold_seconds_count", pool="primary", route="/patients") == 1
+
+
 async def test_report_sees_one_snapshot(service: Service, database: Database, execute: Execute) -> None:
     """What is committed between two statements of a report is in neither or in both."""
 
