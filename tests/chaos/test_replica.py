@@ -39,7 +39,7 @@ def p99(answers: list[Answer]) -> float:
     return quantile([answer.seconds for answer in answers], 0.99)
 
 
-@pytest.mark.parametrize("end", ["frozen", "killed", "black_holed"])
+@pytest.mark.parametrize("end", ["frozen", "killed", "black_holed"] if FULL else ["black_holed"])
 async def test_reads_go_on_without_the_replica(
     database: Database, breakable_cluster: Cluster, measured: Callable[[str], None], end: str
 ) -> None:

@@ -1,0 +1,264 @@
+"""More load than the database can serve: what can be served is, the rest hears so at once, and nothing is left over."""
+
+import asyncio
+import resource
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import asyncpg
+import pytest
+
+from app.db.sessions import reading
+from local.waiting import eventually
+from tests.chaos import FULL
+from tests.chaos.load import Answer, after, ask, offer, quantile
+from tests.chaos.wire import Client
+from tests.conftest import Database
+from tests.service import exhausted, serving
+from tests.test_cli import MODULE, NAME, Process, served
+
+SERVICE_SECONDS = 0.02  # As in `slow_down`.
+POOL_TIMEOUT_SECONDS = 0.5
+POOL = 4
+WAITING = 40
+SECONDS = 10.0 if FULL else 2.0
+SHED_SECONDS = 0.005 if FULL else 0.05
+USEFUL_SHARE = 0.95 if FULL else 0.8
+# A client that waits for longer has gone away.
+USEFUL_WITHIN_SECONDS = 1.0
+CONCURRENT = 10_000 if FULL else 500
+# Half of a request, from a client that is slow or gone.
+SLOW = 100
+ADA = {"mrn": "O-1", "full_name": "Ada Example", "birth_date": "1980-05-17"}
+
+
+async def slow_down(database: Database) -> None:
+    """Make each read of a patient take 20 ms more on the server."""
+    owner = await asyncpg.connect(database.url("app_owner"), timeout=5)
+    try:
+        await owner.execute("INSERT INTO patients (mrn, full_name, birth_date) VALUES ('O-1', 'Ada', '1980-05-17')")
+        await owner.execute("ALTER TABLE patients RENAME TO patients_stored")
+        await owner.execute("""
+            CREATE VIEW patients AS
+            SELECT stored.* FROM patients_stored AS stored, (SELECT pg_sleep(0.02) OFFSET 0) AS slowly
+        """)
+    finally:
+        await owner.close()
+
+
+@asynccontextmanager
+async def overloadable(database: Database, directory: Path, **environment: str) -> AsyncIterator[Client]:
+    """Serve on the primary alone, with a small pool, as a process of its own."""
+    variables = {
+        "DATABASE_URL": database.url(),
+        "DATABASE_POOL_SIZE": str(POOL),
+        "DATABASE_MAX_OVERFLOW": "0",
+        "DATABASE_POOL_TIMEOUT": str(POOL_TIMEOUT_SECONDS),
+        "DATABASE_POOL_MAX_WAITING": str(WAITING),
+        "LOG_LEVEL": "ERROR",
+    }
+    async with served(directory, variables | environment, *MODULE) as server:
+        client = Client(server.url)
+        try:
+            yield client
+        finally:
+            client.close()
+
+
+async def capacity_of(client: Client) -> float:
+    """Measure how many reads a second are served when each client waits for its answer."""
+    done, until = after(SECONDS / 2), time.monotonic()
+    counts: Counter[int] = Counter()
+
+    async def read_on() -> None:
+        while not done():
+            counts[(await client.ask("GET", "/patients/1")).status] += 1
+
+    await asyncio.gather(*(read_on() for _ in range(2 * POOL)))
+    assert set(counts) == {200}
+    return counts[200] / (time.monotonic() - until)
+
+
+async def overload(client: Client, capacity: float) -> list[Answer]:
+    """Offer three times as much, whatever becomes of it."""
+    return await offer(lambda _: client.ask("GET", "/patients/1"), per_second=3 * capacity, until=after(SECONDS))
+
+
+async def test_overload_sheds_and_serves(database: Database, tmp_path: Path, measured: Callable[[str], None]) -> None:
+    """At three times its capacity the service goes on at its capacity, refuses the rest at once, and recovers."""
+    await slow_down(database)
+    async with overloadable(database, tmp_path) as client:
+        capacity = await capacity_of(client)
+        answers = await overload(client, capacity)
+        ended = time.monotonic()
+        calm = await offer(lambda _: client.ask("GET", "/patients/1"), per_second=capacity / 2, until=after(2))
+
+    begun = answers[0].asked_at
+    served_ones = [answer for answer in answers if answer.status == 200]
+    useful = sum(answer.answered_at - begun <= SECONDS for answer in served_ones) / SECONDS
+    accepted = quantile([answer.seconds for answer in served_ones], 0.99)
+    shed = quantile([answer.seconds for answer in answers if answer.status == 503], 0.99)
+    back = [answer for answer in calm if answer.asked_at >= ended + 1]
+    measured(
+        f"capacity {capacity:.0f}/s, offered {len(answers) / SECONDS:.0f}/s, useful {useful:.0f}/s "
+        f"({useful / capacity:.0%}); p99 of accepted {accepted * 1000:.0f} ms, of shed {shed * 1000:.1f} ms; "
+        f"a second later p99 {quantile([a.seconds for a in back], 0.99) * 1000:.0f} ms"
+    )
+    assert {answer.status for answer in answers} == {200, 503}
+    assert {answer.code for answer in answers if answer.status == 503} == {"pool_exhausted"}
+    assert all("retry-after" in answer.headers for answer in answers if answer.status == 503)
+    assert useful >= USEFUL_SHARE * capacity
+    assert accepted <= POOL_TIMEOUT_SECONDS + 3 * SERVICE_SECONDS
+    assert shed <= SHED_SECONDS
+    assert {answer.status for answer in back} == {200}
+    assert quantile([answer.seconds for answer in back], 0.99) <= 0.1
+
+
+@pytest.mark.skipif(not FULL, reason="shows the usual way, which takes its time: make chaos")
+async def test_a_long_queue_serves_nobody(database: Database, tmp_path: Path, measured: Callable[[str], None]) -> None:
+    """With the usual 30 seconds of patience and no bound to the queue, all are served and hardly anyone in time."""
+    await slow_down(database)
+    patient = {"DATABASE_POOL_TIMEOUT": "30", "DATABASE_POOL_MAX_WAITING": "100000"}
+    async with overloadable(database, tmp_path, **patient) as client:
+        capacity = await capacity_of(client)
+        answers = await overload(client, capacity)
+
+    useful = sum(a.status == 200 and a.seconds <= USEFUL_WITHIN_SECONDS for a in answers) / SECONDS
+    measured(f"30 s of patience: useful {useful:.0f}/s of {capacity:.0f}/s ({useful / capacity:.0%})")
+    assert useful < 0.5 * capacity
+
+
+@pytest.mark.parametrize("patience", ["short", "long"] if FULL else ["long"])
+async def test_ten_thousand_at_once(
+    database: Database, tmp_path: Path, measured: Callable[[str], None], patience: str
+) -> None:
+    """Ten thousand requests at once are all answered over at most twenty connections: served, if they may wait."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < 2 * CONCURRENT:
+        pytest.skip(f"a process may open {hard} files here, and {2 * CONCURRENT} are wanted")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    variables = {"DATABASE_POOL_SIZE": "8", "DATABASE_MAX_OVERFLOW": "0", "DATABASE_POOL_MIN_SIZE": "8"}
+    variables |= {"DATABASE_ANALYTICS_POOL_SIZE": "1", "DATABASE_ANALYTICS_MAX_OVERFLOW": "0", "LOG_LEVEL": "ERROR"}
+    if patience == "long":
+        variables |= {"DATABASE_POOL_TIMEOUT": "60", "DATABASE_POOL_MAX_WAITING": str(CONCURRENT)}
+    async with served(tmp_path, database.environment() | variables, *MODULE) as server:
+        client = Client(server.url, keep=False)
+        created = await client.ask("POST", "/patients", ADA)
+        await database.cluster.wait_replayed()
+        watching = asyncio.create_task(watch_connections(database))
+
+        async def one(number: int) -> Answer:
+            if number % 10:
+                return await client.ask("GET", created.headers["location"])
+            return await client.ask("POST", "/patients", ADA | {"mrn": f"O-{number + 2}"})
+
+        async with asyncio.timeout(90):
+            answers = await asyncio.gather(*(one(number) for number in range(CONCURRENT)))
+        watching.cancel()
+        most = await watching
+        alive = await client.ask("GET", created.headers["location"])
+
+    statuses = Counter(answer.status for answer in answers)
+    slowest = max(answer.seconds for answer in answers)
+    measured(
+        f"{CONCURRENT} at once, {patience} patience: {dict(statuses)}, slowest {slowest:.1f} s, "
+        f"at most {most} server connections"
+    )
+    assert set(statuses) == {200, 201} if patience == "long" else set(statuses) <= {200, 201, 503}
+    assert most <= 20
+    assert alive.status == 200
+
+
+async def watch_connections(database: Database) -> int:
+    """Count the service's connections to both servers, again and again until cancelled; return the most."""
+    watchers = [await server.connect() for server in (database.cluster.primary, database.cluster.replica)]
+    asked = "SELECT count(*) FROM pg_stat_activity WHERE application_name = $1"
+    most = 0
+    try:
+        while True:
+            most = max(most, sum([await watcher.fetchval(asked, NAME) for watcher in watchers]))
+            await asyncio.sleep(0.05)
+    except asyncio.CancelledError:
+        return most
+    finally:
+        for watcher in watchers:
+            watcher.terminate()
+
+
+async def test_slow_clients_hold_no_connection(
+    database: Database, tmp_path: Path, measured: Callable[[str], None]
+) -> None:
+    """A hundred clients that send half a request, and a hundred that never read, cost the others nothing."""
+    async with served(tmp_path, database.environment(), *MODULE) as server:
+        client = Client(server.url)
+        await client.ask("POST", "/patients", ADA)
+        half = client.request("POST", "/patients", ADA | {"mrn": "O-2"})[:-20]
+        unread = client.request("GET", "/patients") * 50
+        opened = [await client.connect() for _ in range(2 * SLOW)]
+        for number, (_, writer) in enumerate(opened):
+            writer.write(half if number % 2 else unread)
+            await writer.drain()
+
+        async def all_free() -> bool:
+            return await held(server) == 0
+
+        assert await eventually(all_free, 20)
+        answers = [await client.ask("GET", "/patients?limit=1") for _ in range(50)]
+        at_once = await held(server)
+        client.close()
+
+    slowest = max(answer.seconds for answer in answers)
+    measured(f"{at_once} connections held for {2 * SLOW} slow clients, others' slowest answer {slowest * 1000:.0f} ms")
+    assert {answer.status for answer in answers} == {200}
+    assert at_once == 0
+
+
+async def held(server: Process) -> int:
+    """Count the connections that the service holds for somebody."""
+    figures = (await server.client.get("/debug/pool-stats")).json()
+    return sum(pool["checked_out"] for pool in figures.values())
+
+
+async def test_analytics_exhausted_leaves_users_and_patients_alone(
+    database: Database, measured: Callable[[str], None]
+) -> None:
+    """Reports have a pool of their own: when it is full they are refused, and nobody else is."""
+    async with serving(database.settings()) as service, exhausted(service.databases.analytics):
+        report = asyncio.create_task(ask(service.app, "GET", "/reports/summary"))
+        others = [await ask(service.app, "GET", path) for path in ("/users", "/patients") for _ in range(50)]
+        refused = await report
+
+    slowest = max(answer.seconds for answer in others)
+    measured(f"reports {refused.status}, the others' slowest answer {slowest * 1000:.0f} ms")
+    assert (refused.status, refused.code) == (503, "pool_exhausted")
+    assert {answer.status for answer in others} == {200}
+    assert slowest < 0.25
+
+
+async def test_waiting_is_first_come_first_served(database: Database) -> None:
+    """A hundred who wait for one connection get it in the order in which they came."""
+    pool = {"pool_size": 1, "max_overflow": 0, "pool_timeout": 10.0}
+    order: list[int] = []
+    async with serving(database.settings(replica=False, **pool)) as service:
+        databases = service.databases
+
+        async def wait_for_it(number: int) -> None:
+            async with reading(databases) as session:
+                await session.connection()
+                order.append(number)
+
+        async with exhausted(databases.primary):
+            waiting = []
+            for number in range(100):
+                waiting.append(asyncio.create_task(wait_for_it(number)))
+
+                async def queued(number: int = number) -> bool:
+                    return databases.primary.pool.figures().waiting == number + 1
+
+                assert await eventually(queued, 5)
+        await asyncio.gather(*waiting)
+
+    assert order == list(range(100))
