@@ -51,7 +51,7 @@ class Retrying:
     async def send(self, mrn: str) -> Answer:
         """Send one patient, with the key that belongs to it."""
         patient = {"mrn": mrn, "full_name": "Ada Example", "birth_date": "1980-05-17"}
-        headers = {HEADER: f"key of {mrn}"} if self._keyed else {}
+        headers = {HEADER: f"key-of-{mrn}"} if self._keyed else {}
         return await ask(self._app, "POST", "/patients", patient, **headers)
 
 
