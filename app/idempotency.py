@@ -25,7 +25,7 @@ from sqlalchemy.orm import Mapped, mapped_column
 
 from app.db.base import Base
 from app.db.engines import Databases
-from app.db.sessions import WriteSession, consistency_of, databases_of, route_of, share_write_session, writing
+from app.db.sessions import WriteSession, consistency_of, databases_of, route_of, share_write_session
 from app.errors import DatabaseUnavailable, ServiceError
 
 logger = logging.getLogger(__name__)
@@ -102,7 +102,7 @@ class IdempotentRoute(APIRoute):
             hours = request.app.state.settings.idempotency_hours
             databases = databases_of(request)
             label = route_of(request.scope)
-            async with writing(databases, consistency_of(request.scope), label=label) as session:
+            async with databases.writing(consistency_of(request.scope), label=label) as session:
                 stored = await claim_key(session, claim, hours=hours)
                 if stored is not None:
                     return replay(claim, stored)
@@ -181,7 +181,7 @@ async def purge_expired(databases: Databases, *, hours: float) -> int:
             LIMIT :rows FOR UPDATE SKIP LOCKED)
         RETURNING digest
     """)
-    async with writing(databases, label="idempotency") as session:
+    async with databases.writing(label="idempotency") as session:
         result = await session.execute(statement, {"seconds": hours * 3600, "rows": PURGE_ROWS})
         return len(result.all())
 

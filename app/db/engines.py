@@ -20,6 +20,7 @@ from app.db.pool import BoundedPool
 from app.db.query import Query
 from app.db.replica import Replica, Router
 from app.db.sentinel import Look, Sentinel
+from app.db.sessions import Consistency, ReadSession, WriteSession
 from app.errors import ConnectionLost, DatabaseUnavailable, WriteInReadSession
 from app.metrics import Metrics
 from app.settings import DatabaseSettings, Settings
@@ -141,6 +142,29 @@ class Databases:
     def all(self) -> list[Database]:
         """List the databases: primary, replicas, analytics."""
         return [self.primary, *self.replicas, self.analytics]
+
+    def reading(self, consistency: Consistency | None = None, *, label: str = "background") -> ReadSession:
+        """Open a session that reads from a replica that is near enough, else from the primary.
+
+        Each statement sees what is committed when it starts; for one snapshot over several, see `reporting`.
+        """
+        wish = Consistency() if consistency is None else consistency
+        database, wish.reason = self.router.route(at_least=wish.wanted_lsn, primary=wish.primary_only)
+        wish.read_from = database
+        return ReadSession(database, database.read_engine, label=label)
+
+    def reporting(self, *, label: str = "background") -> ReadSession:
+        """Open a session on the analytics pool: REPEATABLE READ, READ ONLY, one snapshot for all its statements."""
+        return ReadSession(self.analytics, self.analytics.report_engine, label=label)
+
+    def writing(self, consistency: Consistency | None = None, *, label: str = "background") -> WriteSession:
+        """Open a session on the primary; it commits when its block ends, and rolls back when that raises.
+
+        Raises, at the end of the block: OutcomeUnknown when the connection dies during COMMIT, ConnectionLost when
+        before.
+        """
+        # Without a replica nobody reads elsewhere, and a token would be a round trip for nothing.
+        return WriteSession(self.primary, label=label, consistency=consistency if self.replicas else None)
 
     async def open(self) -> None:
         """Warm the pools and start the sentinels. A database that is down does not keep the service from starting."""

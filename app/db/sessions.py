@@ -3,7 +3,7 @@
     one request = one session = one connection = one transaction
 
 The session's type says what may be done: `ReadSession` or `WriteSession`. Routes name `ReadDB`, `WriteDB` or
-`AnalyticsDB`; code outside a request says `async with reading(databases)` (or `writing`). A session is lazy: until
+`AnalyticsDB`; code outside a request says `async with databases.reading()` (or `.writing()`). A session is lazy: until
 its first statement it holds nothing. It keeps its one connection until it is closed, so what was read is read at one
 place, and what the commit left behind (its LSN) can be asked where it happened.
 
@@ -196,35 +196,6 @@ class WriteSession(ReadSession):
                 self._consistency.written_lsn = await _written_lsn(connection)
 
 
-def reading(
-    databases: "Databases", consistency: Consistency | None = None, *, label: str = "background"
-) -> ReadSession:
-    """Open a session that reads from a replica that is near enough, else from the primary.
-
-    Each statement sees what is committed when it starts; for one snapshot over several, see `reporting`.
-    """
-    wish = Consistency() if consistency is None else consistency
-    database, wish.reason = databases.router.route(at_least=wish.wanted_lsn, primary=wish.primary_only)
-    wish.read_from = database
-    return ReadSession(database, database.read_engine, label=label)
-
-
-def reporting(databases: "Databases", *, label: str = "background") -> ReadSession:
-    """Open a session on the analytics pool: REPEATABLE READ, READ ONLY, one snapshot for all its statements."""
-    return ReadSession(databases.analytics, databases.analytics.report_engine, label=label)
-
-
-def writing(
-    databases: "Databases", consistency: Consistency | None = None, *, label: str = "background"
-) -> WriteSession:
-    """Open a session on the primary; it commits when its block ends, and rolls back when that raises.
-
-    Raises, at the end of the block: OutcomeUnknown when the connection dies during COMMIT, ConnectionLost when before.
-    """
-    # Without a replica nobody reads elsewhere, and a token would be a round trip for nothing.
-    return WriteSession(databases.primary, label=label, consistency=consistency if databases.replicas else None)
-
-
 async def _commit(connection: Connection) -> None:
     tenure: Tenure = connection.info["tenure"]
     if tenure.aborted:
@@ -292,7 +263,7 @@ def _until_answered(request: Request, session: SessionT) -> SessionT:
 
 async def _read(request: Request) -> ReadSession:
     scope = request.scope
-    return _until_answered(request, reading(databases_of(request), consistency_of(scope), label=route_of(scope)))
+    return _until_answered(request, databases_of(request).reading(consistency_of(scope), label=route_of(scope)))
 
 
 def share_write_session(request: Request, session: WriteSession) -> None:
@@ -305,11 +276,11 @@ async def _write(request: Request) -> WriteSession:
     shared: WriteSession | None = scope.get("state", {}).get("write_session")
     if shared is not None:
         return shared
-    return _until_answered(request, writing(databases_of(request), consistency_of(scope), label=route_of(scope)))
+    return _until_answered(request, databases_of(request).writing(consistency_of(scope), label=route_of(scope)))
 
 
 async def _report(request: Request) -> ReadSession:
-    return _until_answered(request, reporting(databases_of(request), label=route_of(request.scope)))
+    return _until_answered(request, databases_of(request).reporting(label=route_of(request.scope)))
 
 
 ReadDB = Annotated[ReadSession, Depends(_read, scope="function")]

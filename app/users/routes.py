@@ -6,7 +6,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Request, Response, status
 
 from app.db.engines import Databases
-from app.db.sessions import ReadDB, WriteDB, consistency_of, databases_of, reading, writing
+from app.db.sessions import ReadDB, WriteDB, consistency_of, databases_of
 from app.errors import documented
 from app.fields import Id
 from app.idempotency import OPENAPI, IdempotentRoute
@@ -75,9 +75,9 @@ async def sync_user(
     The directory may take seconds, so no connection is held while it thinks: read, let go, ask, write.
     """
     label: dict[str, Any] = {"label": "/users/{user_id}/sync"}
-    async with reading(databases, consistency_of(request.scope), **label) as session:
+    async with databases.reading(consistency_of(request.scope), **label) as session:
         user = await queries.get_user(session, user_id)
     timeout_seconds = databases.settings.directory_timeout_seconds
     profile = await fetch_profile(request.app.state.directory, user.email, timeout_seconds=timeout_seconds)
-    async with writing(databases, consistency_of(request.scope), **label) as session:
+    async with databases.writing(consistency_of(request.scope), **label) as session:
         return await queries.change_user(session, user_id, profile.model_dump())

@@ -16,7 +16,6 @@ from sqlalchemy import text
 from sqlalchemy.engine import make_url
 
 from app.db.engines import Databases
-from app.db.sessions import reading, writing
 from local.waiting import eventually
 from tests.chaos import FULL
 from tests.chaos.pooler import pooling, program, statement_cache_size
@@ -36,7 +35,7 @@ WHERE datname = $1 AND usename = 'app_rw' AND NOT ($2 AND state = 'idle')
 
 async def work(databases: Databases) -> None:
     """Hold the only connection for 60 ms, in a transaction."""
-    async with writing(databases) as session:
+    async with databases.writing() as session:
         await session.execute(text("SELECT pg_sleep(:seconds)"), {"seconds": WORK_SECONDS})
 
 
@@ -101,7 +100,7 @@ async def sweep(
                 return (figures.checked_out, figures.connecting, figures.available) == (0, 0, 1)
 
             assert await eventually(at_rest, 2), (step, databases.primary.pool.figures())
-            async with reading(databases) as session:
+            async with databases.reading() as session:
                 assert (await session.execute(text("SELECT 1"))).scalar_one() == 1
     return await sessions_left(database, pooled=bool(pool))
 

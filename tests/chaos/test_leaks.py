@@ -7,7 +7,6 @@ from collections.abc import Callable
 import pytest
 from sqlalchemy import text
 
-from app.db.sessions import reading
 from local.waiting import eventually
 from tests.chaos.load import ask
 from tests.conftest import Database
@@ -21,7 +20,7 @@ async def test_leak_is_logged_once_and_listed(
 ) -> None:
     """A checkout held beyond the setting is one log line with route, seconds and place, and is listed meanwhile."""
     settings = database.settings(replica=False, leak_after_seconds=0.2, environment="development")
-    async with serving(settings) as service, reading(service.databases, label="/leaky") as session:
+    async with serving(settings) as service, service.databases.reading(label="/leaky") as session:
         await session.execute(SELECT)
 
         def lines() -> list[logging.LogRecord]:
@@ -51,10 +50,10 @@ async def test_slow_call_shows_as_idle_hold_where_a_connection_is_held(database:
         await asyncio.sleep(0.3)
 
     async with serving(database.settings(replica=False)) as service:
-        async with reading(service.databases, label="wrong") as session:
+        async with service.databases.reading(label="wrong") as session:
             await session.execute(SELECT)
             await slow_call()
-        async with reading(service.databases, label="right") as session:
+        async with service.databases.reading(label="right") as session:
             await session.execute(SELECT)
         await slow_call()
         wrong, right = (

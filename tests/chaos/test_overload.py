@@ -11,7 +11,6 @@ from pathlib import Path
 import asyncpg
 import pytest
 
-from app.db.sessions import reading
 from local.waiting import eventually
 from tests.chaos import FULL
 from tests.chaos.load import Answer, after, ask, offer, quantile
@@ -246,7 +245,7 @@ async def test_waiting_is_first_come_first_served(database: Database) -> None:
         databases = service.databases
 
         async def wait_for_it(number: int) -> None:
-            async with reading(databases) as session:
+            async with databases.reading() as session:
                 await session.connection()
                 order.append(number)
 

@@ -13,7 +13,6 @@ from sqlalchemy.exc import DBAPIError
 
 from app.db import engines
 from app.db.query import Query
-from app.db.sessions import reading, writing
 from app.errors import CommandTimeout, ConnectionLost, PoolExhausted, classify
 from local.cluster import Cluster
 from local.waiting import eventually
@@ -95,7 +94,7 @@ async def test_two_services_in_a_process_know_nothing_of_each_other(database: Da
 async def test_gauges_are_what_the_pools_are(database: Database) -> None:
     """Each scrape publishes the figures of its moment."""
     async with quiet(database.settings(pool_size=2, max_overflow=1)) as service:
-        async with writing(service.databases) as session:
+        async with service.databases.writing() as session:
             await session.execute(text("SELECT 1"))
             service.databases.publish()
 
@@ -144,7 +143,7 @@ async def test_long_held_connection_is_counted_and_named(
     monkeypatch.setattr(engines, "UPKEEP_SECONDS", 0.01)
     async with (
         serving(database.settings(leak_after_seconds=0.05)) as service,
-        writing(service.databases, label="forgetful") as session,
+        service.databases.writing(label="forgetful") as session,
     ):
         await session.execute(text("SELECT 1"))
 
@@ -309,7 +308,7 @@ async def test_close_waits_for_what_is_at_work_and_refuses_the_rest(database: Da
     """A request in flight is finished; one that waits, and one that comes, is told that the service ends."""
     async with serving(database.settings(pool_size=1, max_overflow=0, pool_timeout=10)) as service:
         databases, pool = service.databases, service.databases.primary.pool
-        async with writing(databases) as session:
+        async with databases.writing() as session:
             await session.execute(text("SELECT 1"))
             waiting = asyncio.create_task(_write(databases))
 
@@ -348,12 +347,12 @@ async def test_close_cuts_what_does_not_end(
 
 
 async def _write(databases: engines.Databases) -> None:
-    async with writing(databases) as session:
+    async with databases.writing() as session:
         await session.execute(text("SELECT 1"))
 
 
 async def _sleep(databases: engines.Databases) -> None:
-    async with writing(databases) as session:
+    async with databases.writing() as session:
         await session.execute(text("SELECT pg_sleep(60)"))
 
 
@@ -363,6 +362,6 @@ async def test_read_outside_a_request_when_everything_is_closed(database: Databa
         pass
 
     with pytest.raises(PoolExhausted, match="shutting down"):
-        async with reading(service.databases) as session:
+        async with service.databases.reading() as session:
             await session.execute(text("SELECT 1"))
     assert await sessions_end(database)

@@ -11,7 +11,7 @@ from sqlalchemy import Text, bindparam, cast, literal_column, select, text
 
 from app.db.observe import name_loss
 from app.db.query import Query
-from app.db.sessions import ReadDB, WriteDB, reading, writing
+from app.db.sessions import ReadDB, WriteDB
 from app.errors import CommandTimeout, ConnectionLost
 from app.logs import JsonFormatter
 from tests.conftest import Database, Execute
@@ -61,7 +61,7 @@ async def test_slow_read_past_sqlalchemy_is_logged_too(
 ) -> None:
     """The short way to a replica hides nothing."""
     async with quiet(database.settings(slow_query_seconds=0.01)) as service:
-        async with reading(service.databases, label="report") as session:
+        async with service.databases.reading(label="report") as session:
             await session.rows(SLOW_WORD, word=SECRET)
 
         assert service.sample("db_slow_queries_total", pool="replica") == 1
@@ -78,7 +78,7 @@ async def test_long_statement_is_cut_and_a_fast_one_is_not_logged(
 ) -> None:
     """Two hundred characters on one line are enough to find a statement."""
     settings = database.settings(replica=False, slow_query_seconds=0.3)
-    async with quiet(settings) as service, writing(service.databases) as session:
+    async with quiet(settings) as service, service.databases.writing() as session:
         await session.execute(text("SELECT 1"))
         await session.execute(text("SELECT pg_sleep(0.3),\n     " + ", ".join(["1"] * 200)))
 

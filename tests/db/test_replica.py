@@ -10,7 +10,6 @@ import pytest
 
 from app.db.replica import BREAK_SECONDS, Replica, State
 from app.db.sentinel import Look
-from app.db.sessions import reading
 from app.errors import ReplicaUnavailable
 from local.waiting import eventually
 from tests.conftest import Database, Execute
@@ -270,7 +269,7 @@ async def test_falling_back_can_be_switched_off(database: Database, state: State
         router.replicas[0].state = state
 
         with pytest.raises(ReplicaUnavailable, match=f"The replica is {state}"):
-            reading(service.databases)
+            service.databases.reading()
         answer = await service.client.get("/patients")
 
         assert (answer.status_code, answer.json()["code"]) == (503, "replica_unavailable")

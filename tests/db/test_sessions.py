@@ -20,10 +20,7 @@ from app.db.sessions import (
     WriteSession,
     consistency_of,
     databases_of,
-    reading,
-    reporting,
     route_of,
-    writing,
 )
 from app.patients import queries
 from app.patients.models import Patient
@@ -135,7 +132,7 @@ async def test_read_in_pieces_on_the_replica_has_no_transaction(
     async with quiet(through(database, proxy, replica_proxy)) as service:
         for _ in range(2):
             replica_proxy.round_trips = 0
-            async with reading(service.databases) as session:
+            async with service.databases.reading() as session:
                 for _ in range(2):
                     await session.execute(text("SELECT 1"))
                 pool = service.databases.replicas[0].pool
@@ -149,7 +146,7 @@ async def test_read_in_pieces_on_the_replica_has_no_transaction(
 
 async def test_session_without_a_statement_takes_nothing(service: Service) -> None:
     """A session is lazy: opened, entered and left, it costs no connection."""
-    for session in (reading(service.databases), writing(service.databases), reporting(service.databases)):
+    for session in (service.databases.reading(), service.databases.writing(), service.databases.reporting()):
         async with session:
             assert session.connection_held is None
         async with session:
@@ -239,7 +236,7 @@ async def test_write_in_a_report_is_refused(service: Service, execute: Execute) 
 
 async def test_types_refuse_a_write_in_a_read_session(service: Service) -> None:
     """Each line is a mistake to mypy, which would object to the comment if it were not; and it fails when it is run."""
-    async with reading(service.databases) as session:
+    async with service.databases.reading() as session:
         patient = Patient(**ADA)
         with pytest.raises(TypeError, match="a ReadSession does not write: Patient"):
             session.add(patient)  # type: ignore[arg-type]
@@ -254,12 +251,12 @@ async def test_types_refuse_a_write_in_a_read_session(service: Service) -> None:
 async def test_objects_are_written_by_a_write_session(service: Service, execute: Execute) -> None:
     """What a session was given is stored at the end of its block, what it was told to delete is gone."""
     names = [Patient(mrn=f"A-{n}", full_name="Ada", birth_date=date(1915, 12, 10)) for n in range(3)]
-    async with writing(service.databases) as session:
+    async with service.databases.writing() as session:
         session.add(names[0])
         session.add_all(names[1:])
     assert await execute(PATIENTS) == 3
 
-    async with writing(service.databases) as session:
+    async with service.databases.writing() as session:
         found = (await session.execute(select(Patient).where(Patient.mrn == "A-1"))).scalar_one()
         await session.delete(found)
     assert await execute(PATIENTS) == 2
@@ -267,7 +264,7 @@ async def test_objects_are_written_by_a_write_session(service: Service, execute:
 
 async def test_unknown_attribute_of_a_session(service: Service) -> None:
     """A session that was not used yet has no more attributes than one that was."""
-    async with reading(service.databases) as session:
+    async with service.databases.reading() as session:
         with pytest.raises(AttributeError, match="wieght"):
             session.wieght  # type: ignore[attr-defined]  # noqa: B018  # That it is not there is the point.
 
@@ -449,7 +446,7 @@ async def test_background_task_opens_a_session_of_its_own(service: Service, exec
 
     async def task() -> None:
         held.append(service.databases.primary.pool.figures().checked_out)
-        async with writing(service.databases, label="later") as session:
+        async with service.databases.writing(label="later") as session:
             await session.execute(ADD_ADA)
 
     assert (await service.client.post("/later")).status_code == 200
@@ -510,7 +507,7 @@ def test_scope_without_the_middleware_has_no_wishes() -> None:
 
 async def test_session_outside_a_request_reads_where_it_may(service: Service) -> None:
     """Without a request nothing is wished for: the replica serves."""
-    async with reading(service.databases) as session:
+    async with service.databases.reading() as session:
         assert isinstance(session, ReadSession)
         assert (await session.execute(text("SELECT pg_is_in_recovery()"))).scalar_one() is True
 
@@ -518,7 +515,7 @@ async def test_session_outside_a_request_reads_where_it_may(service: Service) ->
 async def test_write_connection_is_asked_nothing_after_it_was_lost(service: Service, execute: Execute) -> None:
     """Closing a session whose connection is gone is quiet."""
     async with AsyncExitStack() as stack:
-        session = await stack.enter_async_context(writing(service.databases))
+        session = await stack.enter_async_context(service.databases.writing())
         pid = (await session.execute(text("SELECT pg_backend_pid()"))).scalar_one()
         await execute("SELECT pg_terminate_backend($1)", pid)
         with pytest.raises(DBAPIError):
