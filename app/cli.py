@@ -73,8 +73,9 @@ def doctor() -> None:
     settings = _settings()
     table = Table("database", "at", "status", "first answer", "pool", "max_connections", title="Databases")
     ok = True
+    servers, warnings = budget.by_server(settings), dict[str, str]()
     for prefix, database in settings.databases:
-        started = time.perf_counter()
+        started, granted = time.perf_counter(), None
         try:
             granted = _ask(settings, database, MAX_CONNECTIONS)[0]["granted"]
         except DatabaseUnavailable as error:
@@ -85,7 +86,12 @@ def doctor() -> None:
             limit = str(granted)
         pool = f"{database.pool_size} + {database.max_overflow}"
         table.add_row(f"{prefix}URL", escape(database.location), status, latency, pool, limit)
+        if granted is not None and (sentence := budget.over_budget(settings, servers[database.server], granted)):
+            # Behind a pooler it is the pooler's business, so this warns and does not fail.
+            warnings[database.server] = sentence
     console.print(table)
+    for server, sentence in warnings.items():
+        console.print(f"[yellow]Too many for max_connections of {escape(server)}:[/yellow] {escape(sentence)}")
     total = budget.connections_of(settings, [database for _, database in settings.databases])
     console.print(
         f"All pools: {settings.workers} workers x {settings.instances} instances = at most {total} connections."

@@ -109,6 +109,11 @@ class DatabaseSettings(BaseModel):
         return make_url(self.url.get_secret_value())
 
     @property
+    def server(self) -> str:
+        """Host and port: what databases share that share a server."""
+        return self.location.rpartition("/")[0]
+
+    @property
     def location(self) -> str:
         """Host, port and database: what may be shown."""
         url = self.parsed_url

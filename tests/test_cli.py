@@ -214,6 +214,20 @@ async def test_doctor_reaches_every_database(database: Database) -> None:
     assert "app_rw" not in result.output
 
 
+async def test_doctor_warns_of_more_than_the_server_takes(database: Database) -> None:
+    """Three instances of fifty meet a server of one hundred: the arithmetic is shown before it happens."""
+    sizes = {"DATABASE_POOL_SIZE": "40", "DATABASE_MAX_OVERFLOW": "10", "INSTANCES": "3"}
+
+    calm = await run("doctor", DATABASE_URL=database.url())
+    result = await run("doctor", DATABASE_URL=database.url(), **sizes)
+
+    assert "Too many" not in calm.output
+    assert result.exit_code == 0, result.output
+    said = " ".join(result.output.split())
+    assert "Too many for max_connections" in said
+    assert "1 workers x 3 instances x (40 + 10 + 1) + (2 + 2 + 1) = 168 connections > 100 - 3 reserved" in said
+
+
 async def test_doctor_fails_when_a_database_does_not_answer(database: Database) -> None:
     """A database that is down is said, and is the exit status."""
     down = f"postgresql://a:hunter2@127.0.0.1:{free_port()}/x"

@@ -58,25 +58,34 @@ def connections_of(settings: Settings, databases: list[DatabaseSettings]) -> int
     return per_process * settings.workers * settings.instances
 
 
-def check_budget(settings: Settings) -> None:
-    """Refuse settings that can open more connections than the server grants.
+def by_server(settings: Settings) -> dict[str, list[DatabaseSettings]]:
+    """Sort the databases by host and port: those that share them share a budget."""
+    servers: dict[str, list[DatabaseSettings]] = {}
+    for _, database in settings.databases:
+        servers.setdefault(database.server, []).append(database)
+    return servers
 
-    Each server has a budget of its own: databases count together when they share a host and port.
+
+def over_budget(settings: Settings, databases: list[DatabaseSettings], limit: int) -> str | None:
+    """Show the arithmetic when these databases can open more than `limit` less the reserve; None when they cannot."""
+    wanted = connections_of(settings, databases)
+    if wanted <= limit - settings.connection_reserve:
+        return None
+    pools = " + ".join(f"({d.pool_size} + {d.max_overflow} + 1)" for d in databases)
+    return (
+        f"{settings.workers} workers x {settings.instances} instances x {pools} = {wanted} connections > "
+        f"{limit} - {settings.connection_reserve} reserved. Lower DATABASE_POOL_SIZE, DATABASE_MAX_OVERFLOW, WORKERS "
+        "or INSTANCES, or put PgBouncer in between. (The 1 is the connection that watches the database.)"
+    )
+
+
+def check_budget(settings: Settings) -> None:
+    """Refuse settings that can open more connections than CONNECTION_LIMIT grants on each server.
 
     Raises: SettingsError, with the arithmetic.
     """
     if settings.connection_limit is None:
         return
-    by_server: dict[str, list[DatabaseSettings]] = {}
-    for database in (settings.primary, *settings.replicas, settings.analytics):
-        by_server.setdefault(database.location.rpartition("/")[0], []).append(database)
-    for server, databases in by_server.items():
-        wanted, granted = connections_of(settings, databases), settings.connection_limit - settings.connection_reserve
-        if wanted > granted:
-            pools = " + ".join(f"({d.pool_size} + {d.max_overflow} + 1)" for d in databases)
-            raise SettingsError(
-                f"CONNECTION_LIMIT: {server} would get {settings.workers} workers x {settings.instances} instances x "
-                f"{pools} = {wanted} connections > {settings.connection_limit} - {settings.connection_reserve} "
-                "reserved. Lower DATABASE_POOL_SIZE, DATABASE_MAX_OVERFLOW, WORKERS or INSTANCES, or put PgBouncer "
-                "in between. (The 1 is the connection that watches the database.)"
-            )
+    for server, databases in by_server(settings).items():
+        if sentence := over_budget(settings, databases, settings.connection_limit):
+            raise SettingsError(f"CONNECTION_LIMIT: {server} would get {sentence}")
