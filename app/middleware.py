@@ -120,6 +120,12 @@ class LastResort:
 
         try:
             await self._app(scope, receive, send_noting)
+        except asyncio.CancelledError:
+            # uvicorn cancels what outlasts the grace at shutdown, and would answer 500 in plain text.
+            if not started:
+                failure = _CUT_SAFELY if scope["method"] in SAFE_METHODS else _CUT
+                await problem(Request(scope), failure)(scope, receive, send)
+            raise
         except Exception:
             # The edge of the request: whatever comes here is a bug, and the next request must not suffer from it.
             logger.exception("unforeseen failure", extra={"route": route_of(scope)})
@@ -241,6 +247,13 @@ class OnceMore:
         return str(code)
 
 
+_CUT_SAFELY = Failure(503, "closing", "The service shut down before the answer was there.")
+_CUT = Failure(
+    503,
+    "outcome_unknown",
+    "The service shut down during the change, so it may or may not have been made. "
+    "Read before you try again, or send the request with an Idempotency-Key.",
+)
 _PLAIN_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 _TOKEN = re.compile(rb"([0-9A-Fa-f]{1,8})/([0-9A-Fa-f]{1,8})")
 _COOKIE = re.compile(rb"(?:^|;\s*)consistency_token=([^;]*)")

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import asyncpg
+import httpx
 import pytest
 from fastapi import Request
 from fastapi.responses import StreamingResponse
@@ -18,7 +19,7 @@ from app.middleware import HttpMetrics, LastResort, OnceMore, ReadYourWrites, Re
 from local.cluster import Cluster
 from local.waiting import eventually
 from tests.conftest import Database
-from tests.service import Service, exhausted, serving
+from tests.service import Service, exhausted, listening, serving
 
 ADA = {"mrn": "A-1", "full_name": "Ada", "birth_date": "1980-01-01"}
 
@@ -121,7 +122,7 @@ async def test_cancelled_request_is_counted_and_over(service: Service) -> None:
         await waiting
 
     assert service.sample("http_requests_in_progress") == 0
-    assert service.sample("http_requests_total", method="GET", route="/wait", status="500") == 1
+    assert service.sample("http_requests_total", method="GET", route="/wait", status="503") == 1
 
 
 # The last resort
@@ -158,6 +159,31 @@ async def test_failure_after_the_start_of_an_answer_is_the_servers(service: Serv
 
     with pytest.raises(RuntimeError, match="a bug"):
         await service.client.get("/stream")
+
+
+@pytest.mark.parametrize(("method", "code"), [("GET", "closing"), ("POST", "outcome_unknown")])
+async def test_request_cut_by_a_shutdown_is_answered(service: Service, method: str, code: str) -> None:
+    """What uvicorn cancels when the grace is over gets a problem document, not uvicorn's own plain text."""
+    at_work = asyncio.Event()
+
+    async def endless() -> None:
+        at_work.set()
+        await asyncio.Event().wait()
+
+    service.app.add_api_route("/endless", endless, methods=[method])
+
+    async def without_lifespan(scope: Scope, receive: Receive, send: Send) -> None:
+        assert scope["type"] == "http"
+        await service.app(scope, receive, send)
+
+    async with httpx.AsyncClient(trust_env=False) as client:
+        async with listening(without_lifespan) as url:
+            request = asyncio.create_task(client.request(method, f"{url}/endless"))
+            await at_work.wait()
+        answer = await request
+
+    assert (answer.status_code, answer.headers["content-type"]) == (503, MEDIA_TYPE)
+    assert (answer.json()["code"], answer.headers["retry-after"]) == (code, "1")
 
 
 async def test_other_scopes_pass_through(service: Service) -> None:

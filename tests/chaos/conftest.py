@@ -9,8 +9,8 @@ from local.cluster import Cluster
 from tests.chaos import FULL
 
 TABLE = Path(__file__).parents[2] / "docs" / "failures.md"
-# The columns of the table, by position.
-MEASURED, NAME = 3, 4
+# The column of the table, by position; the last one names the test.
+MEASURED = 3
 
 _measured: dict[str, str] = {}
 
@@ -43,18 +43,24 @@ async def synchronous_cluster(breakable_cluster: Cluster) -> AsyncIterator[Clust
         await primary.kill()
 
 
-def rows() -> list[list[str]]:
-    """Return the cells of docs/failures.md, a list for each row, without the head."""
-    lines = [line for line in TABLE.read_text(encoding="utf-8").splitlines() if line.startswith("|")]
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Let a whole run write its figures down."""
+    parser.addoption("--write-figures", action="store_true", help="Put what was measured into docs/failures.md.")
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     """Print the table with what this run measured."""
     if not FULL or not _measured:
         return
-    terminalreporter.section("docs/failures.md, as measured by this run")
-    known = {row[NAME].strip("`").partition("::")[2]: row for row in (rows() if TABLE.exists() else [])}
-    for name, found in _measured.items():
-        row = known.get(name, [name, "", "", "", name])
-        terminalreporter.write_line(f"{row[0]}\n    promised: {row[2]}\n    measured: {found}\n    by {row[NAME]}")
+    terminalreporter.section("docs/failures.md, with the figures of this run")
+    lines = TABLE.read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines):
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        found = _measured.get(cells[-1].strip("`").rpartition("::")[2])
+        if found is None:
+            continue
+        cells[MEASURED] = found
+        lines[number] = f"| {' | '.join(cells)} |"
+        terminalreporter.write_line(lines[number])
+    if config.getoption("--write-figures"):
+        TABLE.write_text("\n".join([*lines, ""]), encoding="utf-8")

@@ -94,6 +94,11 @@ def after(seconds: float) -> Callable[[], bool]:
     return lambda: time.monotonic() >= end
 
 
+def tell(counts: Counter[Any]) -> str:
+    """Write counts down for the table, the most frequent first."""
+    return ", ".join(f"{count} × {what}" for what, count in counts.most_common())  # noqa: RUF001  # As people write it.
+
+
 def quantile(values: list[float], share: float) -> float:
     """Return the value that this share of them does not exceed."""
     return sorted(values)[min(len(values) - 1, int(len(values) * share))]

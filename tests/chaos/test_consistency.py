@@ -11,7 +11,7 @@ from typing import Any
 
 from local.cluster import Cluster
 from tests.chaos import FULL
-from tests.chaos.load import ask
+from tests.chaos.load import ask, tell
 from tests.conftest import Database
 from tests.service import serving
 
@@ -83,7 +83,7 @@ async def test_reads_follow_writes(
         on_replica = service.sample("db_reads_routed_total", target="replica", reason="replica")
         once_more = service.sample("db_reads_retried_total", reason="not_found")
 
-    measured(f"{PAIRS} pairs: {dict(counts)}; {on_replica:.0f} reads went to the replica, {once_more:.0f} once more")
+    measured(f"{PAIRS} pairs: {tell(counts)}; {on_replica:.0f} reads went to the replica, {once_more:.0f} once more")
     assert counts["with token: fresh"] == PAIRS
     assert set(counts) == {"with token: fresh", "without token: fresh", "without token: stale"}
     assert once_more > 0

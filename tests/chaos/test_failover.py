@@ -14,7 +14,7 @@ from local.cluster import Cluster
 from local.postgres import Server
 from local.waiting import eventually
 from tests.chaos import FULL
-from tests.chaos.load import Writers
+from tests.chaos.load import Writers, tell
 from tests.conftest import Database
 from tests.proxy import Proxy
 from tests.service import serving
@@ -113,7 +113,7 @@ def judge(writers: Writers, promoted: float) -> str:
     told = writers.told.values()
     slowest = max(answer.seconds for answer in told)
     failed_late = [answer.code for answer in told if answer.asked_at >= promoted + RESUMED_SECONDS and answer.code]
-    figures = f"resumed after {resumed:.2f} s, slowest answer {slowest:.2f} s, {dict(writers.outcomes())}"
+    figures = f"resumed after {resumed:.2f} s, slowest answer {slowest:.2f} s, {tell(writers.outcomes())}"
     assert resumed <= RESUMED_SECONDS, figures
     assert slowest <= RESUMED_SECONDS, figures
     assert not failed_late, figures

@@ -10,7 +10,7 @@ import asyncpg
 
 from app.idempotency import HEADER
 from tests.chaos import FULL
-from tests.chaos.load import Answer, ask
+from tests.chaos.load import Answer, ask, tell
 from tests.conftest import Database
 from tests.proxy import Fate, Proxy
 from tests.service import serving
@@ -65,7 +65,7 @@ async def test_retry_with_a_key_is_exactly_once(database: Database, measured: Ca
             again = {mrn: await clients.send(mrn) for mrn in list(clients.created)[:100]}
 
     stored = await stored_mrns(database)
-    measured(f"{len(clients.created)} patients, {dict(clients.told)}, {len(stored)} rows")
+    measured(f"{len(clients.created)} patients, {tell(clients.told)}, {len(stored)} rows")
     assert clients.told["outcome_unknown"] >= CUTS
     assert set(clients.told) <= {"201", "outcome_unknown", "connection_lost"}
     assert sorted(stored) == sorted(clients.created)

@@ -13,7 +13,7 @@ import pytest
 
 from local.waiting import eventually
 from tests.chaos import FULL
-from tests.chaos.load import Answer, after, ask, offer, quantile
+from tests.chaos.load import Answer, after, ask, offer, quantile, tell
 from tests.chaos.wire import Client
 from tests.conftest import Database
 from tests.service import exhausted, serving
@@ -163,7 +163,7 @@ async def test_ten_thousand_at_once(
     statuses = Counter(answer.status for answer in answers)
     slowest = max(answer.seconds for answer in answers)
     measured(
-        f"{CONCURRENT} at once, {patience} patience: {dict(statuses)}, slowest {slowest:.1f} s, "
+        f"{CONCURRENT} at once, {patience} patience: {tell(statuses)}, slowest {slowest:.1f} s, "
         f"at most {most} server connections"
     )
     assert set(statuses) == {200, 201} if patience == "long" else set(statuses) <= {200, 201, 503}

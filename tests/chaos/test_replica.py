@@ -10,7 +10,7 @@ import pytest
 from local.cluster import Cluster
 from local.waiting import eventually
 from tests.chaos import FULL
-from tests.chaos.load import Answer, after, ask, offer, quantile
+from tests.chaos.load import Answer, after, ask, offer, quantile, tell
 from tests.conftest import Database
 from tests.proxy import Proxy
 from tests.service import Service, serving
@@ -66,7 +66,7 @@ async def test_reads_go_on_without_the_replica(
     statuses = Counter(answer.code or str(answer.status) for answer in [*before, *first, *later])
     measured(
         f"{end}: p99 {p99(before) * 1000:.1f} ms before, {p99(first) * 1000:.0f} ms in the first second, "
-        f"{p99(later) * 1000:.1f} ms after; {dict(statuses)}"
+        f"{p99(later) * 1000:.1f} ms after; {tell(statuses)}"
     )
     assert set(statuses) == {"200"}
     assert p99(later) <= p99(before) + ADDED_SECONDS
