@@ -141,9 +141,17 @@ class _Link(asyncio.Protocol):
         del exc
         self.end()
 
+    def server_left(self) -> None:
+        """Close the client's side too, unless nothing gets through."""
+        if not self.frozen:
+            self.end()
+
     def pass_on(self) -> None:
         """Send on what was held back, unless it is to be held."""
         if self.frozen or self._client is None or self._server is None:
+            return
+        if self._server.is_closing():
+            self.end()
             return
         requests, answers, self._held, self._held_answers = self._held, self._held_answers, [], []
         if answers:
@@ -216,4 +224,4 @@ class _Upstream(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         del exc
-        self._link.end()
+        self._link.server_left()
