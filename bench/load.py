@@ -1,0 +1,130 @@
+"""The two load generators, each a process of its own: wrk for throughput, h2load where latency is quoted.
+
+wrk is a closed loop: each client waits for its answer, so a slow server gets fewer requests and its latency looks
+better than it is. It tells how much a server can do, and no latency is taken from it. h2load opens one connection for
+each arrival, at a fixed rate, whatever became of the earlier ones: nothing is omitted when the server stalls. (Its
+`--rps` is of no use here: all its clients fire in the same millisecond.)
+"""
+
+import asyncio
+import re
+import shutil
+import tempfile
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+# Arrivals come in groups this far apart, in milliseconds; far below every latency that matters.
+PERIOD_MILLISECONDS = 10
+# Patience with the slowest answer of an open loop.
+PATIENCE_SECONDS = 45
+SCRIPT = Path(__file__).with_name("requests.lua")
+
+
+class BenchError(Exception):
+    """The run cannot go on, or its figures would be worth nothing; the text says why."""
+
+
+@dataclass(frozen=True)
+class Closed:
+    """What a closed loop got: requests answered, how many of them badly, and seconds."""
+
+    requests: int
+    errors: int
+    seconds: float
+
+    @property
+    def rate(self) -> float:
+        """Answers for each second."""
+        return self.requests / self.seconds
+
+
+@dataclass(frozen=True)
+class Open:
+    """What an open loop got: latencies in milliseconds by status; 0 stands for no answer at all."""
+
+    offered: float
+    # From the first arrival to the last answer: a queue is still being served when arrivals have ended.
+    seconds: float
+    latencies: dict[int, list[float]]
+
+    def count(self, status: int) -> int:
+        """Count the answers with this status."""
+        return len(self.latencies.get(status, []))
+
+    @property
+    def sent(self) -> int:
+        """Arrivals."""
+        return sum(map(len, self.latencies.values()))
+
+    @property
+    def statuses(self) -> Counter[int]:
+        """Answers by status."""
+        return Counter({status: len(found) for status, found in self.latencies.items()})
+
+    def quantile(self, share: float, status: int = 200) -> float:
+        """Return the latency that `share` of the answers with this status stay below; nan without any."""
+        found = sorted(self.latencies.get(status, []))
+        return found[min(len(found) - 1, int(share * len(found)))] if found else float("nan")
+
+
+def require_generators() -> None:
+    """Raise BenchError, with the command to type, when a generator is not installed."""
+    missing = [name for name in ("wrk", "h2load") if shutil.which(name) is None]
+    if missing:
+        raise BenchError(f"{' and '.join(missing)} not found: apt-get install wrk nghttp2-client")
+
+
+async def closed_loop(url: str, *, clients: int, seconds: int, method: str = "GET", expected: int = 200) -> Closed:
+    """Keep `clients` connections busy; an answer with another status than `expected` is an error."""
+    output = await _run(
+        "wrk", "-t1", f"-c{clients}", f"-d{seconds}s", "--timeout", "30s", "-s", str(SCRIPT), url,
+        "--", method, str(expected),
+    )  # fmt: skip
+    counted = re.search(r"counted (\d+) (\d+) (\d+) (\d+)", output)
+    if counted is None:
+        raise BenchError(f"wrk said: {output[-300:]}")
+    requests, microseconds, wrong, broken = map(int, counted.groups())
+    return Closed(requests, wrong + broken, microseconds / 1e6)
+
+
+async def open_loop(url: str, *, rate: float, seconds: float) -> Open:
+    """Let requests arrive at `rate` for each second, one connection each, and wait for every answer."""
+    period = max(PERIOD_MILLISECONDS, round(1000 / rate))
+    group = max(1, round(rate * period / 1000))
+    count = round(group * seconds * 1000 / period)
+    with tempfile.NamedTemporaryFile(prefix="lifeguard-h2load-") as log:
+        await _run(
+            "h2load", "--h1", "-t1", f"-n{count}", f"-c{count}", f"-r{group}", f"--rate-period={period}ms",
+            f"--connection-inactivity-timeout={PATIENCE_SECONDS}", f"--log-file={log.name}", url,
+        )  # fmt: skip
+        latencies, lasted = _read_log(Path(log.name))
+    # A connection that was refused leaves no line.
+    lost = count - sum(map(len, latencies.values()))
+    if lost > 0:
+        latencies.setdefault(0, []).extend([float("inf")] * lost)
+    return Open(group * 1000 / period, max(seconds, lasted), latencies)
+
+
+def _read_log(log: Path) -> tuple[dict[int, list[float]], float]:
+    """Read h2load's log: milliseconds of each answer by status, 0 for a failed stream; and how long all of it took."""
+    found: dict[int, list[float]] = {}
+    starts, ends = [], []
+    for line in log.read_text(encoding="ascii").splitlines():
+        start, status, microseconds = map(int, line.split("\t"))
+        found.setdefault(max(0, status), []).append(microseconds / 1000)
+        starts.append(start)
+        ends.append(start + microseconds)
+    return found, (max(ends) - min(starts)) / 1e6 if starts else 0.0
+
+
+async def _run(*command: str) -> str:
+    process = await asyncio.create_subprocess_exec(
+        *command, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
+    )
+    try:
+        output, _ = await process.communicate()
+    finally:
+        if process.returncode is None:
+            process.kill()
+    return output.decode(errors="replace")

@@ -1,0 +1,97 @@
+"""The bar: CPU for each request against the floor, and throughput against the textbook."""
+
+from collections.abc import Callable
+
+import httpx
+
+from bench import plots
+from bench.load import BenchError
+from bench.measure import Plan, Row, alternate
+from bench.report import Section
+from bench.stage import Served, Stage
+
+# Fewer than any pool has connections, and than ours lets ask the primary again after a miss (7): a queue is another
+# section's subject.
+CLIENTS = 6
+# Method, path, expected status, the most that ours may cost in floors.
+ROUTES = (
+    ("GET", "/patients/7", 200, 2.0),
+    ("GET", "/patients?limit=50", 200, 2.5),
+    ("POST", "/patients", 201, 2.5),
+    ("GET", "/patients/999999", 404, 2.5),
+    ("GET", "/nothing", 404, 2.5),
+)
+TIMES_TEXTBOOK = 2.5
+
+
+async def run(stage: Stage, plan: Plan, tell: Callable[[str], None]) -> Section:
+    """Measure every route, ours and the floor in turn; for one patient the textbook too."""
+    section = Section("The bar")
+    rows = []
+    async with (
+        stage.serving("floor") as floor,
+        stage.serving("ours") as ours,
+        stage.serving("textbook") as textbook,
+        stage.serving("asyncpg_pool") as bare,
+    ):
+        for method, path, status, most in ROUTES[:3] if plan.quick else ROUTES:
+            _same_answer(floor, ours, path, method)
+            servers = [floor, bare, textbook, ours] if path == "/patients/7" else [floor, ours]
+            found = await alternate(
+                stage, servers, path, clients=CLIENTS, plan=plan, tell=tell, method=method, expected=status
+            )
+            if path == "/patients/7":
+                one_patient = found
+            ratio = found["ours"].cpu.median / found["floor"].cpu.median
+            claim = f"{method} {path}: {ratio:.2f} floors, at most {most:g} wanted"
+            rows.append(
+                [
+                    f"`{method} {path}` → {status}",
+                    found["floor"].cpu.text(),
+                    found["ours"].cpu.text(),
+                    f"{ratio:.2f}",
+                    f"≤ {most:g}",
+                    section.verdict(claim, held=ratio <= most),
+                ]
+            )
+    section.table(["request", "floor, µs CPU", "ours, µs CPU", "ratio", "bar", ""], rows)
+    _against_textbook(section, one_patient["textbook"], one_patient["ours"])
+    section.table(
+        ["`GET /patients/7`", "µs CPU", "requests/s", "in floors", "new sessions for 1,000 requests"],
+        [
+            [
+                row.name,
+                row.cpu.text(),
+                row.rate.text(),
+                f"{row.cpu.median / one_patient['floor'].cpu.median:.2f}",
+                f"{row.opened.median:.1f}",
+            ]
+            for row in one_patient.values()
+        ],
+    )
+    figure = plots.bars(
+        "GET /patients/7: what one request costs the server",
+        "µs of CPU, median and spread of the rounds",
+        {r.name: (r.cpu.median, min(r.cpu.values), max(r.cpu.values)) for r in one_patient.values()},
+    )
+    section.picture("bar", "CPU for each request of four variants", figure)
+    section.say(
+        "The floor answers the same status and body. It has no metrics, request id, gate, routing to the replica, "
+        "validation or error handling. For POST it needs no BEGIN and COMMIT, as one statement is a transaction."
+    )
+    return section
+
+
+def _against_textbook(section: Section, textbook: Row, ours: Row) -> None:
+    times = ours.rate.median / textbook.rate.median
+    claim = f"{times:.2f} times the textbook's requests/s, at least {TIMES_TEXTBOOK:g} wanted"
+    section.say(f"Ours serves {claim}: {section.verdict(claim, held=times >= TIMES_TEXTBOOK)}.")
+
+
+def _same_answer(floor: Served, ours: Served, path: str, method: str) -> None:
+    if method != "GET":
+        return
+    a, b = (httpx.get(server.url + path, trust_env=False) for server in (floor, ours))
+    # What a person reads after "no such route" is not data.
+    if a.status_code != b.status_code or (a.content != b.content and path != "/nothing"):
+        raise BenchError(f"The floor answers {path} otherwise than ours: {a.text[:200]} and {b.text[:200]}")

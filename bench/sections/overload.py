@@ -1,0 +1,80 @@
+"""More requests than the database can serve: a queue of 30 seconds against ours, which refuses what it cannot do."""
+
+from collections.abc import Callable, Mapping
+
+from bench import plots
+from bench.load import closed_loop, open_loop
+from bench.measure import Plan, Series
+from bench.report import Section
+from bench.stage import Stage
+
+POOL = 4
+LOADS = (0.5, 1.0, 2.0, 3.0, 5.0)
+WINDOW_SECONDS = 2
+# Whoever asked has given up after this long; an answer that comes later did work for nobody.
+USEFUL_MILLISECONDS = 1000
+VARIABLES: Mapping[str, Mapping[str, str]] = {
+    "textbook": {"BENCH_POOL_SIZE": str(POOL), "BENCH_MAX_OVERFLOW": "0"},
+    "ours": {"DATABASE_REPLICA_POOL_SIZE": str(POOL), "DATABASE_REPLICA_MAX_OVERFLOW": "0"},
+}
+
+
+async def run(stage: Stage, plan: Plan, tell: Callable[[str], None]) -> Section:
+    """Offer each load to both in turn."""
+    section = Section("Overload")
+    useful = {name: {load: Series() for load in LOADS} for name in VARIABLES}
+    late = {name: {load: Series() for load in LOADS} for name in VARIABLES}
+    refused: dict[float, list[float]] = {load: [] for load in LOADS}
+    other = 0
+    async with (
+        stage.serving("textbook", VARIABLES["textbook"]) as textbook,
+        stage.serving("ours_at_work", VARIABLES["ours"]) as ours,
+    ):
+        servers = {"textbook": textbook, "ours": ours}
+        # Twice as many clients as connections: a connection that is given back is taken at once.
+        await closed_loop(textbook.url + "/wait", clients=2 * POOL, seconds=1)
+        capacity = (await closed_loop(ours.url + "/wait", clients=2 * POOL, seconds=3)).rate
+        for number in range(1, plan.rounds + 1):
+            for load in LOADS:
+                for name, server in servers.items():
+                    tell(f"{load:g} x capacity · {name} · round {number} of {plan.rounds}")
+                    got = await open_loop(server.url + "/wait", rate=load * capacity, seconds=WINDOW_SECONDS)
+                    in_time = [x for x in got.latencies.get(200, []) if x <= USEFUL_MILLISECONDS]
+                    useful[name][load].values.append(len(in_time) / got.seconds)
+                    late[name][load].values.append(got.quantile(0.99))
+                    other += got.sent - got.count(200) - got.count(503)
+                    if name == "ours":
+                        refused[load] += got.latencies.get(503, [])
+    section.say(
+        f"A pool of {POOL}, a query that waits 20 ms: {capacity:.0f} answers a second are possible. Useful is a 200 "
+        f"within {USEFUL_MILLISECONDS / 1000:g} s of its arrival; the rate is taken up to the last answer, which comes "
+        f"after the {WINDOW_SECONDS} s of arrivals when a queue is left. Neither 200 nor 503: {other}."
+    )
+    section.table(
+        ["offered", "textbook: useful/s", "p99 ms", "ours: useful/s", "p99 ms of 200s", "ours: 503s", "p99 ms of 503s"],
+        [
+            [
+                f"{load:g} x",
+                *(text for name in VARIABLES for text in (useful[name][load].text(), late[name][load].text())),
+                str(len(refused[load])),
+                f"{sorted(refused[load])[int(0.99 * len(refused[load]))]:.0f}" if refused[load] else "",
+            ]
+            for load in LOADS
+        ],
+    )
+    kept = useful["ours"][3.0].median / capacity
+    claim = f"at 3 x capacity {kept:.0%} of capacity in useful answers, at least 95 % wanted"
+    section.say(f"Ours keeps {claim}: {section.verdict(claim, held=kept >= 0.95)}.")  # noqa: PLR2004
+    figure = plots.lines(
+        [
+            (title, unit, {name: (LOADS, [found[name][load].median for load in LOADS]) for name in VARIABLES})
+            for title, unit, found in (
+                ("Useful answers", "200s within 1 s, for each second", useful),
+                ("Latency of 200s", "p99, ms", late),
+            )
+        ],
+        x_label="offered load, times capacity",
+        log_y=(False, True),
+    )
+    section.picture("overload", "Useful answers and p99 by offered load", figure)
+    return section

@@ -1,0 +1,48 @@
+"""The textbook's async engine: QueuePool with pre-ping and 30 seconds of patience, BEGIN … COMMIT, entities."""
+
+from collections.abc import AsyncIterator
+from typing import Annotated
+
+from fastapi import Depends, FastAPI
+from sqlalchemy import select, text
+from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
+
+from bench.variants import patients as shared
+
+
+def create_app() -> FastAPI:
+    """Make the application."""
+    engine = create_async_engine(
+        shared.reader_url("+asyncpg"),
+        pool_size=shared.POOL_SIZE,
+        max_overflow=shared.MAX_OVERFLOW,
+        pool_timeout=shared.POOL_TIMEOUT_SECONDS,
+        pool_pre_ping=True,
+        pool_recycle=1800,
+    )
+    make_session = async_sessionmaker(engine, expire_on_commit=False)
+    app = FastAPI()
+
+    async def session_of() -> AsyncIterator[AsyncSession]:
+        async with make_session() as session:
+            try:
+                yield session
+                await session.commit()
+            except Exception:
+                await session.rollback()
+                raise
+
+    @app.get("/patients/{patient_id}", response_model=shared.PatientOut)
+    async def get_patient(patient_id: int, session: Annotated[AsyncSession, Depends(session_of)]) -> shared.Patient:
+        found = await session.execute(select(shared.Patient).where(shared.Patient.id == patient_id))
+        return found.scalar_one()
+
+    @app.get("/wait")
+    async def wait(session: Annotated[AsyncSession, Depends(session_of)]) -> None:
+        await session.execute(text(shared.WAIT))
+
+    @app.get("/health/ready")
+    async def ready() -> None:
+        pass
+
+    return app
