@@ -65,6 +65,11 @@ class Replica:
         if look.status != "healthy":
             self._broken_at = look.at
             self._become("broken")
+            if not self.database.sentinel.healthy:
+                # Reads that wait for an answer on it would wait for long; cut, they are run once more on the primary.
+                # Not for one late look or one failed connect: where the processor is short, those are not the
+                # replica's fault, and opening every connection anew would make it shorter still.
+                self.database.pool.abandon()
         elif look.at - self._broken_at >= BREAK_SECONDS:
             self._become(self._state_by_lag())
 
@@ -87,9 +92,6 @@ class Replica:
         level = logging.INFO if state == "usable" else logging.WARNING
         logger.log(level, "replica is %s", state, extra={"database": self.database.name, "lag_bytes": self.lag_bytes})
         self.state = state
-        if state == "broken":
-            # Reads that wait for an answer on it would wait for long; cut, they are run once more on the primary.
-            self.database.pool.abandon()
 
 
 class Router:
