@@ -186,6 +186,29 @@ async def test_request_cut_by_a_shutdown_is_answered(service: Service, method: s
     assert (answer.json()["code"], answer.headers["retry-after"]) == (code, "1")
 
 
+async def test_answer_cut_by_a_cancel_stays_cut(service: Service) -> None:
+    """What has begun when the server gives a request up is not answered a second time."""
+    begun = asyncio.Event()
+
+    async def endless() -> AsyncIterator[bytes]:
+        yield b"half of "
+        begun.set()
+        await asyncio.Event().wait()
+
+    async def stream() -> StreamingResponse:
+        return StreamingResponse(endless())
+
+    service.app.add_api_route("/stream", stream)
+    reading = asyncio.create_task(service.client.get("/stream"))
+    await begun.wait()
+    reading.cancel()
+
+    with pytest.raises(asyncio.CancelledError):
+        await reading
+
+    assert service.sample("http_requests_total", method="GET", route="/stream", status="200") == 1
+
+
 async def test_other_scopes_pass_through(service: Service) -> None:
     """Lifespan and websockets are none of these layers' business."""
     seen: list[Scope] = []
