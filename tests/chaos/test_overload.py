@@ -50,9 +50,9 @@ async def slow_down(database: Database) -> None:
 
 @asynccontextmanager
 async def overloadable(database: Database, directory: Path, **environment: str) -> AsyncIterator[Client]:
-    """Serve on the primary alone, with a small pool, as a process of its own."""
-    variables = {
-        "DATABASE_URL": database.url(),
+    """Serve with small pools, reads from the replica, as a process of its own."""
+    await database.cluster.wait_replayed()
+    variables = database.environment() | {
         "DATABASE_POOL_SIZE": str(POOL),
         "DATABASE_MAX_OVERFLOW": "0",
         "DATABASE_POOL_TIMEOUT": str(POOL_TIMEOUT_SECONDS),
