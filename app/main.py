@@ -46,8 +46,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         version="0.1.0",
         description=DESCRIPTION,
         lifespan=_lifespan,
-        # The metrics are Prometheus's. OpenTelemetry that nobody has set up still asks itself so at every step.
-        telemetry={"tracing": False, "metrics": False},
+        # The metrics are Prometheus's. OpenTelemetry that nobody has set up still asks itself so at every request.
+        telemetry={"tracing": False, "metrics": False, "logs": False},
     )
     app.state.settings = settings
     app.state.metrics = metrics

@@ -6,22 +6,21 @@ with any of the databases down: readiness says so, and the sentinels notice when
 
 import asyncio
 import logging
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypeVarTuple, cast
 
-import asyncpg
 from sqlalchemy import Row
 from sqlalchemy.ext.asyncio import create_async_engine
 
-from app.db.connector import DRIVER_FAILURES, Connector
-from app.db.observe import EngineWatch, PoolWatch, forget_row, name_loss
+from app.db.connector import Connector
+from app.db.lease import Lease
+from app.db.observe import EngineWatch, PoolWatch
 from app.db.pool import BoundedPool
 from app.db.query import Query
 from app.db.replica import Replica, Router
 from app.db.sentinel import Look, Sentinel
-from app.db.sessions import Consistency, ReadSession, WriteSession
-from app.errors import ConnectionLost, DatabaseUnavailable, WriteInReadSession
+from app.db.sessions import Consistency, ReadSession, Way, WriteSession
+from app.errors import DatabaseUnavailable
 from app.metrics import Metrics
 from app.settings import DatabaseSettings, Settings
 
@@ -30,8 +29,6 @@ logger = logging.getLogger(__name__)
 Role = Literal["primary", "replica", "analytics"]
 # Seconds between two rounds of upkeep of the pools: short against every lifetime, long against a round's cost.
 UPKEEP_SECONDS = 1.0
-# Seconds for telling the server to stop what a cancelled request asked.
-CLOSE_SECONDS = 2.0
 Ts = TypeVarTuple("Ts")
 
 
@@ -64,10 +61,15 @@ class Database:
         )
         self.pool = cast("BoundedPool", self.engine.pool)
         EngineWatch(self.engine, self.pool, watch, writable=role == "primary")
+        read_only = self.engine.execution_options(postgresql_readonly=True)
         # For reads: free of transactions on a replica, BEGIN READ ONLY on the primary.
-        self.read_engine = self.engine if role == "replica" else self.engine.execution_options(postgresql_readonly=True)
+        self.reads = Way(self.engine, None) if role == "replica" else Way(read_only, {"readonly": True})
+        self.writes = Way(self.engine, {})
         # For reports: all statements of a session see one snapshot.
-        self.report_engine = self.engine.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
+        self.reports = Way(
+            read_only.execution_options(isolation_level="REPEATABLE READ"),
+            {"isolation": "repeatable_read", "readonly": True},
+        )
         self._server: float | None = None
         if role == "primary":
             self.sentinel.listeners.append(self._follow)
@@ -84,33 +86,14 @@ class Database:
     async def fetch(self, query: Query[*Ts], parameters: Mapping[str, Any]) -> Sequence[Row[*Ts]]:
         """Run one query on a connection taken for it alone, outside any transaction.
 
-        Raises: PoolExhausted, DatabaseUnreachable, ConnectionLost, CommandTimeout, WriteInReadSession; any other
-        asyncpg.PostgresError as it comes.
+        Raises: PoolExhausted, DatabaseUnreachable; and as `Lease.rows` does.
         """
-        entry = await self.pool.lease()
-        connection = cast("asyncpg.Connection[Any]", entry.driver_connection)
-        started = time.perf_counter()
+        lease = Lease(self)
+        await lease.take()
         try:
-            return await query.fetch(connection, parameters)
-        except OSError as error:
-            connection.terminate()
-            raise name_loss(error) from error
-        except asyncpg.ReadOnlySQLTransactionError as error:
-            raise WriteInReadSession("A read session was asked to write.") from error
-        except asyncpg.PostgresError as error:
-            forget_row(error)
-            raise
-        except asyncpg.InterfaceError as error:
-            if connection.is_closed():
-                raise ConnectionLost("The connection to the database was lost.") from error
-            raise
-        except asyncio.CancelledError:
-            # The statement may still run: closing waits until the server has been told to stop it.
-            await asyncio.shield(_close(connection))
-            raise
+            return await lease.rows(query, parameters)
         finally:
-            self.watch.answered(entry.info["tenure"], query.sql, time.perf_counter() - started)
-            self.pool.give_back(entry)
+            lease.give_back()
 
 
 class Databases:
@@ -151,11 +134,11 @@ class Databases:
         wish = Consistency() if consistency is None else consistency
         database, wish.reason = self.router.route(at_least=wish.wanted_lsn, primary=wish.primary_only)
         wish.read_from = database
-        return ReadSession(database, database.read_engine, label=label)
+        return ReadSession(database, database.reads, label=label)
 
     def reporting(self, *, label: str = "background") -> ReadSession:
         """Open a session on the analytics pool: REPEATABLE READ, READ ONLY, one snapshot for all its statements."""
-        return ReadSession(self.analytics, self.analytics.report_engine, label=label)
+        return ReadSession(self.analytics, self.analytics.reports, label=label)
 
     def writing(self, consistency: Consistency | None = None, *, label: str = "background") -> WriteSession:
         """Open a session on the primary; it commits when its block ends, and rolls back when that raises.
@@ -234,13 +217,6 @@ class Databases:
                 figures = database.pool.figures()
                 extra = {name: getattr(figures, name) for name in figures.__slots__}
                 logger.info("pool figures", extra={"pool": database.name, **extra})
-
-
-async def _close(connection: "asyncpg.Connection[Any]") -> None:
-    try:
-        await connection.close(timeout=CLOSE_SECONDS)
-    except DRIVER_FAILURES:
-        connection.terminate()
 
 
 async def _warm_up(database: Database) -> None:

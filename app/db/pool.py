@@ -22,7 +22,7 @@ from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from types import FrameType
-from typing import Any, Self, cast
+from typing import Any, Self, TypeVar, cast
 
 from greenlet import getcurrent
 from sqlalchemy.pool import ConnectionPoolEntry, Pool, PoolProxiedConnection
@@ -35,6 +35,9 @@ from app.settings import DatabaseSettings
 
 # Who takes a connection in this context: the route template of a request, or the name of a task.
 holder: ContextVar[str] = ContextVar("holder", default="background")
+# What SQLAlchemy connects to in this context in place of a connection of its own.
+_adopted: ContextVar[ConnectionPoolEntry | None] = ContextVar("adopted", default=None)
+T = TypeVar("T")
 
 
 @dataclass(slots=True, eq=False)
@@ -149,6 +152,8 @@ class BoundedPool(Pool):
     # Checkout and checkin, called by SQLAlchemy inside its greenlet.
 
     def _do_get(self) -> ConnectionPoolEntry:
+        if (adopted := _adopted.get()) is not None:
+            return adopted
         started = self._clock()
         deadline = asyncio.get_running_loop().time() + self.settings.pool_timeout
         self._admit(deadline)
@@ -172,6 +177,14 @@ class BoundedPool(Pool):
                 self._counts.at_work += 1
                 return self._hand_out(self._idle.pop(), started)
         return cast("ConnectionPoolEntry", await greenlet_spawn(self._do_get))
+
+    def adopt(self, entry: ConnectionPoolEntry, connect: Callable[[], T]) -> T:
+        """Let SQLAlchemy `connect` to what `lease` gave; it is SQLAlchemy that gives it back then."""
+        adopting = _adopted.set(entry)
+        try:
+            return connect()
+        finally:
+            _adopted.reset(adopting)
 
     def give_back(self, entry: ConnectionPoolEntry) -> None:
         """Return what `lease` gave; a connection that is closed meanwhile is replaced."""

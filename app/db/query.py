@@ -8,6 +8,7 @@ transaction, goes through SQLAlchemy's own `Connection`.
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
+from operator import itemgetter
 from typing import Any, Generic, TypeVarTuple, cast
 
 import asyncpg
@@ -19,16 +20,6 @@ from sqlalchemy.sql.selectable import TypedReturnsRows
 Ts = TypeVarTuple("Ts")
 
 _DIALECT: Dialect = dialect()  # type: ignore[no-untyped-call]  # SQLAlchemy leaves its dialects bare.
-
-
-class RowRecord(asyncpg.Record):
-    """A record whose columns are attributes too, as those of SQLAlchemy's rows are."""
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return self[name]
-        except KeyError:
-            raise AttributeError(name) from None
 
 
 class Query(Generic[*Ts]):
@@ -52,8 +43,15 @@ class Query(Generic[*Ts]):
 
     async def fetch(self, connection: asyncpg.Connection, parameters: Mapping[str, Any]) -> Sequence[Row[*Ts]]:
         """Run it on a connection that is in no transaction: one round trip once the connection knows the statement."""
-        records = await connection.fetch(self.sql, *self.arguments(parameters), record_class=RowRecord)
+        records = await connection.fetch(self.sql, *self.arguments(parameters), record_class=self._row_class)
         return cast("Sequence[Row[*Ts]]", records)
+
+    @cached_property
+    def _row_class(self) -> type[asyncpg.Record]:
+        """A record whose columns are attributes too, as those of SQLAlchemy's rows are."""
+        names = enumerate(self.statement.exported_columns.keys())
+        columns = {name: property(itemgetter(number)) for number, name in names}
+        return type("Row", (asyncpg.Record,), {"__slots__": (), **columns})
 
     @cached_property
     def _compiled(self) -> Any:

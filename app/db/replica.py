@@ -10,6 +10,7 @@ A replica breaks on a look that fails or a connect that fails, and is let in aga
 
 import logging
 import time
+from functools import lru_cache
 from typing import TYPE_CHECKING, Literal
 
 from app.db.sentinel import Look, Sentinel
@@ -100,7 +101,7 @@ class Router:
     def __init__(self, primary: "Database", replicas: list[Replica], metrics: Metrics, *, fallback: bool) -> None:
         self.replicas = replicas
         self._primary = primary
-        self._metrics = metrics
+        self._count = lru_cache(lambda target, reason: metrics.reads_routed.labels(target, reason))
         self._fallback = fallback
 
     def route(self, *, at_least: int | None = None, primary: bool = False) -> "tuple[Database, Reason]":
@@ -118,11 +119,11 @@ class Router:
             elif best is None or replica.database.pool.load < best.database.pool.load:
                 best = replica
         if best is not None:
-            self._metrics.reads_routed.labels(best.database.name, "replica").inc()
+            self._count(best.database.name, "replica").inc()
             return best.database, "replica"
         if not self._fallback and reason in {"unknown", "lagging", "broken"}:
             raise ReplicaUnavailable(f"The replica is {reason} and falling back to the primary is switched off.")
-        self._metrics.reads_routed.labels("primary", reason).inc()
+        self._count("primary", reason).inc()
         return self._primary, reason
 
     def trip(self, name: str) -> None:

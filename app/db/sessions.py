@@ -12,7 +12,7 @@ They end with the endpoint and before the response starts, so a COMMIT that fail
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from types import TracebackType
@@ -21,16 +21,16 @@ from typing import TYPE_CHECKING, Annotated, Any, Never, TypeVar, TypeVarTuple, 
 import asyncpg
 from fastapi import Depends, Request
 from sqlalchemy import Connection, Engine, Row
-from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.orm import Session
 from sqlalchemy.sql.selectable import TypedReturnsRows
 from sqlalchemy.util.concurrency import greenlet_spawn
 
 from app.db.connector import DRIVER_FAILURES
+from app.db.lease import Lease
 from app.db.pool import Tenure, holder
 from app.db.query import Query
-from app.errors import CommandTimeout, ConnectionLost, OutcomeUnknown, TransactionAborted
+from app.errors import ConnectionLost, DatabaseUnavailable, OutcomeUnknown, TransactionAborted
 
 if TYPE_CHECKING:
     from app.db.engines import Database, Databases
@@ -60,16 +60,26 @@ class Consistency:
     written_lsn: int | None = None
 
 
-class _OneConnection(Session):
-    """A session that opens its connection at the first statement and keeps it until it is closed."""
+@dataclass(frozen=True, slots=True)
+class Way:
+    """A way to use an engine: the engine with its options for SQLAlchemy, and the same transaction for asyncpg.
 
+    Without a transaction (None) each statement stands for itself.
+    """
+
+    engine: AsyncEngine
+    transaction: Mapping[str, Any] | None
+
+
+class _OneConnection(Session):
+    """A session that has its connection from its owner at the first statement, and keeps it until it is closed."""
+
+    owner: "ReadSession"
     held: Connection | None = None
-    label: str = "background"
 
     def get_bind(self, *_args: Any, **_kwargs: Any) -> Connection:
         if self.held is None:
-            holder.set(self.label)
-            self.held = cast("Engine", self.bind).connect()
+            self.held = self.owner.hand_over(cast("Engine", self.bind))
             # The transaction is ours: SQLAlchemy's session takes part in it, and does not end it.
             self.held.begin()
         return self.held
@@ -87,17 +97,22 @@ class _OneConnection(Session):
 
 
 class ReadSession(AsyncSession):
-    """A session that reads. The database refuses its writes; mypy refuses them before."""
+    """A session that reads. The database refuses its writes; mypy refuses them before.
+
+    It asks by the driver (`rows`) until SQLAlchemy's own session is needed, which then goes on with the same connection
+    in the same transaction.
+    """
 
     sync_session_class = _OneConnection
     sync_session: _OneConnection
 
-    def __init__(self, database: "Database", engine: AsyncEngine, *, label: str) -> None:
+    def __init__(self, database: "Database", way: Way, *, label: str) -> None:
         self._database = database
-        self._engine = engine
+        self._way = way
         self._label = label
+        self._lease: Lease | None = None
         # Nothing to undo on the server, and so nothing to wait for when the session is closed.
-        self._settled = database.role == "replica"
+        self._settled = way.transaction is None
 
     if not TYPE_CHECKING:  # pragma: no branch  # To mypy a session has AsyncSession's attributes and no others.
 
@@ -105,8 +120,8 @@ class ReadSession(AsyncSession):
             # SQLAlchemy's own session is made when it is first asked for; a session that reads by `rows` never asks.
             if name not in {"sync_session", "_proxied", "bind", "binds"}:
                 raise AttributeError(name)
-            super().__init__(self._engine, expire_on_commit=False)
-            self.sync_session.label = self._label
+            super().__init__(self._way.engine, expire_on_commit=False)
+            self.sync_session.owner = self
             return getattr(self, name)
 
     @property
@@ -114,27 +129,56 @@ class ReadSession(AsyncSession):
         """The connection that SQLAlchemy's session has, if it has one."""
         return self.sync_session.held if "sync_session" in vars(self) else None
 
+    def hand_over(self, engine: Engine) -> Connection:
+        """Give SQLAlchemy's session the connection of this one, or one of the pool. Called in SQLAlchemy's greenlet."""
+        holder.set(self._label)
+        lease, self._lease = self._lease, None
+        return engine.connect() if lease is None else lease.adopt(engine)
+
     async def rows(self, query: Query[*Ts], **parameters: Any) -> Sequence[Row[*Ts]]:
         """Return all rows of a query, past the unit of work: flush before, if objects were changed.
 
         On a replica each call takes a connection for itself, one round trip and gives it back: there is no transaction
         for it to be part of. On the primary it runs in the session's transaction.
         """
-        if self._settled and self.connection_held is None:
-            holder.set(self._label)
+        if self.connection_held is not None:
+            return await greenlet_spawn(self.sync_session.read_rows, query.statement, parameters)
+        holder.set(self._label)
+        if self._way.transaction is None:
             return await self._database.fetch(query, parameters)
-        return await greenlet_spawn(self.sync_session.read_rows, query.statement, parameters)
+        if self._lease is None:
+            self._lease = Lease(self._database)
+            await self._lease.begin(self._way.transaction)
+        return await self._lease.rows(query, parameters)
+
+    async def rollback(self) -> None:
+        """Take back what the session did so far; what comes next is another transaction."""
+        await self._end_lease()
+        if "sync_session" in vars(self):
+            await super().rollback()
+
+    async def close(self) -> None:
+        """Give the connection back; what is not committed is rolled back."""
+        await self._end_lease()
+        if "sync_session" in vars(self):
+            await super().close()
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Give the connection back; what is not committed is rolled back."""
+        await self._end_lease()
         if "sync_session" not in vars(self):
             return
         if self._settled or self.sync_session.held is None:
             self.sync_session.close()
         else:
             await super().__aexit__(kind, error, trace)
+
+    async def _end_lease(self) -> None:
+        lease, self._lease = self._lease, None
+        if lease is not None:
+            await lease.end()
 
     # WriteSession widens these again.
     def add(self, instance: Never, *, _warn: bool = True) -> None:  # type: ignore[override]  # Narrowed on purpose.
@@ -154,7 +198,7 @@ class WriteSession(ReadSession):
     """A session that reads and writes on the primary, and commits when its block ends without an error."""
 
     def __init__(self, database: "Database", *, label: str, consistency: Consistency | None) -> None:
-        super().__init__(database, database.engine, label=label)
+        super().__init__(database, database.writes, label=label)
         self._consistency = consistency
 
     def add(self, instance: object, *, _warn: bool = True) -> None:
@@ -180,55 +224,47 @@ class WriteSession(ReadSession):
             await super().__aexit__(kind, error, trace)
 
     async def _finish(self) -> None:
-        if "sync_session" not in vars(self):
-            return
-        if self.new or self.dirty or self.deleted:
-            # What the objects still owe fails here, and not inside COMMIT, where it would look like a lost outcome.
-            await self.flush()
-        connection = self.sync_session.held
-        if connection is not None:
-            if not self.is_active:
-                # A flush failed and took everything back, and somebody went on as if it had not.
-                raise TransactionAborted(SWALLOWED)
-            await _commit(connection)
-            self._settled = True
-            if self._consistency is not None:
-                self._consistency.written_lsn = await _written_lsn(connection)
+        if "sync_session" in vars(self):
+            if self.new or self.dirty or self.deleted:
+                # What the objects still owe fails here, and not inside COMMIT, where it would look like a lost outcome.
+                await self.flush()
+            held = self.sync_session.held
+            if held is not None:
+                if not self.is_active:
+                    # A flush failed and took everything back, and somebody went on as if it had not.
+                    raise TransactionAborted(SWALLOWED)
+                driver = held.connection.driver_connection
+                await self._commit(driver, held.info["tenure"], lambda: greenlet_spawn(held.commit))
+        if self._lease is not None:
+            await self._commit(self._lease.connection, self._lease.tenure, self._lease.commit)
+
+    async def _commit(self, driver: Any, tenure: Tenure, commit: Callable[[], Awaitable[None]]) -> None:
+        if tenure.aborted:
+            # PostgreSQL answers COMMIT of a failed transaction with a silent ROLLBACK; the client would read 2xx.
+            raise TransactionAborted(SWALLOWED)
+        if driver is None or driver.is_closed():
+            raise ConnectionLost("The connection to the database was lost; nothing was committed.")
+        before, started = tenure.queried, time.perf_counter()
+        try:
+            await commit()
+        except (*DRIVER_FAILURES, DatabaseUnavailable) as error:
+            if driver.is_closed():
+                raise OutcomeUnknown(UNKNOWN) from error
+            raise
+        self._settled = True
+        if self._consistency is not None:
+            self._consistency.written_lsn = await _written_lsn(driver)
+        tenure.queried = before + time.perf_counter() - started
 
 
-async def _commit(connection: Connection) -> None:
-    tenure: Tenure = connection.info["tenure"]
-    if tenure.aborted:
-        # PostgreSQL answers COMMIT of a failed transaction with a silent ROLLBACK; the client would read 2xx.
-        raise TransactionAborted(SWALLOWED)
-    driver = connection.connection.driver_connection
-    if driver is None or driver.is_closed():
-        raise ConnectionLost("The connection to the database was lost; nothing was committed.")
-    started = time.perf_counter()
-    try:
-        await greenlet_spawn(connection.commit)
-    except (ConnectionLost, CommandTimeout) as error:
-        raise OutcomeUnknown(UNKNOWN) from error
-    except DBAPIError as error:
-        if error.connection_invalidated:
-            raise OutcomeUnknown(UNKNOWN) from error
-        raise
-    tenure.queried += time.perf_counter() - started
-
-
-async def _written_lsn(connection: Connection) -> int | None:
+async def _written_lsn(driver: "asyncpg.Connection[Any]") -> int | None:
     """Ask how far the WAL reaches after COMMIT; before it, the answer would be older than the commit itself."""
-    tenure: Tenure = connection.info["tenure"]
-    driver = cast("asyncpg.Connection[Any]", connection.connection.driver_connection)
-    started = time.perf_counter()
     try:
         return int(await driver.fetchval(WRITTEN_LSN))
     except DRIVER_FAILURES as error:
         # The write is committed and must be answered so; only the promise to read it back at once is lost.
         logger.warning("no consistency token", extra={"reason": str(error) or type(error).__name__})
         return None
-    finally:
-        tenure.queried += time.perf_counter() - started
 
 
 def route_of(scope: Mapping[str, Any]) -> str:

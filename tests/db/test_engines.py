@@ -11,7 +11,7 @@ import pytest
 from sqlalchemy import Integer, Text, bindparam, literal_column, select, text
 from sqlalchemy.exc import DBAPIError
 
-from app.db import engines
+from app.db import engines, lease
 from app.db.query import Query
 from app.errors import CommandTimeout, ConnectionLost, PoolExhausted, classify
 from local.cluster import Cluster
@@ -263,7 +263,7 @@ async def test_cancelled_direct_read_on_a_silent_server_ends(
     database: Database, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Telling a server to stop takes so long and no longer."""
-    monkeypatch.setattr(engines, "CLOSE_SECONDS", 0.05)
+    monkeypatch.setattr(lease, "CLOSE_SECONDS", 0.05)
     async with pooled(proxy.url(database.url()), role="replica") as p:
         await p.backend()
         proxy.hang()

@@ -422,11 +422,11 @@ async def test_one_lost_connection_does_not_take_the_others(database: Database) 
 async def test_direct_read_checks_what_it_takes(database: Database, proxy: Proxy, clock: Clock) -> None:
     """The short way to a connection is for those that need no check: after idling it costs the same round trip."""
     async with pooled(proxy.url(database.url()), role="replica", clock=clock) as p:
-        trips = []
+        trips, query = [], Query(select(literal(1)))
         for seconds in (0, 0, 31):
             clock.now += seconds
             proxy.round_trips = 0
-            await p.database.fetch(Query(select(literal(1))), {})
+            await p.database.fetch(query, {})
             trips.append(proxy.round_trips)
 
         assert trips[1:] == [1, 2]

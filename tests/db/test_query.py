@@ -50,7 +50,7 @@ async def test_both_ways_give_the_same_row(database: Database) -> None:
     """Constants, parameters and their types arrive alike, by position and by name."""
     async with pooled(database.replica_url(), role="replica") as p:
         (past,) = await p.database.fetch(ECHO, VALUES)
-        async with ReadSession(p.database, p.database.read_engine, label="test") as session:
+        async with ReadSession(p.database, p.database.reads, label="test") as session:
             (through,) = (await session.execute(ECHO.statement, VALUES)).all()
 
     assert tuple(past) == tuple(through)

@@ -1,0 +1,170 @@
+"""One connection of the pool, asked by the driver and not through SQLAlchemy: taken, asked, given back.
+
+Around a short statement SQLAlchemy's execution costs several times the statement (`docs/performance.md`), so a session
+asks its constant queries here: with a transaction around them, or on a replica without one. When SQLAlchemy's own
+session is needed after all, it takes connection and transaction over (`adopt`). Failures leave by the same names as
+those that went through SQLAlchemy: see `EngineWatch`.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar, TypeVarTuple, cast
+
+import asyncpg
+from asyncpg.transaction import Transaction
+from sqlalchemy import Connection, Engine, Row
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.pool import ConnectionPoolEntry
+
+from app.db.connector import DRIVER_FAILURES, KeptAliveConnection
+from app.db.observe import READ_ONLY, forget_row, name_loss
+from app.db.pool import Tenure
+from app.db.query import Query
+from app.errors import ConnectionLost, WriteInReadSession
+
+if TYPE_CHECKING:
+    from app.db.engines import Database
+
+logger = logging.getLogger(__name__)
+
+# Seconds for telling the server to stop what a cancelled request asked.
+CLOSE_SECONDS = 2.0
+T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
+
+
+class Lease:
+    """A connection that one session has to itself until `end` or `adopt`; it does one thing at a time."""
+
+    __slots__ = ("_database", "_readonly", "_transaction", "connection", "entry", "tenure")
+
+    connection: KeptAliveConnection
+    tenure: Tenure
+
+    def __init__(self, database: "Database") -> None:
+        self._database = database
+        self._readonly = database.role != "primary"
+        self._transaction: Transaction | None = None
+        self.entry: ConnectionPoolEntry | None = None
+
+    async def take(self) -> None:
+        """Take a connection from the pool; `end` the lease whatever happens.
+
+        Raises: PoolExhausted, DatabaseUnreachable.
+        """
+        self.entry = entry = await self._database.pool.lease()
+        self.connection = cast("KeptAliveConnection", entry.driver_connection)
+        self.tenure = entry.info["tenure"]
+
+    async def begin(self, options: Mapping[str, Any]) -> None:
+        """Take a connection and begin a transaction, with asyncpg's `options` for it.
+
+        Raises: as `take` and `rows` do.
+        """
+        await self.take()
+        self._readonly = self._readonly or options.get("readonly", False)
+        transaction = self.connection.transaction(**options)
+        await self._ask(transaction.start())
+        self._transaction = transaction
+
+    async def rows(self, query: Query[*Ts], parameters: Mapping[str, Any]) -> Sequence[Row[*Ts]]:
+        """Run one query.
+
+        Raises: ConnectionLost, CommandTimeout, WriteInReadSession, sqlalchemy.exc.IntegrityError; any other
+        asyncpg.PostgresError as it comes.
+        """
+        if self.entry is None:
+            raise RuntimeError("a session does one thing at a time: this one is still getting its connection")
+        return await self._ask(query.fetch(self.connection, parameters), query.sql)
+
+    async def commit(self) -> None:
+        """Commit the transaction; raises as `rows` does."""
+        transaction, self._transaction = cast("Transaction", self._transaction), None
+        await self._ask(transaction.commit())
+
+    async def end(self) -> None:
+        """Take back what is not committed and give the connection back. Does nothing the second time."""
+        transaction, self._transaction = self._transaction, None
+        try:
+            if transaction is not None and not self.connection.is_closed():
+                await self._ask(transaction.rollback())
+        except (*DRIVER_FAILURES, ConnectionLost):
+            # The answer does not depend on it: a server that lost the connection has rolled back.
+            self.connection.terminate()
+        finally:
+            self.give_back()
+
+    def give_back(self) -> None:
+        """Return the connection to the pool; one that is closed meanwhile is replaced there."""
+        entry, self.entry = self.entry, None
+        if entry is not None:
+            self._database.pool.give_back(entry)
+
+    def adopt(self, engine: Engine) -> Connection:
+        """Let SQLAlchemy go on where this lease stands: its connection, its transaction. Closing it gives it back.
+
+        Called in SQLAlchemy's greenlet.
+        """
+        entry, self.entry = self.entry, None
+        connection = self._database.pool.adopt(cast("ConnectionPoolEntry", entry), engine.connect)
+        # The dialect begins at the first statement, unless it knows of a transaction.
+        cast("Any", connection.connection.dbapi_connection)._transaction = self._transaction  # noqa: SLF001
+        self._transaction = None
+        return connection
+
+    def __del__(self) -> None:
+        if self.entry is not None:
+            # Whoever left the session without closing it; the permit would be lost with it.
+            logger.error("session dropped without being closed", extra={"route": self.tenure.holder})
+            self.connection.terminate()
+            self.give_back()
+
+    async def _ask(self, answer: Awaitable[T], statement: str | None = None) -> T:
+        """Wait for an answer, count its time, and name its failure; BEGIN and COMMIT are no statements to count."""
+        started = time.perf_counter()
+        try:
+            return await answer
+        except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
+            self._name(error, statement)
+            raise
+        except asyncio.CancelledError:
+            # The statement may still run: closing waits until the server has been told to stop it.
+            await asyncio.shield(_close(self.connection))
+            raise
+        finally:
+            seconds = time.perf_counter() - started
+            if statement is None:
+                self.tenure.queried += seconds
+            else:
+                self._database.watch.answered(self.tenure, statement, seconds)
+
+    def _name(self, error: Exception, statement: str | None) -> None:
+        """Do to the connection what this failure means for it, and raise the failure's own name if it has one."""
+        # Until a rollback whatever comes next in this transaction fails too.
+        self.tenure.aborted = True
+        forget_row(error)
+        state = getattr(error, "sqlstate", None) or ""
+        if isinstance(error, OSError):
+            self.connection.terminate()
+            raise name_loss(error) from error
+        if isinstance(error, asyncpg.InterfaceError) and self.connection.is_closed():
+            raise ConnectionLost("The connection to the database was lost.") from error
+        if isinstance(error, asyncpg.IntegrityConstraintViolationError):
+            raise IntegrityError(statement, None, error, hide_parameters=True) from error
+        if state == READ_ONLY:
+            if self._readonly:
+                raise WriteInReadSession("A read session was asked to write.") from error
+            # The address leads to a server that was demoted, and so do all the other connections.
+            self._database.pool.dispose()
+        elif state.startswith("57P"):
+            # The server is about to close it, and says so before it does.
+            self.connection.terminate()
+
+
+async def _close(connection: "asyncpg.Connection[Any]") -> None:
+    try:
+        await connection.close(timeout=CLOSE_SECONDS)
+    except DRIVER_FAILURES:
+        connection.terminate()
