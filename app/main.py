@@ -18,7 +18,7 @@ from app.db.engines import Databases
 from app.idempotency import keep_house
 from app.logs import configure_logs
 from app.metrics import Metrics
-from app.middleware import HttpMetrics, LastResort, OnceMore, ReadYourWrites, RequestId
+from app.middleware import Edge, ReadYourWrites
 from app.ops import debug, health
 from app.ops.loop import LoopWatch
 from app.ops.shutdown import draining_first
@@ -46,6 +46,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         version="0.1.0",
         description=DESCRIPTION,
         lifespan=_lifespan,
+        # One thing has one address; and a path that leads nowhere would be matched twice to find a redirect.
+        redirect_slashes=False,
         # The metrics are Prometheus's. OpenTelemetry that nobody has set up still asks itself so at every request.
         telemetry={"tracing": False, "metrics": False, "logs": False},
     )
@@ -56,13 +58,10 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     _add_routes(app, settings)
 
     # The last one added is the outermost.
-    app.add_middleware(OnceMore, metrics=metrics, databases=databases)
-    app.add_middleware(ReadYourWrites, metrics=metrics)
+    app.add_middleware(ReadYourWrites, metrics=metrics, databases=databases)
     if settings.auth_secret is not None:
         security.install(app, settings.auth_secret)
-    app.add_middleware(LastResort)
-    app.add_middleware(HttpMetrics, metrics=metrics)
-    app.add_middleware(RequestId)
+    app.add_middleware(Edge, metrics=metrics)
     return app
 
 

@@ -1,4 +1,4 @@
-"""Pure ASGI middleware, outermost first: request id, HTTP metrics, last resort, consistency.
+"""Pure ASGI middleware, outermost first: the edge (request id, HTTP metrics, last resort) and consistency.
 
 Each passes other scope types through. What a request's layers tell each other lives in `scope["state"]`.
 """
@@ -42,32 +42,12 @@ REPLICA_FAILURES = frozenset(
 )
 
 
-class RequestId:
-    """Give each request an id, the client's own if it is a plain one, in the log and in X-Request-ID."""
+class Edge:
+    """Give each request an id, count and time it, and let no failure leave unanswered.
 
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one request."""
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        given = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"")
-        # It need not be unguessable, and random bytes of the kernel would cost ten times as much.
-        chosen = given if _PLAIN_ID.fullmatch(given) else b"%016x" % random.getrandbits(64)
-        request_id.set(chosen.decode())
-
-        async def send_with_id(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                message["headers"] = [*message.get("headers", ()), (b"x-request-id", chosen)]
-            await send(message)
-
-        await self._app(scope, receive, send_with_id)
-
-
-class HttpMetrics:
-    """Count and time requests by method, route template and status."""
+    The id is the client's own if it is a plain one; it goes into the log and X-Request-ID. Three duties in one layer:
+    as layers of their own they took a tenth of a short read's CPU (docs/performance.md).
+    """
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self._app = app
@@ -80,72 +60,63 @@ class HttpMetrics:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        status = 500
-        started = time.perf_counter()
-        self._in_progress.inc()
+        given = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"")
+        # It need not be unguessable, and random bytes of the kernel would cost ten times as much.
+        chosen = given if _PLAIN_ID.fullmatch(given) else b"%016x" % random.getrandbits(64)
+        request_id.set(chosen.decode())
+        status: int | None = None
 
-        async def send_counted(message: Message) -> None:
+        async def send_marked(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
+                message["headers"] = [*message.get("headers", ()), (b"x-request-id", chosen)]
             await send(message)
 
+        started = time.perf_counter()
+        self._in_progress.inc()
         try:
-            await self._app(scope, receive, send_counted)
+            await self._app(scope, receive, send_marked)
+        except asyncio.CancelledError:
+            # uvicorn cancels what outlasts the grace at shutdown, and would answer 500 in plain text.
+            if status is None:
+                failure = _CUT_SAFELY if scope["method"] in SAFE_METHODS else _CUT
+                await problem(Request(scope), failure)(scope, receive, send_marked)
+            raise
+        except Exception:
+            # The edge of the request: whatever comes here is a bug, and the next request must not suffer from it.
+            logger.exception("unforeseen failure", extra={"route": route_of(scope)})
+            if status is not None:
+                raise
+            await problem(Request(scope), _UNFORESEEN)(scope, receive, send_marked)
         finally:
             self._in_progress.dec()
             # A client may send any word as its method; the label may not.
             method = scope["method"] if scope["method"] in METHODS else "other"
             route = route_of(scope)
-            self._counter(method, route, str(status)).inc()
+            self._counter(method, route, str(status or 500)).inc()
             self._timer(method, route).observe(time.perf_counter() - started)
 
 
-class LastResort:
-    """Answer 500 as a problem document, inside the request id and the metrics, and log what was not foreseen."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one request."""
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        started = False
-
-        async def send_noting(message: Message) -> None:
-            nonlocal started
-            started = True
-            await send(message)
-
-        try:
-            await self._app(scope, receive, send_noting)
-        except asyncio.CancelledError:
-            # uvicorn cancels what outlasts the grace at shutdown, and would answer 500 in plain text.
-            if not started:
-                failure = _CUT_SAFELY if scope["method"] in SAFE_METHODS else _CUT
-                await problem(Request(scope), failure)(scope, receive, send)
-            raise
-        except Exception:
-            # The edge of the request: whatever comes here is a bug, and the next request must not suffer from it.
-            logger.exception("unforeseen failure", extra={"route": route_of(scope)})
-            if started:
-                raise
-            failure = Failure(500, "internal_error", "The service failed. The log has the reason by X-Request-ID.")
-            await problem(Request(scope), failure)(scope, receive, send)
-
-
 class ReadYourWrites:
-    """Carry the consistency token: what a client wrote, it reads, whichever database serves it.
+    """What a client wrote, it reads, whichever database serves it; and nobody gets a 404 for a row that exists.
 
-    A write answers with the LSN after its COMMIT, in a header and a cookie; a request that sends either back is read
-    from a replica only when that has replayed as much.
+    A write answers with the LSN after its COMMIT, the consistency token, in a header and a cookie; a request that sends
+    either back is read from a replica only when that has replayed as much.
+
+    A GET that the replica failed, or whose subject it did not find, is run once more, whole, on the primary. At most
+    half of the primary's capacity does this at a time; others wait for their turn, as long as for a connection. Past
+    that the answer is 503, for "not found" too, which may be a row on its way to the replica.
     """
 
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+    def __init__(self, app: ASGIApp, metrics: Metrics, databases: Databases) -> None:
         self._app = app
-        self._count = lru_cache(lambda outcome: metrics.tokens.labels(outcome))
+        self._databases = databases
+        self._count_token = lru_cache(lambda outcome: metrics.tokens.labels(outcome))
+        self._count_retry = lru_cache(lambda reason: metrics.reads_retried.labels(reason))
+        primary = databases.settings.primary
+        self._room = asyncio.Semaphore(max(1, primary.capacity // 2))
+        self._patience_seconds = primary.pool_timeout
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
@@ -154,17 +125,31 @@ class ReadYourWrites:
             return
         consistency = Consistency(wanted_lsn=self._wanted(scope))
         scope.setdefault("state", {})["consistency"] = consistency
+        again = dict(scope)
+        reason: str | None = None
 
-        async def send_with_token(message: Message) -> None:
-            if message["type"] == "http.response.start" and consistency.written_lsn is not None:
-                token = f"{consistency.written_lsn >> 32:X}/{consistency.written_lsn & 0xFFFFFFFF:X}"
-                headers = MutableHeaders(scope=message)
-                headers[TOKEN_HEADER] = token
-                cookie = f"{TOKEN_COOKIE}={token}; Max-Age={TOKEN_SECONDS}; Path=/; HttpOnly; SameSite=Lax"
-                headers.append("Set-Cookie", cookie)
-            await send(message)
+        async def send_unless_retried(message: Message) -> None:
+            nonlocal reason
+            if message["type"] == "http.response.start":
+                reason = self._why_again(scope, consistency, message["status"])
+                if consistency.written_lsn is not None:
+                    _add_token(message, consistency.written_lsn)
+            if reason is None:
+                await send(message)
 
-        await self._app(scope, receive, send_with_token)
+        await self._app(scope, receive, send_unless_retried)
+        if reason is None:
+            return
+        if not await self._turn_comes():
+            failure = Failure(503, "replica_unavailable", "The replica cannot tell, and the primary is busy.")
+            await problem(Request(scope), failure)(scope, receive, send)
+            return
+        self._count_retry(reason).inc()
+        consistency.primary_only = True
+        try:
+            await self._app(again, receive, send_unless_retried)
+        finally:
+            self._room.release()
 
     def _wanted(self, scope: Scope) -> int | None:
         """Return the newer of the header's and the cookie's token, in bytes of WAL; None without one."""
@@ -178,65 +163,20 @@ class ReadYourWrites:
         for text in found:
             if match := _TOKEN.fullmatch(text):
                 wanted = max(wanted or 0, (int(match[1], 16) << 32) + int(match[2], 16))
-                self._count("accepted").inc()
+                self._count_token("accepted").inc()
             else:
-                self._count("malformed").inc()
+                self._count_token("malformed").inc()
         return wanted
 
-
-class OnceMore:
-    """Run a GET once more, whole, on the primary when the replica failed it or did not find what it names.
-
-    At most half of the primary's capacity does this at a time; others wait for their turn, as long as for a
-    connection. Past that the answer is 503, for "not found" too, which may be a row on its way to the replica: a
-    client never gets a 404 for a row that exists.
-    """
-
-    def __init__(self, app: ASGIApp, metrics: Metrics, databases: Databases) -> None:
-        self._app = app
-        self._metrics = metrics
-        self._databases = databases
-        primary = databases.settings.primary
-        self._room = asyncio.Semaphore(max(1, primary.capacity // 2))
-        self._patience_seconds = primary.pool_timeout
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one request."""
-        if scope["type"] != "http" or scope["method"] not in SAFE_METHODS or not self._databases.replicas:
-            await self._app(scope, receive, send)
-            return
-        consistency: Consistency = scope["state"]["consistency"]
-        again = dict(scope)
-        reason: str | None = None
-
-        async def send_unless_retried(message: Message) -> None:
-            nonlocal reason
-            if message["type"] == "http.response.start":
-                reason = self._reason(scope, consistency, message["status"])
-            if reason is None:
-                await send(message)
-
-        await self._app(scope, receive, send_unless_retried)
-        if reason is None:
-            return
-        try:
-            async with asyncio.timeout(self._patience_seconds):
-                await self._room.acquire()
-        except TimeoutError:
-            failure = Failure(503, "replica_unavailable", "The replica cannot tell, and the primary is busy.")
-            await problem(Request(scope), failure)(scope, receive, send)
-            return
-        self._metrics.reads_retried.labels(reason).inc()
-        consistency.primary_only = True
-        try:
-            await self._app(again, receive, send)
-        finally:
-            self._room.release()
-
-    def _reason(self, scope: Scope, consistency: Consistency, status: int) -> str | None:
+    def _why_again(self, scope: Scope, consistency: Consistency, status: int) -> str | None:
         """Say why the primary should be asked; None when this answer is the one."""
         database = consistency.read_from
-        if database is None or database.role != "replica" or not self._databases.settings.replica_fallback:
+        if (
+            database is None
+            or database.role != "replica"
+            or scope["method"] not in SAFE_METHODS
+            or not self._databases.settings.replica_fallback
+        ):
             return None
         if status == 404:  # noqa: PLR2004
             return "not_found"
@@ -247,7 +187,22 @@ class OnceMore:
             self._databases.router.trip(database.name)
         return str(code)
 
+    async def _turn_comes(self) -> bool:
+        try:
+            async with asyncio.timeout(self._patience_seconds):
+                return await self._room.acquire()
+        except TimeoutError:
+            return False
 
+
+def _add_token(message: Message, lsn: int) -> None:
+    token = f"{lsn >> 32:X}/{lsn & 0xFFFFFFFF:X}"
+    headers = MutableHeaders(scope=message)
+    headers[TOKEN_HEADER] = token
+    headers.append("Set-Cookie", f"{TOKEN_COOKIE}={token}; Max-Age={TOKEN_SECONDS}; Path=/; HttpOnly; SameSite=Lax")
+
+
+_UNFORESEEN = Failure(500, "internal_error", "The service failed. The log has the reason by X-Request-ID.")
 _CUT_SAFELY = Failure(503, "closing", "The service shut down before the answer was there.")
 _CUT = Failure(
     503,

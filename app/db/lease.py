@@ -55,8 +55,8 @@ class Lease:
         Raises: PoolExhausted, DatabaseUnreachable.
         """
         self.entry = entry = await self._database.pool.lease()
-        self.connection = cast("KeptAliveConnection", entry.driver_connection)
-        self.tenure = entry.info["tenure"]
+        self.tenure = tenure = entry.info["tenure"]
+        self.connection = tenure.connection
 
     async def begin(self, options: Mapping[str, Any]) -> None:
         """Take a connection and begin a transaction, with asyncpg's `options` for it.

@@ -44,6 +44,7 @@ T = TypeVar("T")
 class Tenure:
     """The life of one open connection; times are of the pool's clock, in seconds."""
 
+    connection: KeptAliveConnection
     opened_at: float
     expires_at: float
     generation: int
@@ -108,6 +109,7 @@ class BoundedPool(Pool):
         # create_async_engine hands on what it finds in this signature, and overlooks what is keyword-only.
         super().__init__(creator, **for_pool)
         self.settings = settings
+        self._capacity = settings.capacity
         self._watch = watch
         self._clock = clock
         self._trace = trace
@@ -125,12 +127,12 @@ class BoundedPool(Pool):
         return PoolFigures(
             pool_size=settings.pool_size,
             max_overflow=settings.max_overflow,
-            total=settings.capacity,
+            total=self._capacity,
             checked_out=len(counts.out),
             checked_in=len(self._idle),
             connecting=counts.at_work - len(counts.out),
             overflow=max(0, opened - settings.pool_size),
-            available=settings.capacity - counts.at_work,
+            available=self._capacity - counts.at_work,
             waiting=len(self._waiters),
         )
 
@@ -162,7 +164,7 @@ class BoundedPool(Pool):
         except BaseException:
             self._release()
             raise
-        return self._hand_out(entry, started)
+        return self._hand_out(entry, _tenure(entry), started)
 
     async def lease(self) -> ConnectionPoolEntry:
         """Take a connection past SQLAlchemy; `give_back` it whatever happens.
@@ -170,12 +172,13 @@ class BoundedPool(Pool):
         Raises: PoolExhausted, DatabaseUnreachable.
         """
         # Most of the time a connection is there to be taken, and nothing has to be waited for.
-        if self._idle and self._counts.at_work < self.settings.capacity and not self._counts.closed:
+        if self._idle and self._counts.at_work < self._capacity and not self._counts.closed:
             started, entry = self._clock(), self._idle[-1]
-            idle = started - _tenure(entry).idle_since
-            if self._expired(entry, started) is None and idle < self.settings.pool_check_after_seconds:
+            tenure = _tenure(entry)
+            idle = started - tenure.idle_since
+            if idle < self.settings.pool_check_after_seconds and self._expired(tenure, started) is None:
                 self._counts.at_work += 1
-                return self._hand_out(self._idle.pop(), started)
+                return self._hand_out(self._idle.pop(), tenure, started)
         return cast("ConnectionPoolEntry", await greenlet_spawn(self._do_get))
 
     def adopt(self, entry: ConnectionPoolEntry, connect: Callable[[], T]) -> T:
@@ -190,9 +193,8 @@ class BoundedPool(Pool):
         """Return what `lease` gave; a connection that is closed meanwhile is replaced."""
         self._do_return_conn(entry)
 
-    def _hand_out(self, entry: ConnectionPoolEntry, started: float) -> ConnectionPoolEntry:
+    def _hand_out(self, entry: ConnectionPoolEntry, tenure: Tenure, started: float) -> ConnectionPoolEntry:
         now = self._clock()
-        tenure = _tenure(entry)
         tenure.uses += 1
         tenure.holder = holder.get()
         tenure.taken_at = now
@@ -211,7 +213,7 @@ class BoundedPool(Pool):
             self._watch.returned(tenure.holder, now - tenure.taken_at, tenure.queried)
             if record.dbapi_connection is None:
                 self._watch.replaced("error")
-            elif reason := self._expired(record, now):
+            elif reason := self._expired(tenure, now):
                 self._discard(record, reason)
             else:
                 tenure.idle_since = now
@@ -233,12 +235,12 @@ class BoundedPool(Pool):
     def _admit(self, deadline: float) -> None:
         if self._counts.closed:
             raise self._refusal("closing", "The service is shutting down.")
-        if self._counts.at_work < self.settings.capacity:
+        if self._counts.at_work < self._capacity:
             self._counts.at_work += 1
         elif len(self._waiters) >= self.settings.pool_max_waiting:
             raise self._refusal(
                 "queue_full",
-                f"All {self.settings.capacity} connections are at work and {len(self._waiters)} requests wait already.",
+                f"All {self._capacity} connections are at work and {len(self._waiters)} requests wait already.",
             )
         else:
             self._watch.waited()
@@ -288,17 +290,17 @@ class BoundedPool(Pool):
             # The most recently used one: it is the likeliest to live, and the others can grow old and be closed.
             entry = self._idle.pop()
             now = self._clock()
-            reason = self._expired(entry, now)
-            if reason is None and now - _tenure(entry).idle_since >= self.settings.pool_check_after_seconds:
+            tenure = _tenure(entry)
+            reason = self._expired(tenure, now)
+            if reason is None and now - tenure.idle_since >= self.settings.pool_check_after_seconds:
                 reason = None if self._answers(entry, deadline) else "unresponsive"
             if reason is None:
                 return entry
             self._discard(entry, reason)
         return None
 
-    def _expired(self, entry: ConnectionPoolEntry, now: float) -> str | None:
-        tenure, connection = _tenure(entry), entry.driver_connection
-        if connection is None or connection.is_closed():
+    def _expired(self, tenure: Tenure, now: float) -> str | None:
+        if tenure.connection.is_closed():
             return "closed"
         if tenure.generation != self._counts.generation:
             return "disposed"
@@ -309,7 +311,7 @@ class BoundedPool(Pool):
         return None
 
     def _answers(self, entry: ConnectionPoolEntry, deadline: float) -> bool:
-        connection = cast("KeptAliveConnection", entry.driver_connection)
+        connection = _tenure(entry).connection
         # At the deadline the socket is torn down, which ends the wait; cancelling would leave it to the server.
         # Half of what is left is kept for opening another one.
         loop = asyncio.get_running_loop()
@@ -342,14 +344,15 @@ class BoundedPool(Pool):
         now = self._clock()
         # A tenth of the lifetime is left to chance, so that connections opened together do not end together.
         lifetime = self.settings.pool_recycle * random.uniform(0.9, 1.0)  # noqa: S311  # Not a secret.
-        entry.info["tenure"] = Tenure(now, now + lifetime, generation, idle_since=now)
+        connection = cast("KeptAliveConnection", entry.driver_connection)
+        entry.info["tenure"] = Tenure(connection, now, now + lifetime, generation, idle_since=now)
         self._watch.connected(now - started)
         return entry
 
     def _discard(self, entry: ConnectionPoolEntry, reason: str) -> None:
         self._watch.replaced(reason)
         # Says goodbye and closes without waiting for an answer, which a dead peer would never give.
-        cast("KeptAliveConnection", entry.driver_connection).terminate()
+        _tenure(entry).connection.terminate()
         entry.invalidate()
 
     # Upkeep, called by the owner of the engine.
@@ -376,8 +379,9 @@ class BoundedPool(Pool):
         spare = len(self._idle) + self._counts.at_work - settings.warm_size
         surplus = len(self._idle) + self._counts.at_work - settings.pool_size
         for entry in self._idle:  # The one idle for longest comes first.
-            idle = now - _tenure(entry).idle_since
-            reason = self._expired(entry, now)
+            tenure = _tenure(entry)
+            idle = now - tenure.idle_since
+            reason = self._expired(tenure, now)
             if reason is None and surplus > 0 and idle >= settings.pool_overflow_idle_seconds:
                 reason = "surplus"
             if reason is None and spare > 0 and idle >= settings.pool_idle_seconds:
@@ -415,8 +419,8 @@ class BoundedPool(Pool):
         Those that lead to the server `keep` stay.
         """
         for entry in (*self._idle, *self._counts.out):
-            connection = cast("KeptAliveConnection | None", entry.driver_connection)
-            if connection is not None and (keep is None or connection.server != keep):
+            connection = _tenure(entry).connection
+            if keep is None or connection.server != keep:
                 # Whoever takes it or brings it back finds it closed.
                 connection.cut() if entry in self._counts.out else connection.terminate()
         self.tend()
@@ -442,7 +446,8 @@ class BoundedPool(Pool):
 
 
 def _tenure(entry: ConnectionPoolEntry) -> Tenure:
-    return cast("Tenure", entry.info["tenure"])
+    tenure: Tenure = entry.info["tenure"]
+    return tenure
 
 
 def _holding(tenure: Tenure, now: float) -> Holding:

@@ -6,7 +6,7 @@ of greenlet. `docs/performance.md` has the figures. It is for reads on a replica
 transaction, goes through SQLAlchemy's own `Connection`.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import cached_property
 from operator import itemgetter
 from typing import Any, Generic, TypeVarTuple, cast
@@ -38,13 +38,13 @@ class Query(Generic[*Ts]):
 
     def arguments(self, parameters: Mapping[str, Any]) -> list[Any]:
         """Return the values in the order of the statement, bound as their types say."""
-        values = {**self._constants, **parameters}
+        values = {**self._constants, **parameters} if self._constants else parameters
         return [values[name] if bind is None else bind(values[name]) for name, bind in self._binds]
 
-    async def fetch(self, connection: asyncpg.Connection, parameters: Mapping[str, Any]) -> Sequence[Row[*Ts]]:
-        """Run it on a connection that is in no transaction: one round trip once the connection knows the statement."""
-        records = await connection.fetch(self.sql, *self.arguments(parameters), record_class=self._row_class)
-        return cast("Sequence[Row[*Ts]]", records)
+    def fetch(self, connection: asyncpg.Connection, parameters: Mapping[str, Any]) -> Awaitable[Sequence[Row[*Ts]]]:
+        """Run it by the driver: one round trip once the connection knows the statement."""
+        rows = connection.fetch(self.sql, *self.arguments(parameters), record_class=self._row_class)
+        return cast("Awaitable[Sequence[Row[*Ts]]]", rows)
 
     @cached_property
     def _row_class(self) -> type[asyncpg.Record]:

@@ -141,7 +141,7 @@ class ReadSession(AsyncSession):
         On a replica each call takes a connection for itself, one round trip and gives it back: there is no transaction
         for it to be part of. On the primary it runs in the session's transaction.
         """
-        if self.connection_held is not None:
+        if "sync_session" in vars(self) and self.sync_session.held is not None:
             return await greenlet_spawn(self.sync_session.read_rows, query.statement, parameters)
         holder.set(self._label)
         if self._way.transaction is None:
@@ -167,7 +167,8 @@ class ReadSession(AsyncSession):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Give the connection back; what is not committed is rolled back."""
-        await self._end_lease()
+        if self._lease is not None:
+            await self._end_lease()
         if "sync_session" not in vars(self):
             return
         if self._settled or self.sync_session.held is None:
@@ -283,7 +284,8 @@ def consistency_of(scope: Mapping[str, Any]) -> Consistency:
 
 def databases_of(request: Request) -> "Databases":
     """Return the databases of the application that serves this request."""
-    return cast("Databases", request.app.state.databases)
+    databases: Databases = request.scope["app"].state.databases
+    return databases
 
 
 def _until_answered(request: Request, session: SessionT) -> SessionT:
