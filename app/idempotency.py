@@ -17,15 +17,15 @@ from datetime import datetime
 from typing import Any
 
 from fastapi import Request, Response
-from fastapi.routing import APIRoute
 from sqlalchemy import LargeBinary, Row, SmallInteger, func, select, text, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Mapped, mapped_column
 
 from app.db.base import Base
+from app.db.dependencies import SessionRoute, consistency_of, databases_of, route_of, share_write_session
 from app.db.engines import Databases
-from app.db.sessions import WriteSession, consistency_of, databases_of, route_of, share_write_session
+from app.db.sessions import WriteSession
 from app.errors import DatabaseUnavailable, ServiceError
 
 logger = logging.getLogger(__name__)
@@ -85,7 +85,7 @@ class Claim:
     fingerprint: bytes
 
 
-class IdempotentRoute(APIRoute):
+class IdempotentRoute(SessionRoute):
     """A route that honours the header on POST and PATCH."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:

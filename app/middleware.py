@@ -15,8 +15,9 @@ from fastapi import Request
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from app.db.dependencies import route_of
 from app.db.engines import Databases
-from app.db.sessions import Consistency, route_of
+from app.db.sessions import Consistency
 from app.errors import Failure, problem
 from app.logs import request_id
 from app.metrics import Metrics

@@ -13,7 +13,8 @@ import pytest
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 
-from app.db.sessions import ReadDB, ReadSession, WriteDB, WriteSession
+from app.db.dependencies import ReadDB, WriteDB
+from app.db.sessions import ReadSession, WriteSession
 from app.errors import classify
 from app.settings import Settings
 from local.postgres import free_port

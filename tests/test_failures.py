@@ -10,8 +10,8 @@ from collections.abc import AsyncIterator
 import pytest
 from sqlalchemy import Integer, Text, literal_column, select, text
 
+from app.db.dependencies import AnalyticsDB, ReadDB, WriteDB
 from app.db.query import Query
-from app.db.sessions import AnalyticsDB, ReadDB, WriteDB
 from local.waiting import eventually
 from tests.conftest import Database, Execute
 from tests.proxy import Proxy

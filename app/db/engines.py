@@ -66,7 +66,7 @@ class Database:
         self.reads = Way(self.engine, None) if role == "replica" else Way(read_only, {"readonly": True})
         self.writes = Way(self.engine, {})
         # For reports: all statements of a session see one snapshot.
-        self.reports = Way(
+        self.snapshots = Way(
             read_only.execution_options(isolation_level="REPEATABLE READ"),
             {"isolation": "repeatable_read", "readonly": True},
         )
@@ -138,7 +138,7 @@ class Databases:
 
     def reporting(self, *, label: str = "background") -> ReadSession:
         """Open a session on the analytics pool: REPEATABLE READ, READ ONLY, one snapshot for all its statements."""
-        return ReadSession(self.analytics, self.analytics.reports, label=label)
+        return ReadSession(self.analytics, self.analytics.snapshots, label=label)
 
     def writing(self, consistency: Consistency | None = None, *, label: str = "background") -> WriteSession:
         """Open a session on the primary; it commits when its block ends, and rolls back when that raises.

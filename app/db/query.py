@@ -12,12 +12,15 @@ from operator import itemgetter
 from typing import Any, Generic, TypeVarTuple, cast
 
 import asyncpg
-from sqlalchemy import Row
+from sqlalchemy import Float, Row
 from sqlalchemy.dialects.postgresql.asyncpg import dialect
 from sqlalchemy.engine.interfaces import Dialect
 from sqlalchemy.sql.selectable import TypedReturnsRows
 
 Ts = TypeVarTuple("Ts")
+
+# PostgreSQL's numbers for two of its types.
+FLOAT8, NUMERIC = 701, 1700
 
 _DIALECT: Dialect = dialect()  # type: ignore[no-untyped-call]  # SQLAlchemy leaves its dialects bare.
 
@@ -57,7 +60,9 @@ class Query(Generic[*Ts]):
     def _compiled(self) -> Any:
         compiled = self.statement.compile(dialect=_DIALECT)
         for column in self.statement.exported_columns:
-            if column.type.dialect_impl(_DIALECT).result_processor(_DIALECT, None) is not None:
+            # Numbers are asked what the server will send: a double for floats, else a numeric.
+            sent = FLOAT8 if isinstance(column.type, Float) else NUMERIC
+            if column.type.dialect_impl(_DIALECT).result_processor(_DIALECT, sent) is not None:
                 raise TypeError(f"{column} needs SQLAlchemy to read it: use session.execute for this statement")
         return compiled
 

@@ -2,24 +2,20 @@
 
     one request = one session = one connection = one transaction
 
-The session's type says what may be done: `ReadSession` or `WriteSession`. Routes name `ReadDB`, `WriteDB` or
-`AnalyticsDB`; code outside a request says `async with databases.reading()` (or `.writing()`). A session is lazy: until
-its first statement it holds nothing. It keeps its one connection until it is closed, so what was read is read at one
-place, and what the commit left behind (its LSN) can be asked where it happened.
-
-They end with the endpoint and before the response starts, so a COMMIT that fails is never a 2xx.
+The session's type says what may be done: `ReadSession` or `WriteSession`. Routes name those of their request
+(`dependencies.py`); code outside a request says `async with databases.reading()` (or `.writing()`). A session is lazy:
+until its first statement it holds nothing. It keeps its one connection until it is closed, so what was read is read at
+one place, and what the commit left behind (its LSN) can be asked where it happened.
 """
 
 import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, Annotated, Any, Never, TypeVar, TypeVarTuple, cast
+from typing import TYPE_CHECKING, Any, Never, TypeVarTuple, cast
 
 import asyncpg
-from fastapi import Depends, Request
 from sqlalchemy import Connection, Engine, Row
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.orm import Session
@@ -33,14 +29,13 @@ from app.db.query import Query
 from app.errors import ConnectionLost, DatabaseUnavailable, OutcomeUnknown, TransactionAborted
 
 if TYPE_CHECKING:
-    from app.db.engines import Database, Databases
+    from app.db.engines import Database
     from app.db.replica import Reason
 
 logger = logging.getLogger(__name__)
 
 WRITTEN_LSN = "SELECT pg_current_wal_insert_lsn() - '0/0'::pg_lsn"
 Ts = TypeVarTuple("Ts")
-SessionT = TypeVar("SessionT", bound="ReadSession")
 
 UNKNOWN = (
     "The connection was lost while the change was being committed, so it may or may not have been made. "
@@ -266,61 +261,3 @@ async def _written_lsn(driver: "asyncpg.Connection[Any]") -> int | None:
         # The write is committed and must be answered so; only the promise to read it back at once is lost.
         logger.warning("no consistency token", extra={"reason": str(error) or type(error).__name__})
         return None
-
-
-def route_of(scope: Mapping[str, Any]) -> str:
-    """Return the template of the route that serves a request, "/patients/{patient_id}"; "unmatched" without one."""
-    # FastAPI keeps the path with the prefixes of include_router apart from the route's own.
-    context = scope.get("fastapi", {}).get("effective_route_context")
-    path = getattr(context or scope.get("route"), "path", None)
-    return path if isinstance(path, str) else "unmatched"
-
-
-def consistency_of(scope: Mapping[str, Any]) -> Consistency:
-    """Return what the middleware left for the sessions of this request."""
-    found = scope.get("state", {}).get("consistency")
-    return found if isinstance(found, Consistency) else Consistency()
-
-
-def databases_of(request: Request) -> "Databases":
-    """Return the databases of the application that serves this request."""
-    databases: Databases = request.scope["app"].state.databases
-    return databases
-
-
-def _until_answered(request: Request, session: SessionT) -> SessionT:
-    """Leave the session when the endpoint is done and before the response starts.
-
-    That is `Depends(..., scope="function")` on a generator, which enters three context managers and a cancel scope for
-    it; putting the session on FastAPI's own stack of that scope costs an eighth (docs/performance.md).
-    """
-    stack: AsyncExitStack = request.scope["fastapi_function_astack"]
-    stack.push_async_exit(session)
-    return session
-
-
-async def _read(request: Request) -> ReadSession:
-    scope = request.scope
-    return _until_answered(request, databases_of(request).reading(consistency_of(scope), label=route_of(scope)))
-
-
-def share_write_session(request: Request, session: WriteSession) -> None:
-    """Make `WriteDB` of this request this session; whoever opened it commits it."""
-    request.scope["state"]["write_session"] = session
-
-
-async def _write(request: Request) -> WriteSession:
-    scope = request.scope
-    shared: WriteSession | None = scope.get("state", {}).get("write_session")
-    if shared is not None:
-        return shared
-    return _until_answered(request, databases_of(request).writing(consistency_of(scope), label=route_of(scope)))
-
-
-async def _report(request: Request) -> ReadSession:
-    return _until_answered(request, databases_of(request).reporting(label=route_of(request.scope)))
-
-
-ReadDB = Annotated[ReadSession, Depends(_read, scope="function")]
-WriteDB = Annotated[WriteSession, Depends(_write, scope="function")]
-AnalyticsDB = Annotated[ReadSession, Depends(_report, scope="function")]

@@ -5,8 +5,8 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Response, status
 
+from app.db.dependencies import databases_of
 from app.db.engines import Database, Databases
-from app.db.sessions import databases_of
 
 router = APIRouter(prefix="/health", tags=["operations"])
 DatabasesOfApp = Annotated[Databases, Depends(databases_of)]

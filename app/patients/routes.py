@@ -5,7 +5,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, Query, Request, Response, status
 
-from app.db.sessions import ReadDB, WriteDB
+from app.db.dependencies import ReadDB, WriteDB
 from app.errors import documented
 from app.fields import Id, Line
 from app.idempotency import OPENAPI, IdempotentRoute

@@ -5,8 +5,8 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request, Response, status
 
+from app.db.dependencies import ReadDB, WriteDB, consistency_of, databases_of
 from app.db.engines import Databases
-from app.db.sessions import ReadDB, WriteDB, consistency_of, databases_of
 from app.errors import documented
 from app.fields import Id
 from app.idempotency import OPENAPI, IdempotentRoute

@@ -3,7 +3,7 @@
 from fastapi import FastAPI
 from sqlalchemy import text
 
-from app.db.sessions import ReadDB
+from app.db.dependencies import ReadDB
 from app.main import create_app as create_service
 from bench.variants.patients import COMPUTE, WAIT
 

@@ -9,9 +9,9 @@ import asyncpg
 import pytest
 from sqlalchemy import Text, bindparam, cast, literal_column, select, text
 
+from app.db.dependencies import ReadDB, WriteDB
 from app.db.observe import name_loss
 from app.db.query import Query
-from app.db.sessions import ReadDB, WriteDB
 from app.errors import CommandTimeout, ConnectionLost
 from app.logs import JsonFormatter
 from tests.conftest import Database, Execute

@@ -568,13 +568,13 @@ async def test_development_names_the_line_of_a_direct_read(database: Database) -
         """Parameters that look at who holds a connection while they are read."""
 
         def __getitem__(self, name: str) -> int:
+            lines.append(p.pool.holdings()[0].taken_in)
             return 1
 
         def __len__(self) -> int:
             return 1
 
         def __iter__(self) -> Iterator[str]:
-            lines.append(p.pool.holdings()[0].taken_in)
             return iter(["number"])
 
     async with pooled(database.url(), role="replica", service={"environment": "development"}) as p:

@@ -1,9 +1,10 @@
 """A query sent past SQLAlchemy gives the same rows as one that goes through it."""
 
 from datetime import date
+from decimal import Decimal
 
 import pytest
-from sqlalchemy import Date, Enum, Integer, Text, bindparam, literal, select
+from sqlalchemy import Date, Double, Enum, Integer, Numeric, Text, bindparam, literal, select
 from sqlalchemy.types import TypeDecorator
 
 from app.db.query import Query
@@ -71,6 +72,17 @@ def test_missing_parameter_is_a_mistake() -> None:
     """Nothing is sent with a hole in it."""
     with pytest.raises(KeyError, match="number"):
         ECHO.arguments({"word": "loud", "day": date(2001, 2, 3)})
+
+
+async def test_numbers_keep_their_types(database: Database) -> None:
+    """Money stays a Decimal and a measure a float, as through SQLAlchemy."""
+    both = Query(select(literal(Decimal("0.10"), Numeric).label("price"), literal(0.5, Double).label("measure")))
+    async with pooled(database.replica_url(), role="replica") as p:
+        (past,) = await p.database.fetch(both, {})
+        async with ReadSession(p.database, p.database.reads, label="test") as session:
+            (through,) = (await session.execute(both.statement)).all()
+
+    assert [repr(value) for value in past] == [repr(value) for value in through] == ["Decimal('0.10')", "0.5"]
 
 
 @pytest.mark.parametrize("kind", [Whispered(), Enum("a", "b", name="letter")])

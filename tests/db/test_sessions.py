@@ -11,17 +11,9 @@ from fastapi import BackgroundTasks, Depends, HTTPException, Response
 from sqlalchemy import insert, select, text
 from sqlalchemy.exc import DBAPIError, IntegrityError
 
+from app.db.dependencies import AnalyticsDB, ReadDB, WriteDB, consistency_of, databases_of, route_of
 from app.db.engines import Databases
-from app.db.sessions import (
-    AnalyticsDB,
-    ReadDB,
-    ReadSession,
-    WriteDB,
-    WriteSession,
-    consistency_of,
-    databases_of,
-    route_of,
-)
+from app.db.sessions import ReadSession, WriteSession
 from app.patients import queries
 from app.patients.models import Patient
 from app.settings import Settings

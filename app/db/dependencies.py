@@ -1,0 +1,115 @@
+"""The sessions of a request: `ReadDB`, `WriteDB` and `AnalyticsDB` for endpoints and for dependencies.
+
+A session ends with the endpoint and before the response starts, so a COMMIT that fails is never a 2xx. However often a
+request names one kind of session, it has one of them.
+"""
+
+import inspect
+from collections.abc import Callable, Coroutine, Mapping, MutableMapping
+from contextlib import AsyncExitStack
+from functools import wraps
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+from fastapi import Depends, Request
+from fastapi.routing import APIRoute
+
+from app.db.sessions import Consistency, ReadSession, WriteSession
+
+if TYPE_CHECKING:
+    from app.db.engines import Databases
+
+SessionT = TypeVar("SessionT", bound=ReadSession)
+Scope = MutableMapping[str, Any]
+READ, WRITE, REPORT = "lifeguard.read", "lifeguard.write", "lifeguard.report"
+
+
+def route_of(scope: Mapping[str, Any]) -> str:
+    """Return the template of the route that serves a request, "/patients/{patient_id}"; "unmatched" without one."""
+    # FastAPI keeps the path with the prefixes of include_router apart from the route's own.
+    context = scope.get("fastapi", {}).get("effective_route_context")
+    path = getattr(context or scope.get("route"), "path", None)
+    return path if isinstance(path, str) else "unmatched"
+
+
+def consistency_of(scope: Mapping[str, Any]) -> Consistency:
+    """Return what the middleware left for the sessions of this request."""
+    found = scope.get("state", {}).get("consistency")
+    return found if isinstance(found, Consistency) else Consistency()
+
+
+def databases_of(request: Request) -> "Databases":
+    """Return the databases of the application that serves this request."""
+    databases: Databases = request.scope["app"].state.databases
+    return databases
+
+
+def share_write_session(request: Request, session: WriteSession) -> None:
+    """Make `WriteDB` of this request this session; whoever opened it commits it."""
+    request.scope[WRITE] = session
+
+
+def _opener(key: str, open_one: Callable[["Databases", Scope], SessionT]) -> Callable[[Request], SessionT]:
+    def session_of(request: Request) -> SessionT:
+        scope = request.scope
+        session: SessionT | None = scope.get(key)
+        if session is None:
+            session = scope[key] = open_one(databases_of(request), scope)
+            # What a generator under `Depends(..., scope="function")` is put on, at an eighth of a short read's CPU.
+            stack: AsyncExitStack = scope["fastapi_function_astack"]
+            stack.push_async_exit(session)
+        return session
+
+    return session_of
+
+
+def _dependency(opener: Callable[[Request], SessionT]) -> Callable[[Request], Coroutine[Any, Any, SessionT]]:
+    # FastAPI runs a plain function in a thread.
+    async def open_session(request: Request) -> SessionT:
+        return opener(request)
+
+    return open_session
+
+
+_read = _opener(READ, lambda databases, scope: databases.reading(consistency_of(scope), label=route_of(scope)))
+_write = _opener(WRITE, lambda databases, scope: databases.writing(consistency_of(scope), label=route_of(scope)))
+_report = _opener(REPORT, lambda databases, scope: databases.reporting(label=route_of(scope)))
+
+ReadDB = Annotated[ReadSession, Depends(_dependency(_read), scope="function")]
+WriteDB = Annotated[WriteSession, Depends(_dependency(_write), scope="function")]
+AnalyticsDB = Annotated[ReadSession, Depends(_dependency(_report), scope="function")]
+_OPENERS: Mapping[Any, Callable[[Request], ReadSession]] = {ReadDB: _read, WriteDB: _write, AnalyticsDB: _report}
+
+
+class SessionRoute(APIRoute):
+    """A route that opens the session which its endpoint names, and does not leave it to FastAPI to solve.
+
+    The session is the same as without: `APIRouter(route_class=SessionRoute)` is worth a twelfth of a short read's
+    instructions (docs/performance.md), and nothing else.
+    """
+
+    def __init__(self, path: str, endpoint: Callable[..., Any], **options: Any) -> None:
+        super().__init__(path, _opening_its_session(endpoint), **options)
+
+
+def _opening_its_session(endpoint: Callable[..., Any]) -> Callable[..., Any]:
+    """Let FastAPI give the endpoint its request where it names a session, and turn that into the session."""
+    signature = inspect.signature(endpoint)
+    parameters = dict(signature.parameters)
+    name = next((name for name, parameter in parameters.items() if parameter.annotation in _OPENERS), None)
+    if name is None:
+        return endpoint
+    opener = _OPENERS[parameters[name].annotation]
+    # FastAPI gives a request to one parameter only.
+    source = next((other for other, parameter in parameters.items() if parameter.annotation is Request), name)
+    if source == name:
+        parameters[name] = parameters[name].replace(annotation=Request)
+    else:
+        del parameters[name]
+
+    @wraps(endpoint)
+    async def with_session(**values: Any) -> Any:
+        values[name] = opener(values[source])
+        return await endpoint(**values)
+
+    with_session.__signature__ = signature.replace(parameters=list(parameters.values()))  # type: ignore[attr-defined]  # inspect's own protocol.
+    return with_session

@@ -1,0 +1,191 @@
+"""A session asks by the driver until SQLAlchemy is needed, and both see one connection and one transaction."""
+
+import asyncio
+import gc
+import logging
+from datetime import date
+from typing import Any
+
+import pytest
+from sqlalchemy import Integer, bindparam, func, literal_column, select, text
+from sqlalchemy.exc import DBAPIError, IntegrityError
+
+from app.db.dependencies import WriteDB
+from app.db.query import Query
+from app.errors import DatabaseUnreachable, TransactionAborted
+from app.patients import queries
+from app.patients.models import Patient
+from tests.conftest import Database, Execute
+from tests.proxy import Proxy
+from tests.service import Service, quiet, serving
+
+ADA = {"mrn": "A-1", "full_name": "Ada Lovelace", "birth_date": date(1915, 12, 10)}
+COUNT = "SELECT count(*) FROM patients"
+KILL = Query(select(func.pg_terminate_backend(func.pg_backend_pid())))
+FAIL = Query(select((literal_column("1", Integer) / bindparam("zero", type_=Integer)).label("nothing")))
+
+
+def begun_and_ended(proxy: Proxy) -> list[str]:
+    """List what began and ended transactions on the wire."""
+    return [s for s in proxy.statements if s.startswith(("BEGIN", "COMMIT", "ROLLBACK"))]
+
+
+async def test_sqlalchemy_goes_on_where_the_driver_stood(database: Database, proxy: Proxy, execute: Execute) -> None:
+    """What the driver wrote is seen by the next statement, and one COMMIT stores all of it."""
+    async with quiet(database.settings(replica=False, primary={"url": proxy.url(database.url())})) as service:
+        await service.client.get("/patients")
+        proxy.statements.clear()
+        async with service.databases.writing() as session:
+            await queries.add_patient(session, ADA)
+            session.add(Patient(**ADA | {"mrn": "A-2"}))
+            await session.flush()
+            await queries.add_patient(session, ADA | {"mrn": "A-3"})
+            assert (await session.execute(text(COUNT))).scalar_one() == 3
+            assert await execute(COUNT) == 0
+            assert service.databases.primary.pool.figures().checked_out == 1
+
+        assert begun_and_ended(proxy) == ["BEGIN;", "COMMIT;"]
+        assert await execute(COUNT) == 3
+        assert service.sample("db_connection_hold_seconds_count", pool="primary", route="background") == 1
+
+
+@pytest.mark.parametrize("first", ["driver", "sqlalchemy"])
+async def test_rollback_takes_everything_back(service: Service, execute: Execute, first: str) -> None:
+    """A session that was rolled back begins anew, and stores only what came after."""
+    async with service.databases.writing() as session:
+        if first == "sqlalchemy":
+            await session.execute(text("SELECT 1"))
+        await queries.add_patient(session, ADA)
+        await session.rollback()
+        await queries.add_patient(session, ADA | {"mrn": "A-2"})
+
+    assert await execute("SELECT string_agg(mrn, ',') FROM patients") == "A-2"
+
+
+async def test_closing_early_gives_the_connection_back(service: Service, execute: Execute) -> None:
+    """Before slow work a session may be closed: nothing is stored, and nothing held."""
+    async with service.databases.writing() as session:
+        await queries.add_patient(session, ADA)
+        await session.close()
+        assert service.databases.primary.pool.figures().checked_out == 0
+        await session.execute(text("SELECT 1"))
+        await session.close()
+        assert service.databases.primary.pool.figures().checked_out == 0
+
+    assert await execute(COUNT) == 0
+
+
+async def test_session_does_one_thing_at_a_time(database: Database) -> None:
+    """A second statement that does not wait for the first one's connection is a mistake, and takes no other."""
+    async with serving(database.settings(pool_min_size=0)) as service:
+        async with service.databases.writing() as session:
+            first = asyncio.create_task(queries.add_patient(session, ADA))
+            await asyncio.sleep(0)
+            with pytest.raises(RuntimeError, match="one thing at a time"):
+                await queries.add_patient(session, ADA | {"mrn": "A-2"})
+            await first
+
+        figures = service.databases.primary.pool.figures()
+        assert (figures.checked_out, figures.available) == (0, figures.total)
+        assert service.sample("db_connection_acquire_seconds_count", pool="primary") == 1
+
+
+async def test_dropped_session_loses_no_permit(service: Service, caplog: pytest.LogCaptureFixture) -> None:
+    """A session that nobody closes is named, and its connection is not used again."""
+    session = service.databases.writing(label="forgetful")
+    await queries.add_patient(session, ADA)
+    with caplog.at_level(logging.ERROR):
+        del session
+        gc.collect()
+
+    (line,) = (vars(record) for record in caplog.records if record.message == "session dropped without being closed")
+    figures = service.databases.primary.pool.figures()
+    assert line["route"] == "forgetful"
+    assert (figures.checked_out, figures.available) == (0, figures.total)
+    assert service.sample("db_connection_invalidations_total", pool="primary", reason="closed") == 1
+
+
+@pytest.mark.parametrize("first", ["driver", "sqlalchemy"])
+async def test_conflict_has_one_name(service: Service, execute: Execute, first: str) -> None:
+    """A constraint is an IntegrityError both ways, and the row that PostgreSQL quotes is in neither."""
+    await execute("INSERT INTO patients (mrn, full_name, birth_date) VALUES ('A-1', 'Ada', '1980-01-01')")
+
+    async with service.databases.writing() as session:
+        if first == "sqlalchemy":
+            await session.execute(text("SELECT 1"))
+        with pytest.raises(IntegrityError) as conflict:
+            await session.rows(queries.ADD, **ADA)
+        await session.rollback()
+
+    assert "uq_patients_mrn" in str(conflict.value)
+    assert "A-1" not in str(conflict.value)
+
+
+@pytest.mark.parametrize("how", ["swallowed", "swallowed before SQLAlchemy"])
+async def test_swallowed_failure_of_the_driver_is_never_committed(service: Service, execute: Execute, how: str) -> None:
+    """After a statement failed COMMIT would be a silent ROLLBACK."""
+
+    async def work() -> None:
+        async with service.databases.writing() as session:
+            await queries.add_patient(session, ADA)
+            with pytest.raises(Exception, match="division by zero"):
+                await session.rows(FAIL, zero=0)
+            if how != "swallowed":
+                with pytest.raises(DBAPIError):
+                    await session.execute(text("SELECT 1"))
+
+    with pytest.raises(TransactionAborted):
+        await work()
+    assert await execute(COUNT) == 0
+
+
+async def test_server_that_ends_a_session_is_answered_503(service: Service) -> None:
+    """A backend that is told to go says 57P01: weather, and its connection serves nobody else."""
+
+    @service.app.post("/killed")
+    async def killed(session: WriteDB) -> None:
+        await session.rows(KILL)
+
+    answer = await service.client.post("/killed")
+
+    assert (answer.status_code, answer.json()["code"]) == (503, "connection_lost")
+    assert service.databases.primary.pool.figures().checked_out == 0
+    assert (await service.client.post("/killed")).status_code == 503
+
+
+async def test_rollback_that_fails_changes_no_answer(database: Database, proxy: Proxy) -> None:
+    """A read was answered; that the connection dies while it is given back is nobody's error."""
+    async with quiet(database.settings(replica=False, primary={"url": proxy.url(database.url())})) as service:
+        await service.client.get("/patients")
+        proxy.fates["ROLLBACK"] = "lose_request"
+
+        answer = await service.client.get("/patients")
+
+        assert (answer.status_code, answer.json()) == (200, [])
+        assert service.sample("db_connection_invalidations_total", pool="primary", reason="closed") == 1
+
+
+async def test_begin_that_fails_leaves_nothing(database: Database, proxy: Proxy) -> None:
+    """A connection that dies at BEGIN is 503, and its permit is back."""
+    async with quiet(database.settings(replica=False, primary={"url": proxy.url(database.url())})) as service:
+        await service.client.get("/patients")
+        proxy.fates["BEGIN"] = "lose_request"
+
+        answer = await service.client.get("/patients")
+
+        assert (answer.status_code, answer.json()["code"]) == (503, "connection_lost")
+        figures = service.databases.primary.pool.figures()
+        assert (figures.checked_out, figures.available) == (0, figures.total)
+
+
+async def test_nothing_is_begun_without_a_connection(database: Database, proxy: Proxy) -> None:
+    """A session that got none is left as if it had never been."""
+    settings: Any = database.settings(replica=False, primary={"url": proxy.url(database.url()), "pool_min_size": 0})
+    async with quiet(settings) as service:
+        proxy.refuse()
+        with pytest.raises(DatabaseUnreachable):
+            async with service.databases.writing() as session:
+                await queries.add_patient(session, ADA)
+
+        figures = service.databases.primary.pool.figures()
+        assert (figures.checked_out, figures.available) == (0, figures.total)
