@@ -21,21 +21,25 @@ into an answer. An OSError or a TimeoutError becomes one of ours where it leaves
 elsewhere that raises one is not mistaken for weather.
 """
 
+import json
 import logging
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
 
 import asyncpg
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
 from sqlalchemy.exc import DBAPIError
 from starlette.exceptions import HTTPException
 from starlette.routing import Match
+from starlette.types import Receive, Scope, Send
+from starlette.websockets import WebSocketClose
 
 logger = logging.getLogger(__name__)
 
+# JSONResponse makes itself an encoder for each answer, which takes as long as encoding.
+_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 MEDIA_TYPE = "application/problem+json"
 
 
@@ -201,7 +205,7 @@ def _driver_failure(error: BaseException) -> BaseException | None:
     return error.orig.__cause__ if isinstance(error, DBAPIError) and error.orig is not None else error
 
 
-def problem(request: Request, failure: Failure, **more: Any) -> JSONResponse:
+def problem(request: Request, failure: Failure, **more: Any) -> Response:
     """Build the answer: application/problem+json, with Retry-After on every 503."""
     headers = {}
     if failure.status == HTTPStatus.SERVICE_UNAVAILABLE:
@@ -216,7 +220,7 @@ def problem(request: Request, failure: Failure, **more: Any) -> JSONResponse:
         "code": failure.code,
         **more,
     }
-    return JSONResponse(body, failure.status, headers, MEDIA_TYPE)
+    return Response(_encode(body), failure.status, headers, MEDIA_TYPE)
 
 
 def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
@@ -237,9 +241,18 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(asyncpg.PostgresError, _answer_failure)
     app.add_exception_handler(RequestValidationError, _answer_invalid)
     app.add_exception_handler(HTTPException, _answer_http)
+    # What scanners ask for most need not be raised and caught three times over.
+    app.router.default = _answer_no_route
 
 
-async def _answer_failure(request: Request, error: Exception) -> JSONResponse:
+async def _answer_no_route(scope: Scope, receive: Receive, send: Send) -> None:
+    if scope["type"] == "websocket":
+        await WebSocketClose()(scope, receive, send)
+        return
+    await problem(Request(scope), Failure(404, "not_found", "Not Found."))(scope, receive, send)
+
+
+async def _answer_failure(request: Request, error: Exception) -> Response:
     failure = classify(error)
     if failure is None:
         raise error  # Not weather: the last resort in middleware.py logs it and answers 500.
@@ -250,14 +263,14 @@ async def _answer_failure(request: Request, error: Exception) -> JSONResponse:
     return problem(request, failure)
 
 
-async def _answer_invalid(request: Request, error: Exception) -> JSONResponse:
+async def _answer_invalid(request: Request, error: Exception) -> Response:
     # What was sent stays out of the answer and the log: it is health data.
     mistakes = error.errors() if isinstance(error, RequestValidationError) else []
     errors = [{"loc": list(m["loc"]), "msg": m["msg"], "type": m["type"]} for m in mistakes]
     return problem(request, Failure(422, "invalid_request", "The request does not fit its schema."), errors=errors)
 
 
-async def _answer_http(request: Request, error: Exception) -> JSONResponse:
+async def _answer_http(request: Request, error: Exception) -> Response:
     status = error.status_code if isinstance(error, HTTPException) else 500
     if (
         status == HTTPStatus.BAD_REQUEST

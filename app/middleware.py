@@ -12,7 +12,6 @@ from functools import lru_cache
 from typing import Any
 
 from fastapi import Request
-from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.db.dependencies import route_of
@@ -26,8 +25,6 @@ logger = logging.getLogger(__name__)
 
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 SAFE_METHODS = frozenset({"GET", "HEAD"})
-TOKEN_HEADER = "X-Consistency-Token"  # noqa: S105  # A position in the WAL, not a secret.
-TOKEN_COOKIE = "consistency_token"  # noqa: S105  # The same.
 # A replica that is further behind than this serves nobody, so an older token asks for nothing.
 TOKEN_SECONDS = 60
 # What a replica answers when it is the replica that fails, and not the request.
@@ -133,15 +130,17 @@ class ReadYourWrites:
             nonlocal reason
             if message["type"] == "http.response.start":
                 reason = self._why_again(scope, consistency, message["status"])
-                if consistency.written_lsn is not None:
-                    _add_token(message, consistency.written_lsn)
+                if consistency.token is not None:
+                    message["headers"] = [*message.get("headers", ()), *_token_headers(consistency.token)]
             if reason is None:
                 await send(message)
 
         await self._app(scope, receive, send_unless_retried)
         if reason is None:
             return
-        if not await self._turn_comes():
+        try:
+            await self._take_turn()
+        except TimeoutError:
             failure = Failure(503, "replica_unavailable", "The replica cannot tell, and the primary is busy.")
             await problem(Request(scope), failure)(scope, receive, send)
             return
@@ -188,19 +187,17 @@ class ReadYourWrites:
             self._databases.router.trip(database.name)
         return str(code)
 
-    async def _turn_comes(self) -> bool:
-        try:
-            async with asyncio.timeout(self._patience_seconds):
-                return await self._room.acquire()
-        except TimeoutError:
-            return False
+    async def _take_turn(self) -> None:
+        if not self._room.locked():
+            await self._room.acquire()  # At once, without the price of a timer.
+            return
+        async with asyncio.timeout(self._patience_seconds):
+            await self._room.acquire()
 
 
-def _add_token(message: Message, lsn: int) -> None:
-    token = f"{lsn >> 32:X}/{lsn & 0xFFFFFFFF:X}"
-    headers = MutableHeaders(scope=message)
-    headers[TOKEN_HEADER] = token
-    headers.append("Set-Cookie", f"{TOKEN_COOKIE}={token}; Max-Age={TOKEN_SECONDS}; Path=/; HttpOnly; SameSite=Lax")
+def _token_headers(token: str) -> tuple[tuple[bytes, bytes], ...]:
+    cookie = f"consistency_token={token}; Max-Age={TOKEN_SECONDS}; Path=/; HttpOnly; SameSite=Lax"
+    return (b"x-consistency-token", token.encode()), (b"set-cookie", cookie.encode())
 
 
 _UNFORESEEN = Failure(500, "internal_error", "The service failed. The log has the reason by X-Request-ID.")

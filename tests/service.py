@@ -59,7 +59,7 @@ async def quiet(settings: Settings) -> AsyncIterator[Service]:
     """Run the service with sentinels that look once, so that every round trip on the wire is a request's."""
     silent = settings.model_copy(update={"monitor_interval_seconds": 3600.0})
     async with serving(silent, settled=False) as service:
-        for database in (service.databases.primary, *service.databases.replicas):
+        for database in service.databases.all():
             await database.sentinel.look()
         yield service
 

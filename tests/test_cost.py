@@ -1,11 +1,11 @@
-"""What a request costs, counted and not timed: calls that Python makes, and statements that the databases get.
+"""What a request costs, counted and not timed: calls that Python makes, round trips, and statements.
 
 Counts do not depend on the machine or on what else it does, so a regression shows as a failure and not as noise. The
 bands are two-sided: an improvement must lower them, or the next regression hides in the room that it left.
 """
 
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
@@ -15,22 +15,55 @@ import pytest
 
 from local.seed import seed
 from tests.conftest import Database
-from tests.plans import noting_statements
-from tests.service import Service, serving
+from tests.proxy import Proxy
+from tests.service import Service, quiet, serving
 
 # Counted on CPython 3.11, where runs differ by less than 1 %. Later ones inline comprehensions and differ elsewhere.
 BAND = 0.05 if sys.version_info[:2] == (3, 11) else 0.20
 WARM_UP = 20
 REPETITIONS = 50
-# Calls of Python functions for one request, resumed coroutines included, from the outermost middleware inwards.
-CALLS = {
-    "read one": 435,
-    "list 50": 1080,
-    "no such route": 259,
-    "create": 923,
+PATIENT = b'{"mrn": "NEW-%d", "full_name": "Ada Example", "birth_date": "1980-05-17"}'
+USER = b'{"email": "new-%d@example.com", "full_name": "Ada Example"}'
+
+
+@dataclass(frozen=True)
+class Cost:
+    """A request, the status of its answer, and what it may cost once everything is warm.
+
+    Trips are turns on the wire at the primary and at the replica. Statements are those of `db_query_seconds`: without
+    BEGIN, COMMIT, ROLLBACK and the look at the LSN.
+    Calls are of Python functions, resumed coroutines included, from the outermost middleware inwards.
+    """
+
+    request: str
+    status: int
+    primary: int
+    replica: int
+    statements: int
+    calls: int | None = None
+    body: bytes = b""
+
+
+# The token is the fourth trip of a write; a miss is asked for once more, on the primary.
+COSTS = {
+    "read one": Cost("GET /patients/7", 200, 0, 1, 1, calls=359),
+    "list 50": Cost("GET /patients?limit=50", 200, 0, 1, 1, calls=659),
+    "search": Cost("GET /patients?name=a&limit=5", 200, 0, 1, 1),
+    "find": Cost("GET /patients?mrn=MRN-000007", 200, 0, 1, 1),
+    "create": Cost("POST /patients", 201, 4, 0, 1, calls=610, body=PATIENT),
+    "change": Cost("PATCH /patients/8", 200, 4, 0, 1, body=b'{"full_name": "Ada King %d"}'),
+    "delete": Cost("DELETE /patients/%d", 204, 4, 0, 1),
+    "miss": Cost("GET /patients/999999", 404, 3, 1, 2, calls=852),
+    "create user": Cost("POST /users", 201, 4, 0, 1, body=USER),
+    "list users": Cost("GET /users", 200, 0, 1, 1),
+    "report": Cost("GET /reports/summary", 200, 0, 5, 3),
+    "invalid": Cost("POST /patients", 422, 0, 0, 0, body=b'{"mrn": ""}'),
+    "no such route": Cost("GET /nothing", 404, 0, 0, 0, calls=150),
+    "live": Cost("GET /health/live", 200, 0, 0, 0),
+    "ready": Cost("GET /health/ready", 200, 0, 0, 0),
+    "pool figures": Cost("GET /debug/pool-stats", 200, 0, 0, 0),
+    "metrics": Cost("GET /metrics", 200, 0, 0, 0),
 }
-# Statements through SQLAlchemy. BEGIN, COMMIT and the token's look at the LSN are not among them: see the wire tests.
-STATEMENTS = {"read one": 1, "list 50": 1, "no such route": 0, "create": 1}
 
 
 @dataclass
@@ -61,10 +94,15 @@ class Client:
 
     def __init__(self, service: Service) -> None:
         self._app = service.app
-        self._number = 0
+        self._number = 10
 
-    async def request(self, method: str, path: str, query: bytes = b"", body: bytes = b"") -> int:
-        """Send one request and return the status."""
+    async def send(self, cost: Cost) -> None:
+        """Send the request, with another number where it has one, and check the status."""
+        self._number += 1
+        line = cost.request % self._number if "%d" in cost.request else cost.request
+        method, _, target = line.partition(" ")
+        path, _, query = target.partition("?")
+        body = cost.body % self._number if b"%d" in cost.body else cost.body
         status = 0
         scope: dict[str, Any] = {
             "type": "http",
@@ -74,7 +112,7 @@ class Client:
             "scheme": "http",
             "path": path,
             "raw_path": path.encode(),
-            "query_string": query,
+            "query_string": query.encode(),
             "root_path": "",
             "headers": [(b"host", b"test"), (b"content-type", b"application/json")],
             "client": ("127.0.0.1", 1),
@@ -90,66 +128,70 @@ class Client:
             status = message.get("status", status)
 
         await self._app(scope, receive, send)
-        return status
-
-    async def read_one(self) -> None:
-        """Read a patient from the replica."""
-        assert await self.request("GET", "/patients/7") == 200
-
-    async def list_50(self) -> None:
-        """Read a page of patients."""
-        assert await self.request("GET", "/patients", b"limit=50") == 200
-
-    async def no_such_route(self) -> None:
-        """Ask for what is not there, and costs no connection."""
-        assert await self.request("GET", "/nothing") == 404
-
-    async def create(self) -> None:
-        """Store a patient."""
-        self._number += 1
-        body = b'{"mrn": "NEW-%d", "full_name": "Ada Example", "birth_date": "1980-05-17"}' % self._number
-        assert await self.request("POST", "/patients", body=body) == 201
-
-
-REQUESTS: dict[str, Callable[[Client], Awaitable[None]]] = {
-    "read one": Client.read_one,
-    "list 50": Client.list_50,
-    "no such route": Client.no_such_route,
-    "create": Client.create,
-}
+        assert status == cost.status
 
 
 @pytest.fixture
-async def counted(database: Database) -> AsyncIterator[Service]:
-    """Give a service over a hundred patients that looks at its databases rarely, so that requests alone are counted."""
+async def seeded(database: Database) -> Database:
+    """Give a database of a hundred patients, on the replica too."""
     await seed(database.url(), 100)
     await database.cluster.wait_replayed()
-    async with serving(database.settings(monitor_interval_seconds=1)) as running:
+    return database
+
+
+@pytest.fixture
+async def counted(seeded: Database) -> AsyncIterator[Service]:
+    """Give a service that looks at its databases rarely, so that requests alone are counted."""
+    async with serving(seeded.settings(monitor_interval_seconds=1)) as running:
         yield running
 
 
-@pytest.mark.parametrize("name", REQUESTS)
+@pytest.mark.parametrize("name", [name for name, cost in COSTS.items() if cost.calls is not None])
 async def test_calls(counted: Service, name: str) -> None:
     """A request makes as many Python calls as is written down, within the band."""
-    client, send = Client(counted), REQUESTS[name]
+    client, cost = Client(counted), COSTS[name]
     for _ in range(WARM_UP):  # Caches fill: routes, labels, compiled and prepared statements.
-        await send(client)
+        await client.send(cost)
 
     with counting_calls() as calls:
         for _ in range(REPETITIONS):
-            await send(client)
+            await client.send(cost)
 
-    made, expected = calls.count / REPETITIONS, CALLS[name]
+    made, expected = calls.count / REPETITIONS, cost.calls
+    assert expected is not None
     assert expected * (1 - BAND) <= made <= expected * (1 + BAND), f"{made:.0f} calls, {expected} written down"
 
 
-@pytest.mark.parametrize("name", REQUESTS)
+@pytest.mark.parametrize("name", COSTS)
 async def test_statements(counted: Service, name: str) -> None:
     """A request sends as many statements as is written down, the first time and later."""
+
+    def asked() -> float:
+        pools = (database.name for database in counted.databases.all())
+        return sum(counted.sample("db_query_seconds_count", pool=pool) for pool in pools)
+
     client = Client(counted)
 
     for _ in range(2):
-        async with noting_statements(counted) as statements:
-            await REQUESTS[name](client)
+        before = asked()
 
-        assert len(statements.sent) == STATEMENTS[name], [statement for statement, _ in statements.sent]
+        await client.send(COSTS[name])
+
+        assert asked() - before == COSTS[name].statements
+
+
+@pytest.mark.parametrize("name", COSTS)
+async def test_round_trips(seeded: Database, proxy: Proxy, replica_proxy: Proxy, name: str) -> None:
+    """A request speaks with the databases as often as is written down, once its statements are prepared."""
+    cost, url = COSTS[name], replica_proxy.url(seeded.replica_url())
+    settings = seeded.settings(
+        primary={"url": proxy.url(seeded.url())}, replicas=({"url": url},), analytics={"url": url, "pool_min_size": 1}
+    )
+    async with quiet(settings) as service:
+        client = Client(service)
+        await client.send(cost)
+        proxy.round_trips = replica_proxy.round_trips = 0
+
+        await client.send(cost)
+
+        assert (proxy.round_trips, replica_proxy.round_trips) == (cost.primary, cost.replica)

@@ -311,3 +311,18 @@ def test_what_is_no_failure_of_a_database_is_not_classified() -> None:
     """Any other exception is a bug."""
     assert classify(ValueError("x")) is None
     assert classify(OSError("x")) is None
+
+
+async def test_websocket_that_leads_nowhere_is_closed(primary: Service) -> None:
+    """There are none here, and who tries one is told so at once."""
+    sent: list[Any] = []
+
+    async def receive() -> Any:
+        return {"type": "websocket.connect"}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    await primary.app({"type": "websocket", "path": "/nothing", "headers": [], "query_string": b""}, receive, send)
+
+    assert [message["type"] for message in sent] == ["websocket.close"]

@@ -63,12 +63,12 @@ class Database:
         EngineWatch(self.engine, self.pool, watch, writable=role == "primary")
         read_only = self.engine.execution_options(postgresql_readonly=True)
         # For reads: free of transactions on a replica, BEGIN READ ONLY on the primary.
-        self.reads = Way(self.engine, None) if role == "replica" else Way(read_only, {"readonly": True})
-        self.writes = Way(self.engine, {})
+        self.reads = Way(self.engine, None) if role == "replica" else Way(read_only, "BEGIN READ ONLY;")
+        self.writes = Way(self.engine, "BEGIN;")
         # For reports: all statements of a session see one snapshot.
         self.snapshots = Way(
             read_only.execution_options(isolation_level="REPEATABLE READ"),
-            {"isolation": "repeatable_read", "readonly": True},
+            "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY;",
         )
         self._server: float | None = None
         if role == "primary":
@@ -88,7 +88,7 @@ class Database:
 
         Raises: PoolExhausted, DatabaseUnreachable; and as `Lease.rows` does.
         """
-        lease = Lease(self)
+        lease = Lease(self, readonly=True)
         await lease.take()
         try:
             return await lease.rows(query, parameters)

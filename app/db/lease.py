@@ -13,16 +13,15 @@ from collections.abc import Awaitable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar, TypeVarTuple, cast
 
 import asyncpg
-from asyncpg.transaction import Transaction
 from sqlalchemy import Connection, Engine, Row
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.pool import ConnectionPoolEntry
 
 from app.db.connector import DRIVER_FAILURES, KeptAliveConnection
-from app.db.observe import READ_ONLY, forget_row, name_loss
+from app.db.observe import forget_row, name_loss
 from app.db.pool import Tenure
 from app.db.query import Query
-from app.errors import ConnectionLost, WriteInReadSession
+from app.errors import ConnectionLost, TransactionAborted, WriteInReadSession
 
 if TYPE_CHECKING:
     from app.db.engines import Database
@@ -31,8 +30,31 @@ logger = logging.getLogger(__name__)
 
 # Seconds for telling the server to stop what a cancelled request asked.
 CLOSE_SECONDS = 2.0
+SWALLOWED = "A statement failed, its error was swallowed, and nothing can be committed."
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
+
+
+class Begun:
+    """A transaction that was begun by hand, with what SQLAlchemy's dialect asks of one."""
+
+    __slots__ = ("_connection",)
+
+    def __init__(self, connection: KeptAliveConnection) -> None:
+        self._connection = connection
+
+    async def commit(self) -> None:
+        """Commit.
+
+        Raises: TransactionAborted when a statement had failed: PostgreSQL then answers COMMIT with a silent ROLLBACK,
+        and the client would read 2xx.
+        """
+        if await self._connection.execute("COMMIT;") != "COMMIT":
+            raise TransactionAborted(SWALLOWED)
+
+    async def rollback(self) -> None:
+        """Take everything back."""
+        await self._connection.execute("ROLLBACK;")
 
 
 class Lease:
@@ -43,10 +65,10 @@ class Lease:
     connection: KeptAliveConnection
     tenure: Tenure
 
-    def __init__(self, database: "Database") -> None:
+    def __init__(self, database: "Database", *, readonly: bool) -> None:
         self._database = database
-        self._readonly = database.role != "primary"
-        self._transaction: Transaction | None = None
+        self._readonly = readonly
+        self._transaction: Begun | None = None
         self.entry: ConnectionPoolEntry | None = None
 
     async def take(self) -> None:
@@ -58,16 +80,14 @@ class Lease:
         self.tenure = tenure = entry.info["tenure"]
         self.connection = tenure.connection
 
-    async def begin(self, options: Mapping[str, Any]) -> None:
-        """Take a connection and begin a transaction, with asyncpg's `options` for it.
+    async def begin(self, words: str) -> None:
+        """Take a connection and begin a transaction with these words.
 
         Raises: as `take` and `rows` do.
         """
         await self.take()
-        self._readonly = self._readonly or options.get("readonly", False)
-        transaction = self.connection.transaction(**options)
-        await self._ask(transaction.start())
-        self._transaction = transaction
+        await self._ask(self.connection.execute(words))
+        self._transaction = Begun(self.connection)
 
     async def rows(self, query: Query[*Ts], parameters: Mapping[str, Any]) -> Sequence[Row[*Ts]]:
         """Run one query.
@@ -80,8 +100,8 @@ class Lease:
         return await self._ask(query.fetch(self.connection, parameters), query.sql)
 
     async def commit(self) -> None:
-        """Commit the transaction; raises as `rows` does."""
-        transaction, self._transaction = cast("Transaction", self._transaction), None
+        """Commit the transaction; raises as `rows` does, and TransactionAborted."""
+        transaction, self._transaction = cast("Begun", self._transaction), None
         await self._ask(transaction.commit())
 
     async def end(self) -> None:
@@ -142,10 +162,7 @@ class Lease:
 
     def _name(self, error: Exception, statement: str | None) -> None:
         """Do to the connection what this failure means for it, and raise the failure's own name if it has one."""
-        # Until a rollback whatever comes next in this transaction fails too.
-        self.tenure.aborted = True
         forget_row(error)
-        state = getattr(error, "sqlstate", None) or ""
         if isinstance(error, OSError):
             self.connection.terminate()
             raise name_loss(error) from error
@@ -153,14 +170,11 @@ class Lease:
             raise ConnectionLost("The connection to the database was lost.") from error
         if isinstance(error, asyncpg.IntegrityConstraintViolationError):
             raise IntegrityError(statement, None, error, hide_parameters=True) from error
-        if state == READ_ONLY:
+        if isinstance(error, asyncpg.ReadOnlySQLTransactionError):
             if self._readonly:
                 raise WriteInReadSession("A read session was asked to write.") from error
             # The address leads to a server that was demoted, and so do all the other connections.
             self._database.pool.dispose()
-        elif state.startswith("57P"):
-            # The server is about to close it, and says so before it does.
-            self.connection.terminate()
 
 
 async def _close(connection: "asyncpg.Connection[Any]") -> None:

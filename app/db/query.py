@@ -1,9 +1,8 @@
-"""A statement that is built and compiled once and, where no transaction is needed, sent past SQLAlchemy's execution.
+"""A statement that is built and compiled once, and sent past SQLAlchemy's execution where nothing else needs that.
 
 SQLAlchemy writes the SQL and says how values are bound; asyncpg runs it on a connection of our pool. That saves what
 costs most of a short read: building the statement, the engine's connection, its cursor and its result, and two switches
-of greenlet. `docs/performance.md` has the figures. It is for reads on a replica alone; everything else, and every
-transaction, goes through SQLAlchemy's own `Connection`.
+of greenlet. `docs/performance.md` has the figures; `Lease` runs it, and decision 0003 says when SQLAlchemy does.
 """
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence

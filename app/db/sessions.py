@@ -23,7 +23,7 @@ from sqlalchemy.sql.selectable import TypedReturnsRows
 from sqlalchemy.util.concurrency import greenlet_spawn
 
 from app.db.connector import DRIVER_FAILURES
-from app.db.lease import Lease
+from app.db.lease import SWALLOWED, Lease
 from app.db.pool import Tenure, holder
 from app.db.query import Query
 from app.errors import ConnectionLost, DatabaseUnavailable, OutcomeUnknown, TransactionAborted
@@ -34,14 +34,13 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-WRITTEN_LSN = "SELECT pg_current_wal_insert_lsn() - '0/0'::pg_lsn"
+WRITTEN_LSN = "SELECT pg_current_wal_insert_lsn()::text"
 Ts = TypeVarTuple("Ts")
 
 UNKNOWN = (
     "The connection was lost while the change was being committed, so it may or may not have been made. "
     "Read before you try again, or send the request with an Idempotency-Key."
 )
-SWALLOWED = "A statement failed, its error was swallowed, and nothing can be committed."
 
 
 @dataclass(slots=True)
@@ -52,18 +51,18 @@ class Consistency:
     primary_only: bool = False
     read_from: "Database | None" = None
     reason: "Reason | None" = None
-    written_lsn: int | None = None
+    token: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Way:
-    """A way to use an engine: the engine with its options for SQLAlchemy, and the same transaction for asyncpg.
+    """A way to use an engine: the engine with its options for SQLAlchemy, and the words that begin the same by hand.
 
-    Without a transaction (None) each statement stands for itself.
+    Without them (None) there is no transaction, and each statement stands for itself.
     """
 
     engine: AsyncEngine
-    transaction: Mapping[str, Any] | None
+    begin: str | None
 
 
 class _OneConnection(Session):
@@ -100,6 +99,7 @@ class ReadSession(AsyncSession):
 
     sync_session_class = _OneConnection
     sync_session: _OneConnection
+    _readonly = True
 
     def __init__(self, database: "Database", way: Way, *, label: str) -> None:
         self._database = database
@@ -107,7 +107,7 @@ class ReadSession(AsyncSession):
         self._label = label
         self._lease: Lease | None = None
         # Nothing to undo on the server, and so nothing to wait for when the session is closed.
-        self._settled = way.transaction is None
+        self._settled = way.begin is None
 
     if not TYPE_CHECKING:  # pragma: no branch  # To mypy a session has AsyncSession's attributes and no others.
 
@@ -139,11 +139,11 @@ class ReadSession(AsyncSession):
         if "sync_session" in vars(self) and self.sync_session.held is not None:
             return await greenlet_spawn(self.sync_session.read_rows, query.statement, parameters)
         holder.set(self._label)
-        if self._way.transaction is None:
+        if self._way.begin is None:
             return await self._database.fetch(query, parameters)
         if self._lease is None:
-            self._lease = Lease(self._database)
-            await self._lease.begin(self._way.transaction)
+            self._lease = Lease(self._database, readonly=self._readonly)
+            await self._lease.begin(self._way.begin)
         return await self._lease.rows(query, parameters)
 
     async def rollback(self) -> None:
@@ -192,6 +192,8 @@ class ReadSession(AsyncSession):
 
 class WriteSession(ReadSession):
     """A session that reads and writes on the primary, and commits when its block ends without an error."""
+
+    _readonly = False
 
     def __init__(self, database: "Database", *, label: str, consistency: Consistency | None) -> None:
         super().__init__(database, database.writes, label=label)
@@ -249,14 +251,14 @@ class WriteSession(ReadSession):
             raise
         self._settled = True
         if self._consistency is not None:
-            self._consistency.written_lsn = await _written_lsn(driver)
+            self._consistency.token = await _written_lsn(driver)
         tenure.queried = before + time.perf_counter() - started
 
 
-async def _written_lsn(driver: "asyncpg.Connection[Any]") -> int | None:
+async def _written_lsn(driver: "asyncpg.Connection[Any]") -> str | None:
     """Ask how far the WAL reaches after COMMIT; before it, the answer would be older than the commit itself."""
     try:
-        return int(await driver.fetchval(WRITTEN_LSN))
+        return str(await driver.fetchval(WRITTEN_LSN))
     except DRIVER_FAILURES as error:
         # The write is committed and must be answered so; only the promise to read it back at once is lost.
         logger.warning("no consistency token", extra={"reason": str(error) or type(error).__name__})

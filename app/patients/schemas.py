@@ -8,10 +8,12 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from app.fields import Change, Line
 
+_DATE = re.compile(r"\d{4}-\d{2}-\d{2}")
+
 
 def _written_as_date(value: object) -> object:
     # Pydantic would take 0 and "0" for 1970.
-    if not isinstance(value, str) or re.fullmatch(r"\d{4}-\d{2}-\d{2}", value) is None:
+    if not isinstance(value, str) or _DATE.fullmatch(value) is None:
         raise ValueError("must be a date, written as YYYY-MM-DD")
     return value
 

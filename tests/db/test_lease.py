@@ -7,7 +7,7 @@ from datetime import date
 from typing import Any
 
 import pytest
-from sqlalchemy import Integer, bindparam, func, literal_column, select, text
+from sqlalchemy import Boolean, Integer, bindparam, func, literal_column, select, text
 from sqlalchemy.exc import DBAPIError, IntegrityError
 
 from app.db.dependencies import WriteDB
@@ -22,6 +22,7 @@ from tests.service import Service, quiet, serving
 ADA = {"mrn": "A-1", "full_name": "Ada Lovelace", "birth_date": date(1915, 12, 10)}
 COUNT = "SELECT count(*) FROM patients"
 KILL = Query(select(func.pg_terminate_backend(func.pg_backend_pid())))
+DEMOTE = Query(select(func.set_config("transaction_read_only", "on", literal_column("true", Boolean))))
 FAIL = Query(select((literal_column("1", Integer) / bindparam("zero", type_=Integer)).label("nothing")))
 
 
@@ -151,6 +152,20 @@ async def test_server_that_ends_a_session_is_answered_503(service: Service) -> N
     assert (answer.status_code, answer.json()["code"]) == (503, "connection_lost")
     assert service.databases.primary.pool.figures().checked_out == 0
     assert (await service.client.post("/killed")).status_code == 503
+
+
+async def test_demoted_server_is_left(service: Service) -> None:
+    """An address that leads to a server without writes is weather, and none of its connections is used again."""
+
+    @service.app.post("/demoted")
+    async def demoted(session: WriteDB) -> None:
+        await session.rows(DEMOTE)
+        await queries.add_patient(session, ADA)
+
+    answer = await service.client.post("/demoted")
+
+    assert (answer.status_code, answer.json()["code"]) == (503, "database_read_only")
+    assert service.databases.primary.pool.figures().checked_in == 0
 
 
 async def test_rollback_that_fails_changes_no_answer(database: Database, proxy: Proxy) -> None:

@@ -15,6 +15,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from app.db.pool import BoundedPool
 from app.db.query import Query
+from app.db.sessions import Consistency, WriteSession
 from app.errors import DatabaseUnavailable
 from tests.conftest import Database
 from tests.db.conftest import Clock, Pooled, pooled, sessions_end
@@ -47,6 +48,23 @@ async def past_sqlalchemy(p: Pooled) -> None:
     assert answer == 7
 
 
+async def in_a_session(p: Pooled) -> None:
+    """Begin, ask and commit by the driver, and ask where that led, as a write does."""
+    async with WriteSession(p.database, label="storm", consistency=Consistency()) as session:
+        ((_, answer),) = await session.rows(NAP_PAST_SQLALCHEMY)
+        assert answer == 7
+
+
+async def in_a_session_handed_over(p: Pooled) -> None:
+    """Begin by the driver, and let SQLAlchemy go on and commit."""
+    async with WriteSession(p.database, label="storm", consistency=Consistency()) as session:
+        await session.rows(NAP_PAST_SQLALCHEMY)
+        assert (await session.execute(NAP)).one()[1] == 7
+
+
+WORKS = [in_a_transaction, past_sqlalchemy, in_a_session, in_a_session_handed_over]
+
+
 async def cancel_once(work: Awaitable[None], seconds: float) -> None:
     """Cancel a task as asyncio does."""
     task = asyncio.ensure_future(work)
@@ -75,7 +93,7 @@ async def cancel_for_good(work: Awaitable[None], seconds: float) -> None:
 
 
 @pytest.mark.parametrize("cancelled", [cancel_once, cancel_twice, cancel_for_good])
-@pytest.mark.parametrize("work", [in_a_transaction, past_sqlalchemy])
+@pytest.mark.parametrize("work", WORKS)
 async def test_cancel_at_any_moment_loses_nothing(
     database: Database,
     work: Callable[[Pooled], Awaitable[None]],
@@ -99,7 +117,7 @@ async def test_cancelled_crowd_loses_nothing(database: Database, proxy: Proxy) -
 
         async def one() -> None:
             with suppress(DatabaseUnavailable, Exception):
-                await cancel_once(chance.choice([in_a_transaction, past_sqlalchemy])(p), chance.uniform(0, 0.4))
+                await cancel_once(chance.choice(WORKS)(p), chance.uniform(0, 0.4))
 
         crowd = [asyncio.create_task(one()) for _ in range(100)]
         while not all(task.done() for task in crowd):

@@ -1,0 +1,99 @@
+"""An endpoint's session is the same session, whoever opens it: its route, a dependency, or both."""
+
+from collections.abc import AsyncIterator
+from typing import Annotated, Any
+
+import pytest
+from fastapi import APIRouter, Depends, Request
+from sqlalchemy import text
+
+from app.db.dependencies import ReadDB, SessionRoute, WriteDB
+from app.db.sessions import ReadSession, WriteSession
+from tests.service import Service
+
+ADD_ADA = text("INSERT INTO patients (mrn, full_name, birth_date) VALUES ('A-1', 'Ada', '1915-12-10')")
+
+
+async def _author(session: WriteDB) -> WriteSession:
+    return session
+
+
+async def _audited(session: ReadDB) -> AsyncIterator[ReadSession]:
+    assert session.connection_held is None
+    yield session
+
+
+Author = Annotated[WriteSession, Depends(_author)]
+Audited = Annotated[ReadSession, Depends(_audited, scope="function")]
+
+
+@pytest.fixture(params=["plain", "session"])
+def router(request: pytest.FixtureRequest) -> APIRouter:
+    """Give a router that leaves sessions to FastAPI, and one that opens them."""
+    return APIRouter() if request.param == "plain" else APIRouter(route_class=SessionRoute)
+
+
+def mount(service: Service, router: APIRouter) -> None:
+    """Put the routes in front of the service's own."""
+    service.app.router.routes[:0] = router.routes
+
+
+async def test_endpoint_has_its_session(service: Service, router: APIRouter) -> None:
+    """Beside a path parameter, a request, or nothing."""
+
+    @router.get("/alone")
+    async def alone(session: ReadDB) -> bool:
+        return bool((await session.execute(text("SELECT pg_is_in_recovery()"))).scalar_one())
+
+    @router.get("/beside/{number}")
+    async def beside(number: int, request: Request, session: ReadDB) -> list[Any]:
+        return [number, request.url.path, (await session.execute(text("SELECT 1"))).scalar_one()]
+
+    @router.get("/without")
+    async def without() -> str:
+        return "nothing"
+
+    mount(service, router)
+
+    assert (await service.client.get("/alone")).json() is True
+    assert (await service.client.get("/beside/7")).json() == [7, "/beside/7", 1]
+    assert (await service.client.get("/beside/seven")).status_code == 422
+    assert (await service.client.get("/without")).json() == "nothing"
+    assert service.databases.replicas[0].pool.figures().checked_out == 0
+
+
+async def test_endpoint_and_dependencies_share_a_session(service: Service, router: APIRouter) -> None:
+    """One request has one session of a kind, and a session for reading is none for writing."""
+
+    @router.post("/shared")
+    async def shared(session: WriteDB, author: Author, audited: Audited) -> list[bool]:
+        await author.execute(ADD_ADA)
+        return [session is author, session is audited, isinstance(audited, WriteSession)]
+
+    mount(service, router)
+
+    assert (await service.client.post("/shared")).json() == [True, False, False]
+    assert service.sample("db_connection_hold_seconds_count", pool="primary", route="/shared") == 1
+
+
+async def test_session_ends_after_the_answer_was_made(service: Service, router: APIRouter, execute: Any) -> None:
+    """An answer that cannot be made takes back what the endpoint did; one that can was committed before it is sent."""
+
+    @router.post("/unfit", response_model=int)
+    async def unfit(session: WriteDB) -> str:
+        await session.execute(ADD_ADA)
+        return "no number"
+
+    mount(service, router)
+
+    assert (await service.client.post("/unfit")).status_code == 500
+    assert await execute("SELECT count(*) FROM patients") == 0
+
+
+async def test_document_does_not_tell_them_apart(service: Service) -> None:
+    """A session is no parameter of a request, in whatever way it is opened."""
+    document = (await service.client.get("/openapi.json")).json()
+
+    parameters = document["paths"]["/patients/{patient_id}"]["get"]["parameters"]
+    assert [parameter["name"] for parameter in parameters] == ["patient_id"]
+    assert document["paths"]["/patients"]["post"]["summary"] == "Create Patient"
