@@ -120,11 +120,12 @@ def _read_log(log: Path) -> tuple[dict[int, list[float]], float]:
 
 async def _run(*command: str) -> str:
     process = await asyncio.create_subprocess_exec(
-        *command, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
+        *command, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT, start_new_session=True
     )
     try:
         output, _ = await process.communicate()
     finally:
         if process.returncode is None:
             process.kill()
+            await process.wait()
     return output.decode(errors="replace")

@@ -68,7 +68,7 @@ async def alternate(  # noqa: PLR0913  # Each is a condition of the measurement.
             tell(f"{path} · {server.name} · " + (f"round {number} of {plan.rounds}" if number else "warm-up"))
             seconds = plan.seconds if number else plan.warm_up_seconds
             opened, cpu = await stage.sessions_opened(), server.cpu_seconds()
-            async with stage.watching_connections() as peak:
+            async with stage.watching_connections(server.name) as peak:
                 got = await closed_loop(
                     server.url + path, clients=clients, seconds=seconds, method=method, expected=expected
                 )
