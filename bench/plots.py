@@ -14,8 +14,8 @@ from matplotlib.ticker import FuncFormatter, NullLocator
 from bench.measure import Series
 
 # What is compared has the same colour in every picture.
-COLOURS = {"ours": "#0b7285", "floor": "#868e96", "textbook": "#c92a2a", "asyncpg's own pool": "#e67700"}
-OTHERS = ("#5f3dc4", "#e67700", "#2b8a3e", "#364fc7")
+COLOURS = {"ours": "#0b7285", "floor": "#868e96", "textbook": "#c92a2a", "asyncpg": "#e67700", "waits": "#364fc7"}
+OTHER = "#5f3dc4"
 INK, GRID = "#343a40", "#e9ecef"
 
 
@@ -38,9 +38,8 @@ def lines(*panels: Panel) -> Figure:
     """Draw panels side by side: medians as lines, the spread as a band."""
     figure, axes = plt.subplots(1, len(panels), figsize=(5.6 * len(panels), 4.0), squeeze=False)
     for axis, panel in zip(axes[0], panels, strict=True):
-        spare = iter(OTHERS)
         for label, rounds in panel.curves.items():
-            colour = COLOURS.get(label) or next(spare)
+            colour = _colour(label)
             lowest, highest = [min(one.values) for one in rounds], [max(one.values) for one in rounds]
             axis.fill_between(panel.x, lowest, highest, color=colour, alpha=0.15, linewidth=0)
             axis.plot(panel.x, [one.median for one in rounds], "o-", markersize=4, color=colour, label=label)
@@ -69,7 +68,7 @@ def bars(title: str, x_label: str, values: Mapping[str, Series]) -> Figure:
     figure, axis = plt.subplots(figsize=(7.5, 0.8 + 0.5 * len(values)))
     for place, (label, rounds) in enumerate(values.items()):
         middle, low, high = rounds.median, min(rounds.values), max(rounds.values)
-        axis.barh(place, middle, color=COLOURS.get(label, OTHERS[0]), height=0.62)
+        axis.barh(place, middle, color=_colour(label), height=0.62)
         axis.errorbar(middle, place, xerr=[[middle - low], [high - middle]], color=INK, capsize=3, linewidth=1)
         axis.text(high, place, f"  {middle:,.0f}", va="center", fontsize=9, color=INK)
     axis.set_yticks(range(len(values)), list(values))
@@ -79,6 +78,10 @@ def bars(title: str, x_label: str, values: Mapping[str, Series]) -> Figure:
     axis.grid(visible=False, axis="y")
     figure.tight_layout()
     return figure
+
+
+def _colour(label: str) -> str:
+    return next((colour for name, colour in COLOURS.items() if label.startswith(name)), OTHER)
 
 
 def _dress(axis: Axes, title: str, x_label: str, y_label: str) -> None:

@@ -30,7 +30,7 @@ from local.waiting import eventually
 READY_SECONDS = 30.0
 STOP_SECONDS = 15.0
 # Processes that start at a time; more keep each other from connecting in time.
-STARTERS = 2
+STARTERS = 4
 GROW_SECONDS = 120.0
 # Ten thousand open clients are as many files, here and in the server, which inherits the limit.
 FILES = 16_384

@@ -77,9 +77,7 @@ async def run(stage: Stage, plan: Plan, tell: Tell) -> Section:
     async with AsyncExitStack() as stack:
         through = await stack.enter_async_context(pgbouncer.pooling(stage.cluster)) if "pooled" in ways else {}
         await _alone(stage, plan, tell, section, ways, through)
-        crowds = {}
-        for count in INSTANCES:
-            crowds[count] = {way: await _together(stage, plan, tell, way, through, count) for way in ways}
+    crowds = {n: {way: await _together(stage, plan, tell, way, n) for way in ways} for n in INSTANCES}
     _show_crowds(section, crowds)
     if found is None:
         section.say("PgBouncer is not on PATH: its rows, and the comparison with the guides, are missing.")
@@ -108,7 +106,7 @@ async def _alone(  # noqa: PLR0913, PLR0917  # Private, and each is needed.
         rate = 0.5 * min(row.rate.median for row in found.values())
         for server in servers:
             tell(f"latency · {server.name}")
-            latencies[server.name] = await open_loop(server.url + "/patients/7", rate=rate, seconds=2 * plan.seconds)
+            latencies[server.name] = await open_loop(server.url + "/patients/7", rate=rate, seconds=plan.seconds)
     for way in ways:
         tell(f"round trips · {way}")
         trips[way] = await _trips(stage, way, through if way == "pooled" else {})
@@ -175,12 +173,12 @@ def _settings(way: str, through: Mapping[str, str], instances: int) -> Mapping[s
     return {**through, **sizes, **budget, **PATIENCE}
 
 
-async def _together(  # noqa: PLR0913, PLR0917  # Private, and each is needed.
-    stage: Stage, plan: Plan, tell: Tell, way: str, through: Mapping[str, str], instances: int
-) -> Crowd:
-    variables = _settings(way, through if way == "pooled" else {}, instances)
+async def _together(stage: Stage, plan: Plan, tell: Tell, way: str, instances: int) -> Crowd:
     crowd = Crowd()
     async with AsyncExitStack() as stack:
+        # PgBouncer keeps its connections to the server, and nobody else is to find them there.
+        through = await stack.enter_async_context(pgbouncer.pooling(stage.cluster)) if way == "pooled" else {}
+        variables = _settings(way, through, instances)
         tell(f"{instances} instances · {way} · starting")
         servers = await stage.serving_many(stack, instances, MODULES.get(way, way), variables, name=way)
         peak = await stack.enter_async_context(stage.watching_connections(way))
