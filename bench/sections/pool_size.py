@@ -77,7 +77,7 @@ async def run(stage: Stage, plan: Plan, tell: Callable[[str], None]) -> Section:
             {words: list(found[path].values()) for path, words in PATHS.items()},
             log_x=True,
             log_y=True,
-            marks=marks,
+            marks={f"{formula} = {size}": size for formula, size in marks.items()},
         )
         for title, unit, found, marks in (
             ("Throughput, 64 clients", "requests/s", rates, formulas),

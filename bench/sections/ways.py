@@ -34,7 +34,7 @@ PATIENCE = {"DATABASE_POOL_TIMEOUT": "5", "DATABASE_CONNECT_TIMEOUT_SECONDS": "5
 WAYS = {
     "per_request": "connection for each request",
     "threads": "sync engine in threads (psycopg)",
-    "textbook": "textbook async engine: pre-ping, BEGIN … COMMIT",
+    "textbook": "textbook: async engine, pre-ping, BEGIN … COMMIT",
     "asyncpg_pool": "asyncpg's own pool",
     "ours_at_work": "ours",
     "pooled": "ours through PgBouncer",
@@ -131,7 +131,7 @@ async def _alone(  # noqa: PLR0913, PLR0917  # Private, and each is needed.
         ],
     )
     figure = plots.bars(
-        "GET /patients/7 by way to connect: what one request costs the server",
+        "GET /patients/7: cost by way to connect",
         "µs of CPU, median and spread of the rounds",
         {WAYS[way]: row.cpu for way, row in found.items()},
     )
