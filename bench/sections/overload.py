@@ -38,7 +38,9 @@ async def run(stage: Stage, plan: Plan, tell: Callable[[str], None]) -> Section:
             for load in LOADS:
                 for name, server in servers.items():
                     tell(f"{load:g} x capacity · {name} · round {number} of {plan.rounds}")
-                    got = await open_loop(server.url + "/wait", rate=load * capacity, seconds=WINDOW_SECONDS)
+                    got = await open_loop(
+                        server.url + "/wait", rate=load * capacity, seconds=WINDOW_SECONDS, errors_compared=True
+                    )
                     in_time = [x for x in got.latencies.get(200, []) if x <= USEFUL_MILLISECONDS]
                     useful[name][load].values.append(len(in_time) / got.seconds)
                     late[name][load].values.append(got.quantile(0.99))

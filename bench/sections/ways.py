@@ -94,7 +94,8 @@ async def run(stage: Stage, plan: Plan, tell: Tell) -> Section:
 async def _alone(  # noqa: PLR0913, PLR0917  # Private, and each is needed.
     stage: Stage, plan: Plan, tell: Tell, section: Section, ways: list[str], through: Mapping[str, str]
 ) -> None:
-    trips, latencies = {}, {}
+    trips = {}
+    middle, late = ({way: Series() for way in ways} for _ in range(2))
     async with AsyncExitStack() as stack:
         servers = []
         for way in ways:
@@ -104,9 +105,12 @@ async def _alone(  # noqa: PLR0913, PLR0917  # Private, and each is needed.
         found = await alternate(stage, servers, "/patients/7", clients=CLIENTS, plan=plan, tell=tell)
         # One rate for all, which the slowest can still serve: the latencies answer the same question.
         rate = 0.5 * min(row.rate.median for row in found.values())
-        for server in servers:
-            tell(f"latency · {server.name}")
-            latencies[server.name] = await open_loop(server.url + "/patients/7", rate=rate, seconds=plan.seconds)
+        for number in range(1, plan.rounds + 1):
+            for server in servers:
+                tell(f"latency · {server.name} · round {number} of {plan.rounds}")
+                got = await open_loop(server.url + "/patients/7", rate=rate, seconds=plan.seconds)
+                middle[server.name].values.append(got.quantile(0.5))
+                late[server.name].values.append(got.quantile(0.99))
     for way in ways:
         tell(f"round trips · {way}")
         trips[way] = await _trips(stage, way, through if way == "pooled" else {})
@@ -121,8 +125,8 @@ async def _alone(  # noqa: PLR0913, PLR0917  # Private, and each is needed.
                 WAYS[way],
                 row.rate.text(),
                 row.cpu.text(),
-                f"{latencies[way].quantile(0.5):.1f}",
-                f"{latencies[way].quantile(0.99):.1f}",
+                middle[way].text(1),
+                late[way].text(1),
                 f"{trips[way]:g}",
                 str(row.most_connections),
                 f"{row.opened.median:.0f}",
@@ -185,11 +189,17 @@ async def _together(stage: Stage, plan: Plan, tell: Tell, way: str, instances: i
         for number in range(plan.rounds + 1):
             tell(f"{instances} instances · {way} · " + (f"round {number} of {plan.rounds}" if number else "warm-up"))
             opens = await asyncio.gather(
-                *(open_loop(s.url + "/wait", rate=ARRIVALS_EACH, seconds=plan.seconds) for s in servers)
+                *(
+                    open_loop(s.url + "/wait", rate=ARRIVALS_EACH, seconds=plan.seconds, errors_compared=True)
+                    for s in servers
+                )
             )
             before = sum(server.cpu_seconds() for server in servers)
             closed = await asyncio.gather(
-                *(closed_loop(s.url + "/wait", clients=CLIENTS_EACH, seconds=plan.seconds) for s in servers)
+                *(
+                    closed_loop(s.url + "/wait", clients=CLIENTS_EACH, seconds=plan.seconds, errors_compared=True)
+                    for s in servers
+                )
             )
             spent = sum(server.cpu_seconds() for server in servers) - before
             await stage.quiet(way)
