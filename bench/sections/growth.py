@@ -83,7 +83,7 @@ async def _rows(stage: Stage, server: Served, plan: Plan, tell: Tell, section: S
 async def _workers(stage: Stage, plan: Plan, tell: Tell, section: Section) -> dict[int, Series]:
     async with AsyncExitStack() as stack:
         servers = {
-            count: await stack.enter_async_context(stage.serving("ours", name=f"{count} workers", workers=count))
+            count: await stack.enter_async_context(stage.serving("ours", name=f"workers={count}", workers=count))
             for count in WORKERS
         }
         found = await alternate(stage, list(servers.values()), PATHS[0], clients=BUSY, plan=plan, tell=tell)
