@@ -30,7 +30,8 @@ test-compose: install  ## Build and start the compose stack, break it, and take 
 
 chaos: install  ## Break databases, network and processes, and print what was measured (ARGS=--write-figures)
 	CHAOS=full $(BIN)/python -m pytest -v --timeout 300 tests/chaos $(ARGS)
-bench: install  ## Measure against the floor and the textbook's ways (ARGS="--quick"; needs wrk and h2load)
+
+bench: install  ## Measure against the floor and the textbook's ways (ARGS=--quick; needs wrk and h2load)
 	$(BIN)/python -m bench $(ARGS)
 
 lint: install  ## Check style and formatting

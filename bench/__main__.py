@@ -7,12 +7,15 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.markdown import Markdown
+from rich.markup import escape
 
 from bench import report
 from bench.load import BenchError, require_generators
 from bench.measure import Plan
 from bench.sections import bar, growth, overload, pool_size, start, ways
 from bench.stage import set_up
+from local.account import LocalError
+from local.setup import PROJECT
 
 console = Console(highlight=False)
 SECTIONS = {
@@ -25,39 +28,83 @@ SECTIONS = {
 }
 FULL = Plan(rounds=3, seconds=1)
 QUICK = Plan(rounds=3, seconds=1, quick=True)
+HELP = """Measure the service side by side with its floor and with the textbook's ways to connect.
+
+Starts a primary, a replica and every server that is measured, loads them on 127.0.0.1 and stops them again. Tables
+are printed as they are done; after all parts, in under ten minutes, docs/benchmarks.md and its pictures are
+written. With --quick or --only nothing is written. A missed bar is reported; a wrong answer ends the run.
+
+\b
+The parts:
+  bar        what a request costs, in floors and in textbooks
+  ways       what each way to connect costs, and does to the server with 2 and 10 instances
+  pool-size  how many connections are enough
+  overload   what becomes of more requests than can be served
+  start      how long it takes until it serves
+  growth     whether a request costs more with more clients, rows and workers
+"""
+UNTOUCHED = f"{report.PAGE.relative_to(PROJECT)} is as it was."
+
+# Plain help: its paragraphs are filled to the terminal's width, and the list of parts stays a list.
+cli = typer.Typer(pretty_exceptions_enable=False, add_completion=False, rich_markup_mode=None)
 
 
+def _known(names: list[str] | None) -> list[str] | None:
+    for name in names or []:
+        if name not in SECTIONS:
+            raise typer.BadParameter(f"{name} is none of {', '.join(SECTIONS)}.")
+    return names
+
+
+@cli.command(help=HELP)
 def main(
     *,
-    quick: Annotated[bool, typer.Option("--quick", help="The bar alone, under a minute; writes nothing.")] = False,
-    only: Annotated[list[str] | None, typer.Option(help=f"One of {', '.join(SECTIONS)}; repeat for several.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="The bar's first routes alone, in under a minute.")] = False,
+    only: Annotated[
+        list[str] | None, typer.Option(callback=_known, help="This part alone, by its name; repeat it for several.")
+    ] = None,
 ) -> None:
-    """Measure the service side by side with its floor and the textbook's ways."""
+    """Measure what `--only` names, or everything, and write the report."""
     try:
         require_generators()
-        missed = asyncio.run(_run(quick=quick, only=list(only or (["bar"] if quick else SECTIONS))))
-    except BenchError as error:
-        console.print(f"[red]{error}[/red]")
+        missed = asyncio.run(_run(quick=quick, only=only or (["bar"] if quick else list(SECTIONS))))
+    except (BenchError, LocalError) as error:
+        console.print(f"[red]{escape(str(error))}[/red]\n{UNTOUCHED}")
         raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        console.print(f"Stopped, and everything that was started is stopped too. {UNTOUCHED}")
+        raise typer.Exit(130) from None
     for claim in missed:
         console.print(f"[yellow]missed:[/yellow] {claim}")
 
 
 async def _run(*, quick: bool, only: list[str]) -> list[str]:
     plan, started, sections = QUICK if quick else FULL, time.monotonic(), []
+    busy = report.others()
     with console.status("Starting the databases") as status:
-
-        def tell(step: str) -> None:
-            status.update(f"{time.monotonic() - started:4.0f} s  {step}")
-
         async with set_up() as stage:
-            machine = report.describe(stage, report.now(), quick=quick)
+            machine = report.describe(stage, busy, quick=quick)
             console.print(Markdown(machine))
-            for name in only:
-                section = await SECTIONS[name](stage, plan, tell)
+            for number, name in enumerate(only, 1):
+                console.rule(f"{number} of {len(only)}: {name}, at {time.monotonic() - started:.0f} s", align="left")
+                step = ""
+
+                def tell(now: str, name: str = name) -> None:
+                    nonlocal step
+                    step = now
+                    status.update(f"{time.monotonic() - started:4.0f} s  {name} · {now}")
+
+                try:
+                    section = await SECTIONS[name](stage, plan, tell)
+                except (BenchError, LocalError) as error:
+                    raise BenchError(f"{name} failed at “{step}”: {error}") from error
+                except Exception as error:
+                    # A fault of the harness or of a driver: whoever reads the traceback wants to know this much.
+                    error.add_note(f"{name} failed at “{step}”. {UNTOUCHED}")
+                    raise
                 sections.append(section)
                 console.print(Markdown(section.text()))
-                console.print(f"[dim]{time.monotonic() - started:.0f} s[/dim]")
+    console.print(f"{time.monotonic() - started:.0f} s in all.")
     # A partial or rough run does not replace the published figures.
     if not quick and set(only) == set(SECTIONS):
         report.write(machine, sections)
@@ -66,4 +113,4 @@ async def _run(*, quick: bool, only: list[str]) -> list[str]:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    cli()

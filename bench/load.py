@@ -75,8 +75,19 @@ def require_generators() -> None:
         raise BenchError(f"{' and '.join(missing)} not found: apt-get install wrk nghttp2-client")
 
 
-async def closed_loop(url: str, *, clients: int, seconds: int, method: str = "GET", expected: int = 200) -> Closed:
-    """Keep `clients` connections busy; an answer with another status than `expected` is an error."""
+async def closed_loop(  # noqa: PLR0913  # Each is a condition of the measurement.
+    url: str,
+    *,
+    clients: int,
+    seconds: int,
+    method: str = "GET",
+    expected: int = 200,
+    errors_compared: bool = False,
+) -> Closed:
+    """Keep `clients` connections busy; an answer with another status than `expected` is an error.
+
+    Raises: BenchError when there is an error, unless errors are what is compared.
+    """
     output = await _run(
         "wrk", "-t1", f"-c{clients}", f"-d{seconds}s", "--timeout", "30s", "-s", str(SCRIPT), url,
         "--", method, str(expected),
@@ -85,11 +96,17 @@ async def closed_loop(url: str, *, clients: int, seconds: int, method: str = "GE
     if counted is None:
         raise BenchError(f"wrk said: {output[-300:]}")
     requests, microseconds, wrong, broken = map(int, counted.groups())
-    return Closed(requests, wrong + broken, microseconds / 1e6)
+    got = Closed(requests, wrong + broken, microseconds / 1e6)
+    if not errors_compared and (got.errors or not requests):
+        raise BenchError(f"{got.errors} of {requests} requests for {url} were answered wrongly or not at all.")
+    return got
 
 
-async def open_loop(url: str, *, rate: float, seconds: float) -> Open:
-    """Let requests arrive at `rate` for each second, one connection each, and wait for every answer."""
+async def open_loop(url: str, *, rate: float, seconds: float, errors_compared: bool = False) -> Open:
+    """Let requests arrive at `rate` for each second, one connection each, and wait for every answer.
+
+    Raises: BenchError when an answer is not a 200, unless errors are what is compared.
+    """
     period = max(PERIOD_MILLISECONDS, round(1000 / rate))
     group = max(1, round(rate * period / 1000))
     count = round(group * seconds * 1000 / period)
@@ -103,7 +120,10 @@ async def open_loop(url: str, *, rate: float, seconds: float) -> Open:
     lost = count - sum(map(len, latencies.values()))
     if lost > 0:
         latencies.setdefault(0, []).extend([float("inf")] * lost)
-    return Open(group * 1000 / period, max(seconds, lasted), latencies)
+    got = Open(group * 1000 / period, max(seconds, lasted), latencies)
+    if got.count(200) < got.sent and not errors_compared:
+        raise BenchError(f"{url} answered {dict(got.statuses)} at {rate:.0f} arrivals a second; 0 is no answer.")
+    return got
 
 
 def _read_log(log: Path) -> tuple[dict[int, list[float]], float]:
@@ -120,11 +140,12 @@ def _read_log(log: Path) -> tuple[dict[int, list[float]], float]:
 
 async def _run(*command: str) -> str:
     process = await asyncio.create_subprocess_exec(
-        *command, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
+        *command, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT, start_new_session=True
     )
     try:
         output, _ = await process.communicate()
     finally:
         if process.returncode is None:
             process.kill()
+            await process.wait()
     return output.decode(errors="replace")

@@ -1,4 +1,4 @@
-"""PgBouncer from PATH in front of the cluster: transaction mode, 30 server connections at most, as in compose."""
+"""PgBouncer from PATH in front of the cluster, with the figures of compose."""
 
 import asyncio
 import re
@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import AsyncIterator
+from configparser import ConfigParser
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -14,9 +15,9 @@ import asyncpg
 from bench.load import BenchError
 from local.cluster import DATABASE, Cluster
 from local.postgres import HOST, free_port
+from local.setup import PROJECT
 from local.waiting import eventually
 
-SERVER_CONNECTIONS = 30
 START_SECONDS = 10
 # From here on it follows prepared statements; before, a client must not keep any.
 FOLLOWS_STATEMENTS = (1, 21)
@@ -47,7 +48,10 @@ async def pooling(cluster: Cluster) -> AsyncIterator[dict[str, str]]:
         for path in (directory, users, config):
             cluster.account.own(path)
         process = subprocess.Popen(  # noqa: ASYNC220  # It returns at once.
-            ["pgbouncer", "-q", str(config)], stderr=subprocess.DEVNULL, **cluster.account.arguments
+            ["pgbouncer", "-q", str(config)],
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+            **cluster.account.arguments,
         )
         try:
             url = f"postgresql://{{role}}:{{password}}@{HOST}:{port}/{{database}}"
@@ -74,20 +78,18 @@ async def _answers(url: str) -> bool:
 
 
 def _config(cluster: Cluster, port: int, users: Path, *, follows: bool) -> str:
-    prepared = "max_prepared_statements = 200\n" if follows else ""
-    half = SERVER_CONNECTIONS // 2
-    return f"""[databases]
-primary = host={HOST} port={cluster.primary.port} dbname={DATABASE}
-replica = host={HOST} port={cluster.replica.port} dbname={DATABASE}
-[pgbouncer]
-listen_addr = {HOST}
-listen_port = {port}
-unix_socket_dir =
-auth_type = scram-sha-256
-auth_file = {users}
-pool_mode = transaction
-default_pool_size = {half}
-max_db_connections = {half}
-max_client_conn = 1000
-query_wait_timeout = 5
-{prepared}"""
+    """Take compose's configuration, with the databases and the logins of here."""
+    found = ConfigParser(interpolation=None)
+    found.read(PROJECT / "pgbouncer" / "pgbouncer.ini", encoding="utf-8")
+    settings = dict(found["pgbouncer"])
+    for name in ("auth_user", "auth_query", "auth_dbname", *(() if follows else ("max_prepared_statements",))):
+        del settings[name]
+    settings |= {"listen_addr": HOST, "listen_port": str(port), "unix_socket_dir": "", "auth_file": str(users)}
+    servers = {"primary": cluster.primary, "replica": cluster.replica}
+    lines = [
+        "[databases]",
+        *(f"{name} = host={HOST} port={server.port} dbname={DATABASE}" for name, server in servers.items()),
+        "[pgbouncer]",
+        *(f"{name} = {value}" for name, value in settings.items()),
+    ]
+    return "\n".join([*lines, ""])

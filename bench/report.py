@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
+import psutil  # type: ignore[import-untyped]  # See local/waiting.py.
 from matplotlib.figure import Figure
 
 from bench.stage import Stage
@@ -18,8 +19,9 @@ from local.setup import PROJECT
 PAGE = PROJECT / "docs" / "benchmarks.md"
 PICTURES = PROJECT / "docs" / "benchmarks"
 PACKAGES = ("fastapi", "starlette", "uvicorn", "sqlalchemy", "asyncpg", "pydantic", "psycopg", "uvloop")
-# More than this before the run, and something else wants the cores too.
-QUIET_LOAD = 1.0
+# More than this before the run, and something else wants the cores too. (A load average would tell of the last minute.)
+QUIET_PERCENT = 10
+LOOK_SECONDS = 1.0
 HEAD = """# Benchmarks
 Written by `make bench`; do not edit. What the figures mean for the code is in [performance.md](performance.md).
 
@@ -68,7 +70,12 @@ class Section:
         return "\n\n".join([f"## {self.title}", *self.parts])
 
 
-def describe(stage: Stage, started: datetime, *, quick: bool) -> str:
+def others() -> float:
+    """Return the percentage of the processors that other work takes; ask before anything is started."""
+    return float(psutil.cpu_percent(interval=LOOK_SECONDS))
+
+
+def describe(stage: Stage, busy: float, *, quick: bool) -> str:
     """Describe machine, versions, commit and date."""
     cpu = next(
         (line.partition(":")[2].strip() for line in _read("/proc/cpuinfo") if line.startswith("model name")),
@@ -81,16 +88,15 @@ def describe(stage: Stage, started: datetime, *, quick: bool) -> str:
     )
     packages = " · ".join(f"{name} {version(name)}" for name in PACKAGES)
     pinned = f"server on core {stage.server_core}" if stage.pinned else "one core for everything"
-    load = f"load average before {os.getloadavg()[0]:.1f}"
     rows = [
-        f"{started:%Y-%m-%d %H:%M} UTC · commit {commit}{changed}"
+        f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC · commit {commit}{changed}"
         + (" · **quick run: rough figures**" if quick else ""),
-        f"{cpu} · {os.cpu_count()} cores, {pinned} · {platform.system()} {platform.release()} · {load}",
-        f"Python {sys.version.split()[0]} · {packages}",
+        f"{cpu} · {os.cpu_count()} cores, {pinned} · {busy:.0f} % busy with other work before",
+        f"{platform.system()} {platform.release()} · Python {sys.version.split()[0]} · {packages}",
         f"PostgreSQL {stage.version} on loopback, without fsync · {_output('h2load', '--version')}",
     ]
     text = "\n".join(f"- {row}" for row in rows)
-    if os.getloadavg()[0] > QUIET_LOAD:
+    if busy > QUIET_PERCENT:
         text += (
             "\n\n**The machine was busy with other work.** Rates, latencies, times and the verdicts that rest on them "
             "are not to be trusted, in either direction; CPU for each request and its ratios suffer less."
@@ -110,11 +116,6 @@ def write(machine: str, sections: Sequence[Section]) -> None:
     )
     parts = [HEAD.format(machine=machine).strip(), summary, *(section.text() for section in sections)]
     PAGE.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
-
-
-def now() -> datetime:
-    """Return the time of the report."""
-    return datetime.now(UTC)
 
 
 def _read(path: str) -> list[str]:

@@ -2,14 +2,17 @@
 
 import asyncio
 import os
+import resource
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 import asyncpg
 import httpx
@@ -18,18 +21,39 @@ import psutil  # type: ignore[import-untyped]  # See local/waiting.py.
 from bench.load import BenchError
 from local.cluster import DATABASE, Cluster
 from local.postgres import free_port
+from local.programs import explain
 from local.seed import seed
 from local.serve import environment
 from local.setup import PROJECT
 from local.waiting import eventually
 
 READY_SECONDS = 30.0
+STOP_SECONDS = 15.0
+# Processes that start at a time; more keep each other from connecting in time.
+STARTERS = 4
+GROW_SECONDS = 120.0
+# Ten thousand open clients are as many files, here and in the server, which inherits the limit.
+FILES = 16_384
 SAMPLE_SECONDS = 0.02
 # Empty means no: compiled modules are kept, as in an installation.
 COMPILED = {"PYTHONDONTWRITEBYTECODE": ""}
+# How a way tells the database its name: ours, and the others.
+NAMES = ("DATABASE_APPLICATION_NAME", "PGAPPNAME")
 USABLE = 'db_replica_usable{pool="replica"} 1.0'
 PATIENTS = 1000
-BACKENDS = "SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'client backend' AND datname = $1"
+# Whoever is still logging in takes a place too, and has no name yet.
+BACKENDS = (
+    "SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'client backend' AND application_name IN ($1, '')"
+)
+# Whoever looks shares a core with the server and comes on when that is idle, so idle means for a while. Sentinels of
+# ours ask this function, and go on asking.
+BUSY = """
+SELECT EXISTS (
+    SELECT FROM pg_stat_activity
+    WHERE application_name = $1 AND query NOT LIKE '%pg_is_in_recovery%'
+          AND (state = 'active' OR state_change > clock_timestamp() - interval '50 ms')
+)
+"""
 OPENED = "SELECT sessions FROM pg_stat_database WHERE datname = $1"
 
 
@@ -55,6 +79,11 @@ class Served:
         """Resident memory of all its processes."""
         return int(sum(process.memory_info().rss for process in self._processes()))
 
+    def pin(self, core: int) -> None:
+        """Keep it on this core, with the threads that it starts from now on; starting may use all of them."""
+        for process in self._processes():
+            process.cpu_affinity([core])
+
     def _processes(self) -> list[psutil.Process]:
         parent = psutil.Process(self.process.pid)
         return [parent, *parent.children(recursive=True)]
@@ -63,15 +92,18 @@ class Served:
 class Stage:
     """A cluster with patients, and the cores: the last one for servers, the others for all the rest."""
 
-    def __init__(self, cluster: Cluster) -> None:
+    def __init__(self, cluster: Cluster, directory: Path) -> None:
         self.cluster = cluster
+        self._directory = directory
         self.version = ""
-        cores = sorted(os.sched_getaffinity(0))
+        self._looks: list[asyncpg.Pool[asyncpg.Record]] = []
+        self._cores = cores = sorted(os.sched_getaffinity(0))
         self.server_core = cores[-1]
         self.pinned = len(cores) > 1
         if self.pinned:
             # What is started from here inherits it: PostgreSQL, PgBouncer, the generators.
             os.sched_setaffinity(0, set(cores[:-1]))
+        self.database_cores = len(os.sched_getaffinity(0))
 
     @property
     def environment(self) -> dict[str, str]:
@@ -81,103 +113,148 @@ class Stage:
             environment(self.cluster) | {"ENVIRONMENT": "test", "LOG_FORMAT": "json", "LOG_LEVEL": "ERROR"} | COMPILED
         )
 
-    async def find_version(self) -> None:
-        """Ask the primary what it is."""
-        connection = await self.cluster.primary.connect()
-        try:
-            self.version = str(await connection.fetchval("SHOW server_version"))
-        finally:
-            await connection.close()
+    @asynccontextmanager
+    async def looking(self) -> AsyncIterator[Self]:
+        """Connect to both servers, once and before any load: a full server lets nobody in who comes later."""
+        async with AsyncExitStack() as stack:
+            for server in ("primary", "replica"):
+                url = self.cluster.url("postgres", server=server, database="postgres")
+                # Two: the watch over connections goes on while something else is asked.
+                pool = asyncpg.create_pool(url, min_size=2, max_size=2, server_settings={"application_name": "bench"})
+                self._looks.append(await stack.enter_async_context(pool))
+            self.version = str(await self._looks[0].fetchval("SHOW server_version"))
+            yield self
 
     @asynccontextmanager
     async def serving(
-        self, name: str, variables: Mapping[str, str] | None = None, *, workers: int = 1
+        self, variant: str, variables: Mapping[str, str] | None = None, *, name: str | None = None, workers: int = 1
     ) -> AsyncIterator[Served]:
-        """Run a variant; "ours" is `python -m app serve`, the others are in bench/variants."""
-        port = free_port()
-        module = ["app", "serve"] if name == "ours" else ["bench.serve", name]
-        started = time.perf_counter()
-        process = subprocess.Popen(  # noqa: ASYNC220  # It returns at once.
-            [sys.executable, "-m", *module, "--port", str(port), "--workers", str(workers)],
-            cwd=PROJECT,
-            env=os.environ | self.environment | dict(variables or {}),
-            preexec_fn=self._pin,  # noqa: PLW1509  # No threads are about when it forks.
-        )
+        """Run a variant; "ours" is `python -m app serve`, the others are in bench/variants.
+
+        `name` is what the databases know it by: `watching_connections` counts by it.
+        """
+        name, port = variant if name is None else name, free_port()
+        module = ["app", "serve"] if variant == "ours" else ["bench.serve", variant]
+        with (self._directory / f"{name}-{port}.log").open("w+b") as log:
+            started = time.perf_counter()
+            process = subprocess.Popen(  # noqa: ASYNC220  # It returns at once.
+                [sys.executable, "-m", *module, "--port", str(port), "--workers", str(workers)],
+                cwd=PROJECT,
+                env=os.environ | self.environment | dict.fromkeys(NAMES, name) | dict(variables or {}),
+                # A way that runs out of connections says so thousands of times.
+                stdout=log,
+                stderr=log,
+                start_new_session=True,  # Ctrl-C is for the harness, which stops everything in order.
+                preexec_fn=self._unpin,  # noqa: PLW1509  # No threads are about when it forks.
+            )
+            try:
+                ready = await _until_ready(process, port, variant)
+                if ready is None:
+                    log.seek(0)
+                    raise BenchError(explain(log.read().decode(errors="replace"), f"{name}, which did not get ready,"))
+                served = Served(name, process, port, ready - started)
+                if self.pinned:
+                    served.pin(self.server_core)
+                yield served
+            finally:
+                await _stop(process)
+
+    async def serving_many(
+        self, stack: AsyncExitStack, count: int, variant: str, variables: Mapping[str, str], *, name: str
+    ) -> list[Served]:
+        """Start several of a variant, which `stack` stops."""
+        starters = asyncio.Semaphore(STARTERS)
+
+        async def start() -> Served:
+            async with starters:
+                return await stack.enter_async_context(self.serving(variant, variables, name=name))
+
+        starting = [asyncio.create_task(start()) for _ in range(count)]
         try:
-            ready = await _until_ready(process, port, name)
-            yield Served(name, process, port, ready - started)
+            servers = await asyncio.gather(*starting)
         finally:
-            process.terminate()
-            with suppress(subprocess.TimeoutExpired):
-                await asyncio.to_thread(process.wait, 15)
-            if process.poll() is None:
-                process.kill()
-                await asyncio.to_thread(process.wait)
+            # When one fails, no other may start behind the stack's back.
+            for task in starting:
+                task.cancel()
+            await asyncio.wait(starting)
+
+        def end() -> None:
+            # Told together, they end together.
+            for server in servers:
+                server.process.terminate()
+
+        stack.callback(end)
+        return servers
 
     @asynccontextmanager
-    async def watching_connections(self) -> AsyncIterator[list[int]]:
-        """Yield a list of one: the most connections seen at the primary and the replica together, meanwhile."""
-        servers = [await server.connect("postgres") for server in (self.cluster.primary, self.cluster.replica)]
-        peak = [0]
+    async def watching_connections(self, name: str) -> AsyncIterator[list[int]]:
+        """Yield a list of one: the most connections that `name` has had to one of the two servers, meanwhile."""
+        peak, done = [0], asyncio.Event()
 
         async def watch() -> None:
-            while True:
-                peak[0] = max(peak[0], sum([await server.fetchval(BACKENDS, DATABASE) for server in servers]))
+            while not done.is_set():
+                peak[0] = max(peak[0], *[await look.fetchval(BACKENDS, name) for look in self._looks])
                 await asyncio.sleep(SAMPLE_SECONDS)
 
-        task = asyncio.create_task(watch())
+        watching = asyncio.create_task(watch())
         try:
             yield peak
         finally:
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
-            for server in servers:
-                await server.close()
+            done.set()
+            await watching
+
+    async def quiet(self, name: str) -> None:
+        """Wait until `name` asks the replica nothing more: a closed loop leaves its last requests behind."""
+
+        async def has_ended() -> bool:
+            return not await self._looks[1].fetchval(BUSY, name)
+
+        if not await eventually(has_ended, READY_SECONDS):
+            raise BenchError(f"{name} still asks the database {READY_SECONDS:g} s after its clients have left.")
 
     async def sessions_opened(self) -> int:
         """Count the sessions that both servers opened so far: a way that reconnects shows here and nowhere else."""
-        total = 0
-        for server in (self.cluster.primary, self.cluster.replica):
-            connection = await server.connect("postgres")
-            try:
-                total += int(await connection.fetchval(OPENED, DATABASE) or 0)
-            finally:
-                await connection.close()
-        return total
+        return sum([await look.fetchval(OPENED, DATABASE) or 0 for look in self._looks])
 
     async def grow(self, rows: int) -> None:
         """Add made-up patients until there are `rows`, on the replica too."""
-        connection = await asyncpg.connect(self.cluster.url("app_rw"))
+        connection = await self.cluster.primary.connect(DATABASE)
         try:
             await connection.execute(
                 "INSERT INTO patients (mrn, full_name, birth_date) SELECT 'GROWN-' || n, 'Ada Example ' || n, "
                 "date '1980-05-17' FROM generate_series((SELECT count(*) FROM patients) + 1, $1::bigint) AS n",
                 rows,
-                timeout=120,
+                timeout=GROW_SECONDS,
             )
+            # Else the server tidies up during the measurement, on the core that answers queries.
+            for tidying in ("VACUUM ANALYZE patients", "CHECKPOINT"):
+                await connection.execute(tidying, timeout=GROW_SECONDS)
         finally:
             await connection.close()
-        await self.cluster.wait_replayed(120)
+        await self.cluster.wait_replayed(GROW_SECONDS)
 
-    def _pin(self) -> None:
-        if self.pinned:
-            os.sched_setaffinity(0, {self.server_core})
+    def _unpin(self) -> None:
+        os.sched_setaffinity(0, self._cores)
 
 
 @asynccontextmanager
 async def set_up() -> AsyncIterator[Stage]:
     """Start the cluster, in memory where there is room, with a thousand patients that the replica has too."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < FILES:
+        most = FILES if hard == resource.RLIM_INFINITY else min(FILES, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
     with _open_directory() as directory:
         cores = os.sched_getaffinity(0)
         cluster = Cluster(directory)
-        stage = Stage(cluster)
+        stage = Stage(cluster, directory)
         try:
             async with cluster:
                 await cluster.migrate()
                 await seed(cluster.url("app_rw"), PATIENTS)
                 await cluster.wait_replayed()
-                await stage.find_version()
-                yield stage
+                async with stage.looking():
+                    yield stage
         finally:
             cluster.remove()
             os.sched_setaffinity(0, cores)
@@ -192,8 +269,18 @@ def _open_directory() -> Iterator[Path]:
         yield Path(directory)
 
 
-async def _until_ready(process: subprocess.Popen[bytes], port: int, name: str) -> float:
-    """Wait until it serves as it is to be measured; return when it first said that it was ready."""
+async def _stop(process: subprocess.Popen[bytes]) -> None:
+    """End a server, its workers too when it does not do so itself."""
+    process.terminate()
+    with suppress(subprocess.TimeoutExpired):
+        await asyncio.to_thread(process.wait, STOP_SECONDS)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    await asyncio.to_thread(process.wait)
+
+
+async def _until_ready(process: subprocess.Popen[bytes], port: int, variant: str) -> float | None:
+    """Wait until it serves as it is to be measured; return when it first said that it was ready, None if never."""
     ready = 0.0
     async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=1, trust_env=False) as client:
 
@@ -206,9 +293,8 @@ async def _until_ready(process: subprocess.Popen[bytes], port: int, name: str) -
                     return False
                 ready = ready or time.perf_counter()
                 # Until its first looks at the replica, ours reads from the primary, and would be measured doing that.
-                return not name.startswith("ours") or USABLE in (await client.get("/metrics")).text
+                return not variant.startswith("ours") or USABLE in (await client.get("/metrics")).text
             return False
 
-        if not await eventually(ready_or_ended, READY_SECONDS) or process.poll() is not None:
-            raise BenchError(f"{name} did not become ready; its own words are above.")
-    return ready
+        in_time = await eventually(ready_or_ended, READY_SECONDS)
+    return ready if in_time and process.poll() is None else None

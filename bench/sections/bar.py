@@ -72,7 +72,7 @@ async def run(stage: Stage, plan: Plan, tell: Callable[[str], None]) -> Section:
     figure = plots.bars(
         "GET /patients/7: what one request costs the server",
         "µs of CPU, median and spread of the rounds",
-        {r.name: (r.cpu.median, min(r.cpu.values), max(r.cpu.values)) for r in one_patient.values()},
+        {row.name: row.cpu for row in one_patient.values()},
     )
     section.picture("bar", "CPU for each request of four variants", figure)
     section.say(

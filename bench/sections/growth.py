@@ -2,7 +2,7 @@
 
 import socket
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AsyncExitStack, contextmanager
 
 from bench import plots
 from bench.measure import Plan, Row, Series, alternate
@@ -14,27 +14,34 @@ OPEN = (1, 100, 1000, 10_000)
 ROWS = (PATIENTS, 10_000, 100_000, 1_000_000)
 WORKERS = (1, 2, 4)
 PATHS = ("/patients/7", "/patients?limit=50")
+# Between rounds of the same thing a tenth is usual.
+FLAT = 1.15
+WHY_CLIENTS = "epoll names only the sockets that have something to say, but more of them wear out the caches."
+WHY_ROWS = "the server answers more slowly, so the event loop wakes more often for the same number of answers."
+WHY_WORKERS = "several workers keep their metrics in shared files, and here they take turns on one core."
+
+Tell = Callable[[str], None]
 
 
-async def run(stage: Stage, plan: Plan, tell: Callable[[str], None]) -> Section:
+async def run(stage: Stage, plan: Plan, tell: Tell) -> Section:
     """Grow one thing at a time."""
     section = Section("Growth")
-    curves = {}
+    by_workers = await _workers(stage, plan, tell, section)
     async with stage.serving("ours") as server:
-        curves["open clients"] = await _clients(stage, server, plan, tell, section)
-    await _workers(stage, plan, tell, section)
-    async with stage.serving("ours") as server:
+        by_clients = await _clients(stage, server, plan, tell, section)
         # Last: the rows stay.
-        curves["rows"] = await _rows(stage, server, plan, tell, section)
-    panels = [(f"By {what}", "µs CPU for one GET /patients/7", {"ours": points}) for what, points in curves.items()]
-    section.picture("growth", "CPU by open clients and rows", plots.lines(panels, x_label="how many", log_x=True))
+        by_rows = await _rows(stage, server, plan, tell, section)
+    panels = [
+        plots.Panel(f"By {what}", "µs CPU for one GET /patients/7", what, list(found), {"ours": list(found.values())})
+        for what, found in (("open clients", by_clients), ("rows", by_rows), ("workers", by_workers))
+    ]
+    for panel in panels:
+        panel.log_x = True
+    section.picture("growth", "CPU for each request by open clients, rows and workers", plots.lines(*panels))
     return section
 
 
-Points = tuple[list[float], list[float]]
-
-
-async def _clients(stage: Stage, server: Served, plan: Plan, tell: Callable[[str], None], section: Section) -> Points:
+async def _clients(stage: Stage, server: Served, plan: Plan, tell: Tell, section: Section) -> dict[int, Series]:
     cpu = {count: Series() for count in OPEN}
     memory = {count: Series() for count in OPEN}
     for _ in range(plan.rounds):
@@ -43,7 +50,9 @@ async def _clients(stage: Stage, server: Served, plan: Plan, tell: Callable[[str
                 row = await _one(stage, server, PATHS[0], Plan(1, 1), tell)
                 cpu[count].values.append(row.cpu.median)
                 memory[count].values.append(server.memory_bytes() / 1e6)
-    section.say(f"**Open clients**: connections that are open and idle beside {BUSY} busy ones.")
+    section.say(
+        f"**Open clients**: connections that are open and idle beside {BUSY} busy ones. {_flatness(cpu, WHY_CLIENTS)}"
+    )
     section.table(
         ["open", "µs CPU for each request", "resident MB"],
         [[f"{count:,}", cpu[count].text(), memory[count].text(1)] for count in OPEN],
@@ -51,34 +60,55 @@ async def _clients(stage: Stage, server: Served, plan: Plan, tell: Callable[[str
     # Memory that was used is not given back, so the first round alone shows what clients cost.
     grown = (memory[OPEN[-1]].values[0] - memory[OPEN[0]].values[0]) / (OPEN[-1] - OPEN[0]) * 1000
     section.say(f"1,000 idle clients take {grown:.1f} MB; the process itself {memory[OPEN[0]].values[0]:.0f} MB.")
-    return list(map(float, OPEN)), [cpu[count].median for count in OPEN]
+    return cpu
 
 
-async def _rows(stage: Stage, server: Served, plan: Plan, tell: Callable[[str], None], section: Section) -> Points:
+async def _rows(stage: Stage, server: Served, plan: Plan, tell: Tell, section: Section) -> dict[int, Series]:
     found: dict[int, list[Row]] = {}
     for rows in ROWS:
         tell(f"{rows:,} rows · inserting")
         await stage.grow(rows)
         found[rows] = [await _one(stage, server, path, plan, tell) for path in PATHS]
-    section.say("**Rows** in the table; rows only grow, so these rounds do not alternate.")
-    section.table(
-        ["rows", *(f"`GET {path}`, µs CPU" for path in PATHS)],
-        [[f"{rows:,}", *(row.cpu.text() for row in found[rows])] for rows in ROWS],
+    one_patient = {rows: found[rows][0].cpu for rows in ROWS}
+    section.say(
+        f"**Rows** in the table; rows only grow, so these rounds do not alternate. {_flatness(one_patient, WHY_ROWS)}"
     )
-    return list(map(float, ROWS)), [found[rows][0].cpu.median for rows in ROWS]
+    section.table(
+        ["rows", *(f"`GET {path}`, {unit}" for path in PATHS for unit in ("µs CPU", "requests/s"))],
+        [[f"{rows:,}", *(text for row in found[rows] for text in (row.cpu.text(), row.rate.text()))] for rows in ROWS],
+    )
+    return one_patient
 
 
-async def _workers(stage: Stage, plan: Plan, tell: Callable[[str], None], section: Section) -> None:
-    table = []
-    for workers in WORKERS:
-        async with stage.serving("ours", workers=workers) as server:
-            row = await _one(stage, server, PATHS[0], plan, tell)
-            table.append([str(workers), row.cpu.text(), row.rate.text(), f"{server.memory_bytes() / 1e6:.0f}"])
-    section.say("**Workers**, all on the one core: what matters here is the price of one request, not the rate.")
-    section.table(["workers", "µs CPU for each request", "requests/s", "resident MB, all processes"], table)
+async def _workers(stage: Stage, plan: Plan, tell: Tell, section: Section) -> dict[int, Series]:
+    async with AsyncExitStack() as stack:
+        servers = {
+            count: await stack.enter_async_context(stage.serving("ours", name=f"workers={count}", workers=count))
+            for count in WORKERS
+        }
+        found = await alternate(stage, list(servers.values()), PATHS[0], clients=BUSY, plan=plan, tell=tell)
+        memory = {count: server.memory_bytes() / 1e6 for count, server in servers.items()}
+    rows = {count: found[server.name] for count, server in servers.items()}
+    cpu = {count: row.cpu for count, row in rows.items()}
+    section.say(
+        "**Workers**, all on the one core: what matters here is the price of one request, not the rate. "
+        f"{_flatness(cpu, WHY_WORKERS)}"
+    )
+    section.table(
+        ["workers", "µs CPU for each request", "requests/s", "resident MB, all processes"],
+        [[str(count), row.cpu.text(), row.rate.text(), f"{memory[count]:.0f}"] for count, row in rows.items()],
+    )
+    return cpu
 
 
-async def _one(stage: Stage, server: Served, path: str, plan: Plan, tell: Callable[[str], None]) -> Row:
+def _flatness(cpu: dict[int, Series], why_not: str) -> str:
+    """Say how much dearer than at the beginning a request becomes, and why, where it is more than the noise."""
+    first, *later = (series.median for series in cpu.values())
+    times = max(later) / first
+    return f"Flat: at most {times:.2f} times the first." if times <= FLAT else f"Not flat, {times:.2f} times: {why_not}"
+
+
+async def _one(stage: Stage, server: Served, path: str, plan: Plan, tell: Tell) -> Row:
     return (await alternate(stage, [server], path, clients=BUSY, plan=plan, tell=tell))[server.name]
 
 

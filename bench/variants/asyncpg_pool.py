@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import asyncpg
 from fastapi import Depends, FastAPI, Request
 
-from bench.variants.patients import BY_ID, MAX_OVERFLOW, POOL_SIZE, WAIT, PatientOut, reader_url
+from bench.variants.patients import BY_ID, MAX_OVERFLOW, POOL_SIZE, SERVER_SETTINGS, WAIT, PatientOut, reader_url
 
 
 async def connection_of(request: Request) -> AsyncIterator[Any]:
@@ -22,7 +22,8 @@ Connection = Annotated[Any, Depends(connection_of)]
 @asynccontextmanager
 async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     """Open the pool and close it."""
-    async with asyncpg.create_pool(reader_url(), min_size=5, max_size=POOL_SIZE + MAX_OVERFLOW) as pool:
+    most = POOL_SIZE + MAX_OVERFLOW
+    async with asyncpg.create_pool(reader_url(), min_size=5, max_size=most, server_settings=SERVER_SETTINGS) as pool:
         app.state.pool = pool
         yield
 

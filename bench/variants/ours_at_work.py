@@ -1,9 +1,10 @@
-"""Ours, with two more routes: a query that waits and a query that computes, on the pools and gates of the service."""
+"""Ours, with a query that waits and a query that computes, on the service's own pools, and a way to resize them."""
 
-from fastapi import FastAPI
+from fastapi import FastAPI, Request
 from sqlalchemy import text
 
 from app.db.dependencies import ReadDB
+from app.db.engines import Databases
 from app.main import create_app as create_service
 from bench.variants.patients import COMPUTE, WAIT
 
@@ -19,5 +20,13 @@ def create_app() -> FastAPI:
     @app.get("/compute")
     async def compute(session: ReadDB) -> None:
         await session.execute(text(COMPUTE))
+
+    @app.put("/pool/{size}")
+    async def resize(size: int, request: Request) -> None:
+        databases: Databases = request.app.state.databases
+        pool = databases.replicas[0].pool
+        pool.settings = pool.settings.model_copy(update={"pool_size": size, "pool_min_size": size})
+        pool.abandon()
+        await pool.warm_up()
 
     return app

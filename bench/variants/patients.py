@@ -10,6 +10,8 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 POOL_SIZE = int(os.environ.get("BENCH_POOL_SIZE", "10"))
 MAX_OVERFLOW = int(os.environ.get("BENCH_MAX_OVERFLOW", "5"))
 POOL_TIMEOUT_SECONDS = 30
+# By it the harness counts a way's connections; psycopg reads the variable itself.
+SERVER_SETTINGS = {"application_name": os.environ.get("PGAPPNAME", "bench")}
 BY_ID = "SELECT id, mrn, full_name, birth_date, created_at, updated_at FROM patients WHERE id = $1"
 # A query that waits, as for a disk or a lock, and one that computes.
 WAIT = "SELECT pg_sleep(0.02)"

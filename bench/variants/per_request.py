@@ -5,7 +5,7 @@ from typing import Any
 import asyncpg
 from fastapi import FastAPI
 
-from bench.variants.patients import BY_ID, WAIT, PatientOut, reader_url
+from bench.variants.patients import BY_ID, SERVER_SETTINGS, WAIT, PatientOut, reader_url
 
 
 def create_app() -> FastAPI:
@@ -14,7 +14,7 @@ def create_app() -> FastAPI:
 
     @app.get("/patients/{patient_id}")
     async def get_patient(patient_id: int) -> PatientOut:
-        connection = await asyncpg.connect(reader_url())
+        connection = await asyncpg.connect(reader_url(), server_settings=SERVER_SETTINGS)
         try:
             row: Any = await connection.fetchrow(BY_ID, patient_id)
             return PatientOut.model_validate(dict(row))
@@ -23,7 +23,7 @@ def create_app() -> FastAPI:
 
     @app.get("/wait")
     async def wait() -> None:
-        connection = await asyncpg.connect(reader_url())
+        connection = await asyncpg.connect(reader_url(), server_settings=SERVER_SETTINGS)
         try:
             await connection.execute(WAIT)
         finally:

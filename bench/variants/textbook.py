@@ -19,6 +19,7 @@ def create_app() -> FastAPI:
         pool_timeout=shared.POOL_TIMEOUT_SECONDS,
         pool_pre_ping=True,
         pool_recycle=1800,
+        connect_args={"server_settings": shared.SERVER_SETTINGS},
     )
     make_session = async_sessionmaker(engine, expire_on_commit=False)
     app = FastAPI()
