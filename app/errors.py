@@ -40,6 +40,7 @@ logger = logging.getLogger(__name__)
 
 # JSONResponse makes itself an encoder for each answer, which takes as long as encoding.
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+_PHRASES = {status.value: status.phrase for status in HTTPStatus}
 MEDIA_TYPE = "application/problem+json"
 
 
@@ -208,13 +209,13 @@ def _driver_failure(error: BaseException) -> BaseException | None:
 def problem(request: Request, failure: Failure, **more: Any) -> Response:
     """Build the answer: application/problem+json, with Retry-After on every 503."""
     headers = {}
-    if failure.status == HTTPStatus.SERVICE_UNAVAILABLE:
+    if failure.status == 503:  # noqa: PLR2004
         headers["Retry-After"] = str(request.app.state.settings.retry_after_seconds)
-    if failure.status == HTTPStatus.UNAUTHORIZED:
+    if failure.status == 401:  # noqa: PLR2004
         headers["WWW-Authenticate"] = "Bearer"
     body = {
         "type": "about:blank",
-        "title": HTTPStatus(failure.status).phrase,
+        "title": _PHRASES[failure.status],
         "status": failure.status,
         "detail": failure.detail,
         "code": failure.code,

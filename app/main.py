@@ -48,6 +48,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         lifespan=_lifespan,
         # One thing has one address; and a path that leads nowhere would be matched twice to find a redirect.
         redirect_slashes=False,
+        redoc_url=None,  # /docs shows the same document.
+        swagger_ui_oauth2_redirect_url=None,
         # The metrics are Prometheus's. OpenTelemetry that nobody has set up still asks itself so at every request.
         telemetry={"tracing": False, "metrics": False, "logs": False},
     )

@@ -18,7 +18,7 @@ from app.errors import Failure, Forbidden, ServiceError, Unauthorized, problem
 Scope = Literal["read", "write", "ops"]
 ALGORITHM = "HS256"
 # What balancers, Prometheus and people who read the documentation need before they have a token.
-OPEN_PATHS = ("/health/", "/metrics", "/docs", "/redoc", "/openapi.json")
+OPEN_PATHS = ("/health/", "/metrics", "/docs", "/openapi.json")
 
 
 def issue_token(secret: SecretStr, *, subject: str, scopes: list[Scope], lifetime: timedelta) -> str:

@@ -11,9 +11,9 @@ from functools import wraps
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from fastapi import Depends, Request
-from fastapi.routing import APIRoute
 
 from app.db.sessions import Consistency, ReadSession, WriteSession
+from app.routing import Route
 
 if TYPE_CHECKING:
     from app.db.engines import Databases
@@ -80,7 +80,7 @@ AnalyticsDB = Annotated[ReadSession, Depends(_dependency(_report), scope="functi
 _OPENERS: Mapping[Any, Callable[[Request], ReadSession]] = {ReadDB: _read, WriteDB: _write, AnalyticsDB: _report}
 
 
-class SessionRoute(APIRoute):
+class SessionRoute(Route):
     """A route that opens the session which its endpoint names, and does not leave it to FastAPI to solve.
 
     The session is the same as without: `APIRouter(route_class=SessionRoute)` is worth a twelfth of a short read's

@@ -12,8 +12,9 @@ from app.db.engines import Database
 from app.errors import DatabaseUnavailable, documented
 from app.ops.health import DatabasesOfApp
 from app.ops.workers import exposition
+from app.routing import Route
 
-router = APIRouter(tags=["operations"], responses=documented(401, 403))
+router = APIRouter(tags=["operations"], route_class=Route, responses=documented(401, 403))
 
 
 @router.get("/debug/pool-stats")

@@ -7,8 +7,9 @@ from fastapi import APIRouter, Depends, Response, status
 
 from app.db.dependencies import databases_of
 from app.db.engines import Database, Databases
+from app.routing import Route
 
-router = APIRouter(prefix="/health", tags=["operations"])
+router = APIRouter(prefix="/health", tags=["operations"], route_class=Route)
 DatabasesOfApp = Annotated[Databases, Depends(databases_of)]
 # The same body as with 200, and no problem document: a probe's answer is the description.
 UNAVAILABLE: dict[int | str, dict[str, Any]] = {503: {"description": "Service Unavailable", "model": dict[str, Any]}}

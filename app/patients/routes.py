@@ -30,7 +30,7 @@ router = APIRouter(
 )
 async def create_patient(session: WriteDB, new: PatientIn, response: Response) -> queries.PatientRow:
     """Store a patient; the Location header names it."""
-    patient = await queries.add_patient(session, dict(new))
+    patient = await queries.add_patient(session, vars(new))
     response.headers["Location"] = f"/patients/{patient.id}"
     return patient
 

@@ -33,7 +33,7 @@ sync_router = APIRouter(prefix="/users", tags=["users"], responses=documented(40
 )
 async def create_user(session: WriteDB, new: UserIn, response: Response) -> queries.UserRow:
     """Store a user; the Location header names it."""
-    user = await queries.add_user(session, dict(new))
+    user = await queries.add_user(session, vars(new))
     response.headers["Location"] = f"/users/{user.id}"
     return user
 
