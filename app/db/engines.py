@@ -88,8 +88,7 @@ class Database:
 
         Raises: PoolExhausted, DatabaseUnreachable; and as `Lease.rows` does.
         """
-        lease = Lease(self, readonly=True)
-        await lease.take()
+        lease = Lease(self, await self.pool.lease(), readonly=True)
         try:
             return await lease.rows(query, parameters)
         finally:

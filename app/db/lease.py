@@ -62,42 +62,26 @@ class Lease:
 
     __slots__ = ("_database", "_readonly", "_transaction", "connection", "entry", "tenure")
 
-    connection: KeptAliveConnection
-    tenure: Tenure
-
-    def __init__(self, database: "Database", *, readonly: bool) -> None:
+    def __init__(self, database: "Database", entry: ConnectionPoolEntry, *, readonly: bool) -> None:
         self._database = database
         self._readonly = readonly
         self._transaction: Begun | None = None
-        self.entry: ConnectionPoolEntry | None = None
-
-    async def take(self) -> None:
-        """Take a connection from the pool; `end` the lease whatever happens.
-
-        Raises: PoolExhausted, DatabaseUnreachable.
-        """
-        self.entry = entry = await self._database.pool.lease()
-        self.tenure = tenure = entry.info["tenure"]
-        self.connection = tenure.connection
+        self.entry: ConnectionPoolEntry | None = entry
+        self.tenure: Tenure = entry.info["tenure"]
+        self.connection = self.tenure.connection
 
     async def begin(self, words: str) -> None:
-        """Take a connection and begin a transaction with these words.
-
-        Raises: as `take` and `rows` do.
-        """
-        await self.take()
+        """Begin a transaction with these words; raises as `rows` does."""
         await self._ask(self.connection.execute(words))
         self._transaction = Begun(self.connection)
 
-    async def rows(self, query: Query[*Ts], parameters: Mapping[str, Any]) -> Sequence[Row[*Ts]]:
+    def rows(self, query: Query[*Ts], parameters: Mapping[str, Any]) -> Awaitable[Sequence[Row[*Ts]]]:
         """Run one query.
 
-        Raises: ConnectionLost, CommandTimeout, WriteInReadSession, sqlalchemy.exc.IntegrityError; any other
-        asyncpg.PostgresError as it comes.
+        Raises, when awaited: ConnectionLost, CommandTimeout, WriteInReadSession, sqlalchemy.exc.IntegrityError; any
+        other asyncpg.PostgresError as it comes.
         """
-        if self.entry is None:
-            raise RuntimeError("a session does one thing at a time: this one is still getting its connection")
-        return await self._ask(query.fetch(self.connection, parameters), query.sql)
+        return self._ask(query.fetch(self.connection, parameters), query.sql)
 
     async def commit(self) -> None:
         """Commit the transaction; raises as `rows` does, and TransactionAborted."""
