@@ -21,7 +21,7 @@ from app.metrics import Metrics
 from app.middleware import Edge, ReadYourWrites
 from app.ops import debug, health
 from app.ops.loop import LoopWatch
-from app.ops.shutdown import draining_first
+from app.ops.shutdown import draining_first, ending_with_parent
 from app.settings import Settings, SettingsError, load_settings
 
 DESCRIPTION = "A FastAPI + PostgreSQL reference service whose database pool never drowns."
@@ -106,7 +106,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
             # What is there now stays until the end: the garbage collector need not look at it again.
             gc.collect()
             gc.freeze()
-            with draining_first(databases, delay_seconds=settings.drain_delay_seconds):
+            with draining_first(databases, delay_seconds=settings.drain_delay_seconds), ending_with_parent():
                 yield
         finally:
             for task in tasks:

@@ -2,10 +2,13 @@
 
 A balancer that still believes in this instance would otherwise meet a closed port. uvicorn's own handler does the
 second step; this one goes in front of it for as long as the lifespan runs.
+
+A worker whose parent was killed would serve on, with its connections, and nobody could end it: it ends itself.
 """
 
 import asyncio
 import logging
+import multiprocessing
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -44,6 +47,26 @@ def draining_first(databases: Databases, *, delay_seconds: float) -> Iterator[No
     finally:
         for sig in servers:
             signal.signal(sig, handlers[sig])
+
+
+@contextmanager
+def ending_with_parent() -> Iterator[None]:
+    """End this worker process as SIGTERM would when its parent is gone; in a process of its own, change nothing."""
+    parent, loop = multiprocessing.parent_process(), asyncio.get_running_loop()
+    if parent is None:
+        yield
+        return
+
+    def end() -> None:
+        loop.remove_reader(parent.sentinel)
+        logger.error("parent process is gone: ending", extra={"parent": parent.pid})
+        signal.raise_signal(signal.SIGTERM)
+
+    loop.add_reader(parent.sentinel, end)
+    try:
+        yield
+    finally:
+        loop.remove_reader(parent.sentinel)
 
 
 def _owner(handler: object) -> object:

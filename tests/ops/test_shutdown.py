@@ -4,11 +4,12 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from multiprocessing.process import _ParentProcess  # type: ignore[attr-defined]  # As below.
 
 import pytest
 import uvicorn
 
-from app.ops.shutdown import draining_first
+from app.ops.shutdown import draining_first, ending_with_parent
 from local.waiting import eventually
 from tests.service import Service
 
@@ -70,3 +71,25 @@ async def test_other_servers_keep_their_handlers(service: Service) -> None:
 
     with draining_first(service.databases, delay_seconds=0):
         assert signal.getsignal(signal.SIGTERM) == before
+
+
+async def test_worker_ends_when_its_parent_is_gone(
+    service: Service, server: uvicorn.Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The end of a pipe that the parent alone holds closes with it, and that ends the worker as SIGTERM would."""
+    sentinel, held_by_parent = os.pipe()
+    # What a worker that was spawned finds; this process has no such parent.
+    parent = _ParentProcess("parent", 4711, sentinel)
+    monkeypatch.setattr("multiprocessing.parent_process", lambda: parent)
+    with draining_first(service.databases, delay_seconds=0), ending_with_parent():
+        lives = server.should_exit
+        os.close(held_by_parent)
+
+        async def exits() -> bool:
+            return server.should_exit
+
+        assert await eventually(exits, 5)
+
+    os.close(sentinel)
+    assert not lives
+    assert "parent process is gone" in caplog.text

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import httpx
+import psutil  # type: ignore[import-untyped]  # See local/waiting.py.
 import pytest
 from prometheus_client.mmap_dict import MmapedDict, mmap_key
 
@@ -84,6 +85,22 @@ async def test_pool_gauges_are_what_the_server_sees(server: Process, database: D
         return reported > 0 and reported + 2 * WORKERS == seen
 
     assert await eventually(agree, 15)
+
+
+async def test_workers_end_with_their_parent(server: Process, tmp_path: Path, database: Database) -> None:
+    """A parent that was killed leaves no worker and no connection behind."""
+
+    async def all_there() -> bool:
+        return len(_workers(tmp_path)) == WORKERS
+
+    assert await eventually(all_there, 15)
+    workers = _workers(tmp_path)
+    server.process.kill()
+
+    async def all_gone() -> bool:
+        return not any(map(psutil.pid_exists, workers)) and await sessions(database) == 0
+
+    assert await eventually(all_gone, 15)
 
 
 async def test_folder_is_gone_when_the_service_has_ended(server: Process, tmp_path: Path) -> None:
