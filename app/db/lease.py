@@ -21,7 +21,7 @@ from app.db.connector import DRIVER_FAILURES, KeptAliveConnection
 from app.db.observe import forget_row, name_loss
 from app.db.pool import Tenure
 from app.db.query import Query
-from app.errors import ConnectionLost, TransactionAborted, WriteInReadSession
+from app.errors import ConnectionLost, DatabaseUnavailable, TransactionAborted, WriteInReadSession
 
 if TYPE_CHECKING:
     from app.db.engines import Database
@@ -71,8 +71,14 @@ class Lease:
         self.connection = self.tenure.connection
 
     async def begin(self, words: str) -> None:
-        """Begin a transaction with these words; raises as `rows` does."""
-        await self._ask(self.connection.execute(words))
+        """Begin a transaction with these words, or give the connection back; raises as `rows` does."""
+        try:
+            await self._ask(self.connection.execute(words))
+        except BaseException:
+            # Nobody can tell what a statement would be part of.
+            self.connection.terminate()
+            self.give_back()
+            raise
         self._transaction = Begun(self.connection)
 
     def rows(self, query: Query[*Ts], parameters: Mapping[str, Any]) -> Awaitable[Sequence[Row[*Ts]]]:
@@ -89,12 +95,12 @@ class Lease:
         await self._ask(transaction.commit())
 
     async def end(self) -> None:
-        """Take back what is not committed and give the connection back. Does nothing the second time."""
+        """Take back what is not committed and give the connection back."""
         transaction, self._transaction = self._transaction, None
         try:
             if transaction is not None and not self.connection.is_closed():
                 await self._ask(transaction.rollback())
-        except (*DRIVER_FAILURES, ConnectionLost):
+        except (*DRIVER_FAILURES, DatabaseUnavailable):
             # The answer does not depend on it: a server that lost the connection has rolled back.
             self.connection.terminate()
         finally:
@@ -102,9 +108,8 @@ class Lease:
 
     def give_back(self) -> None:
         """Return the connection to the pool; one that is closed meanwhile is replaced there."""
-        entry, self.entry = self.entry, None
-        if entry is not None:
-            self._database.pool.give_back(entry)
+        entry, self.entry = cast("ConnectionPoolEntry", self.entry), None
+        self._database.pool.give_back(entry)
 
     def adopt(self, engine: Engine) -> Connection:
         """Let SQLAlchemy go on where this lease stands: its connection, its transaction. Closing it gives it back.

@@ -106,7 +106,7 @@ class ReadSession(AsyncSession):
         self._way = way
         self._label = label
         self._lease: Lease | None = None
-        self._leasing = False
+        self._beginning = False
         # Nothing to undo on the server, and so nothing to wait for when the session is closed.
         self._settled = way.begin is None
 
@@ -143,15 +143,19 @@ class ReadSession(AsyncSession):
         if self._way.begin is None:
             return await self._database.fetch(query, parameters)
         if self._lease is None:
-            if self._leasing:
-                raise RuntimeError("a session does one thing at a time: this one is still getting its connection")
-            self._leasing = True
-            try:
-                self._lease = Lease(self._database, await self._database.pool.lease(), readonly=self._readonly)
-            finally:
-                self._leasing = False
-            await self._lease.begin(self._way.begin)
+            self._lease = await self._begin(self._way.begin)
         return await self._lease.rows(query, parameters)
+
+    async def _begin(self, words: str) -> Lease:
+        if self._beginning:
+            raise RuntimeError("a session does one thing at a time: this one is still getting its connection")
+        self._beginning = True
+        try:
+            lease = Lease(self._database, await self._database.pool.lease(), readonly=self._readonly)
+            await lease.begin(words)
+        finally:
+            self._beginning = False
+        return lease
 
     async def rollback(self) -> None:
         """Take back what the session did so far; what comes next is another transaction."""

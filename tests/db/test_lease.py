@@ -16,7 +16,7 @@ from app.errors import DatabaseUnreachable, TransactionAborted
 from app.patients import queries
 from app.patients.models import Patient
 from tests.conftest import Database, Execute
-from tests.proxy import Proxy
+from tests.proxy import Fate, Proxy
 from tests.service import Service, quiet, serving
 
 ADA = {"mrn": "A-1", "full_name": "Ada Lovelace", "birth_date": date(1915, 12, 10)}
@@ -168,11 +168,13 @@ async def test_demoted_server_is_left(service: Service) -> None:
     assert service.databases.primary.pool.figures().checked_in == 0
 
 
-async def test_rollback_that_fails_changes_no_answer(database: Database, proxy: Proxy) -> None:
+@pytest.mark.parametrize("fate", ["lose_request", "hang"])
+async def test_rollback_that_fails_changes_no_answer(database: Database, proxy: Proxy, fate: Fate) -> None:
     """A read was answered; that the connection dies while it is given back is nobody's error."""
-    async with quiet(database.settings(replica=False, primary={"url": proxy.url(database.url())})) as service:
+    primary = {"url": proxy.url(database.url()), "command_timeout_seconds": 0.3}
+    async with quiet(database.settings(replica=False, primary=primary, statement_timeout_seconds=0.2)) as service:
         await service.client.get("/patients")
-        proxy.fates["ROLLBACK"] = "lose_request"
+        proxy.fates["ROLLBACK"] = fate
 
         answer = await service.client.get("/patients")
 
