@@ -44,7 +44,7 @@ class Edge:
     """Give each request an id, count and time it, and let no failure leave unanswered.
 
     The id is the client's own if it is a plain one; it goes into the log and X-Request-ID. Three duties in one layer:
-    as layers of their own they took a tenth of a short read's CPU (docs/performance.md).
+    with layers of their own they took a twelfth of a short read's calls (docs/performance.md).
     """
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:

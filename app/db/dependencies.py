@@ -77,7 +77,11 @@ _report = _opener(REPORT, lambda databases, scope: databases.reporting(label=rou
 ReadDB = Annotated[ReadSession, Depends(_dependency(_read), scope="function")]
 WriteDB = Annotated[WriteSession, Depends(_dependency(_write), scope="function")]
 AnalyticsDB = Annotated[ReadSession, Depends(_dependency(_report), scope="function")]
-_OPENERS: Mapping[Any, Callable[[Request], ReadSession]] = {ReadDB: _read, WriteDB: _write, AnalyticsDB: _report}
+_OPENERS: tuple[tuple[Any, Callable[[Request], ReadSession]], ...] = (
+    (ReadDB, _read),
+    (WriteDB, _write),
+    (AnalyticsDB, _report),
+)
 
 
 class SessionRoute(Route):
@@ -95,10 +99,11 @@ def _opening_its_session(endpoint: Callable[..., Any]) -> Callable[..., Any]:
     """Let FastAPI give the endpoint its request where it names a session, and turn that into the session."""
     signature = inspect.signature(endpoint)
     parameters = dict(signature.parameters)
-    name = next((name for name, parameter in parameters.items() if parameter.annotation in _OPENERS), None)
-    if name is None:
+    # By identity: what else stands in an annotation need not be hashable.
+    sessions = ((n, opener) for n, p in parameters.items() for named, opener in _OPENERS if p.annotation is named)
+    name, opener = next(sessions, ("", _read))
+    if not name or not inspect.iscoroutinefunction(endpoint):
         return endpoint
-    opener = _OPENERS[parameters[name].annotation]
     # FastAPI gives a request to one parameter only.
     source = next((other for other, parameter in parameters.items() if parameter.annotation is Request), name)
     if source == name:

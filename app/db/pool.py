@@ -109,7 +109,6 @@ class BoundedPool(Pool):
         # create_async_engine hands on what it finds in this signature, and overlooks what is keyword-only.
         super().__init__(creator, **for_pool)
         self.settings = settings
-        self._capacity = settings.capacity
         self._watch = watch
         self._clock = clock
         self._trace = trace
@@ -127,12 +126,12 @@ class BoundedPool(Pool):
         return PoolFigures(
             pool_size=settings.pool_size,
             max_overflow=settings.max_overflow,
-            total=self._capacity,
+            total=settings.capacity,
             checked_out=len(counts.out),
             checked_in=len(self._idle),
             connecting=counts.at_work - len(counts.out),
             overflow=max(0, opened - settings.pool_size),
-            available=self._capacity - counts.at_work,
+            available=settings.capacity - counts.at_work,
             waiting=len(self._waiters),
         )
 
@@ -172,7 +171,7 @@ class BoundedPool(Pool):
         Raises: PoolExhausted, DatabaseUnreachable.
         """
         # Most of the time a connection is there to be taken, and nothing has to be waited for.
-        if self._idle and self._counts.at_work < self._capacity and not self._counts.closed:
+        if self._idle and self._counts.at_work < self.settings.capacity and not self._counts.closed:
             started, entry = self._clock(), self._idle[-1]
             tenure = _tenure(entry)
             idle = started - tenure.idle_since
@@ -235,12 +234,12 @@ class BoundedPool(Pool):
     def _admit(self, deadline: float) -> None:
         if self._counts.closed:
             raise self._refusal("closing", "The service is shutting down.")
-        if self._counts.at_work < self._capacity:
+        if self._counts.at_work < self.settings.capacity:
             self._counts.at_work += 1
         elif len(self._waiters) >= self.settings.pool_max_waiting:
             raise self._refusal(
                 "queue_full",
-                f"All {self._capacity} connections are at work and {len(self._waiters)} requests wait already.",
+                f"All {self.settings.capacity} connections are at work and {len(self._waiters)} requests wait already.",
             )
         else:
             self._watch.waited()

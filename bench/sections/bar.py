@@ -22,6 +22,7 @@ ROUTES = (
     ("GET", "/nothing", 404, 2.5),
 )
 TIMES_TEXTBOOK = 2.5
+NAMES = {"bare_fastapi": "bare FastAPI"}
 
 
 async def run(stage: Stage, plan: Plan, tell: Callable[[str], None]) -> Section:
@@ -62,7 +63,7 @@ async def run(stage: Stage, plan: Plan, tell: Callable[[str], None]) -> Section:
         ["`GET /patients/7`", "µs CPU", "requests/s", "in floors", "new sessions for 1,000 requests"],
         [
             [
-                row.name,
+                NAMES.get(row.name, row.name),
                 row.cpu.text(),
                 row.rate.text(),
                 f"{row.cpu.median / one_patient['floor'].cpu.median:.2f}",
@@ -74,7 +75,7 @@ async def run(stage: Stage, plan: Plan, tell: Callable[[str], None]) -> Section:
     figure = plots.bars(
         "GET /patients/7: what one request costs the server",
         "µs of CPU, median and spread of the rounds",
-        {row.name: row.cpu for row in one_patient.values()},
+        {NAMES.get(row.name, row.name): row.cpu for row in one_patient.values()},
     )
     section.picture("bar", "CPU for each request of four variants", figure)
     section.say(

@@ -4,7 +4,7 @@ from collections.abc import AsyncIterator
 from typing import Annotated, Any
 
 import pytest
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Depends, Query, Request
 from sqlalchemy import text
 
 from app.db.dependencies import ReadDB, SessionRoute, WriteDB
@@ -49,16 +49,26 @@ async def test_endpoint_has_its_session(service: Service, router: APIRouter) -> 
     async def beside(number: int, request: Request, session: ReadDB) -> list[Any]:
         return [number, request.url.path, (await session.execute(text("SELECT 1"))).scalar_one()]
 
+    @router.get("/behind")
+    async def behind(word: Annotated[str, Query(description="Not hashable.")], session: ReadDB) -> list[Any]:
+        return [word, (await session.execute(text("SELECT 1"))).scalar_one()]
+
     @router.get("/without")
     async def without() -> str:
         return "nothing"
+
+    @router.get("/in-a-thread")
+    def in_a_thread(session: ReadDB) -> bool:
+        return session.connection_held is None
 
     mount(service, router)
 
     assert (await service.client.get("/alone")).json() is True
     assert (await service.client.get("/beside/7")).json() == [7, "/beside/7", 1]
     assert (await service.client.get("/beside/seven")).status_code == 422
+    assert (await service.client.get("/behind?word=a")).json() == ["a", 1]
     assert (await service.client.get("/without")).json() == "nothing"
+    assert (await service.client.get("/in-a-thread")).json() is True
     assert service.databases.replicas[0].pool.figures().checked_out == 0
 
 
