@@ -6,7 +6,7 @@ import httpx
 
 from app.db import budget
 from bench import plots
-from bench.load import closed_loop, open_loop
+from bench.load import BenchError, closed_loop, open_loop
 from bench.measure import Plan, Series
 from bench.report import Section
 from bench.stage import Served, Stage
@@ -26,6 +26,8 @@ VARIABLES = {
     "DATABASE_REPLICA_POOL_TIMEOUT": "60",
     "DATABASE_REPLICA_POOL_MAX_WAITING": "10000",
 }
+# A round ends between two answers.
+ROUNDING = 1.2
 # Of the best rate: beyond it connections cost the server and bring nothing.
 ENOUGH = 0.9
 
@@ -46,6 +48,8 @@ async def run(stage: Stage, plan: Plan, tell: Callable[[str], None]) -> Section:
                 for path in PATHS:
                     tell(f"pool of {size} · {path} · round {number} of {plan.rounds}")
                     got = await closed_loop(server.url + path, clients=CLIENTS, seconds=plan.seconds)
+                    if path == "/wait" and got.rate > ROUNDING * size / WAIT_SECONDS:
+                        raise BenchError(f"{size} connections cannot have answered {got.rate:.0f} requests a second.")
                     rates[path][size].values.append(got.rate)
                     await stage.quiet(server.name)
                     arrivals = await open_loop(server.url + path, rate=ARRIVALS, seconds=WINDOW_SECONDS)
@@ -54,7 +58,7 @@ async def run(stage: Stage, plan: Plan, tell: Callable[[str], None]) -> Section:
         best = max(series.median for series in rates[path].values())
         enough = next(size for size in SIZES if rates[path][size].median >= ENOUGH * best)
         section.say(
-            f"**A query that {words}**: {enough} connections reach {ENOUGH:.0%} of the best rate, with {CLIENTS} "
+            f"**A query that {words}**: a pool of {enough} reaches {ENOUGH:.0%} of the best rate, with {CLIENTS} "
             f"clients kept busy. p99 at {ARRIVALS} arrivals a second."
         )
         section.table(
