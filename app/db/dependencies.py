@@ -54,7 +54,7 @@ def _opener(key: str, open_one: Callable[["Databases", Scope], SessionT]) -> Cal
         session: SessionT | None = scope.get(key)
         if session is None:
             session = scope[key] = open_one(databases_of(request), scope)
-            # What a generator under `Depends(..., scope="function")` is put on, at an eighth of a short read's CPU.
+            # A generator under `Depends(..., scope="function")` is put on it too, by three context managers more.
             stack: AsyncExitStack = scope["fastapi_function_astack"]
             stack.push_async_exit(session)
         return session
