@@ -168,6 +168,18 @@ async def test_demoted_server_is_left(service: Service) -> None:
     assert service.databases.primary.pool.figures().checked_in == 0
 
 
+async def test_report_by_the_driver_sees_one_snapshot(service: Service, database: Database, execute: Execute) -> None:
+    """Queries of a report, by the driver and then by SQLAlchemy, see what was there when the first one started."""
+    async with service.databases.reporting() as session:
+        before = await queries.list_patients(session, limit=5)
+        await execute("INSERT INTO patients (mrn, full_name, birth_date) VALUES ('A-1', 'Ada', '1980-01-01')")
+        await database.cluster.wait_replayed()
+        after = await queries.list_patients(session, limit=5)
+        through_sqlalchemy = (await session.execute(text(COUNT))).scalar_one()
+
+    assert (list(before), list(after), through_sqlalchemy) == ([], [], 0)
+
+
 @pytest.mark.parametrize("fate", ["lose_request", "hang"])
 async def test_rollback_that_fails_changes_no_answer(database: Database, proxy: Proxy, fate: Fate) -> None:
     """A read was answered; that the connection dies while it is given back is nobody's error."""
