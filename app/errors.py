@@ -269,8 +269,6 @@ async def _answer_failure(request: Request, error: Exception) -> Response:
         raise error  # Not weather: the last resort in middleware.py logs it and answers 500.
     if failure.status >= HTTPStatus.INTERNAL_SERVER_ERROR:
         logger.warning("%s: %s", failure.code, error.orig if isinstance(error, DBAPIError) else error)
-    # For the middleware, which may run a read once more elsewhere when it knows why this one failed.
-    request.scope.setdefault("state", {})["failure_code"] = failure.code
     return problem(request, failure)
 
 

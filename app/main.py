@@ -14,6 +14,7 @@ from fastapi import FastAPI
 
 from app import errors, patients, reports, security, users
 from app.db.budget import check_budget
+from app.db.dependencies import SessionRoute
 from app.db.engines import Databases
 from app.idempotency import keep_house
 from app.logs import configure_logs
@@ -57,10 +58,11 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.state.metrics = metrics
     app.state.databases = databases
     errors.install(app)
+    app.router.route_class = SessionRoute  # For what is added by `app.get` and its like.
     _add_routes(app, settings)
 
     # The last one added is the outermost.
-    app.add_middleware(ReadYourWrites, metrics=metrics, databases=databases)
+    app.add_middleware(ReadYourWrites, metrics=metrics)
     if settings.auth_secret is not None:
         security.install(app, settings.auth_secret)
     app.add_middleware(Edge, metrics=metrics)

@@ -9,13 +9,11 @@ import random
 import re
 import time
 from functools import lru_cache
-from typing import Any
 
 from fastapi import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from app.db.dependencies import route_of
-from app.db.engines import Databases
+from app.db.dependencies import SAFE_METHODS, route_of
 from app.db.sessions import Consistency
 from app.errors import Failure, problem
 from app.logs import request_id
@@ -24,20 +22,8 @@ from app.metrics import Metrics
 logger = logging.getLogger(__name__)
 
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
-SAFE_METHODS = frozenset({"GET", "HEAD"})
 # A replica that is further behind than this serves nobody, so an older token asks for nothing.
 TOKEN_SECONDS = 60
-# What a replica answers when it is the replica that fails, and not the request.
-REPLICA_FAILURES = frozenset(
-    {
-        "connection_lost",
-        "database_timeout",
-        "database_unreachable",
-        "deadlock",
-        "serialization_failure",
-        "too_many_connections",
-    }
-)
 
 
 class Edge:
@@ -97,24 +83,15 @@ class Edge:
 
 
 class ReadYourWrites:
-    """What a client wrote, it reads, whichever database serves it; and nobody gets a 404 for a row that exists.
+    """What a client wrote, it reads, whichever database serves it.
 
     A write answers with the LSN after its COMMIT, the consistency token, in a header and a cookie; a request that sends
     either back is read from a replica only when that has replayed as much.
-
-    A GET that the replica failed, or whose subject it did not find, is run once more, whole, on the primary. At most
-    half of the primary's capacity does this at a time; others wait for their turn, as long as for a connection. Past
-    that the answer is 503, for "not found" too, which may be a row on its way to the replica.
     """
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, databases: Databases) -> None:
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self._app = app
-        self._databases = databases
         self._count_token = lru_cache(lambda outcome: metrics.tokens.labels(outcome))
-        self._count_retry = lru_cache(lambda reason: metrics.reads_retried.labels(reason))
-        primary = databases.settings.primary
-        self._room = asyncio.Semaphore(max(1, primary.capacity // 2))
-        self._patience_seconds = primary.pool_timeout
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
@@ -123,33 +100,13 @@ class ReadYourWrites:
             return
         consistency = Consistency(wanted_lsn=self._wanted(scope))
         scope.setdefault("state", {})["consistency"] = consistency
-        again = dict(scope)
-        reason: str | None = None
 
-        async def send_unless_retried(message: Message) -> None:
-            nonlocal reason
-            if message["type"] == "http.response.start":
-                reason = self._why_again(scope, consistency, message["status"])
-                if consistency.token is not None:
-                    message["headers"] = [*message.get("headers", ()), *_token_headers(consistency.token)]
-            if reason is None:
-                await send(message)
+        async def send_with_token(message: Message) -> None:
+            if consistency.token is not None and message["type"] == "http.response.start":
+                message["headers"] = [*message.get("headers", ()), *_token_headers(consistency.token)]
+            await send(message)
 
-        await self._app(scope, receive, send_unless_retried)
-        if reason is None:
-            return
-        try:
-            await self._take_turn()
-        except TimeoutError:
-            failure = Failure(503, "replica_unavailable", "The replica cannot tell, and the primary is busy.")
-            await problem(Request(scope), failure)(scope, receive, send)
-            return
-        self._count_retry(reason).inc()
-        consistency.primary_only = True
-        try:
-            await self._app(again, receive, send_unless_retried)
-        finally:
-            self._room.release()
+        await self._app(scope, receive, send_with_token)
 
     def _wanted(self, scope: Scope) -> int | None:
         """Return the newer of the header's and the cookie's token, in bytes of WAL; None without one."""
@@ -167,32 +124,6 @@ class ReadYourWrites:
             else:
                 self._count_token("malformed").inc()
         return wanted
-
-    def _why_again(self, scope: Scope, consistency: Consistency, status: int) -> str | None:
-        """Say why the primary should be asked; None when this answer is the one."""
-        database = consistency.read_from
-        if (
-            database is None
-            or database.role != "replica"
-            or scope["method"] not in SAFE_METHODS
-            or not self._databases.settings.replica_fallback
-        ):
-            return None
-        if status == 404:  # noqa: PLR2004
-            return "not_found"
-        code: Any = scope["state"].get("failure_code")
-        if code not in REPLICA_FAILURES or status < 500:  # noqa: PLR2004
-            return None
-        if code in {"database_unreachable", "database_timeout"}:
-            self._databases.router.trip(database.name)
-        return str(code)
-
-    async def _take_turn(self) -> None:
-        if not self._room.locked():
-            await self._room.acquire()  # At once, without the price of a timer.
-            return
-        async with asyncio.timeout(self._patience_seconds):
-            await self._room.acquire()
 
 
 def _token_headers(token: str) -> tuple[tuple[bytes, bytes], ...]:

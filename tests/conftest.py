@@ -130,6 +130,16 @@ async def service(database: Database) -> AsyncIterator[Service]:
 
 
 @pytest.fixture
+async def behind(breakable_cluster: Cluster, service: Service) -> AsyncIterator[Service]:
+    """Give a service whose replica shows nothing new."""
+    await breakable_cluster.pause_replay()
+    try:
+        yield service
+    finally:
+        await breakable_cluster.resume_replay()
+
+
+@pytest.fixture
 async def proxy(cluster: Cluster) -> AsyncIterator[Proxy]:
     """Give a network in front of the primary."""
     async with Proxy(cluster.primary.port) as running:

@@ -19,6 +19,8 @@ from app.main import create_app
 from app.settings import Settings
 from local.waiting import eventually
 
+ADA = {"mrn": "A-1", "full_name": "Ada", "birth_date": "1980-01-01"}
+
 
 @dataclass(frozen=True)
 class Service:
@@ -62,6 +64,14 @@ async def quiet(settings: Settings) -> AsyncIterator[Service]:
         for database in service.databases.all():
             await database.sentinel.look()
         yield service
+
+
+async def write(service: Service) -> httpx.Response:
+    """Store a patient and forget the cookie; returns the answer."""
+    answer = await service.client.post("/patients", json=ADA)
+    service.client.cookies.clear()
+    assert answer.status_code == 201, answer.text
+    return answer
 
 
 @asynccontextmanager

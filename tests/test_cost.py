@@ -53,7 +53,7 @@ COSTS = {
     "create": Cost("POST /patients", 201, 4, 0, 1, calls=610, body=PATIENT),
     "change": Cost("PATCH /patients/8", 200, 4, 0, 1, body=b'{"full_name": "Ada King %d"}'),
     "delete": Cost("DELETE /patients/%d", 204, 4, 0, 1),
-    "miss": Cost("GET /patients/999999", 404, 3, 1, 2, calls=852),
+    "miss": Cost("GET /patients/999999", 404, 3, 1, 2, calls=787),
     "create user": Cost("POST /users", 201, 4, 0, 1, body=USER),
     "list users": Cost("GET /users", 200, 0, 1, 1),
     "report": Cost("GET /reports/summary", 200, 0, 5, 3),

@@ -6,13 +6,15 @@ request names one kind of session, it has one of them.
 
 import inspect
 from collections.abc import Callable, Coroutine, Mapping, MutableMapping
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from functools import wraps
+from http import HTTPStatus
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
-from fastapi import Depends, Request
+from fastapi import Depends, Request, Response
 
 from app.db.sessions import Consistency, ReadSession, WriteSession
+from app.errors import NotFound
 from app.routing import Route
 
 if TYPE_CHECKING:
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
 
 SessionT = TypeVar("SessionT", bound=ReadSession)
 Scope = MutableMapping[str, Any]
+SAFE_METHODS = frozenset({"GET", "HEAD"})
+NOT_FOUND = NotFound("The endpoint says so.")
 READ, WRITE, REPORT = "lifeguard.read", "lifeguard.write", "lifeguard.report"
 
 
@@ -85,14 +89,53 @@ _OPENERS: tuple[tuple[Any, Callable[[Request], ReadSession]], ...] = (
 
 
 class SessionRoute(Route):
-    """A route that opens the session which its endpoint names, and does not leave it to FastAPI to solve.
+    """The route of every endpoint that names a session: `APIRouter(route_class=SessionRoute)`.
 
-    The session is the same as without: `APIRouter(route_class=SessionRoute)` is worth a twelfth of a short read's
-    instructions (docs/performance.md), and nothing else.
+    A GET that its replica failed, or that found nothing there, it runs once more, on the primary. And it opens the
+    session which its endpoint names, and does not leave that to FastAPI to solve: the session is the same, for a
+    twelfth of a short read's instructions less (docs/performance.md).
     """
 
     def __init__(self, path: str, endpoint: Callable[..., Any], **options: Any) -> None:
         super().__init__(path, _opening_its_session(endpoint), **options)
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """Wrap the route's handler, which solves dependencies, runs the endpoint and makes the answer."""
+        handler = super().get_route_handler()
+
+        async def handle(request: Request) -> Response:
+            if request.scope["method"] not in SAFE_METHODS:
+                return await handler(request)
+            try:
+                response = await handler(request)
+            except Exception as failure:
+                reason = await _why_again(request, failure)
+                if reason is None:
+                    raise
+            else:
+                if response.status_code != HTTPStatus.NOT_FOUND:
+                    return response
+                reason = await _why_again(request, NOT_FOUND)
+                if reason is None:
+                    return response
+            again = databases_of(request).once_more.run
+            return await again(reason, consistency_of(request.scope), lambda: handler(request))
+
+        return handle
+
+
+async def _why_again(request: Request, failure: Exception) -> str | None:
+    """Say why the request should run once more, and end what its first attempt opened; None when it should not."""
+    scope = request.scope
+    reason = databases_of(request).once_more.reason(consistency_of(scope), failure)
+    if reason is not None:
+        for key in (READ, WRITE, REPORT):
+            scope.pop(key, None)
+        stack: AsyncExitStack = scope["fastapi_function_astack"]
+        # As if the request ended with this failure. What its dependencies make of that, nobody gets to hear.
+        with suppress(Exception):
+            await stack.pop_all().__aexit__(type(failure), failure, failure.__traceback__)
+    return reason
 
 
 def _opening_its_session(endpoint: Callable[..., Any]) -> Callable[..., Any]:

@@ -15,6 +15,7 @@ from sqlalchemy.ext.asyncio import create_async_engine
 from app.db.connector import Connector
 from app.db.lease import Lease
 from app.db.observe import EngineWatch, PoolWatch
+from app.db.once_more import OnceMore
 from app.db.pool import BoundedPool
 from app.db.query import Query
 from app.db.replica import Replica, Router
@@ -118,6 +119,7 @@ class Databases:
             metrics,
             fallback=settings.replica_fallback,
         )
+        self.once_more = OnceMore(settings, self.router, metrics)
         self.closing = False
         self._tasks: list[asyncio.Task[None]] = []
 

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request, Response, status
 
-from app.db.dependencies import ReadDB, WriteDB, consistency_of, databases_of
+from app.db.dependencies import ReadDB, SessionRoute, WriteDB, consistency_of, databases_of
 from app.db.engines import Databases
 from app.errors import documented
 from app.fields import Id
@@ -21,7 +21,12 @@ router = APIRouter(
     route_class=IdempotentRoute,
     responses=documented(401, 403, 422, 503, 504),
 )
-sync_router = APIRouter(prefix="/users", tags=["users"], responses=documented(401, 403, 422, 502, 503, 504))
+sync_router = APIRouter(
+    prefix="/users",
+    tags=["users"],
+    route_class=SessionRoute,
+    responses=documented(401, 403, 422, 502, 503, 504),
+)
 
 
 @router.post(
