@@ -86,7 +86,7 @@ class ReadYourWrites:
     """What a client wrote, it reads, whichever database serves it.
 
     A write answers with the LSN after its COMMIT, the consistency token, in a header and a cookie; a request that sends
-    either back is read from a replica only when that has replayed as much.
+    either back is read from a replica only when that has replayed as much. What changes something reads on the primary.
     """
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
@@ -98,7 +98,8 @@ class ReadYourWrites:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        consistency = Consistency(wanted_lsn=self._wanted(scope))
+        # What is not safe is not run once more, so what it looks for it must look for where it is.
+        consistency = Consistency(self._wanted(scope), primary_only=scope["method"] not in SAFE_METHODS)
         scope.setdefault("state", {})["consistency"] = consistency
 
         async def send_with_token(message: Message) -> None:

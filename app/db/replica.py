@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 State = Literal["usable", "unknown", "lagging", "broken"]
-Reason = Literal["replica", "absent", "unknown", "lagging", "broken", "behind_token", "retry"]
+Reason = Literal["replica", "absent", "unknown", "lagging", "broken", "behind_token", "primary_only"]
 BREAK_SECONDS = 1.0
 
 
@@ -39,6 +39,7 @@ class Replica:
         self._metrics = metrics
         self._broken_at = float("-inf")
         database.sentinel.listeners.append(self._judge)
+        primary.listeners.append(self._judge_again)
 
     @property
     def replayed_lsn(self) -> int:
@@ -73,6 +74,11 @@ class Replica:
                 self.database.pool.abandon()
         elif look.at - self._broken_at >= BREAK_SECONDS:
             self._become(self._state_by_lag())
+
+    def _judge_again(self, _look: Look) -> None:
+        """Do not wait a whole interval for the next look if this replica's first one came before the primary's."""
+        if self.state == "unknown" and self.database.sentinel.last.status == "healthy":
+            self._judge(self.database.sentinel.last)
 
     def _state_by_lag(self) -> State:
         behind, seconds = self.lag_bytes, self.lag_seconds
@@ -109,7 +115,7 @@ class Router:
 
         Raises: ReplicaUnavailable when no replica is usable and falling back is switched off.
         """
-        reason: Reason = "retry" if primary else "absent"
+        reason: Reason = "primary_only" if primary else "absent"
         best: Replica | None = None
         for replica in () if primary else self.replicas:
             if replica.state != "usable":

@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 
+from app.db.engines import Databases
 from app.db.replica import BREAK_SECONDS, Replica, State
 from app.db.sentinel import Look
 from app.errors import ReplicaUnavailable
+from app.metrics import Metrics
 from local.waiting import eventually
 from tests.conftest import Database, Execute
 from tests.proxy import Proxy
@@ -61,6 +63,19 @@ async def without_wal_receiver(database: Database) -> AsyncIterator[None]:
 
 
 # Lag.
+
+
+async def test_replica_that_was_looked_at_first_does_not_wait(database: Database) -> None:
+    """The lag is known as soon as both were looked at, in whatever order; the next look may be an hour away."""
+    databases = Databases(database.settings(), Metrics())
+    replica = databases.router.replicas[0]
+
+    await replica.database.sentinel.look()
+    alone = replica.state
+    await databases.primary.sentinel.look()
+
+    assert (alone, replica.state) == ("unknown", "usable")
+    await databases.close()
 
 
 async def test_idle_primary_is_no_lag(database: Database) -> None:
@@ -249,12 +264,12 @@ async def test_token_that_is_not_replayed_leads_to_the_primary(database: Databas
         assert router.route(at_least=replayed + 1) == (service.databases.primary, "behind_token")
 
 
-async def test_retry_goes_to_the_primary(database: Database) -> None:
-    """Once more is once more elsewhere."""
+async def test_primary_is_had_for_the_asking(database: Database) -> None:
+    """A read that must see everything is not the replica's."""
     async with quiet(database.settings()) as service:
         assert await becomes(service, "usable")
 
-        assert service.databases.router.route(primary=True) == (service.databases.primary, "retry")
+        assert service.databases.router.route(primary=True) == (service.databases.primary, "primary_only")
 
 
 async def test_absent_replica_is_the_primarys_work(database: Database) -> None:

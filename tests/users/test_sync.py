@@ -10,6 +10,7 @@ import pytest
 from fastapi import FastAPI, Response
 from fastapi.responses import StreamingResponse
 
+from local.cluster import Cluster
 from local.postgres import free_port
 from tests.conftest import Database
 from tests.service import Service, listening, serving
@@ -147,6 +148,20 @@ async def test_unknown_user_is_not_asked_for(database: Database) -> None:
 
     async with synced(database, answer) as (service, _):
         assert (await service.client.post("/users/4711/sync")).status_code == 404
+
+
+async def test_user_of_a_moment_ago_is_found(breakable_cluster: Cluster, database: Database) -> None:
+    """The replica has not replayed the user, and the client says nothing of its own write."""
+    async with synced(database, saying(200, PROFILE)) as (service, _):
+        await breakable_cluster.pause_replay()
+        try:
+            path = await add(service, "late@example.com")
+            service.client.cookies.clear()
+            synchronised = await service.client.post(path)
+        finally:
+            await breakable_cluster.resume_replay()
+
+    assert synchronised.json()["full_name"] == "Ada King"
 
 
 async def test_user_deleted_meanwhile_is_404(database: Database) -> None:
