@@ -30,6 +30,7 @@ from typing import Any
 import asyncpg
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
+from fastapi.routing import iter_route_contexts
 from sqlalchemy.exc import DBAPIError
 from starlette.exceptions import HTTPException
 from starlette.routing import Match
@@ -290,6 +291,7 @@ async def _answer_http(request: Request, error: Exception) -> Response:
     answer.headers.update(getattr(error, "headers", None) or {})
     if status == HTTPStatus.METHOD_NOT_ALLOWED:
         # Starlette lists the methods of the first route of the path only.
-        found = (route for route in request.app.routes if route.matches(request.scope)[0] != Match.NONE)
-        answer.headers["Allow"] = ", ".join(sorted({method for route in found for method in route.methods}))
+        routes = iter_route_contexts(request.app.routes)
+        found = (route.methods or () for route in routes if route.matches(request.scope)[0] != Match.NONE)
+        answer.headers["Allow"] = ", ".join(sorted({method for methods in found for method in methods}))
     return answer

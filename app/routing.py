@@ -20,7 +20,7 @@ class Route(APIRoute):
         self._beginning = path.partition("{")[0]
 
     def matches(self, scope: Scope) -> tuple[Match, Scope]:
-        """Match method and path. Behind a `root_path` the beginning is somewhere else."""
-        if not scope["path"].startswith(self._beginning) and not scope.get("root_path"):
+        """Match method and path. Behind a `root_path` or an `include_router` the beginning is somewhere else."""
+        if not scope["path"].startswith(self._beginning) and not (scope.get("root_path") or scope.get("fastapi")):
             return Match.NONE, {}
         return super().matches(scope)

@@ -2,7 +2,11 @@
 
 import httpx
 import pytest
+from fastapi import APIRouter
+from sqlalchemy import text
 
+from app.db.dependencies import ReadDB, SessionRoute
+from app.errors import NotFound
 from tests.service import Service
 
 
@@ -16,6 +20,36 @@ async def test_root_path_is_no_part_of_a_route(service: Service, root_path: str)
 
     assert (found.status_code, found.json()) == (200, [])
     assert (missing.status_code, missing.json()["code"]) == (404, "not_found")
+
+
+async def test_router_may_be_included(service: Service) -> None:
+    """FastAPI's own way to put routers together, with prefixes, finds the same routes."""
+    inner, outer = APIRouter(prefix="/notes", route_class=SessionRoute), APIRouter(prefix="/archive")
+
+    @inner.get("/{number}")
+    async def get_note(number: int, session: ReadDB) -> int:
+        if (await session.execute(text("SELECT pg_is_in_recovery()"))).scalar_one():
+            raise NotFound("Not on the replica.")
+        return number
+
+    @inner.delete("/{number}")
+    async def delete_note(number: int) -> None:
+        raise AssertionError(number)
+
+    outer.include_router(inner)
+    service.app.include_router(outer, prefix="/v1")
+
+    found = await service.client.get("/v1/archive/notes/7")
+    refused = await service.client.put("/v1/archive/notes/7")
+    missing = await service.client.get("/archive/notes/7")
+
+    assert (found.status_code, found.json()) == (200, 7)
+    assert (refused.status_code, refused.headers["allow"]) == (405, "DELETE, GET")
+    assert missing.status_code == 404
+    assert (await service.client.get("/patients")).status_code == 200
+    route = "/v1/archive/notes/{number}"
+    assert service.sample("http_requests_total", method="GET", route=route, status="200") == 1
+    assert service.sample("db_connection_hold_seconds_count", pool="primary", route=route) == 1
 
 
 @pytest.mark.parametrize("path", ["/patients/", "/Patients", "/patient", "/patientss", "//patients", "/", "/redoc"])
