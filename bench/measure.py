@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 from statistics import median
 
 from bench.load import closed_loop
-from bench.stage import Served, Stage
+from bench.served import Served
+from bench.stage import Stage
 
 
 @dataclass
@@ -65,8 +66,8 @@ async def alternate(  # noqa: PLR0913  # Each is a condition of the measurement.
         for server in servers:
             tell(f"{path} · {server.name} · " + (f"round {number} of {plan.rounds}" if number else "warm-up"))
             seconds = plan.seconds if number else plan.warm_up_seconds
-            opened, cpu = await stage.sessions_opened(), server.cpu_seconds()
-            async with stage.watching_connections(server.name) as peak:
+            opened, cpu = await stage.looks.sessions_opened(), server.cpu_seconds()
+            async with stage.looks.connections(server.name) as peak:
                 got = await closed_loop(
                     server.url + path, clients=clients, seconds=seconds, method=method, expected=expected
                 )
@@ -75,6 +76,6 @@ async def alternate(  # noqa: PLR0913  # Each is a condition of the measurement.
                 row = rows[server.name]
                 row.rate.values.append(got.rate)
                 row.cpu.values.append(spent / got.requests * 1e6)
-                row.opened.values.append((await stage.sessions_opened() - opened) / got.requests * 1000)
+                row.opened.values.append((await stage.looks.sessions_opened() - opened) / got.requests * 1000)
                 row.most_connections = max(row.most_connections, peak[0])
     return rows

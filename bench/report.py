@@ -17,7 +17,6 @@ from bench.stage import Stage
 from local.setup import PROJECT
 
 PAGE = PROJECT / "docs" / "benchmarks.md"
-PICTURES = PROJECT / "docs" / "benchmarks"
 PACKAGES = ("fastapi", "starlette", "uvicorn", "sqlalchemy", "asyncpg", "pydantic", "psycopg", "uvloop")
 # More than this before the run, and something else wants the cores too. (A load average would tell of the last minute.)
 QUIET_PERCENT = 10
@@ -93,7 +92,7 @@ def describe(stage: Stage, busy: float, *, quick: bool) -> str:
         + (" · **quick run: rough figures**" if quick else ""),
         f"{cpu} · {os.cpu_count()} cores, {pinned} · {busy:.0f} % busy with other work before",
         f"{platform.system()} {platform.release()} · Python {sys.version.split()[0]} · {packages}",
-        f"PostgreSQL {stage.version} on loopback, without fsync · {_output('h2load', '--version')}",
+        f"PostgreSQL {stage.looks.version} on loopback, without fsync · {_output('h2load', '--version')}",
     ]
     text = "\n".join(f"- {row}" for row in rows)
     if busy > QUIET_PERCENT:
@@ -104,18 +103,19 @@ def describe(stage: Stage, busy: float, *, quick: bool) -> str:
     return text
 
 
-def write(machine: str, sections: Sequence[Section]) -> None:
-    """Write docs/benchmarks.md and its pictures."""
-    PICTURES.mkdir(exist_ok=True)
+def write(machine: str, sections: Sequence[Section], page: Path = PAGE) -> None:
+    """Write docs/benchmarks.md, and its pictures into the folder of that name."""
+    pictures = page.with_suffix("")
+    pictures.mkdir(exist_ok=True)
     for section in sections:
         for name, figure in section.figures.items():
-            figure.savefig(PICTURES / f"{name}.png", dpi=130)
+            figure.savefig(pictures / f"{name}.png", dpi=130)
     missed = [claim for section in sections for claim in section.missed]
     summary = (
         "**Bars missed in this run:**\n" + "\n".join(f"- {claim}" for claim in missed) if missed else "All bars met."
     )
     parts = [HEAD.format(machine=machine).strip(), summary, *(section.text() for section in sections)]
-    PAGE.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    page.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 
 def _read(path: str) -> list[str]:

@@ -8,7 +8,8 @@ from bench import plots
 from bench.load import BenchError
 from bench.measure import Plan, Row, alternate
 from bench.report import Section
-from bench.stage import Served, Stage
+from bench.served import Served
+from bench.stage import Stage
 
 # Fewer than any pool has connections, and than ours lets ask the primary again after a miss (7): a queue is another
 # section's subject.

@@ -7,7 +7,8 @@ from contextlib import AsyncExitStack, contextmanager
 from bench import plots
 from bench.measure import Plan, Row, Series, alternate
 from bench.report import Section
-from bench.stage import PATIENTS, Served, Stage
+from bench.served import Served
+from bench.stage import PATIENTS, Stage
 
 BUSY = 6
 OPEN = (1, 100, 1000, 10_000)

@@ -9,7 +9,8 @@ from bench import plots
 from bench.load import BenchError, closed_loop, open_loop
 from bench.measure import Plan, Series
 from bench.report import Section
-from bench.stage import Served, Stage
+from bench.served import Served
+from bench.stage import Stage
 
 SIZES = (1, 2, 4, 8, 16, 32, 64)
 PATHS = {"/wait": "waits 20 ms", "/compute": "computes"}
@@ -51,7 +52,7 @@ async def run(stage: Stage, plan: Plan, tell: Callable[[str], None]) -> Section:
                     if path == "/wait" and got.rate > ROUNDING * size / WAIT_SECONDS:
                         raise BenchError(f"{size} connections cannot have answered {got.rate:.0f} requests a second.")
                     rates[path][size].values.append(got.rate)
-                    await stage.quiet(server.name)
+                    await stage.looks.quiet(server.name)
                     arrivals = await open_loop(server.url + path, rate=ARRIVALS, seconds=WINDOW_SECONDS)
                     late[path][size].values.append(arrivals.quantile(0.99))
     for path, words in PATHS.items():

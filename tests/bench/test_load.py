@@ -1,0 +1,121 @@
+"""The generators tell every answer, and what is no good ends the run."""
+
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse
+from starlette.routing import Route
+
+from bench.load import BenchError, Open, _read_log, closed_loop, open_loop
+from local.postgres import free_port
+from tests.service import listening
+
+needs_wrk = pytest.mark.skipif(shutil.which("wrk") is None, reason="wrk is not installed: apt-get install wrk")
+needs_h2load = pytest.mark.skipif(
+    shutil.which("h2load") is None, reason="h2load is not installed: apt-get install nghttp2-client"
+)
+
+
+def sometimes(number: int) -> Starlette:
+    """Make a service that answers every so many requests with 503, and what was asked for by POST with 201."""
+    count = 0
+
+    async def answer(request: Request) -> PlainTextResponse:
+        nonlocal count
+        count += 1
+        if count % number == 0:
+            return PlainTextResponse("busy", 503)
+        body = await request.body()
+        return PlainTextResponse("", 201 if body.startswith(b'{"mrn":"B') else 200)
+
+    return Starlette(routes=[Route("/", answer, methods=["GET", "POST"])])
+
+
+@needs_wrk
+async def test_closed_loop_counts_answers() -> None:
+    """Requests, seconds and rate belong together; a POST brings a patient."""
+    async with listening(sometimes(10**9)) as url:
+        got = await closed_loop(url, clients=2, seconds=1)
+        posted = await closed_loop(url, clients=2, seconds=1, method="POST", expected=201)
+
+    assert got.requests > 0
+    assert 0.9 < got.seconds < 5
+    assert got.rate == got.requests / got.seconds
+    assert posted.requests > 0
+
+
+@needs_wrk
+async def test_wrong_status_ends_a_closed_loop() -> None:
+    """One answer in ten that is cheaper than the others would make a better figure."""
+    async with listening(sometimes(10)) as url:
+        with pytest.raises(BenchError, match="were answered wrongly"):
+            await closed_loop(url, clients=2, seconds=1)
+        compared = await closed_loop(url, clients=2, seconds=1, errors_compared=True)
+        with pytest.raises(BenchError, match="were answered wrongly"):
+            await closed_loop(url, clients=2, seconds=1, expected=404)
+
+    assert compared.errors == pytest.approx(compared.requests / 10, abs=3)
+
+
+@needs_wrk
+async def test_nobody_there_ends_a_closed_loop() -> None:
+    """A server that was never reached has no figures."""
+    with pytest.raises(BenchError):
+        await closed_loop(f"http://127.0.0.1:{free_port()}", clients=1, seconds=1)
+
+
+@needs_h2load
+async def test_open_loop_sends_what_was_offered() -> None:
+    """So many arrivals a second for so many seconds, each with a latency."""
+    async with listening(sometimes(10**9)) as url:
+        got = await open_loop(url, rate=100, seconds=1)
+
+    assert (got.sent, got.offered, got.count(200)) == (100, 100, 100)
+    assert 0 < got.quantile(0.5) <= got.quantile(0.99)
+
+
+@needs_h2load
+async def test_wrong_status_ends_an_open_loop() -> None:
+    """A 503 is counted as one, and only where errors are compared."""
+    async with listening(sometimes(10)) as url:
+        with pytest.raises(BenchError, match="503"):
+            await open_loop(url, rate=100, seconds=1)
+        compared = await open_loop(url, rate=100, seconds=1, errors_compared=True)
+
+    assert compared.statuses == Counter({200: 90, 503: 10})
+
+
+@needs_h2load
+async def test_refused_arrivals_are_not_forgotten() -> None:
+    """Nobody listens, and so every arrival is one without an answer."""
+    got = await open_loop(f"http://127.0.0.1:{free_port()}", rate=50, seconds=1, errors_compared=True)
+
+    assert (got.sent, got.count(0)) == (50, 50)
+
+
+def test_log_of_an_open_loop(tmp_path: Path) -> None:
+    """Microseconds become milliseconds by status; a failed stream is status 0; time runs to the last answer."""
+    log = tmp_path / "log"
+    log.write_text("1000000\t200\t1500\n1010000\t-1\t9000\n1500000\t200\t500000\n", encoding="ascii")
+
+    assert _read_log(log) == ({200: [1.5, 500.0], 0: [9.0]}, 1.0)
+
+
+def test_log_of_nothing(tmp_path: Path) -> None:
+    """No line, no time."""
+    log = tmp_path / "log"
+    log.write_text("", encoding="ascii")
+
+    assert _read_log(log) == ({}, 0.0)
+
+
+def test_quantiles_are_of_one_status() -> None:
+    """What was shed at once does not make the answers look faster."""
+    got = Open(offered=1, seconds=1, latencies={200: [float(n) for n in range(100, 0, -1)], 503: [0.1] * 900})
+
+    assert (got.quantile(0.5), got.quantile(0.99), got.quantile(0.5, 503)) == (51.0, 100.0, 0.1)
+    assert got.quantile(0.5, 404) != got.quantile(0.5, 404)  # nan: there is none.
