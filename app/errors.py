@@ -101,6 +101,11 @@ class DatabaseUnavailable(ServiceError):
     status = 503
     code = "database_unavailable"
 
+    def __init__(self, detail: str, *, database: str | None = None) -> None:
+        super().__init__(detail)
+        # The database that it is about, where that is known: a request may use several.
+        self.database = database
+
 
 class PoolExhausted(DatabaseUnavailable):
     """Every connection is at work, and the queue is full or the wait was too long."""

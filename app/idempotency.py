@@ -12,6 +12,7 @@ import hashlib
 import logging
 import re
 from collections.abc import Callable, Coroutine
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -96,7 +97,7 @@ class IdempotentRoute(SessionRoute):
 
         async def handle(request: Request) -> Response:
             key = request.headers.get(HEADER)
-            if key is None:
+            if key is None or request.method not in METHODS:
                 return await handler(request)
             claim = await _claim_of(request, key)
             hours = request.app.state.settings.idempotency_hours
@@ -107,7 +108,10 @@ class IdempotentRoute(SessionRoute):
                 if stored is not None:
                     return replay(claim, stored)
                 share_write_session(request, session)
-                response = await handler(request)
+                async with AsyncExitStack() as stack:
+                    # What dependencies do at their end is part of the transaction, and may still refuse it.
+                    request.scope["fastapi_function_astack"] = stack
+                    response = await handler(request)
                 await store_answer(session, claim, response)
                 return response
 

@@ -22,8 +22,8 @@ from app.metrics import Metrics
 logger = logging.getLogger(__name__)
 
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
-# A replica that is further behind than this serves nobody, so an older token asks for nothing.
-TOKEN_SECONDS = 60
+# Longer than a replica that replays nothing stays unnoticed: while few bytes are missing, it goes on serving.
+TOKEN_SECONDS = 3600
 
 
 class Edge:

@@ -5,6 +5,7 @@ Nothing else reads the environment: `load_settings()` reads it over `.env` and a
 describes the primary; `DATABASE_REPLICA_*` and `DATABASE_ANALYTICS_*` inherit whatever they do not set.
 """
 
+import os
 from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
@@ -228,6 +229,12 @@ class Settings(BaseSettings):
                 f"GRACEFUL_TIMEOUT_SECONDS {self.graceful_timeout_seconds} <= STATEMENT_TIMEOUT_SECONDS "
                 f"{self.statement_timeout_seconds:g}: a statement in flight would be cut at shutdown; raise the first"
             )
+        for replica in self.replicas:
+            if "," in replica.location:
+                raise ValueError(
+                    "DATABASE_REPLICA_URL names several hosts in one URL: what one of them has replayed would be "
+                    "believed of the other; write a URL for each, separated by commas"
+                )
         for prefix, database in self.databases:
             if database.command_timeout_seconds <= self.statement_timeout_seconds:
                 raise ValueError(
@@ -318,9 +325,15 @@ def load_settings() -> Settings:
     Raises: SettingsError, with one line for each mistake.
     """
     try:
-        return Settings()
+        settings = Settings()
     except ValidationError as error:
         raise SettingsError(_sentences(error)) from None
+    if settings.prometheus_multiproc_dir is not None and "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
+        raise SettingsError(
+            "PROMETHEUS_MULTIPROC_DIR: is set in .env, where prometheus-client does not look, and /metrics would be "
+            "empty; export it to the environment of the process"
+        )
+    return settings
 
 
 class _Variables(PydanticBaseSettingsSource):

@@ -84,11 +84,13 @@ async def exhausted(database: Database) -> AsyncIterator[None]:
 
 
 @asynccontextmanager
-async def listening(app: Any) -> AsyncIterator[str]:
+async def listening(app: Any, *, access_log: bool = False) -> AsyncIterator[str]:
     """Serve an ASGI application on a free port of this machine and give its URL."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
-        server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=1))
+        server = uvicorn.Server(
+            uvicorn.Config(app, log_config=None, access_log=access_log, timeout_graceful_shutdown=1)
+        )
         # Not serve(), which would take this process's signals.
         task = asyncio.create_task(server._serve([listener]))
 

@@ -106,8 +106,8 @@ def at_import(node: ast.AST) -> Iterator[ast.AST]:
 
 
 def only_settings_read_the_environment(module: str, tree: ast.Module) -> Iterator[str]:
-    """Allow os.environ to those who hand it on to worker processes, and nobody else."""
-    if module in {"app.cli", "app.ops.workers"}:
+    """Allow os.environ to the settings and to those who hand it on to worker processes, and nobody else."""
+    if module in {"app.cli", "app.ops.workers", "app.settings"}:
         return
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and node.attr in {"environ", "environb", "getenv"}:

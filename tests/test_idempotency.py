@@ -1,18 +1,26 @@
 """A POST or PATCH with an `Idempotency-Key` is done once and answered twice alike."""
 
 import asyncio
+from collections.abc import AsyncIterator
+from datetime import date
 from typing import Any
 
 import asyncpg
 import httpx
 import pytest
+from fastapi import APIRouter, Depends, HTTPException
+from sqlalchemy import text
 
-from app.idempotency import HEADER, PURGE_ROWS, keep_house, purge_expired
+from app.db.dependencies import ReadDB, WriteDB
+from app.errors import NotFound
+from app.idempotency import HEADER, PURGE_ROWS, IdempotentRoute, keep_house, purge_expired
+from app.patients import queries
 from local.waiting import eventually
 from tests.conftest import Database
 from tests.service import Service, serving
 
 ADA = {"mrn": "K-1", "full_name": "Ada Example", "birth_date": "1980-05-17"}
+PATIENT = ADA | {"birth_date": date(1980, 5, 17)}
 
 
 async def post(service: Service, body: dict[str, Any], key: str, **headers: str) -> httpx.Response:
@@ -145,3 +153,47 @@ async def test_housekeeping_outlives_an_outage(service: Service, caplog: pytest.
     assert await eventually(twice, 5)
     assert not house.done()
     house.cancel()
+
+
+@pytest.mark.parametrize("headers", [{}, {HEADER: "one"}], ids=["without", "with"])
+async def test_end_of_a_dependency_is_part_of_the_work(
+    service: Service, database: Database, headers: dict[str, str]
+) -> None:
+    """What it writes there is stored, and what it refuses there is taken back, with a key and without."""
+    router = APIRouter(route_class=IdempotentRoute)
+
+    async def audited(session: WriteDB, veto: bool) -> AsyncIterator[None]:  # noqa: FBT001  # FastAPI names it.
+        yield
+        await queries.add_patient(session, PATIENT | {"mrn": "AUDIT"})
+        if veto:
+            raise HTTPException(409)
+
+    @router.post("/work", dependencies=[Depends(audited, scope="function")])
+    async def work(session: WriteDB) -> None:
+        await queries.add_patient(session, PATIENT)
+
+    service.app.router.routes[:0] = router.routes
+
+    refused = [await service.client.post("/work?veto=true", headers=headers) for _ in range(2)]
+    stored = await count(database, "patients")
+    done = await service.client.post("/work?veto=false", headers=headers)
+
+    assert [answer.status_code for answer in refused] == [409, 409]
+    assert stored == 0
+    assert done.status_code == 200
+    assert await count(database, "patients") == 2
+
+
+async def test_key_of_a_get_means_nothing(service: Service, database: Database) -> None:
+    """A route with more methods than POST claims no key for a GET, which may be run once more."""
+    router = APIRouter(route_class=IdempotentRoute)
+
+    @router.api_route("/either", methods=["GET", "POST"])
+    async def either(session: ReadDB) -> None:
+        if (await session.execute(text("SELECT pg_is_in_recovery()"))).scalar_one():
+            raise NotFound("Not here.")
+
+    service.app.router.routes[:0] = router.routes
+
+    assert (await service.client.get("/either", headers={HEADER: "one"})).status_code == 200
+    assert await count(database, "idempotency_keys") == 0

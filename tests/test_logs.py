@@ -7,10 +7,17 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+import httpx
 import pytest
+from sqlalchemy import text
 
+from app.db.dependencies import WriteDB
 from app.logs import ConsoleFormatter, JsonFormatter, configure_logs, log_config, request_id, wants_json
-from tests.service import Service
+from app.patients import queries
+from tests.service import Service, listening
+
+# A value that a traceback's lines of source do not show.
+SECRET = "in-1915"
 
 
 @pytest.fixture
@@ -111,6 +118,37 @@ def test_access_log_is_a_setting() -> None:
     ]
 
     assert levels == ["INFO", "WARNING"]
+
+
+async def test_access_log_has_no_query(
+    service: Service, root: logging.Logger, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Names and numbers of patients are asked for there, and a cursor holds a name."""
+    configure_logs("INFO", "json", access_log=True)
+    async with listening(service.app, access_log=True) as url, httpx.AsyncClient(trust_env=False) as client:
+        await client.get(f"{url}/patients?mrn=HIV-0815&name=Ada")
+
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "uvicorn.access" in line]
+    assert '"GET /patients HTTP/1.1" 200' in json.loads(line)["message"]
+    assert root.handlers
+
+
+@pytest.mark.parametrize("lane", ["rows", "execute"])
+async def test_bug_is_logged_without_the_value(service: Service, caplog: pytest.LogCaptureFixture, lane: str) -> None:
+    """A value of the wrong type is a bug of ours, which asyncpg and PostgreSQL quote; the log says where it was."""
+
+    @service.app.post("/bug")
+    async def bug(session: WriteDB) -> None:
+        if lane == "rows":
+            await queries.add_patient(session, {"mrn": "A-1", "full_name": "Ada", "birth_date": SECRET})
+        else:
+            await session.execute(text("SELECT CAST(CAST(:born AS text) AS date)"), {"born": SECRET})
+
+    assert (await service.client.post("/bug")).status_code == 500
+    lines = "\n".join(JsonFormatter().format(each) for each in caplog.records)
+    assert "unforeseen failure" in lines
+    assert "invalid input" in lines
+    assert SECRET not in lines
 
 
 async def test_lines_of_a_request_carry_its_id(service: Service, caplog: pytest.LogCaptureFixture) -> None:

@@ -213,7 +213,7 @@ async def test_write_answers_with_its_position(service: Service, database: Datab
 
     token = created.headers["x-consistency-token"]
     assert re.fullmatch(r"[0-9A-F]{1,8}/[0-9A-F]{1,8}", token)
-    assert created.headers["set-cookie"] == (f"consistency_token={token}; Max-Age=60; Path=/; HttpOnly; SameSite=Lax")
+    assert created.headers["set-cookie"] == (f"consistency_token={token}; Max-Age=3600; Path=/; HttpOnly; SameSite=Lax")
     assert "x-consistency-token" not in read.headers
     owner = await asyncpg.connect(database.url("app_owner"))
     assert await owner.fetchval("SELECT $1::text::pg_lsn <= pg_current_wal_insert_lsn()", token)

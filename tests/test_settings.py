@@ -101,11 +101,11 @@ def test_replica_and_analytics_inherit(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_several_replicas_are_a_list(monkeypatch: pytest.MonkeyPatch) -> None:
     """DATABASE_REPLICA_URL takes URLs with commas between them, and leaves a comma inside a URL alone."""
-    second = "postgresql://app:x@/lifeguard?host=b:5432,c:5433"
+    second = "postgresql://app:x@/lifeguard?host=b:5433&application_name=a,b"
 
     settings = load(monkeypatch, DATABASE_REPLICA_URL=f"{REPLICA},{second}")
 
-    assert [replica.location for replica in settings.replicas] == ["replica:5432/lifeguard", "b:5432,c:5433/lifeguard"]
+    assert [replica.location for replica in settings.replicas] == ["replica:5432/lifeguard", "b:5433/lifeguard"]
     assert [prefix for prefix, _ in settings.databases] == [
         "DATABASE_",
         "DATABASE_REPLICA_",
@@ -302,3 +302,19 @@ def test_migrations_read_secret_files_and_replicas(monkeypatch: pytest.MonkeyPat
 
     assert MigrationSettings().url == "postgresql+asyncpg://owner:x@direct/x"
     assert (alone, MigrationSettings().replica_urls) == ([], [REPLICA, REPLICA])
+
+
+def test_replica_of_several_hosts_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The LSN of one host says nothing of the rows of another, so each replica is a URL of its own."""
+    sentence = refusal(monkeypatch, DATABASE_REPLICA_URL="postgresql://app:hunter2@/x?host=a:1&host=b:2")
+
+    assert "DATABASE_REPLICA_URL names several hosts in one URL" in sentence
+    assert "hunter2" not in sentence
+
+
+def test_folder_of_metrics_must_be_in_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """prometheus-client does not read .env: it would count for one process, and /metrics would show an empty folder."""
+    (tmp_path / ".env").write_text(f"PROMETHEUS_MULTIPROC_DIR={tmp_path}\n", encoding="utf-8")
+
+    assert "export it to the environment" in refusal(monkeypatch)
+    assert load(monkeypatch, PROMETHEUS_MULTIPROC_DIR=tmp_path).prometheus_multiproc_dir == tmp_path

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 SessionT = TypeVar("SessionT", bound=ReadSession)
 Scope = MutableMapping[str, Any]
 SAFE_METHODS = frozenset({"GET", "HEAD"})
-NOT_FOUND = NotFound("The endpoint says so.")
 READ, WRITE, REPORT = "lifeguard.read", "lifeguard.write", "lifeguard.report"
 
 
@@ -115,7 +114,7 @@ class SessionRoute(Route):
             else:
                 if response.status_code != HTTPStatus.NOT_FOUND:
                     return response
-                reason = await _why_again(request, NOT_FOUND)
+                reason = await _why_again(request, NotFound("The endpoint says so."))
                 if reason is None:
                     return response
             again = databases_of(request).once_more.run
@@ -131,10 +130,11 @@ async def _why_again(request: Request, failure: Exception) -> str | None:
     if reason is not None:
         for key in (READ, WRITE, REPORT):
             scope.pop(key, None)
-        stack: AsyncExitStack = scope["fastapi_function_astack"]
         # As if the request ended with this failure. What its dependencies make of that, nobody gets to hear.
-        with suppress(Exception):
-            await stack.pop_all().__aexit__(type(failure), failure, failure.__traceback__)
+        for name in ("fastapi_function_astack", "fastapi_inner_astack"):
+            stack: AsyncExitStack = scope[name]
+            with suppress(Exception):
+                await stack.pop_all().__aexit__(type(failure), failure, failure.__traceback__)
     return reason
 
 
@@ -145,10 +145,13 @@ def _opening_its_session(endpoint: Callable[..., Any]) -> Callable[..., Any]:
     # By identity: what else stands in an annotation need not be hashable.
     sessions = ((n, opener) for n, p in parameters.items() for named, opener in _OPENERS if p.annotation is named)
     name, opener = next(sessions, ("", _read))
-    if not name or not inspect.iscoroutinefunction(endpoint):
+    # What is written as a string may be the request: FastAPI resolves it, and solves the session too.
+    unresolved = any(isinstance(parameter.annotation, str) for parameter in parameters.values())
+    if not name or unresolved or not inspect.iscoroutinefunction(endpoint):
         return endpoint
     # FastAPI gives a request to one parameter only.
-    source = next((other for other, parameter in parameters.items() if parameter.annotation is Request), name)
+    kinds = {other: p.annotation for other, p in parameters.items() if isinstance(p.annotation, type)}
+    source = next((other for other, kind in kinds.items() if issubclass(kind, Request)), name)
     if source == name:
         parameters[name] = parameters[name].replace(annotation=Request)
     else:

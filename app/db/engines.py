@@ -134,7 +134,9 @@ class Databases:
         """
         wish = Consistency() if consistency is None else consistency
         database, wish.reason = self.router.route(at_least=wish.wanted_lsn, primary=wish.primary_only)
-        wish.read_from = database
+        if wish.read_from is None or wish.read_from.role != "replica" or wish.primary_only:
+            # Of several reads in a request, one on a replica is enough for the whole to be run once more.
+            wish.read_from = database
         return ReadSession(database, database.reads, label=label)
 
     def reporting(self, *, label: str = "background") -> ReadSession:

@@ -154,7 +154,7 @@ class Lease:
         forget_row(error)
         if isinstance(error, OSError):
             self.connection.terminate()
-            raise name_loss(error) from error
+            raise name_loss(error, self._database.name) from error
         if isinstance(error, asyncpg.InterfaceError) and self.connection.is_closed():
             raise ConnectionLost("The connection to the database was lost.") from error
         if isinstance(error, asyncpg.IntegrityConstraintViolationError):

@@ -132,6 +132,11 @@ class EngineWatch:
             # Until a rollback, to a savepoint or of all, whatever comes next in this transaction fails too.
             self._finished(connection, failure.statement or "", context).aborted = True
         forget_row(error.__cause__)
+        if isinstance(error.__cause__, asyncpg.DataError):
+            # The adapter and SQLAlchemy have both copied the sentence by now.
+            error.args = error.__cause__.args
+            if failure.sqlalchemy_exception is not None:
+                failure.sqlalchemy_exception.args = error.args
         state = sqlstate(error) or ""
         if state == READ_ONLY:
             if not self._writable or connection is None or _reads_only(connection):
@@ -143,20 +148,23 @@ class EngineWatch:
             failure.is_disconnect = True
         elif isinstance(error, OSError):
             failure.is_disconnect = True
-            raise name_loss(error) from error
+            raise name_loss(error, self._watch.pool) from error
 
 
 def forget_row(error: BaseException | None) -> None:
-    """Drop what PostgreSQL quotes in the details of a failure: whole rows, and they are health data."""
+    """Drop what is quoted in a failure: whole rows by PostgreSQL, single values by both; they are health data."""
     if isinstance(error, asyncpg.PostgresError):
         error.detail = None
+    if isinstance(error, asyncpg.DataError):
+        # Of "invalid input for query argument $3: '1915'" and its like the part before the value says enough.
+        error.args = (str(error).partition(":")[0],)
 
 
-def name_loss(error: OSError) -> DatabaseUnavailable:
+def name_loss(error: OSError, database: str) -> DatabaseUnavailable:
     """Name what asyncpg leaves bare: a command that timed out, or a connection that went away under it."""
     if isinstance(error, TimeoutError):
-        return CommandTimeout("The database did not answer in time.")
-    return ConnectionLost("The connection to the database was lost; nothing was committed.")
+        return CommandTimeout("The database did not answer in time.", database=database)
+    return ConnectionLost("The connection to the database was lost; nothing was committed.", database=database)
 
 
 def _reads_only(connection: Connection) -> bool:

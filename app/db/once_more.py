@@ -16,7 +16,7 @@ from sqlalchemy.exc import DBAPIError
 
 from app.db.replica import Router
 from app.db.sessions import Consistency
-from app.errors import NotFound, ReplicaUnavailable, classify
+from app.errors import DatabaseUnavailable, NotFound, ReplicaUnavailable, classify
 from app.metrics import Metrics
 from app.settings import Settings
 
@@ -61,6 +61,8 @@ class OnceMore:
         known = classify(failure)
         if known is None or known.code not in REPLICA_FAILURES:
             return None
+        if isinstance(failure, DatabaseUnavailable) and failure.database not in {None, database.name}:
+            return None  # It is another database of the same request that failed.
         cause = failure.orig if isinstance(failure, DBAPIError) else failure
         logger.warning("%s: %s", known.code, cause, extra={"database": database.name})
         if known.code in {"database_unreachable", "database_timeout"}:

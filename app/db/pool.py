@@ -334,9 +334,10 @@ class BoundedPool(Pool):
             entry = self._create_connection()
         except DRIVER_FAILURES as error:
             self._watch.connect_failed()
-            raise DatabaseUnreachable("The database cannot be reached.") from error
-        except DatabaseUnreachable:
+            raise DatabaseUnreachable("The database cannot be reached.", database=self._watch.pool) from error
+        except DatabaseUnreachable as error:
             self._watch.connect_failed()
+            error.database = self._watch.pool
             raise
         finally:
             attempt.done()

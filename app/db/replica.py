@@ -119,7 +119,8 @@ class Router:
         best: Replica | None = None
         for replica in () if primary else self.replicas:
             if replica.state != "usable":
-                reason = replica.state
+                # That one would do if it were nearer says more than that another one is away.
+                reason = reason if reason == "behind_token" else replica.state
             elif at_least is not None and replica.replayed_lsn < at_least:
                 reason = "behind_token"
             elif best is None or replica.database.pool.load < best.database.pool.load:

@@ -41,6 +41,10 @@ UNKNOWN = (
     "The connection was lost while the change was being committed, so it may or may not have been made. "
     "Read before you try again, or send the request with an Idempotency-Key."
 )
+ENDED = (
+    "this session ended with its request or its block; what comes after it, a stream or a background task, opens its "
+    "own: `async with databases.reading()` or `.writing()`"
+)
 
 
 @dataclass(slots=True)
@@ -79,7 +83,8 @@ class _OneConnection(Session):
         return self.held
 
     def read_rows(self, statement: TypedReturnsRows[*Ts], parameters: Mapping[str, Any]) -> Sequence[Row[*Ts]]:
-        return list(self.get_bind().execute(statement, parameters).all())
+        # By the session, and not by `get_bind`: it is the session that sends the SAVEPOINT of a `begin_nested`.
+        return list(self.connection().execute(statement, parameters).all())
 
     def close(self) -> None:
         try:
@@ -107,6 +112,7 @@ class ReadSession(AsyncSession):
         self._label = label
         self._lease: Lease | None = None
         self._beginning = False
+        self._ended = False
         # Nothing to undo on the server, and so nothing to wait for when the session is closed.
         self._settled = way.begin is None
 
@@ -129,7 +135,25 @@ class ReadSession(AsyncSession):
         """Give SQLAlchemy's session the connection of this one, or one of the pool. Called in SQLAlchemy's greenlet."""
         holder.set(self._label)
         lease, self._lease = self._lease, None
-        return engine.connect() if lease is None else lease.adopt(engine)
+        if lease is not None:
+            return lease.adopt(engine)
+        self._start()
+        try:
+            connection = engine.connect()
+        finally:
+            self._beginning = False
+        if self._ended:
+            connection.close()
+            raise RuntimeError(ENDED)
+        return connection
+
+    def _start(self) -> None:
+        """Begin to get a connection; nobody would give one back that comes after the end, or beside another."""
+        if self._ended:
+            raise RuntimeError(ENDED)
+        if self._beginning:
+            raise RuntimeError("a session does one thing at a time: this one is still getting its connection")
+        self._beginning = True
 
     async def rows(self, query: Query[*Ts], **parameters: Any) -> Sequence[Row[*Ts]]:
         """Return all rows of a query, past the unit of work: flush before, if objects were changed.
@@ -137,8 +161,10 @@ class ReadSession(AsyncSession):
         On a replica each call takes a connection for itself, one round trip and gives it back: there is no transaction
         for it to be part of. On the primary it runs in the session's transaction.
         """
-        if "sync_session" in vars(self) and self.sync_session.held is not None:
+        if "sync_session" in vars(self) and (self.sync_session.held is not None or self.sync_session.in_transaction()):
             return await greenlet_spawn(self.sync_session.read_rows, query.statement, parameters)
+        if self._ended:
+            raise RuntimeError(ENDED)
         holder.set(self._label)
         if self._way.begin is None:
             return await self._database.fetch(query, parameters)
@@ -147,14 +173,15 @@ class ReadSession(AsyncSession):
         return await self._lease.rows(query, parameters)
 
     async def _begin(self, words: str) -> Lease:
-        if self._beginning:
-            raise RuntimeError("a session does one thing at a time: this one is still getting its connection")
-        self._beginning = True
+        self._start()
         try:
             lease = Lease(self._database, await self._database.pool.lease(), readonly=self._readonly)
             await lease.begin(words)
         finally:
             self._beginning = False
+        if self._ended:
+            await lease.end()
+            raise RuntimeError(ENDED)
         return lease
 
     async def rollback(self) -> None:
@@ -173,6 +200,7 @@ class ReadSession(AsyncSession):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Give the connection back; what is not committed is rolled back."""
+        self._ended = True
         if self._lease is not None:
             await self._end_lease()
         if "sync_session" not in vars(self):

@@ -65,7 +65,8 @@ def tidy(folder: Path) -> None:
     with _locked(folder, fcntl.LOCK_EX):
         for file in dead:
             kind = file.stem.split("_")[0]
-            if kind != "gauge":
+            # A worker that was killed before it gave its file a size had counted nothing.
+            if kind != "gauge" and file.stat().st_size > 0:
                 _add_up(folder / f"{kind}_{ARCHIVE}.db", file)
             file.unlink()
 
@@ -101,8 +102,8 @@ def _is_alive(pid: int) -> bool:
         return True
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
+    except OSError:
+        return False  # It has ended, or somebody else's process has its number by now.
     return True
 
 

@@ -107,3 +107,23 @@ async def test_document_does_not_tell_them_apart(service: Service) -> None:
     parameters = document["paths"]["/patients/{patient_id}"]["get"]["parameters"]
     assert [parameter["name"] for parameter in parameters] == ["patient_id"]
     assert document["paths"]["/patients"]["post"]["summary"] == "Create Patient"
+
+
+async def test_request_may_be_annotated_in_any_way(service: Service, router: APIRouter) -> None:
+    """As a string, which only FastAPI resolves, or as a class of one's own."""
+
+    class Asked(Request):
+        pass
+
+    @router.get("/string")
+    async def string(session: ReadDB, request: "Request") -> str:
+        return request.method + type(session).__name__
+
+    @router.get("/class")
+    async def own_class(session: ReadDB, request: Asked) -> str:
+        return request.method + type(session).__name__
+
+    mount(service, router)
+
+    assert (await service.client.get("/string")).json() == "GETReadSession"
+    assert (await service.client.get("/class")).json() == "GETReadSession"

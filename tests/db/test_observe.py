@@ -167,8 +167,8 @@ async def test_silent_server_is_given_up(database: Database, proxy: Proxy) -> No
 
 def test_bare_failures_get_a_name() -> None:
     """What asyncpg lets through of the operating system is a timeout or a loss."""
-    assert isinstance(name_loss(TimeoutError()), CommandTimeout)
-    assert isinstance(name_loss(ConnectionResetError()), ConnectionLost)
+    assert isinstance(name_loss(TimeoutError(), "primary"), CommandTimeout)
+    assert isinstance(name_loss(ConnectionResetError(), "primary"), ConnectionLost)
 
 
 # Figures.

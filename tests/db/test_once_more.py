@@ -1,6 +1,8 @@
 """A GET that the replica failed, or that found nothing there, gets the primary's answer; and what is not run again."""
 
 import asyncio
+import gc
+import weakref
 from collections.abc import AsyncIterator
 from typing import Annotated
 
@@ -9,9 +11,10 @@ import pytest
 from fastapi import Depends, HTTPException, Request, Response
 from sqlalchemy import text
 
-from app.db.dependencies import ReadDB
+from app.db.dependencies import AnalyticsDB, ReadDB, consistency_of
 from app.db.sessions import ReadSession
 from app.errors import NotFound
+from local.postgres import free_port
 from local.waiting import eventually
 from tests.conftest import Database
 from tests.service import Service, exhausted, serving, write
@@ -227,3 +230,87 @@ async def test_replica_that_lets_nobody_in_is_left_alone(database: Database) -> 
     assert answer.status_code == 200
     assert state == "broken"
     assert service.sample("db_reads_retried_total", reason="database_unreachable") == 1
+
+
+async def test_failure_is_forgotten_with_its_request(service: Service) -> None:
+    """What is thrown into dependencies collects their frames, and so it lives no longer than they do."""
+
+    async def translated(session: ReadDB) -> AsyncIterator[ReadSession]:
+        try:
+            yield session
+        except NotFound as error:
+            raise HTTPException(404) from error
+
+    async def find(session: Annotated[ReadSession, Depends(translated, scope="function")]) -> Response:
+        sessions.add(session)
+        await session.execute(ON_REPLICA)
+        return Response(status_code=404)
+
+    sessions: weakref.WeakSet[ReadSession] = weakref.WeakSet()
+    service.app.add_api_route("/find", find)
+
+    for _ in range(5):
+        await service.client.get("/find")
+    gc.collect()
+
+    assert len(sessions) == 0
+    assert service.sample("db_reads_retried_total", reason="not_found") == 5
+
+
+async def test_other_database_that_is_down_accuses_no_replica(database: Database) -> None:
+    """A request that read from a replica fails for the analytics database: running it again would mend nothing."""
+    analytics = {"url": f"postgresql://a:b@127.0.0.1:{free_port()}/x", "pool_min_size": 0}
+    ran = []
+
+    async def both(session: ReadDB, report: AnalyticsDB) -> None:
+        ran.append(1)
+        await session.execute(ON_REPLICA)
+        await report.execute(ON_REPLICA)
+
+    async with serving(database.settings(analytics=analytics)) as service:
+        service.app.add_api_route("/both", both)
+        answer = await service.client.get("/both")
+        state = service.databases.router.replicas[0].state
+
+    assert (answer.status_code, answer.json()["code"]) == (503, "database_unreachable")
+    assert (ran, state) == ([1], "usable")
+
+
+async def test_dependencies_end_before_the_second_attempt(service: Service) -> None:
+    """Those that would live until the answer was sent, too: what they hold, the second attempt needs."""
+    said = []
+
+    async def lasting() -> AsyncIterator[None]:
+        said.append("begin")
+        yield
+        said.append("end")
+
+    async def find(session: ReadDB) -> None:
+        said.append("find")
+        if (await session.execute(ON_REPLICA)).scalar_one():
+            said.remove("find")
+            raise NotFound("Not here.")
+
+    service.app.add_api_route("/find", find, dependencies=[Depends(lasting)])
+
+    assert (await service.client.get("/find")).status_code == 200
+    assert said == ["begin", "begin", "find", "end"]
+
+
+async def test_one_read_on_the_replica_is_enough(service: Service) -> None:
+    """A request that read from the replica and then from the primary has read from the replica."""
+    ran = []
+
+    async def find(request: Request, session: ReadDB) -> None:
+        ran.append(1)
+        on_replica = (await session.execute(ON_REPLICA)).scalar_one()
+        service.databases.router.replicas[0].trip()
+        async with service.databases.reading(consistency_of(request.scope)) as another:
+            await another.execute(ON_REPLICA)
+        if on_replica:
+            raise NotFound("Not here.")
+
+    service.app.add_api_route("/find", find)
+
+    assert (await service.client.get("/find")).status_code == 200
+    assert ran == [1, 1]

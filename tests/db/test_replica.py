@@ -293,3 +293,16 @@ async def test_falling_back_can_be_switched_off(database: Database, state: State
 
         assert (answer.status_code, answer.json()["code"]) == (503, "replica_unavailable")
         assert answer.headers["Retry-After"] == "1"
+
+
+@pytest.mark.parametrize("broken", [0, 1])
+async def test_order_of_replicas_decides_nothing(database: Database, broken: int) -> None:
+    """One is behind the token, the other is broken: falling back is no fallback of the first, so it is not refused."""
+    url = database.replica_url()
+    async with quiet(database.settings(replicas=({"url": url}, {"url": url}), replica_fallback=False)) as service:
+        for each in service.databases.all():
+            await each.sentinel.look()
+        router = service.databases.router
+        router.replicas[broken].trip()
+
+        assert router.route(at_least=2**62) == (service.databases.primary, "behind_token")

@@ -139,6 +139,17 @@ def test_dead_gauges_go_and_dead_counts_are_kept(tmp_path: Path) -> None:
     ]
 
 
+def test_file_of_a_worker_that_was_killed_at_its_start(tmp_path: Path) -> None:
+    """It was made and has no size yet: there is nothing to add up, and it goes."""
+    _write(tmp_path, "counter", ALIVE, "asked", 10)
+    (tmp_path / f"counter_{DEAD}.db").touch()
+
+    tidy(tmp_path)
+
+    assert [file.name for file in tmp_path.glob("*.db")] == [f"counter_{ALIVE}.db"]
+    assert b"asked 10.0" in exposition(tmp_path)
+
+
 def test_nothing_to_tidy_changes_nothing(tmp_path: Path) -> None:
     """While every worker lives, their files are left alone, and the lock is not even taken."""
     _write(tmp_path, "counter", ALIVE, "asked", 10)
