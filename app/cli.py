@@ -32,7 +32,7 @@ HostOption = Annotated[str | None, typer.Option(help="Address to listen on; HOST
 PortOption = Annotated[int | None, typer.Option(help="Port to listen on; PORT.", min=0, max=65_535)]
 WorkersOption = Annotated[int | None, typer.Option(help="Processes; WORKERS. One for each container.", min=1)]
 
-# Another service's session that has been idle for this long is likelier forgotten than pooled.
+# Twice what a pool lets a connection idle (DATABASE_POOL_IDLE_SECONDS), its warm ones excepted.
 IDLE_SECONDS = 600
 # Characters of a statement in a table: enough to recognise it.
 QUERY_CHARACTERS = 60

@@ -5,7 +5,8 @@ includes connecting when it must), then asks (`query`), and holds the connection
 without asking anything is `idle hold`, the price of slow work done at the wrong place.
 
 `Metrics` is made once per application, with a registry of its own, so that two applications in one process do not
-share figures. In multi-process mode (PROMETHEUS_MULTIPROC_DIR) gauges are the sum over the living workers.
+share figures. In multi-process mode (PROMETHEUS_MULTIPROC_DIR) gauges are the sum over the living workers, or the
+worst of them.
 """
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics

@@ -12,7 +12,7 @@ class Route(APIRoute):
     """A route that looks at the fixed beginning of its path before it matches all of it.
 
     A request is offered to one route after the other, and a path that leads nowhere to each of them. Three of the four
-    calls that each takes are saved, a seventh of what such a path costs (docs/performance.md).
+    calls that each takes are saved, two fifths of all that such a path takes (docs/performance.md).
     """
 
     def __init__(self, path: str, endpoint: Callable[..., Any], **options: Any) -> None:

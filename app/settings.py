@@ -197,7 +197,7 @@ class Settings(BaseSettings):
         0.5,
         gt=0,
         le=60,
-        description="Seconds between two looks at each database; readiness follows within two.",
+        description="Seconds between two looks at each database; readiness follows within two looks.",
     )
     pool_log_interval_seconds: float = Field(60, gt=0, description="Seconds between two log lines of pool figures.")
     slow_query_seconds: float = Field(0.1, gt=0, description="Statements slower than this are logged and counted.")
@@ -210,10 +210,12 @@ class Settings(BaseSettings):
     replica_max_lag_seconds: float = Field(10, gt=0, description="A replica behind by more seconds AND more bytes …")
     replica_max_lag_bytes: int = Field(8_388_608, ge=0, description="… than this serves no reads.")
     replica_fallback: bool = Field(
-        True, description="Reads that the replica cannot serve go to the primary; off: 503 instead."
+        True,
+        description="Reads that the replica cannot serve go to the primary; off: 503 instead, and its 404 stands.",
     )
     prometheus_multiproc_dir: Path | None = Field(
-        None, description="Empty directory in which several workers gather their metrics; prometheus-client reads it."
+        None,
+        description="Where several workers gather their metrics. `serve` makes it; others name an empty directory.",
     )
 
     @property

@@ -1,9 +1,10 @@
 """The arithmetic of connections: how many a service needs, and how many it may take.
 
-    workers x (pool_size + max_overflow) x instances  <=  limit - reserve
+    workers x instances x (pool_size + max_overflow + 1)  <=  limit - reserve
 
-Sizes are per process, so each worker and each instance multiplies them: that is how three instances of fifty meet a
-server of one hundred. `check_budget` refuses it at start; `python -m app doctor` shows it for a running server.
+The 1 is the pool's sentinel, and pools on one server are added up. Sizes are per process, so each worker and each
+instance multiplies them: that is how three instances of fifty meet a server of one hundred. `check_budget`
+refuses it at start; `python -m app doctor` shows it for a running server.
 """
 
 import math

@@ -91,8 +91,8 @@ class SessionRoute(Route):
     """The route of every endpoint that names a session: `APIRouter(route_class=SessionRoute)`.
 
     A GET that its replica failed, or that found nothing there, it runs once more, on the primary. And it opens the
-    session which its endpoint names, and does not leave that to FastAPI to solve: the session is the same, for a
-    twelfth of a short read's instructions less (docs/performance.md).
+    session which its endpoint names, and does not leave that to FastAPI to solve: the session is the same, for an
+    eleventh of a short read's calls less (docs/performance.md).
     """
 
     def __init__(self, path: str, endpoint: Callable[..., Any], **options: Any) -> None:

@@ -8,7 +8,7 @@ nobody waits for a wake-up that was lost.
 
 Checks on checkout cost no round trip: a socket that the event loop saw closing, an age, a number of uses. Only a
 connection that idled for long proves itself by SELECT 1, under the same deadline. What is old, idle for too long or
-beyond the pool's size is replaced by `tend()`, in the background, and not inside a request.
+beyond the pool's size is closed by `tend()`, in the background, unless a request meets it first.
 
 Everything here runs on one event loop, without threads: between two awaits the figures agree with each other.
 """
@@ -103,7 +103,7 @@ class BoundedPool(Pool):
         settings: DatabaseSettings,
         watch: PoolWatch,
         clock: Callable[[], float] = time.monotonic,
-        trace: bool = False,  # noqa: FBT001, FBT002  # As above.
+        trace: bool = False,  # noqa: FBT001, FBT002  # See below.
         **for_pool: Any,
     ) -> None:
         # create_async_engine hands on what it finds in this signature, and overlooks what is keyword-only.

@@ -4,8 +4,8 @@ Lag has two traps. On an idle primary the age of the last replayed transaction g
 dead WAL receiver, received equals replayed and nothing seems behind. So a replica is measured against the *primary's*
 LSN: it is near enough when few bytes behind, or few seconds; and unknown is not near.
 
-A replica breaks on a look that fails or a connect that fails, and is let in again by the first good look after
-`BREAK_SECONDS`: the sentinel is the half-open probe, no request is.
+A replica breaks on a look that fails, or on a request's connect or command that gets no answer, and is let in again by
+the first good look after `BREAK_SECONDS`: the sentinel is the half-open probe, no request is.
 """
 
 import logging
