@@ -191,6 +191,16 @@ def sqlstate(error: BaseException | None) -> str | None:
     return state
 
 
+def constraint(error: BaseException) -> str | None:
+    """Return the name of the constraint or unique index that a change broke, of SQLAlchemy's or asyncpg's exception."""
+    cause = error.orig if isinstance(error, DBAPIError) else error
+    while cause is not None:
+        if name := getattr(cause, "constraint_name", None):
+            return str(name)
+        cause = cause.__cause__
+    return None
+
+
 def classify(error: BaseException) -> Failure | None:
     """Say what a client is told about a failure of the database; None is a bug, and a 500."""
     if isinstance(error, (WriteInReadSession, TransactionAborted)):

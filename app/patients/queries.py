@@ -12,7 +12,7 @@ from sqlalchemy.exc import IntegrityError
 
 from app.db.query import Query
 from app.db.sessions import ReadSession, WriteSession
-from app.errors import Conflict, NotFound
+from app.errors import Conflict, NotFound, constraint
 from app.patients.models import Patient
 
 COLUMNS = (
@@ -30,6 +30,7 @@ NAME_KEY = func.lower(Patient.full_name).collate("C")
 # Sorts behind every character, so that what begins with a prefix lies between the prefix and the prefix with this.
 # A range uses the index in every plan, where LIKE does only while the planner sees the pattern.
 LAST_CHARACTER = "\U0010ffff"
+UNIQUE = "uq_patients_mrn"
 
 
 # Built and compiled once: that costs as much as sending them.
@@ -104,6 +105,8 @@ async def add_patient(session: WriteSession, values: Mapping[str, Any]) -> Patie
     try:
         return (await session.rows(ADD, **values))[0]
     except IntegrityError as error:
+        if constraint(error) != UNIQUE:
+            raise
         raise MrnTaken from error
 
 
@@ -121,6 +124,8 @@ async def change_patient(session: WriteSession, patient_id: int, changes: Mappin
     try:
         row = (await session.execute(statement)).one_or_none()
     except IntegrityError as error:
+        if constraint(error) != UNIQUE:
+            raise
         raise MrnTaken from error
     if row is None:
         raise PatientNotFound(patient_id)

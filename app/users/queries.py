@@ -12,11 +12,12 @@ from sqlalchemy.exc import IntegrityError
 
 from app.db.query import Query
 from app.db.sessions import ReadSession, WriteSession
-from app.errors import Conflict, NotFound
+from app.errors import Conflict, NotFound, constraint
 from app.users.models import User
 
 COLUMNS = (User.id, User.email, User.full_name, User.is_active, User.created_at)
 
+UNIQUE = "uq_users_email_lower"
 UserRow: TypeAlias = Row[int, str, str, bool, datetime]
 # Built and compiled once: that costs as much as sending them.
 BY_ID = Query(select(*COLUMNS).where(User.id == bindparam("user_id")))
@@ -66,6 +67,8 @@ async def add_user(session: WriteSession, values: Mapping[str, Any]) -> UserRow:
     try:
         return (await session.rows(ADD, **values))[0]
     except IntegrityError as error:
+        if constraint(error) != UNIQUE:
+            raise
         raise EmailTaken from error
 
 
@@ -78,6 +81,8 @@ async def change_user(session: WriteSession, user_id: int, changes: Mapping[str,
     try:
         row = (await session.execute(statement)).one_or_none()
     except IntegrityError as error:
+        if constraint(error) != UNIQUE:
+            raise
         raise EmailTaken from error
     if row is None:
         raise UserNotFound(user_id)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from tests.conftest import Execute
 from tests.service import Service
 
 ADA = {"mrn": "A-1", "full_name": "Ada Lovelace", "birth_date": "1915-12-10"}
@@ -86,6 +87,17 @@ async def test_mrn_is_unique(service: Service) -> None:
     for answer in (created, changed):
         assert (answer.status_code, answer.json()["code"]) == (409, "mrn_taken")
         assert "A-1" not in answer.text
+
+
+async def test_other_constraint_is_no_conflict(service: Service, execute: Execute) -> None:
+    """What the schema should have refused is a bug of ours, and not said to be taken."""
+    first = await add(service)
+    await execute("ALTER TABLE patients ADD CHECK (full_name <> 'Nobody')")
+
+    created = await service.client.post("/patients", json=ADA | {"full_name": "Nobody"})
+    changed = await service.client.patch(f"/patients/{first['id']}", json={"full_name": "Nobody"})
+
+    assert [answer.status_code for answer in (created, changed)] == [500, 500]
 
 
 @pytest.mark.parametrize(

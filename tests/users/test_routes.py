@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from tests.conftest import Execute
 from tests.service import Service
 
 ADA = {"email": "Ada@Example.com", "full_name": "Ada Lovelace"}
@@ -64,6 +65,17 @@ async def test_email_is_unique_in_any_case(service: Service) -> None:
     for answer in (created, changed):
         assert (answer.status_code, answer.json()["code"]) == (409, "email_taken")
         assert "ada" not in answer.text.lower()
+
+
+async def test_other_constraint_is_no_conflict(service: Service, execute: Execute) -> None:
+    """What the schema should have refused is a bug of ours, and not said to be taken."""
+    first = await add(service)
+    await execute("ALTER TABLE users ADD CHECK (full_name <> 'Nobody')")
+
+    created = await service.client.post("/users", json=ADA | {"full_name": "Nobody"})
+    changed = await service.client.patch(f"/users/{first['id']}", json={"full_name": "Nobody"})
+
+    assert [answer.status_code for answer in (created, changed)] == [500, 500]
 
 
 @pytest.mark.parametrize(
