@@ -12,6 +12,7 @@ from prometheus_client import Histogram
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from app import errors, middleware
 from app.main import create_app
 from app.metrics import ACQUIRE_BUCKETS, SECONDS_BUCKETS, Metrics
 from app.settings import DatabaseSettings, MigrationSettings, Settings
@@ -219,3 +220,21 @@ def test_links_lead_somewhere(path: Path) -> None:
             headings = re.findall(r"^#+ (.+)$", linked.read_text(encoding="utf-8"), re.MULTILINE)
             anchors = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
             assert anchor in anchors, f"{path.name} links to {target}"
+
+
+def error_codes(kind: type[errors.ServiceError]) -> Iterator[tuple[str, int]]:
+    """List code and status of an exception and of all that are made of it."""
+    yield kind.code, int(kind.status)
+    for special in kind.__subclasses__():
+        yield from error_codes(special)
+
+
+def test_errors_are_documented() -> None:
+    """Every `code` that a client may read is in the table, with its status, and no other."""
+    failures = [*vars(errors).values(), *vars(middleware).values(), *errors._FAILURES.values()]
+    known = {(each.code, each.status) for each in failures if isinstance(each, errors.Failure)}
+    # Made where they are answered.
+    known |= {("invalid_request", 422), ("method_not_allowed", 405), *error_codes(errors.ServiceError)}
+
+    rows = (re.match(r"\| `(\w+)` \| (\d+) \| (?:no|perhaps) \|", line) for line in read("docs/errors.md").splitlines())
+    assert sorted((found[1], int(found[2])) for found in rows if found) == sorted(known)
