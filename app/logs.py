@@ -39,7 +39,14 @@ def log_config(level: str, *, as_json: bool, access_log: bool) -> dict[str, Any]
         "loggers": {
             "app.db.pool.BoundedPool": {"level": "WARNING"},
             "httpx": {"level": "WARNING"},
-            "uvicorn.access": {"level": "INFO" if access_log else "WARNING", "filters": ["path_only"]},
+            # `uvicorn --factory` has given them handlers of its own by now.
+            "uvicorn": {"handlers": [], "propagate": True},
+            "uvicorn.access": {
+                "level": "INFO" if access_log else "WARNING",
+                "filters": ["path_only"],
+                "handlers": [],
+                "propagate": True,
+            },
         },
         "filters": {"path_only": {"()": "app.logs.PathOnly"}},
     }

@@ -10,6 +10,7 @@ from typing import Any
 import httpx
 import pytest
 from sqlalchemy import text
+from uvicorn.config import LOGGING_CONFIG
 
 from app.db.dependencies import WriteDB
 from app.logs import ConsoleFormatter, JsonFormatter, configure_logs, log_config, request_id, wants_json
@@ -123,7 +124,8 @@ def test_access_log_is_a_setting() -> None:
 async def test_access_log_has_no_query(
     service: Service, root: logging.Logger, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Names and numbers of patients are asked for there, and a cursor holds a name."""
+    """Names and numbers of patients are asked for there, and a cursor holds a name; uvicorn's own format is gone."""
+    logging.config.dictConfig(LOGGING_CONFIG)
     configure_logs("INFO", "json", access_log=True)
     async with listening(service.app, access_log=True) as url, httpx.AsyncClient(trust_env=False) as client:
         await client.get(f"{url}/patients?mrn=HIV-0815&name=Ada")
