@@ -194,11 +194,10 @@ def sqlstate(error: BaseException | None) -> str | None:
 def constraint(error: BaseException) -> str | None:
     """Return the name of the constraint or unique index that a change broke, of SQLAlchemy's or asyncpg's exception."""
     cause = error.orig if isinstance(error, DBAPIError) else error
-    while cause is not None:
-        if name := getattr(cause, "constraint_name", None):
-            return str(name)
+    while cause is not None and getattr(cause, "constraint_name", None) is None:
         cause = cause.__cause__
-    return None
+    name: str | None = getattr(cause, "constraint_name", None)
+    return name
 
 
 def classify(error: BaseException) -> Failure | None:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping
 from contextvars import ContextVar
 from datetime import UTC, datetime
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 # Set by the middleware, read by every line logged while the request runs.
 request_id: ContextVar[str | None] = ContextVar("request_id", default=None)
@@ -57,8 +57,8 @@ class PathOnly(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Let the line through, without what follows the question mark."""
-        if isinstance(record.args, tuple):
-            record.args = tuple(a.partition("?")[0] if isinstance(a, str) else a for a in record.args)
+        arguments = cast("tuple[object, ...]", record.args)
+        record.args = tuple(each.partition("?")[0] if isinstance(each, str) else each for each in arguments)
         return True
 
 

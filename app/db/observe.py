@@ -8,7 +8,7 @@ import logging
 import time
 from collections.abc import Callable
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import asyncpg
 from prometheus_client import Counter, Histogram
@@ -134,9 +134,7 @@ class EngineWatch:
         forget_row(error.__cause__)
         if isinstance(error.__cause__, asyncpg.DataError):
             # The adapter and SQLAlchemy have both copied the sentence by now.
-            error.args = error.__cause__.args
-            if failure.sqlalchemy_exception is not None:
-                failure.sqlalchemy_exception.args = error.args
+            error.args = cast("Exception", failure.sqlalchemy_exception).args = error.__cause__.args
         state = sqlstate(error) or ""
         if state == READ_ONLY:
             if not self._writable or connection is None or _reads_only(connection):
