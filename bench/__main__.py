@@ -13,7 +13,7 @@ from bench import report
 from bench.load import BenchError, require_generators
 from bench.measure import Plan
 from bench.sections import bar, growth, overload, pool_size, start, ways
-from bench.stage import set_up
+from bench.setup import set_up
 from local.account import LocalError
 from local.setup import PROJECT
 

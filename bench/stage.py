@@ -1,14 +1,12 @@
-"""Where everything runs: a real primary and replica, perhaps PgBouncer, and servers pinned to a core of their own."""
+"""Where everything runs: servers pinned to a core of their own, and the databases that `setup.py` started for them."""
 
 import asyncio
 import os
-import resource
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
 from bench.load import BenchError
@@ -17,20 +15,16 @@ from bench.served import Served, stop, until_ready
 from local.cluster import DATABASE, Cluster
 from local.postgres import free_port
 from local.programs import explain
-from local.seed import seed
 from local.serve import environment
 from local.setup import PROJECT
 
 # Processes that start at a time; more keep each other from connecting in time.
 STARTERS = 4
 GROW_SECONDS = 120.0
-# Ten thousand open clients are as many files, here and in the server, which inherits the limit.
-FILES = 16_384
 # Empty means no: compiled modules are kept, as in an installation.
 COMPILED = {"PYTHONDONTWRITEBYTECODE": ""}
 # How a way tells the database its name: ours, and the others.
 NAMES = ("DATABASE_APPLICATION_NAME", "PGAPPNAME")
-PATIENTS = 1000
 
 
 class Stage:
@@ -136,35 +130,3 @@ class Stage:
 
     def _unpin(self) -> None:
         os.sched_setaffinity(0, self._cores)
-
-
-@asynccontextmanager
-async def set_up() -> AsyncIterator[Stage]:
-    """Start the cluster, in memory where there is room, with a thousand patients that the replica has too."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft < FILES:
-        most = FILES if hard == resource.RLIM_INFINITY else min(FILES, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
-    with _open_directory() as directory:
-        cores = os.sched_getaffinity(0)
-        cluster = Cluster(directory)
-        stage = Stage(cluster, directory)
-        try:
-            async with cluster:
-                await cluster.migrate()
-                await seed(cluster.url("app_rw"), PATIENTS)
-                await cluster.wait_replayed()
-                async with stage.looks:
-                    yield stage
-        finally:
-            cluster.remove()
-            os.sched_setaffinity(0, cores)
-
-
-@contextmanager
-def _open_directory() -> Iterator[Path]:
-    # PostgreSQL's account must get into it.
-    memory = Path("/dev/shm")  # noqa: S108  # mkdtemp makes an unguessable name in it.
-    with tempfile.TemporaryDirectory(prefix="lifeguard-bench-", dir=memory if memory.is_dir() else None) as directory:
-        Path(directory).chmod(0o711)
-        yield Path(directory)

@@ -8,7 +8,8 @@ from bench import plots
 from bench.measure import Plan, Row, Series, alternate
 from bench.report import Section
 from bench.served import Served
-from bench.stage import PATIENTS, Stage
+from bench.setup import PATIENTS
+from bench.stage import Stage
 
 BUSY = 6
 OPEN = (1, 100, 1000, 10_000)
