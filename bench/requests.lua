@@ -1,4 +1,5 @@
--- wrk -s requests.lua URL -- METHOD STATUS: send METHOD, and count every answer that has another status than STATUS.
+-- wrk -s requests.lua URL -- METHOD STATUS: send METHOD, and count every answer that has another status than STATUS, or
+-- that ends its connection: wrk would open another, and say nothing of what that took.
 local threads = {}
 wrong = 0
 
@@ -21,8 +22,8 @@ function init(arguments)
   end
 end
 
-function response(status)
-  if status ~= expected then
+function response(status, headers)
+  if status ~= expected or headers["connection"] == "close" or headers["Connection"] == "close" then
     wrong = wrong + 1
   end
 end

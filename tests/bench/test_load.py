@@ -1,6 +1,5 @@
 """The generators tell every answer, and what is no good ends the run."""
 
-import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -12,12 +11,8 @@ from starlette.routing import Route
 
 from bench.load import BenchError, Open, _read_log, closed_loop, open_loop
 from local.postgres import free_port
+from tests.bench.generators import hanging_up, needs_h2load, needs_wrk
 from tests.service import listening
-
-needs_wrk = pytest.mark.skipif(shutil.which("wrk") is None, reason="wrk is not installed: apt-get install wrk")
-needs_h2load = pytest.mark.skipif(
-    shutil.which("h2load") is None, reason="h2load is not installed: apt-get install nghttp2-client"
-)
 
 
 def sometimes(number: int) -> Starlette:
@@ -66,6 +61,34 @@ async def test_nobody_there_ends_a_closed_loop() -> None:
     """A server that was never reached has no figures."""
     with pytest.raises(BenchError):
         await closed_loop(f"http://127.0.0.1:{free_port()}", clients=1, seconds=1)
+
+
+@needs_wrk
+@pytest.mark.parametrize(
+    "head",
+    [
+        pytest.param(b"content-length: 20\r\n", id="in the middle of an answer"),
+        pytest.param(b"content-length: 2\r\n", id="after an answer"),
+        pytest.param(b"content-length: 2\r\nconnection: close\r\n", id="as announced"),
+        pytest.param(b"Content-Length: 2\r\nConnection: close\r\n", id="as announced, in capitals"),
+    ],
+)
+async def test_ended_connection_ends_a_closed_loop(head: bytes) -> None:
+    """A connection for each request would be paid for by the server and missing from the figures."""
+    async with hanging_up(b"HTTP/1.1 200 OK\r\n" + head + b"\r\nok") as url:
+        with pytest.raises(BenchError, match="were answered wrongly or not at all"):
+            await closed_loop(url, clients=1, seconds=1)
+
+
+@needs_h2load
+async def test_half_an_answer_is_none_in_an_open_loop() -> None:
+    """A connection that breaks in the middle of a 200 is no answer, and every arrival is still told of."""
+    async with hanging_up(b"HTTP/1.1 200 OK\r\ncontent-length: 20\r\n\r\nok") as url:
+        with pytest.raises(BenchError, match="0 is no answer"):
+            await open_loop(url, rate=50, seconds=0.2)
+        compared = await open_loop(url, rate=50, seconds=0.2, errors_compared=True)
+
+    assert compared.statuses == Counter({0: 10})
 
 
 @needs_h2load
