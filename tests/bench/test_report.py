@@ -59,22 +59,24 @@ def test_page_without_a_miss_says_so(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["bars", "lines"])
 def test_picture_is_a_png_of_a_readable_size(tmp_path: Path, kind: str) -> None:
-    """The file begins as PNG does, and is wide enough for its letters."""
+    """The file that the page shows begins as PNG does, is wide enough for its letters and no poster."""
     rounds = Series([1.0, 2.0, 4.0])
     if kind == "bars":
         figure = plots.bars("Cost", "µs", {"ours": rounds, "floor": rounds})
     else:
         panel = plots.Panel("Rate", "1/s", "connections", [1, 2], {"ours": [rounds, rounds]}, marks={"formula": 2})
         figure = plots.lines(panel, panel)
-    file = tmp_path / "picture.png"
+    section = Section("The bar")
+    section.picture("cost", "What it costs", figure)
 
-    figure.savefig(file, dpi=130)
+    report.write("- a machine", [section], tmp_path / "page.md")
 
-    content = file.read_bytes()
+    content = (tmp_path / "page" / "cost.png").read_bytes()
     width, height = struct.unpack(">II", content[16:24])
     assert content[:8] == b"\x89PNG\r\n\x1a\n"
-    assert width > 1000
-    assert height > 150
+    assert 1000 < width < 2000
+    assert 150 < height < 1000
+    assert len(content) < 200_000
 
 
 def test_series_shows_median_and_spread() -> None:
@@ -96,6 +98,25 @@ def test_run_that_cannot_start_leaves_the_page(tmp_path: Path) -> None:
     assert "wrk and h2load not found: apt-get install wrk nghttp2-client" in done.stdout
     assert "docs/benchmarks.md is as it was." in done.stdout
     assert report.PAGE.read_bytes() == before
+
+
+def test_wrong_answer_leaves_the_page(tmp_path: Path) -> None:
+    """A run of all parts ends at the first wrong answer: it says where, fails, and has written nothing."""
+    # In wrk's place: three answers of ten were wrong.
+    wrk = tmp_path / "wrk"
+    wrk.write_text("#!/bin/sh\necho counted 10 1000000 3 0\n", encoding="ascii")
+    wrk.chmod(0o755)
+    (tmp_path / "h2load").symlink_to("/bin/true")
+    written = [report.PAGE, *sorted(report.PAGE.with_suffix("").iterdir())]
+    before = {file: file.read_bytes() for file in written}
+
+    done = bench(path=f"{tmp_path}:{os.environ['PATH']}")
+
+    said = " ".join(done.stdout.split())
+    assert done.returncode == 1, done.stderr
+    assert "bar failed at “/patients/7 · floor · warm-up”: 3 of 10 requests" in said
+    assert "docs/benchmarks.md is as it was." in said
+    assert {file: file.read_bytes() for file in written} == before
 
 
 def test_unknown_part_is_named(tmp_path: Path) -> None:

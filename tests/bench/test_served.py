@@ -48,6 +48,35 @@ async def test_workers_count_too() -> None:
     assert alive == []
 
 
+async def test_nobody_else_counts() -> None:
+    """What a process beside the server burns, started by the same parent, is not the server's."""
+    process, beside = (
+        subprocess.Popen(  # noqa: ASYNC220  # It returns at once.
+            [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
+        )
+        for code in ("print('ready', flush=True); input()", "input()\n" + WORKER)
+    )
+    served = Served("idle", process, 0, 0.0)
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"ready\n"
+        before = served.cpu_seconds()
+        assert beside.stdin is not None
+        beside.stdin.write(b"go\n")
+        beside.stdin.flush()
+        assert beside.stdout is not None
+        assert beside.stdout.readline() == b"burnt\n"
+
+        # The kernel counts in hundredths of a second.
+        assert served.cpu_seconds() - before <= 0.02
+    finally:
+        for one in (beside, process):
+            await stop(one)
+            for pipe in (one.stdin, one.stdout):
+                if pipe is not None:
+                    pipe.close()
+
+
 async def test_round_trips_are_counted_on_the_wire(database: Database) -> None:
     """A statement that is prepared is one trip; in a transaction it is three."""
     url = make_url(database.url())
