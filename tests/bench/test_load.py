@@ -38,7 +38,7 @@ async def test_closed_loop_counts_answers() -> None:
         posted = await closed_loop(url, clients=2, seconds=1, method="POST", expected=201)
 
     assert got.requests > 0
-    assert 0.9 < got.seconds < 5
+    assert got.seconds > 0.9
     assert got.rate == got.requests / got.seconds
     assert posted.requests > 0
 
