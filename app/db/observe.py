@@ -5,6 +5,7 @@ with the checkout, never from a listener's own state.
 """
 
 import logging
+import re
 import time
 from collections.abc import Callable
 from functools import lru_cache
@@ -154,8 +155,8 @@ def forget_row(error: BaseException | None) -> None:
     if isinstance(error, asyncpg.PostgresError):
         error.detail = None
     if isinstance(error, asyncpg.DataError):
-        # Of "invalid input for query argument $3: '1915'" and its like the part before the value says enough.
-        error.args = (str(error).partition(":")[0],)
+        # "invalid input for query argument $3: '1915'", 'value "1915" is out of range': what precedes it says enough.
+        error.args = (re.split(r"""[:"']""", str(error), maxsplit=1)[0].strip(),)
 
 
 def name_loss(error: OSError, database: str) -> DatabaseUnavailable:
