@@ -22,6 +22,17 @@ from tests.service import Service, exhausted, serving, write
 ON_REPLICA = text("SELECT pg_is_in_recovery()")
 
 
+async def _translating(session: ReadDB) -> AsyncIterator[ReadSession]:
+    try:
+        yield session
+    except NotFound as error:
+        raise HTTPException(404) from error
+
+
+# A session whose dependency makes another error of "not found" at its end.
+TranslatingDB = Annotated[ReadSession, Depends(_translating, scope="function")]
+
+
 async def test_row_that_exists_is_never_404(behind: Service) -> None:
     """A patient that the replica has not seen yet is found on the primary, without any token."""
     created = await write(behind)
@@ -34,18 +45,12 @@ async def test_row_that_exists_is_never_404(behind: Service) -> None:
     assert behind.sample("db_reads_retried_total", reason="not_found") == 2
 
 
-@pytest.mark.parametrize("way", ["raised", "raised as HTTP's", "answered", "raised by a dependency"])
+@pytest.mark.parametrize("way", ["raised", "raised as HTTP's", "answered"])
 async def test_not_found_is_looked_for_on_the_primary(service: Service, way: str) -> None:
     """However an endpoint says 404, it says it of the primary; what the first attempt opened is over by then."""
     replica, held = service.databases.replicas[0].pool, []
 
-    async def translated(session: ReadDB) -> AsyncIterator[ReadSession]:
-        try:
-            yield session
-        except NotFound as error:
-            raise HTTPException(404) from error
-
-    async def find(session: Annotated[ReadSession, Depends(translated, scope="function")]) -> Response:
+    async def find(session: TranslatingDB) -> Response:
         on_replica = (await session.execute(ON_REPLICA)).scalar_one()
         held.append(replica.figures().checked_out)
         if not on_replica:
@@ -55,10 +60,8 @@ async def test_not_found_is_looked_for_on_the_primary(service: Service, way: str
                 raise NotFound("Not here.")
             case "raised as HTTP's":
                 raise HTTPException(404)
-            case "answered":
-                return Response(status_code=404)
             case _:
-                raise NotFound("The dependency makes another error of it.")
+                return Response(status_code=404)
 
     service.app.add_api_route("/find", find)
 
@@ -235,13 +238,7 @@ async def test_replica_that_lets_nobody_in_is_left_alone(database: Database) -> 
 async def test_failure_is_forgotten_with_its_request(service: Service) -> None:
     """What is thrown into dependencies collects their frames, and so it lives no longer than they do."""
 
-    async def translated(session: ReadDB) -> AsyncIterator[ReadSession]:
-        try:
-            yield session
-        except NotFound as error:
-            raise HTTPException(404) from error
-
-    async def find(session: Annotated[ReadSession, Depends(translated, scope="function")]) -> Response:
+    async def find(session: TranslatingDB) -> Response:
         sessions.add(session)
         await session.execute(ON_REPLICA)
         return Response(status_code=404)
