@@ -41,7 +41,7 @@ lint: install  ## Check style and formatting
 types: install  ## Check types
 	$(BIN)/mypy
 
-check: lint types test  ## Everything that CI runs without Docker
+check: lint types test  ## Style, types and tests, as CI runs them
 
 format: install  ## Format, and mend what can be mended
 	$(BIN)/ruff check --fix .
