@@ -52,7 +52,10 @@ class OnceMore:
         self._patience_seconds = settings.primary.pool_timeout
 
     def reason(self, consistency: Consistency, failure: Exception) -> str | None:
-        """Say why the primary should be asked after this failure: "not_found" or its code; None when it should not."""
+        """Say why the primary should be asked after this failure: "not_found" or its code; None when it should not.
+
+        A failure that shows the replica to be away breaks it for the requests that follow.
+        """
         database = consistency.read_from
         if not self._allowed or database is None or database.role != "replica":
             return None
