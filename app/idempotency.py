@@ -4,7 +4,7 @@ The key is claimed, the work done and the answer stored in one transaction, so a
 safe to repeat: either all of it happened or nothing. A twin that comes while the first is at work waits for it on the
 claim. Only an answer that was committed is stored; an error rolls the claim back with the work.
 
-Routers opt in by `APIRouter(route_class=IdempotentRoute)`; their routes take `WriteDB` as ever.
+Routers opt in by `APIRouter(route_class=IdempotentRoute)`; their routes take `WriteDB` or `AutocommitDB` as ever.
 """
 
 import asyncio

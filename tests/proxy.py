@@ -31,7 +31,7 @@ class Proxy:
         self.statements: list[str] = []
         # Seconds that each answer of the server takes longer.
         self.delay_seconds = 0.0
-        # What becomes of the turn in which the client sends a statement with this text.
+        # What becomes of the turn in which the client has a statement with this text run.
         self.fates: dict[str, Fate] = {}
         self.hanging = False
         self.links: set[_Link] = set()
@@ -108,6 +108,7 @@ class _Link(asyncio.Protocol):
         self._held_answers: list[bytes] = []
         self._asked = self._lost = self._started = False
         self._unread = b""
+        self._prepared: dict[bytes, str] = {}
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._client = cast("asyncio.Transport", transport)
@@ -118,9 +119,8 @@ class _Link(asyncio.Protocol):
         self._connecting = asyncio.create_task(self._connect())
 
     def data_received(self, data: bytes) -> None:
-        statements = self._statements_in(data)
-        self._proxy.statements += statements
-        fate = next((fate for text, fate in self._proxy.fates.items() if any(text in s for s in statements)), None)
+        run = self._run_by(data)
+        fate = next((fate for text, fate in self._proxy.fates.items() if any(text in s for s in run)), None)
         if fate == "lose_request":
             self.end()
             return
@@ -186,17 +186,23 @@ class _Link(asyncio.Protocol):
             self.end()
         self.pass_on()
 
-    def _statements_in(self, data: bytes) -> list[str]:
-        """Return the SQL of the Query and Parse messages that are complete now."""
+    def _run_by(self, data: bytes) -> list[str]:
+        """Return the SQL that the messages which are complete now have run: by Query, or prepared before by Bind."""
         self._unread += data
-        found = []
+        run = []
         while message := self._next_message():
             kind, body = message
             if kind == b"Q":
-                found.append(body.rstrip(b"\0").decode())
+                run.append(body.rstrip(b"\0").decode())
+                self._proxy.statements.append(run[-1])
             elif kind == b"P":
-                found.append(body.split(b"\0")[1].decode())
-        return found
+                name, sql, _ = body.split(b"\0", 2)
+                self._prepared[name] = sql.decode()
+                self._proxy.statements.append(self._prepared[name])
+            elif kind == b"B":
+                _portal, name, _ = body.split(b"\0", 2)
+                run.append(self._prepared[name])
+        return run
 
     def _next_message(self) -> tuple[bytes, bytes] | None:
         """Take a message off the front: a type byte and a length, which counts itself; the first ones lack the type."""

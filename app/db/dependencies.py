@@ -1,4 +1,4 @@
-"""The sessions of a request: `ReadDB`, `WriteDB` and `AnalyticsDB` for endpoints and for dependencies.
+"""The sessions of a request: `ReadDB`, `WriteDB`, `AutocommitDB`, `AnalyticsDB` for endpoints and for dependencies.
 
 A session ends with the endpoint and before the response starts, so a COMMIT that fails is never a 2xx. However often a
 request names one kind of session, it has one of them.
@@ -24,6 +24,7 @@ SessionT = TypeVar("SessionT", bound=ReadSession)
 Scope = MutableMapping[str, Any]
 SAFE_METHODS = frozenset({"GET", "HEAD"})
 READ, WRITE, REPORT = "lifeguard.read", "lifeguard.write", "lifeguard.report"
+AUTOCOMMIT = "lifeguard.autocommit"
 
 
 def route_of(scope: Mapping[str, Any]) -> str:
@@ -75,14 +76,26 @@ def _dependency(opener: Callable[[Request], SessionT]) -> Callable[[Request], Co
 
 _read = _opener(READ, lambda databases, scope: databases.reading(consistency_of(scope), label=route_of(scope)))
 _write = _opener(WRITE, lambda databases, scope: databases.writing(consistency_of(scope), label=route_of(scope)))
+_alone = _opener(
+    AUTOCOMMIT, lambda databases, scope: databases.autocommitting(consistency_of(scope), label=route_of(scope))
+)
 _report = _opener(REPORT, lambda databases, scope: databases.reporting(label=route_of(scope)))
+
+
+def _autocommit(request: Request) -> WriteSession:
+    # Where a transaction is open, for a dependency or for an Idempotency-Key, the query is part of it.
+    shared: WriteSession | None = request.scope.get(WRITE)
+    return _alone(request) if shared is None else shared
+
 
 ReadDB = Annotated[ReadSession, Depends(_dependency(_read), scope="function")]
 WriteDB = Annotated[WriteSession, Depends(_dependency(_write), scope="function")]
+AutocommitDB = Annotated[WriteSession, Depends(_dependency(_autocommit), scope="function")]
 AnalyticsDB = Annotated[ReadSession, Depends(_dependency(_report), scope="function")]
 _OPENERS: tuple[tuple[Any, Callable[[Request], ReadSession]], ...] = (
     (ReadDB, _read),
     (WriteDB, _write),
+    (AutocommitDB, _autocommit),
     (AnalyticsDB, _report),
 )
 
@@ -126,6 +139,9 @@ class SessionRoute(Route):
 async def _why_again(request: Request, failure: Exception) -> str | None:
     """Say why the request should run once more, and end what its first attempt opened; None when it should not."""
     scope = request.scope
+    if AUTOCOMMIT in scope:
+        # What it wrote stands, and would be written twice.
+        return None
     reason = databases_of(request).once_more.reason(consistency_of(scope), failure)
     if reason is not None:
         for key in (READ, WRITE, REPORT):

@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeVarTuple, cast
 from sqlalchemy import Row
 from sqlalchemy.ext.asyncio import create_async_engine
 
+from app.db.autocommit import AutocommitSession
 from app.db.connector import Connector
 from app.db.lease import Lease
 from app.db.observe import EngineWatch, PoolWatch
@@ -149,8 +150,11 @@ class Databases:
         Raises, at the end of the block: OutcomeUnknown when the connection dies during COMMIT, ConnectionLost when
         before.
         """
-        # Without a replica nobody reads elsewhere, and a token would be a round trip for nothing.
-        return WriteSession(self.primary, label=label, consistency=consistency if self.replicas else None)
+        return WriteSession(self.primary, label=label, consistency=self._wish(consistency))
+
+    def autocommitting(self, consistency: Consistency | None = None, *, label: str = "background") -> AutocommitSession:
+        """Open a session on the primary for one query that commits by itself."""
+        return AutocommitSession(self.primary, label=label, consistency=self._wish(consistency))
 
     async def open(self) -> None:
         """Warm the pools and start the sentinels. A database that is down does not keep the service from starting."""
@@ -187,6 +191,10 @@ class Databases:
             metrics.pool_open.labels(name).set(figures.checked_out + figures.checked_in)
             metrics.pool_waiting.labels(name).set(figures.waiting)
             metrics.up.labels(name).set(database.sentinel.healthy)
+
+    def _wish(self, consistency: Consistency | None) -> Consistency | None:
+        # Without a replica nobody reads elsewhere, and a token would be a round trip for nothing.
+        return consistency if self.replicas else None
 
     async def _upkeep(self) -> None:
         while True:

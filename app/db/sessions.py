@@ -290,9 +290,15 @@ class WriteSession(ReadSession):
                 raise OutcomeUnknown(UNKNOWN) from error
             raise
         self._settled = True
-        if self._consistency is not None:
-            self._consistency.token = await _written_lsn(driver)
         tenure.queried = before + time.perf_counter() - started
+        await self._keep_token(driver, tenure)
+
+    async def _keep_token(self, driver: Any, tenure: Tenure) -> None:
+        """Ask how far the WAL reaches after a commit, where somebody reads from a replica."""
+        if self._consistency is not None:
+            started = time.perf_counter()
+            self._consistency.token = await _written_lsn(driver)
+            tenure.queried += time.perf_counter() - started
 
 
 async def _written_lsn(driver: "asyncpg.Connection[Any]") -> str | None:

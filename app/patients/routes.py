@@ -5,7 +5,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, Query, Request, Response, status
 
-from app.db.dependencies import ReadDB, WriteDB
+from app.db.dependencies import AutocommitDB, ReadDB, WriteDB
 from app.errors import documented
 from app.fields import Id, Line
 from app.idempotency import OPENAPI, IdempotentRoute
@@ -28,7 +28,7 @@ router = APIRouter(
     responses=documented(409),
     openapi_extra=OPENAPI,
 )
-async def create_patient(session: WriteDB, new: PatientIn, response: Response) -> queries.PatientRow:
+async def create_patient(session: AutocommitDB, new: PatientIn, response: Response) -> queries.PatientRow:
     """Store a patient; the Location header names it."""
     patient = await queries.add_patient(session, vars(new))
     response.headers["Location"] = f"/patients/{patient.id}"

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request, Response, status
 
-from app.db.dependencies import ReadDB, SessionRoute, WriteDB, consistency_of, databases_of
+from app.db.dependencies import AutocommitDB, ReadDB, SessionRoute, WriteDB, consistency_of, databases_of
 from app.db.engines import Databases
 from app.errors import documented
 from app.fields import Id
@@ -36,7 +36,7 @@ sync_router = APIRouter(
     responses=documented(409),
     openapi_extra=OPENAPI,
 )
-async def create_user(session: WriteDB, new: UserIn, response: Response) -> queries.UserRow:
+async def create_user(session: AutocommitDB, new: UserIn, response: Response) -> queries.UserRow:
     """Store a user; the Location header names it."""
     user = await queries.add_user(session, vars(new))
     response.headers["Location"] = f"/users/{user.id}"

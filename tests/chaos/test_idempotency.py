@@ -1,4 +1,4 @@
-"""Connections cut at COMMIT, before the server hears of it and after it did it: what a retry makes of that."""
+"""Connections cut where a write is stored, before the server hears of it and after: what a retry makes of that."""
 
 import asyncio
 import random
@@ -21,12 +21,14 @@ FATES: tuple[Fate, ...] = ("lose_request", "lose_answer")
 
 
 class Retrying:
-    """Clients that send each patient until they hear what became of it, while COMMITs are cut at random."""
+    """Clients that send each patient until they hear what became of it, while what stores it is cut at random."""
 
     def __init__(self, app: object, proxy: Proxy, *, keyed: bool) -> None:
         self._app = app
         self._proxy = proxy
         self._keyed = keyed
+        # With a key the work is a transaction, without it a single statement.
+        self._stores = "COMMIT" if keyed else "INSERT INTO patients"
         self._chance = random.Random(4)  # noqa: S311  # The same cuts in every run.
         self._numbers = count()
         self.told: Counter[str] = Counter()
@@ -41,7 +43,7 @@ class Retrying:
         while self.told["outcome_unknown"] < cuts:
             mrn = f"I-{next(self._numbers)}"
             for attempt in range(20):
-                self._proxy.fates = {"COMMIT": self._chance.choice(FATES)} if attempt < 2 else {}
+                self._proxy.fates = {self._stores: self._chance.choice(FATES)} if attempt < 2 else {}
                 answer = await self.send(mrn)
                 self.told[answer.code or str(answer.status)] += 1
                 if answer.status != 503:

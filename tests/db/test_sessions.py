@@ -16,6 +16,7 @@ from app.db.engines import Databases
 from app.db.sessions import ReadSession, WriteSession
 from app.patients import queries
 from app.patients.models import Patient
+from app.patients.schemas import PatientIn
 from app.settings import Settings
 from local.waiting import eventually
 from tests.conftest import Database, Execute
@@ -54,6 +55,16 @@ async def trips(service: Service, proxy: Proxy, method: str, path: str, **reques
     return response.status_code, proxy.round_trips
 
 
+def in_transaction(service: Service) -> str:
+    """Add a route that stores a patient in a transaction; return its path."""
+
+    @service.app.post("/transacted", status_code=201)
+    async def transacted(session: WriteDB, new: PatientIn) -> None:
+        await queries.add_patient(session, vars(new))
+
+    return "/transacted"
+
+
 # On the wire.
 
 
@@ -83,9 +94,10 @@ async def test_write_is_three_round_trips_and_a_token_the_fourth(
 ) -> None:
     """BEGIN, INSERT and COMMIT; with a replica the position that COMMIT reached is asked afterwards."""
     async with quiet(through(database, proxy)) as service:
-        assert await trips(service, proxy, "POST", "/patients", json=ADA) == (201, 3)
+        assert await trips(service, proxy, "POST", in_transaction(service), json=ADA) == (201, 3)
     async with quiet(through(database, proxy, replica_proxy)) as service:
-        assert await trips(service, proxy, "POST", "/patients", json=ADA | {"mrn": "A-3"}) == (201, 4)
+        path = in_transaction(service)
+        assert await trips(service, proxy, "POST", path, json=ADA | {"mrn": "A-3"}) == (201, 4)
 
 
 @pytest.mark.parametrize(
@@ -331,16 +343,17 @@ async def test_connection_lost_during_commit_is_an_unknown_outcome(
     """Whether COMMIT arrived or not, the answer is the same, because the service cannot know."""
     primary = {"url": proxy.url(database.url()), "command_timeout_seconds": 0.3}
     async with quiet(through(database, proxy, primary=primary, statement_timeout_seconds=0.2)) as service:
+        path = in_transaction(service)
         proxy.fates["COMMIT"] = fate
 
-        answer = await service.client.post("/patients", json=ADA)
+        answer = await service.client.post(path, json=ADA)
 
         assert (answer.status_code, answer.json()["code"]) == (503, "outcome_unknown")
         assert answer.headers["Retry-After"] == "1"
         assert await execute(PATIENTS) == stored
         proxy.fates.clear()
         proxy.resume()
-        assert (await service.client.post("/patients", json=ADA | {"mrn": "A-2"})).status_code == 201
+        assert (await service.client.post(path, json=ADA | {"mrn": "A-2"})).status_code == 201
 
 
 async def test_swallowed_failure_is_never_2xx(service: Service, execute: Execute) -> None:
@@ -413,14 +426,21 @@ async def test_swallowed_loss_is_never_2xx(service: Service, execute: Execute) -
     assert await execute(PATIENTS) == 0
 
 
-async def test_token_that_cannot_be_had_does_not_undo_the_write(
-    database: Database, proxy: Proxy, replica_proxy: Proxy, execute: Execute, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("way", ["transaction", "autocommit"])
+async def test_token_that_cannot_be_had_does_not_undo_the_write(  # noqa: PLR0913, PLR0917  # Fixtures and one parameter.
+    database: Database,
+    proxy: Proxy,
+    replica_proxy: Proxy,
+    execute: Execute,
+    caplog: pytest.LogCaptureFixture,
+    way: str,
 ) -> None:
     """A write that is committed is answered so; without its position the client has no token."""
     async with quiet(through(database, proxy, replica_proxy)) as service:
+        path = in_transaction(service) if way == "transaction" else "/patients"
         proxy.fates["SELECT pg_current_wal_insert_lsn()"] = "lose_request"
 
-        answer = await service.client.post("/patients", json=ADA)
+        answer = await service.client.post(path, json=ADA)
 
         assert (answer.status_code, "X-Consistency-Token" in answer.headers) == (201, False)
         assert await execute(PATIENTS) == 1

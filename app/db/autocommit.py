@@ -1,0 +1,58 @@
+"""The session of a write that is one query: `AutocommitDB` for endpoints, `databases.autocommitting()` elsewhere.
+
+The query is a transaction by itself: one round trip, where `WriteSession` takes three and holds its connection as much
+longer. The price is in its docstring; decision 0012 says why there is one at all.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Never, TypeVarTuple
+
+from sqlalchemy import Row
+
+from app.db.connector import DRIVER_FAILURES
+from app.db.lease import Lease
+from app.db.pool import holder
+from app.db.query import Query
+from app.db.sessions import ENDED, UNKNOWN, WriteSession
+from app.errors import DatabaseUnavailable, OutcomeUnknown
+
+Ts = TypeVarTuple("Ts")
+
+ONE_QUERY = "an autocommit session runs one query by `rows`; what needs more than that takes `WriteDB`"
+
+
+class AutocommitSession(WriteSession):
+    """A write session for one query, which is committed when it is answered.
+
+    What the endpoint does after it cannot take it back; and when the connection is lost meanwhile, nobody can tell
+    whether it was stored, where a WriteSession still knows that nothing was, unless COMMIT was on its way.
+    """
+
+    _spent = False
+
+    async def rows(self, query: Query[*Ts], **parameters: Any) -> Sequence[Row[*Ts]]:
+        """Return all rows of the query, and keep what it changed.
+
+        Raises: OutcomeUnknown when the connection is lost or the answer does not come in time; else as `Lease.rows`.
+        """
+        if self._ended:
+            raise RuntimeError(ENDED)
+        if self._spent or "sync_session" in vars(self):
+            raise RuntimeError(ONE_QUERY)
+        self._spent = True
+        holder.set(self._label)
+        lease = Lease(self._database, await self._database.pool.lease(), readonly=False)
+        try:
+            rows = await lease.rows(query, parameters)
+            await self._keep_token(lease.connection, lease.tenure)
+        except (*DRIVER_FAILURES, DatabaseUnavailable) as error:
+            if lease.connection.is_closed():
+                raise OutcomeUnknown(UNKNOWN) from error
+            raise
+        finally:
+            lease.give_back()
+        return rows
+
+    def hand_over(self, *_engine: Any) -> Never:
+        """Refuse: SQLAlchemy's session would begin a transaction."""
+        raise RuntimeError(ONE_QUERY)

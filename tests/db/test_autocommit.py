@@ -1,0 +1,231 @@
+"""A write that is one query: what it costs on the wire, what it promises, and what it refuses to be."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import suppress
+from datetime import date
+from typing import Annotated, Any
+
+import pytest
+from fastapi import Depends
+from sqlalchemy import text
+
+from app.db.dependencies import AutocommitDB, ReadDB, WriteDB
+from app.db.sessions import WriteSession
+from app.errors import NotFound
+from app.patients import queries
+from app.patients.models import Patient
+from local.waiting import eventually
+from tests.conftest import Database, Execute
+from tests.proxy import Fate, Proxy
+from tests.service import Service, quiet, serving
+
+ADA = {"mrn": "A-1", "full_name": "Ada Lovelace", "birth_date": date(1915, 12, 10)}
+AS_JSON = ADA | {"birth_date": "1915-12-10"}
+USER = {"email": "ada@example.com", "full_name": "Ada Lovelace"}
+MRNS = "SELECT coalesce(string_agg(mrn, ',' ORDER BY mrn), '') FROM patients"
+
+
+def again(body: dict[str, Any]) -> dict[str, Any]:
+    """Return the body with another value where values are unique."""
+    return {name: f"again-{value}" if name in {"mrn", "email"} else value for name, value in body.items()}
+
+
+@pytest.mark.parametrize(("path", "body"), [("/patients", AS_JSON), ("/users", USER)])
+@pytest.mark.parametrize("replica", [False, True], ids=["alone", "with a replica"])
+async def test_write_is_one_round_trip_and_a_token_the_second(
+    database: Database, proxy: Proxy, path: str, body: dict[str, Any], *, replica: bool
+) -> None:
+    """The query alone, without BEGIN and COMMIT; with a replica the position that it reached is asked afterwards."""
+    primary = {"url": proxy.url(database.url())}
+    async with quiet(database.settings(replica=replica, primary=primary)) as service:
+        await service.client.post(path, json=body)
+        proxy.round_trips = 0
+        proxy.statements.clear()
+
+        answer = await service.client.post(path, json=again(body))
+
+        assert (answer.status_code, proxy.round_trips) == (201, 1 + replica)
+        assert ("X-Consistency-Token" in answer.headers) == replica
+        assert not [s for s in proxy.statements if s.startswith(("BEGIN", "COMMIT"))]
+
+
+async def test_connection_is_free_before_the_answer_is_made(service: Service) -> None:
+    """What the endpoint does after its query holds nobody up."""
+
+    @service.app.post("/once")
+    async def once(session: AutocommitDB) -> int:
+        await queries.add_patient(session, ADA)
+        return service.databases.primary.pool.figures().checked_out
+
+    assert (await service.client.post("/once")).json() == 0
+    assert service.sample("db_connection_idle_hold_seconds_sum", pool="primary", route="/once") < 0.05
+
+
+@pytest.mark.parametrize(("fate", "stored"), [("lose_request", "A-1"), ("lose_answer", "A-1,A-2"), ("hang", "A-1")])
+async def test_connection_lost_meanwhile_is_an_unknown_outcome(
+    database: Database, proxy: Proxy, execute: Execute, fate: Fate, stored: str
+) -> None:
+    """Whether the query arrived or not, the answer is the same, because the service cannot know."""
+    primary = {"url": proxy.url(database.url()), "command_timeout_seconds": 0.3}
+    settings = database.settings(replica=False, primary=primary, statement_timeout_seconds=0.2)
+    async with quiet(settings) as service:
+        await service.client.post("/patients", json=AS_JSON)
+        proxy.fates["INSERT INTO patients"] = fate
+
+        answer = await service.client.post("/patients", json=AS_JSON | {"mrn": "A-2"})
+
+        assert (answer.status_code, answer.json()["code"]) == (503, "outcome_unknown")
+        assert answer.headers["Retry-After"] == "1"
+        assert await execute(MRNS) == stored
+        proxy.fates.clear()
+        proxy.resume()
+        assert (await service.client.post("/patients", json=AS_JSON | {"mrn": "A-3"})).status_code == 201
+
+
+async def test_refused_query_is_no_unknown_outcome(service: Service, execute: Execute) -> None:
+    """What the server says of a query is certain, and the connection stays good."""
+    answers = [await service.client.post("/patients", json=AS_JSON) for _ in range(2)]
+
+    assert [answer.status_code for answer in answers] == [201, 409]
+    assert answers[1].json()["code"] == "mrn_taken"
+    assert "X-Consistency-Token" not in answers[1].headers
+    assert await execute(MRNS) == "A-1"
+    assert service.sample("db_connection_invalidations_total", pool="primary", reason="error") == 0
+
+
+async def test_query_without_a_connection_was_not_run(database: Database, proxy: Proxy, execute: Execute) -> None:
+    """Where no connection is to be had, nothing is unknown."""
+    primary = {"url": proxy.url(database.url()), "pool_min_size": 0}
+    async with serving(database.settings(replica=False, primary=primary)) as service:
+        proxy.refuse()
+        proxy.cut()
+
+        answer = await service.client.post("/patients", json=AS_JSON)
+
+        assert (answer.status_code, answer.json()["code"]) == (503, "database_unreachable")
+    assert await execute(MRNS) == ""
+
+
+async def test_cancelled_query_gives_its_connection_back(database: Database, proxy: Proxy) -> None:
+    """Nobody waits for the answer any more, and the server is told so."""
+    primary = {"url": proxy.url(database.url()), "pool_size": 1, "max_overflow": 0}
+    async with quiet(database.settings(replica=False, primary=primary)) as service:
+        await service.client.post("/patients", json=AS_JSON)
+        proxy.freeze()
+
+        async def store() -> None:
+            async with service.databases.autocommitting() as session:
+                await queries.add_patient(session, ADA | {"mrn": "A-2"})
+
+        storing = asyncio.create_task(store())
+        pool = service.databases.primary.pool
+
+        async def at_work() -> bool:
+            return pool.figures().checked_out == 1
+
+        assert await eventually(at_work, 5)
+        storing.cancel()
+
+        with pytest.raises(asyncio.CancelledError):
+            await storing
+        assert pool.figures().checked_out == 0
+        assert (await service.client.post("/patients", json=AS_JSON | {"mrn": "A-3"})).status_code == 201
+
+
+@pytest.mark.parametrize("how", ["rows", "gather", "execute", "add", "savepoint", "begin", "ended"])
+async def test_second_query_is_refused(service: Service, execute: Execute, how: str) -> None:
+    """Two would not be stored together or not at all: that takes a transaction, and the author is told."""
+
+    async def use(session: WriteSession) -> None:
+        match how:
+            case "rows":
+                await queries.add_patient(session, ADA)
+                await queries.add_patient(session, ADA | {"mrn": "A-2"})
+            case "gather":
+                both = (queries.add_patient(session, ADA | {"mrn": mrn}) for mrn in ("A-1", "A-2"))
+                _, second = await asyncio.gather(*both, return_exceptions=True)
+                assert isinstance(second, RuntimeError)
+                raise second
+            case "execute":
+                await session.execute(text("DELETE FROM patients"))
+            case "add":
+                session.add(Patient(**ADA))
+            case "savepoint":
+                async with session.begin_nested():
+                    await queries.add_patient(session, ADA)
+            case "begin":
+                async with session.begin():
+                    await queries.add_patient(session, ADA)
+
+    async def misuse() -> None:
+        async with service.databases.autocommitting() as session:
+            await use(session)
+        await queries.add_patient(session, ADA)
+
+    with pytest.raises(RuntimeError, match="one query" if how != "ended" else "ended"):
+        await misuse()
+
+    assert await execute(MRNS) == ("A-1" if how in {"rows", "gather"} else "")
+    assert service.databases.primary.pool.figures().checked_out == 0
+
+
+async def test_what_comes_after_it_takes_nothing_back(service: Service, execute: Execute) -> None:
+    """The price: an endpoint that fails afterwards has stored its query all the same."""
+
+    @service.app.post("/fails")
+    async def fails(session: AutocommitDB) -> None:
+        await queries.add_patient(session, ADA)
+        raise NotFound("Nothing is here.")
+
+    assert (await service.client.post("/fails")).status_code == 404
+    assert await execute(MRNS) == "A-1"
+
+
+async def test_query_joins_a_transaction_that_is_open(service: Service, execute: Execute) -> None:
+    """Where a dependency names `WriteDB`, the query is part of its transaction, and is taken back with it."""
+
+    async def audited(session: WriteDB, veto: bool) -> AsyncIterator[None]:  # noqa: FBT001  # FastAPI names it.
+        yield
+        await queries.add_patient(session, ADA | {"mrn": "AUDIT"})
+        if veto:
+            raise NotFound("Not allowed.")
+
+    @service.app.post("/audited", dependencies=[Depends(audited, scope="function")])
+    async def once(session: AutocommitDB) -> None:
+        await queries.add_patient(session, ADA)
+
+    assert (await service.client.post("/audited?veto=true")).status_code == 404
+    assert await execute(MRNS) == ""
+    assert (await service.client.post("/audited?veto=false")).status_code == 200
+    assert await execute(MRNS) == "A-1,AUDIT"
+
+
+async def test_dependency_may_name_it(service: Service, execute: Execute) -> None:
+    """In a dependency it is the same as in an endpoint."""
+
+    async def stored(session: AutocommitDB) -> queries.PatientRow:
+        return await queries.add_patient(session, ADA)
+
+    @service.app.post("/depends")
+    async def depends(patient: Annotated[Any, Depends(stored)]) -> str:
+        return str(patient.mrn)
+
+    assert (await service.client.post("/depends")).json() == "A-1"
+    assert await execute(MRNS) == "A-1"
+
+
+async def test_get_that_wrote_is_not_run_once_more(service: Service, execute: Execute) -> None:
+    """A 404 from the replica is not asked of the primary when that would write twice."""
+
+    @service.app.get("/visited")
+    async def visited(session: ReadDB, once: AutocommitDB) -> None:
+        with suppress(queries.MrnTaken):
+            await queries.add_patient(once, ADA)
+        await queries.get_patient(session, 999)
+
+    answer = await service.client.get("/visited")
+
+    assert answer.status_code == 404
+    assert await execute(MRNS) == "A-1"
+    assert service.sample("db_query_seconds_count", pool="primary") == 1
