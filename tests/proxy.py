@@ -78,6 +78,11 @@ class Proxy:
         for link in list(self.links):
             link.end()
 
+    def say(self, message: bytes) -> None:
+        """Tell every client this, as if the server had said it."""
+        for link in self.links:
+            link.say(message)
+
     def reset(self) -> None:
         """Close every connection with RST, as a firewall does."""
         for link in list(self.links):
@@ -161,6 +166,11 @@ class _Link(asyncio.Protocol):
         if requests:
             self._asked = True
             self._server.write(b"".join(requests))
+
+    def say(self, message: bytes) -> None:
+        """Tell the client this, as if the server had said it."""
+        if self._client is not None:
+            self._client.write(message)
 
     def reset(self) -> None:
         """Close both sides, the client's with RST."""

@@ -23,7 +23,8 @@ logger = logging.getLogger(__name__)
 
 # What opening or checking a connection raises: asyncpg's own, and SQLAlchemy's rendering of it. A TimeoutError is an
 # OSError.
-DRIVER_FAILURES = (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, DBAPIError, EmulatedDBAPIException)
+ASYNCPG_FAILURES = (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError)
+DRIVER_FAILURES = (*ASYNCPG_FAILURES, DBAPIError, EmulatedDBAPIException)
 
 KEEPALIVE_IDLE_SECONDS = 30
 KEEPALIVE_INTERVAL_SECONDS = 5

@@ -17,7 +17,7 @@ from sqlalchemy import Connection, Engine, Row
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.pool import ConnectionPoolEntry
 
-from app.db.connector import DRIVER_FAILURES, KeptAliveConnection
+from app.db.connector import ASYNCPG_FAILURES, DRIVER_FAILURES, KeptAliveConnection
 from app.db.observe import forget_row, name_loss
 from app.db.pool import Tenure
 from app.db.query import Query
@@ -135,7 +135,7 @@ class Lease:
         started = time.perf_counter()
         try:
             return await answer
-        except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
+        except ASYNCPG_FAILURES as error:
             self._name(error, statement)
             raise
         except asyncio.CancelledError:
@@ -152,7 +152,8 @@ class Lease:
     def _name(self, error: Exception, statement: str | None) -> None:
         """Do to the connection what this failure means for it, and raise the failure's own name if it has one."""
         forget_row(error)
-        if isinstance(error, OSError):
+        # A connection that the server has ended is "busy with another operation" until its socket is seen to close.
+        if isinstance(error, OSError) or type(error) is asyncpg.InternalClientError:
             self.connection.terminate()
             raise name_loss(error, self._database.name) from error
         if isinstance(error, asyncpg.InterfaceError) and self.connection.is_closed():

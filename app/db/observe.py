@@ -159,7 +159,7 @@ def forget_row(error: BaseException | None) -> None:
         error.args = (re.split(r"""[:"']""", str(error), maxsplit=1)[0].strip(),)
 
 
-def name_loss(error: OSError, database: str) -> DatabaseUnavailable:
+def name_loss(error: Exception, database: str) -> DatabaseUnavailable:
     """Name what asyncpg leaves bare: a command that timed out, or a connection that went away under it."""
     if isinstance(error, TimeoutError):
         return CommandTimeout("The database did not answer in time.", database=database)

@@ -10,7 +10,7 @@ import pytest
 from sqlalchemy import Boolean, Integer, bindparam, func, literal_column, select, text
 from sqlalchemy.exc import DBAPIError, IntegrityError
 
-from app.db.dependencies import WriteDB
+from app.db.dependencies import AutocommitDB, WriteDB
 from app.db.query import Query
 from app.errors import DatabaseUnreachable, TransactionAborted
 from app.patients import queries
@@ -19,6 +19,8 @@ from tests.conftest import Database, Execute
 from tests.proxy import Fate, Proxy
 from tests.service import Service, quiet, serving
 
+# FATAL 57P01, as it stands on the wire; no ReadyForQuery comes after it.
+FAREWELL = b"E\x00\x00\x00\x2aSFATAL\x00VFATAL\x00C57P01\x00Mterminating...\x00\x00"
 ADA = {"mrn": "A-1", "full_name": "Ada Lovelace", "birth_date": date(1915, 12, 10)}
 COUNT = "SELECT count(*) FROM patients"
 KILL = Query(select(func.pg_terminate_backend(func.pg_backend_pid())))
@@ -152,6 +154,45 @@ async def test_server_that_ends_a_session_is_answered_503(service: Service) -> N
     assert (answer.status_code, answer.json()["code"]) == (503, "connection_lost")
     assert service.databases.primary.pool.figures().checked_out == 0
     assert (await service.client.post("/killed")).status_code == 503
+
+
+@pytest.mark.parametrize(
+    ("request_line", "code"),
+    [
+        ("GET /patients", "connection_lost"),
+        ("POST /rows", "connection_lost"),
+        ("POST /execute", "connection_lost"),
+        ("POST /autocommit", "outcome_unknown"),
+    ],
+)
+async def test_connection_that_the_server_has_just_ended(
+    database: Database, proxy: Proxy, execute: Execute, request_line: str, code: str
+) -> None:
+    """Taken between the server's last word and the end of its socket, it is weather and no bug, and not used again."""
+    primary = {"url": proxy.url(database.url()), "pool_size": 1, "max_overflow": 0, "command_timeout_seconds": 1}
+    async with quiet(database.settings(replica=False, primary=primary, statement_timeout_seconds=0.5)) as service:
+
+        @service.app.post("/rows")
+        async def rows(session: WriteDB) -> None:
+            await queries.list_patients(session, limit=1)
+
+        @service.app.post("/execute")
+        async def through_sqlalchemy(session: WriteDB) -> None:
+            await session.execute(text("SELECT 1"))
+
+        @service.app.post("/autocommit")
+        async def autocommit(session: AutocommitDB) -> None:
+            await queries.list_patients(session, limit=1)
+
+        await service.client.request(*request_line.split())
+        proxy.say(FAREWELL)
+        await execute(COUNT)  # By the time that this is answered the service has heard it.
+
+        answers = [await service.client.request(*request_line.split()) for _ in range(2)]
+
+        assert [answer.status_code for answer in answers] == [503, 200]
+        assert answers[0].json()["code"] == code
+        assert service.databases.primary.pool.figures().checked_out == 0
 
 
 async def test_demoted_server_is_left(service: Service) -> None:
