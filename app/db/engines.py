@@ -150,11 +150,11 @@ class Databases:
         Raises, at the end of the block: OutcomeUnknown when the connection dies during COMMIT, ConnectionLost when
         before.
         """
-        return WriteSession(self.primary, label=label, consistency=self._wish(consistency))
+        return WriteSession(self.primary, label=label, consistency=self._if_replicated(consistency))
 
     def autocommitting(self, consistency: Consistency | None = None, *, label: str = "background") -> AutocommitSession:
         """Open a session on the primary for one query that commits by itself."""
-        return AutocommitSession(self.primary, label=label, consistency=self._wish(consistency))
+        return AutocommitSession(self.primary, label=label, consistency=self._if_replicated(consistency))
 
     async def open(self) -> None:
         """Warm the pools and start the sentinels. A database that is down does not keep the service from starting."""
@@ -192,7 +192,7 @@ class Databases:
             metrics.pool_waiting.labels(name).set(figures.waiting)
             metrics.up.labels(name).set(database.sentinel.healthy)
 
-    def _wish(self, consistency: Consistency | None) -> Consistency | None:
+    def _if_replicated(self, consistency: Consistency | None) -> Consistency | None:
         # Without a replica nobody reads elsewhere, and a token would be a round trip for nothing.
         return consistency if self.replicas else None
 
