@@ -7,9 +7,8 @@ without arguments, and then it reads the environment.
 import asyncio
 import gc
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 
-import httpx
 from fastapi import FastAPI
 
 from app import errors, patients, reports, security, users
@@ -78,11 +77,21 @@ def _from_environment() -> Settings:
 def _add_routes(app: FastAPI, settings: Settings) -> None:
     domains = [patients.router, users.router, reports.router]
     if settings.directory_url is not None:
-        domains.append(users.sync_router)
+        from app.users import sync  # noqa: PLC0415  # Its HTTP client is a tenth of the service's whole import.
+
+        domains.append(sync.router)
     for router in [debug.router, health.router, *reversed(domains)]:
         # include_router would match a path router by router, then route by route: a sixth of a read's whole CPU. The
         # routers carry their own prefixes and answers, so their routes can stand side by side (docs/decisions).
         app.router.routes[:0] = router.routes
+
+
+def _directory(settings: Settings) -> AbstractAsyncContextManager[object]:
+    if settings.directory_url is None:
+        return nullcontext()
+    from app.users.directory import open_directory  # noqa: PLC0415  # See above.
+
+    return open_directory(settings)
 
 
 @asynccontextmanager
@@ -90,10 +99,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     """Open what the service needs and close it; a database that is down keeps it neither from starting nor stopping."""
     databases: Databases = app.state.databases
     settings: Settings = app.state.settings
-    async with httpx.AsyncClient(
-        base_url=settings.directory_url or "", timeout=settings.directory_timeout_seconds, trust_env=False
-    ) as client:
-        app.state.directory = client
+    async with _directory(settings) as app.state.directory:
         await databases.open()
         loop_watch = LoopWatch(
             app.state.metrics.event_loop_lag_seconds,

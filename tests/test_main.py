@@ -1,6 +1,8 @@
 """The lifespan opens what the service needs, whatever state the databases are in, and leaves nothing behind."""
 
 import asyncio
+import subprocess
+import sys
 import time
 from typing import Any
 
@@ -12,6 +14,7 @@ from app.main import create_app
 from app.settings import Settings, SettingsError
 from local.cluster import Cluster
 from local.postgres import free_port
+from local.setup import PROJECT
 from local.waiting import eventually
 from tests.conftest import Database
 from tests.service import serving
@@ -128,6 +131,15 @@ def test_wrong_environment_ends_the_process_with_a_sentence(monkeypatch: pytest.
 
     with pytest.raises(SystemExit, match=r"lifeguard cannot start\.\nDATABASE_URL: has the scheme 'mysql'"):
         create_app()
+
+
+def test_import_leaves_out_what_is_not_needed() -> None:
+    """The HTTP client, which brings a command line along, is loaded where there is a directory to be asked."""
+    loaded = "import app.main, sys; print(*sorted({'httpx', 'rich', 'typer'} & set(sys.modules)))"
+
+    done = subprocess.run([sys.executable, "-c", loaded], check=True, capture_output=True, text=True, cwd=PROJECT)
+
+    assert done.stdout.split() == []
 
 
 def test_environment_is_read_without_settings(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,5 @@
 """Users: a table, its queries and its routes."""
 
-from app.users.routes import router, sync_router
+from app.users.routes import router
 
-__all__ = ["router", "sync_router"]
+__all__ = ["router"]

@@ -8,6 +8,14 @@ from pydantic import BaseModel, ValidationError
 
 from app.errors import DirectoryFailed
 from app.fields import Line
+from app.settings import Settings
+
+
+def open_directory(settings: Settings) -> httpx.AsyncClient:
+    """Make the client of the directory; entering it opens its pool of connections, leaving it closes them."""
+    return httpx.AsyncClient(
+        base_url=settings.directory_url or "", timeout=settings.directory_timeout_seconds, trust_env=False
+    )
 
 
 class Profile(BaseModel):

@@ -1,18 +1,15 @@
 """The routes of users."""
 
 from collections.abc import Sequence
-from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Request, Response, status
+from fastapi import APIRouter, Request, Response, status
 
-from app.db.dependencies import AutocommitDB, ReadDB, SessionRoute, WriteDB, consistency_of, databases_of
-from app.db.engines import Databases
+from app.db.dependencies import AutocommitDB, ReadDB, WriteDB
 from app.errors import documented
 from app.fields import Id
 from app.idempotency import OPENAPI, IdempotentRoute
 from app.paging import After, Limit, cut_page, decode_cursor
 from app.users import queries
-from app.users.directory import fetch_profile
 from app.users.schemas import UserChange, UserIn, UserOut
 
 router = APIRouter(
@@ -20,12 +17,6 @@ router = APIRouter(
     tags=["users"],
     route_class=IdempotentRoute,
     responses=documented(401, 403, 422, 503, 504),
-)
-sync_router = APIRouter(
-    prefix="/users",
-    tags=["users"],
-    route_class=SessionRoute,
-    responses=documented(401, 403, 422, 502, 503, 504),
 )
 
 
@@ -69,20 +60,3 @@ async def change_user(session: WriteDB, user_id: Id, change: UserChange) -> quer
 async def delete_user(session: WriteDB, user_id: Id) -> None:
     """Delete a user."""
     await queries.delete_user(session, user_id)
-
-
-@sync_router.post("/{user_id}/sync", response_model=UserOut, responses=documented(404))
-async def sync_user(
-    request: Request, databases: Annotated[Databases, Depends(databases_of)], user_id: Id
-) -> queries.UserRow:
-    """Take over name and state from the user directory.
-
-    The directory may take seconds, so no connection is held while it thinks: read, let go, ask, write.
-    """
-    label: dict[str, Any] = {"label": "/users/{user_id}/sync"}
-    async with databases.reading(consistency_of(request.scope), **label) as session:
-        user = await queries.get_user(session, user_id)
-    timeout_seconds = databases.settings.directory_timeout_seconds
-    profile = await fetch_profile(request.app.state.directory, user.email, timeout_seconds=timeout_seconds)
-    async with databases.writing(consistency_of(request.scope), **label) as session:
-        return await queries.change_user(session, user_id, profile.model_dump())
