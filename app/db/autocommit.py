@@ -14,10 +14,11 @@ from app.db.lease import Lease
 from app.db.pool import holder
 from app.db.query import Query
 from app.db.sessions import ENDED, UNKNOWN, WriteSession
-from app.errors import DatabaseUnavailable, OutcomeUnknown
+from app.errors import DatabaseUnavailable, OutcomeUnknown, sqlstate
 
 Ts = TypeVarTuple("Ts")
 
+ADMIN_SHUTDOWN = "57P01"
 ONE_QUERY = "an autocommit session runs one query by `rows`; what needs more than that takes `WriteDB`"
 
 
@@ -46,7 +47,8 @@ class AutocommitSession(WriteSession):
             rows = await lease.rows(query, parameters)
             await self._keep_token(lease.connection, lease.tenure)
         except (*DRIVER_FAILURES, DatabaseUnavailable) as error:
-            if lease.connection.is_closed():
+            # A server that stops takes back what is under way, and says so.
+            if lease.connection.is_closed() and sqlstate(error) != ADMIN_SHUTDOWN:
                 raise OutcomeUnknown(UNKNOWN) from error
             raise
         finally:

@@ -30,6 +30,7 @@ router = APIRouter(
 )
 async def create_patient(session: AutocommitDB, new: PatientIn, response: Response) -> queries.PatientRow:
     """Store a patient; the Location header names it."""
+    # Stored when it is answered: nothing that could fail may come after it (docs/decisions, 0012).
     patient = await queries.add_patient(session, vars(new))
     response.headers["Location"] = f"/patients/{patient.id}"
     return patient

@@ -29,6 +29,7 @@ router = APIRouter(
 )
 async def create_user(session: AutocommitDB, new: UserIn, response: Response) -> queries.UserRow:
     """Store a user; the Location header names it."""
+    # Stored when it is answered: nothing that could fail may come after it (docs/decisions, 0012).
     user = await queries.add_user(session, vars(new))
     response.headers["Location"] = f"/users/{user.id}"
     return user

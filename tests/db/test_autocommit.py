@@ -6,6 +6,7 @@ from contextlib import suppress
 from datetime import date
 from typing import Annotated, Any
 
+import asyncpg
 import pytest
 from fastapi import Depends
 from sqlalchemy import text
@@ -23,6 +24,10 @@ from tests.service import Service, quiet, serving
 ADA = {"mrn": "A-1", "full_name": "Ada Lovelace", "birth_date": date(1915, 12, 10)}
 AS_JSON = ADA | {"birth_date": "1915-12-10"}
 USER = {"email": "ada@example.com", "full_name": "Ada Lovelace"}
+# Ends whoever waits for a lock in this database.
+END_WAITING = """
+SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'
+"""
 MRNS = "SELECT coalesce(string_agg(mrn, ',' ORDER BY mrn), '') FROM patients"
 
 
@@ -92,6 +97,28 @@ async def test_refused_query_is_no_unknown_outcome(service: Service, execute: Ex
     assert "X-Consistency-Token" not in answers[1].headers
     assert await execute(MRNS) == "A-1"
     assert service.sample("db_connection_invalidations_total", pool="primary", reason="error") == 0
+
+
+async def test_server_that_stops_says_that_nothing_was_stored(
+    service: Service, database: Database, execute: Execute
+) -> None:
+    """A backend that is told to go while its query waits has taken it back: it may be sent again."""
+    locker = await asyncpg.connect(database.url("postgres"))
+    try:
+        async with locker.transaction():
+            await locker.execute("LOCK TABLE patients IN EXCLUSIVE MODE")
+            asked = asyncio.create_task(service.client.post("/patients", json=AS_JSON))
+
+            async def ended() -> bool:
+                return bool(await locker.fetchval(END_WAITING))
+
+            assert await eventually(ended, 5)
+            answer = await asked
+    finally:
+        await locker.close()
+
+    assert (answer.status_code, answer.json()["code"]) == (503, "connection_lost")
+    assert await execute(MRNS) == ""
 
 
 async def test_query_without_a_connection_was_not_run(database: Database, proxy: Proxy, execute: Execute) -> None:
