@@ -1,7 +1,7 @@
 """The session of a write that is one query: `AutocommitDB` for endpoints, `databases.autocommitting()` elsewhere.
 
-The query is a transaction by itself: one round trip, where `WriteSession` takes three and holds its connection as much
-longer. The price is in its docstring; decision 0012 says why there is one at all.
+The query is a transaction by itself: one round trip, where `WriteSession` takes three and holds its connection for all
+of them. The price is in the docstring of the class; decision 0012 weighs it.
 """
 
 from collections.abc import Sequence

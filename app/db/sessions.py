@@ -2,11 +2,11 @@
 
     one request = one session = one connection = one transaction
 
-The session's type says what may be done: `ReadSession` or `WriteSession`. Routes name those of their request
-(`dependencies.py`); code outside a request says `async with databases.reading()` (or `.writing()`). A session is lazy:
-until its first statement it holds nothing. It keeps its one connection until it is closed, so what was read is read at
-one place, and what the commit left behind (its LSN) can be asked where it happened. Only `rows` on a replica, where no
-transaction binds them, take a connection each.
+The session's type says what may be done: `ReadSession` or `WriteSession`; `autocommit.py` has one for a write of one
+query. Routes name those of their request (`dependencies.py`); code outside a request says `async with
+databases.reading()` (or `.writing()`). A session is lazy: until its first statement it holds nothing. It keeps its one
+connection until it is closed, so what was read is read at one place, and what the commit left behind (its LSN) can be
+asked where it happened. Only `rows` on a replica, where no transaction binds them, take a connection each.
 """
 
 import logging
