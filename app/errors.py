@@ -14,7 +14,7 @@
         ├── ConnectionLost            connection_lost
         ├── CommandTimeout            database_timeout
         ├── ReplicaUnavailable        replica_unavailable
-        └── OutcomeUnknown            outcome_unknown        the connection died while COMMIT was under way
+        └── OutcomeUnknown            outcome_unknown        the connection died during COMMIT or a lone write
 
 Failures that the server reports stay SQLAlchemy's exceptions; `classify` is the one table that turns their SQLSTATE
 into an answer. An OSError or a TimeoutError becomes one of ours where it leaves the driver (`app/db`), so that a bug
@@ -138,7 +138,7 @@ class ReplicaUnavailable(DatabaseUnavailable):
 
 
 class OutcomeUnknown(DatabaseUnavailable):
-    """The connection died while COMMIT was under way: the write may or may not have happened."""
+    """The connection died or gave no answer during COMMIT or a write of one query, which may or may not be stored."""
 
     code = "outcome_unknown"
 

@@ -77,7 +77,7 @@ def _from_environment() -> Settings:
 def _add_routes(app: FastAPI, settings: Settings) -> None:
     domains = [patients.router, users.router, reports.router]
     if settings.directory_url is not None:
-        from app.users import sync  # noqa: PLC0415  # Its HTTP client is a quarter of the service's whole import.
+        from app.users import sync  # noqa: PLC0415  # Its HTTP client is an eighth of the service's whole import.
 
         domains.append(sync.router)
     for router in [debug.router, health.router, *reversed(domains)]:

@@ -18,7 +18,8 @@ from app.errors import DatabaseUnavailable, OutcomeUnknown, sqlstate
 
 Ts = TypeVarTuple("Ts")
 
-ADMIN_SHUTDOWN = "57P01"
+# A server that stops takes back what is under way, and says so; a value of the wrong kind never got there.
+NOT_STORED = ("57P01", "22")
 ONE_QUERY = "an autocommit session runs one query by `rows`; what needs more than that takes `WriteDB`"
 
 
@@ -29,7 +30,7 @@ class AutocommitSession(WriteSession):
     whether it was stored, where a WriteSession still knows that nothing was, unless COMMIT was on its way.
     """
 
-    _spent = False
+    spent = False
 
     async def rows(self, query: Query[*Ts], **parameters: Any) -> Sequence[Row[*Ts]]:
         """Return all rows of the query, and keep what it changed.
@@ -38,17 +39,19 @@ class AutocommitSession(WriteSession):
         """
         if self._ended:
             raise RuntimeError(ENDED)
-        if self._spent or "sync_session" in vars(self):
+        if self.spent or "sync_session" in vars(self):
             raise RuntimeError(ONE_QUERY)
-        self._spent = True
+        self.spent = True
         holder.set(self._label)
         lease = Lease(self._database, await self._database.pool.lease(), readonly=False)
         try:
+            if self._ended:
+                # Whoever was to hear of it has been answered while this waited for its connection.
+                raise RuntimeError(ENDED)
             rows = await lease.rows(query, parameters)
             await self._keep_token(lease.connection, lease.tenure)
         except (*DRIVER_FAILURES, DatabaseUnavailable) as error:
-            # A server that stops takes back what is under way, and says so.
-            if lease.connection.is_closed() and sqlstate(error) != ADMIN_SHUTDOWN:
+            if lease.connection.is_closed() and not (sqlstate(error) or "").startswith(NOT_STORED):
                 raise OutcomeUnknown(UNKNOWN) from error
             raise
         finally:

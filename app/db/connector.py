@@ -92,6 +92,22 @@ class KeptAliveConnection(asyncpg.Connection):
         self.transport.abort()
 
 
+class AnyRow(asyncpg.Record):
+    """A row whose columns are attributes too, whatever query it is of.
+
+    When a migration has made a statement's plan stale, asyncpg runs it once more, and forgets of which class its rows
+    were to be (0.32, `Connection._do_execute`).
+    """
+
+    __slots__ = ()
+
+    def __getattr__(self, column: str) -> Any:
+        try:
+            return self[column]
+        except KeyError:
+            raise AttributeError(column) from None
+
+
 @dataclass(frozen=True, slots=True)
 class Host:
     """One address of a database."""
@@ -180,6 +196,7 @@ class Connector:
             statement_cache_size=settings.statement_cache_size,
             server_settings={"application_name": settings.application_name},
             connection_class=KeptAliveConnection,
+            record_class=AnyRow,
         )
         if self.writable and await _takes_no_writes(connection, deadline) and len(self.hosts) > 1:
             connection.terminate()

@@ -75,11 +75,20 @@ def _dependency(opener: Callable[[Request], SessionT]) -> Callable[[Request], Co
 
 
 _read = _opener(READ, lambda databases, scope: databases.reading(consistency_of(scope), label=route_of(scope)))
-_write = _opener(WRITE, lambda databases, scope: databases.writing(consistency_of(scope), label=route_of(scope)))
+_transaction = _opener(WRITE, lambda databases, scope: databases.writing(consistency_of(scope), label=route_of(scope)))
 _alone = _opener(
     AUTOCOMMIT, lambda databases, scope: databases.autocommitting(consistency_of(scope), label=route_of(scope))
 )
 _report = _opener(REPORT, lambda databases, scope: databases.reporting(label=route_of(scope)))
+
+
+def _write(request: Request) -> WriteSession:
+    if AUTOCOMMIT in request.scope:
+        # Two sessions that write could wait for each other, and one would be stored without the other.
+        raise RuntimeError(
+            "a request that has opened an `AutocommitDB` takes no `WriteDB` any more: name that throughout"
+        )
+    return _transaction(request)
 
 
 def _autocommit(request: Request) -> WriteSession:
@@ -139,12 +148,12 @@ class SessionRoute(Route):
 async def _why_again(request: Request, failure: Exception) -> str | None:
     """Say why the request should run once more, and end what its first attempt opened; None when it should not."""
     scope = request.scope
-    if AUTOCOMMIT in scope:
+    if AUTOCOMMIT in scope and scope[AUTOCOMMIT].spent:
         # What it wrote stands, and would be written twice.
         return None
     reason = databases_of(request).once_more.reason(consistency_of(scope), failure)
     if reason is not None:
-        for key in (READ, WRITE, REPORT):
+        for key in (READ, WRITE, AUTOCOMMIT, REPORT):
             scope.pop(key, None)
         # As if the request ended with this failure. What its dependencies make of that, nobody gets to hear.
         for name in ("fastapi_function_astack", "fastapi_inner_astack"):

@@ -30,6 +30,8 @@ logger = logging.getLogger(__name__)
 
 # Seconds for telling the server to stop what a cancelled request asked.
 CLOSE_SECONDS = 2.0
+# What asyncpg says of a connection that is not ready for a statement.
+BUSY = "another operation"
 SWALLOWED = "A statement failed, its error was swallowed, and nothing can be committed."
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
@@ -153,11 +155,15 @@ class Lease:
         """Do to the connection what this failure means for it, and raise the failure's own name if it has one."""
         forget_row(error)
         # A connection that the server has ended is "busy with another operation" until its socket is seen to close.
-        if isinstance(error, OSError) or type(error) is asyncpg.InternalClientError:
+        if isinstance(error, OSError) or (isinstance(error, asyncpg.InternalClientError) and BUSY in str(error)):
             self.connection.terminate()
             raise name_loss(error, self._database.name) from error
         if isinstance(error, asyncpg.InterfaceError) and self.connection.is_closed():
             raise ConnectionLost("The connection to the database was lost.") from error
+        if isinstance(error, asyncpg.DataError) and self._transaction is None:
+            # asyncpg refused a value when the statement was half said: the server would go on waiting, in a transaction
+            # that no ROLLBACK of ours ends.
+            self.connection.terminate()
         if isinstance(error, asyncpg.IntegrityConstraintViolationError):
             raise IntegrityError(statement, None, error, hide_parameters=True) from error
         if isinstance(error, asyncpg.ReadOnlySQLTransactionError):

@@ -9,6 +9,7 @@ connection until it is closed, so what was read is read at one place, and what t
 asked where it happened. Only `rows` on a replica, where no transaction binds them, take a connection each.
 """
 
+import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -305,7 +306,12 @@ async def _written_lsn(driver: "asyncpg.Connection[Any]") -> str | None:
     """Ask how far the WAL reaches after COMMIT; before it, the answer would be older than the commit itself."""
     try:
         return str(await driver.fetchval(WRITTEN_LSN))
+    except asyncio.CancelledError:
+        driver.terminate()
+        raise
     except DRIVER_FAILURES as error:
+        # Whoever took the connection next would wait for what this one left behind.
+        driver.terminate()
         # The write is committed and must be answered so; only the promise to read it back at once is lost.
         logger.warning("no consistency token", extra={"reason": str(error) or type(error).__name__})
         return None

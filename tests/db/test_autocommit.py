@@ -12,7 +12,7 @@ from fastapi import Depends
 from sqlalchemy import text
 
 from app.db.dependencies import AutocommitDB, ReadDB, WriteDB
-from app.db.sessions import WriteSession
+from app.db.sessions import WRITTEN_LSN, Consistency, WriteSession
 from app.errors import NotFound
 from app.patients import queries
 from app.patients.models import Patient
@@ -21,6 +21,10 @@ from tests.conftest import Database, Execute
 from tests.proxy import Fate, Proxy
 from tests.service import Service, quiet, serving
 
+OPEN_TRANSACTIONS = """
+SELECT count(*) FROM pg_stat_activity
+WHERE datname = current_database() AND usename = 'app_rw' AND xact_start IS NOT NULL
+"""
 ADA = {"mrn": "A-1", "full_name": "Ada Lovelace", "birth_date": date(1915, 12, 10)}
 AS_JSON = ADA | {"birth_date": "1915-12-10"}
 USER = {"email": "ada@example.com", "full_name": "Ada Lovelace"}
@@ -160,6 +164,57 @@ async def test_cancelled_query_gives_its_connection_back(database: Database, pro
         assert (await service.client.post("/patients", json=AS_JSON | {"mrn": "A-3"})).status_code == 201
 
 
+@pytest.mark.parametrize("end", ["timed out", "cancelled"])
+async def test_look_at_the_lsn_that_fails_spoils_nobody(database: Database, proxy: Proxy, end: str) -> None:
+    """Its connection serves nobody else, who would have to wait for what it left behind."""
+    primary = {"url": proxy.url(database.url()), "pool_size": 1, "max_overflow": 0, "command_timeout_seconds": 0.5}
+    async with quiet(database.settings(primary=primary, statement_timeout_seconds=0.4)) as service:
+        await service.client.post("/patients", json=AS_JSON)
+        proxy.fates[WRITTEN_LSN] = "hang"
+        asked = asyncio.create_task(_store(service, Consistency(), "A-2"))
+
+        async def looking() -> bool:
+            return any(link.frozen for link in proxy.links)
+
+        assert await eventually(looking, 5)
+        if end == "cancelled":
+            asked.cancel()
+        await asyncio.wait([asked])
+        proxy.fates.clear()
+
+        assert asked.cancelled() == (end == "cancelled")
+        assert (await service.client.post("/patients", json=AS_JSON | {"mrn": "A-3"})).status_code == 201
+
+
+async def test_stale_plan_is_made_anew(database: Database, execute: Execute) -> None:
+    """After a migration changed a column's type the query is run once, and its row is read as ever."""
+    async with quiet(database.settings(replica=False)) as service:
+        await service.client.post("/patients", json=AS_JSON)
+        await execute("ALTER TABLE patients ALTER COLUMN full_name TYPE varchar(300)")
+
+        answer = await service.client.post("/patients", json=AS_JSON | {"mrn": "A-2"})
+
+        assert (answer.status_code, answer.json()["full_name"]) == (201, "Ada Lovelace")
+        assert await execute(MRNS) == "A-1,A-2"
+
+
+async def test_value_of_the_wrong_kind_leaves_nothing_open(database: Database, execute: Execute) -> None:
+    """It is a bug, not an unknown outcome, and the server is not left waiting in a transaction."""
+    async with quiet(database.settings(replica=False)) as service:
+
+        @service.app.post("/bug")
+        async def bug(session: AutocommitDB) -> None:
+            await queries.add_patient(session, ADA | {"birth_date": "1915-12-10"})
+
+        assert (await service.client.post("/bug")).status_code == 500
+
+        async def nothing_open() -> bool:
+            return bool(await execute(OPEN_TRANSACTIONS) == 0)
+
+        assert await eventually(nothing_open, 2)
+        assert service.databases.primary.pool.figures().checked_out == 0
+
+
 @pytest.mark.parametrize("how", ["rows", "gather", "execute", "add", "savepoint", "begin", "ended"])
 async def test_second_query_is_refused(service: Service, execute: Execute, how: str) -> None:
     """Two would not be stored together or not at all: that takes a transaction, and the author is told."""
@@ -197,6 +252,24 @@ async def test_second_query_is_refused(service: Service, execute: Execute, how: 
     assert service.databases.primary.pool.figures().checked_out == 0
 
 
+async def test_session_that_ended_while_it_waited_writes_nothing(database: Database, execute: Execute) -> None:
+    """Who left the session before it had its connection was told so, and must not find the row afterwards."""
+    async with serving(database.settings(replica=False, pool_size=1, max_overflow=0)) as service:
+        pool = service.databases.primary.pool
+
+        async def queued() -> bool:
+            return pool.figures().waiting == 1
+
+        async with service.databases.primary.engine.connect(), service.databases.autocommitting() as session:
+            late = asyncio.create_task(queries.add_patient(session, ADA))
+            assert await eventually(queued, 5)
+
+        with pytest.raises(RuntimeError, match="ended"):
+            await late
+        assert await execute(MRNS) == ""
+        assert pool.figures().checked_out == 0
+
+
 async def test_what_comes_after_it_takes_nothing_back(service: Service, execute: Execute) -> None:
     """The price: an endpoint that fails afterwards has stored its query all the same."""
 
@@ -228,6 +301,18 @@ async def test_query_joins_a_transaction_that_is_open(service: Service, execute:
     assert await execute(MRNS) == "A-1,AUDIT"
 
 
+async def test_transaction_after_it_is_refused(service: Service, execute: Execute) -> None:
+    """Two sessions that write, in one request, could wait for each other; the author is told."""
+
+    @service.app.post("/both")
+    async def both(session: WriteDB, once: AutocommitDB) -> None:
+        await queries.add_patient(session, ADA)
+        await queries.add_patient(once, ADA | {"mrn": "A-2"})
+
+    assert (await service.client.post("/both")).status_code == 500
+    assert await execute(MRNS) == ""
+
+
 async def test_dependency_may_name_it(service: Service, execute: Execute) -> None:
     """In a dependency it is the same as in an endpoint."""
 
@@ -256,3 +341,26 @@ async def test_get_that_wrote_is_not_run_once_more(service: Service, execute: Ex
     assert answer.status_code == 404
     assert await execute(MRNS) == "A-1"
     assert service.sample("db_query_seconds_count", pool="primary") == 1
+
+
+async def test_get_that_has_not_written_yet_is_run_once_more(behind: Service, execute: Execute) -> None:
+    """That it might write is no reason for a 404 of a row that exists."""
+
+    @behind.app.get("/visited/{patient_id}")
+    async def visited(session: ReadDB, once: AutocommitDB, patient_id: int) -> str:
+        patient = await queries.get_patient(session, patient_id)
+        await queries.add_patient(once, ADA | {"mrn": "SEEN"})
+        return str(patient.mrn)
+
+    created = await behind.client.post("/patients", json=AS_JSON)
+    behind.client.cookies.clear()
+
+    answer = await behind.client.get(created.headers["Location"].replace("/patients", "/visited"))
+
+    assert (answer.status_code, answer.json()) == (200, "A-1")
+    assert await execute(MRNS) == "A-1,SEEN"
+
+
+async def _store(service: Service, consistency: Consistency, mrn: str) -> None:
+    async with service.databases.autocommitting(consistency) as session:
+        await queries.add_patient(session, ADA | {"mrn": mrn})

@@ -23,6 +23,7 @@ from tests.service import Service, quiet, serving
 FAREWELL = b"E\x00\x00\x00\x2aSFATAL\x00VFATAL\x00C57P01\x00Mterminating...\x00\x00"
 ADA = {"mrn": "A-1", "full_name": "Ada Lovelace", "birth_date": date(1915, 12, 10)}
 COUNT = "SELECT count(*) FROM patients"
+MOOD: Query[Any] = Query(select(literal_column("ROW('glad'::public.mood)").label("mood")))
 KILL = Query(select(func.pg_terminate_backend(func.pg_backend_pid())))
 DEMOTE = Query(select(func.set_config("transaction_read_only", "on", literal_column("true", Boolean))))
 FAIL = Query(select((literal_column("1", Integer) / bindparam("zero", type_=Integer)).label("nothing")))
@@ -193,6 +194,35 @@ async def test_connection_that_the_server_has_just_ended(
         assert [answer.status_code for answer in answers] == [503, 200]
         assert answers[0].json()["code"] == code
         assert service.databases.primary.pool.figures().checked_out == 0
+
+
+async def test_driver_that_cannot_read_an_answer_is_a_bug(database: Database, execute: Execute) -> None:
+    """It would be so for ever: not a lost connection, which may be tried again, and the connection is good."""
+    await execute("CREATE TYPE public.mood AS ENUM ('glad')")
+    async with quiet(database.settings(replica=False)) as service:
+
+        @service.app.post("/bug")
+        async def bug(session: AutocommitDB) -> None:
+            await session.rows(MOOD)
+
+        assert (await service.client.post("/bug")).status_code == 500
+        assert service.sample("db_connection_invalidations_total", pool="primary", reason="closed") == 0
+
+
+async def test_stale_plan_on_the_replica_is_made_anew(database: Database, service: Service, execute: Execute) -> None:
+    """After a migration changed a column's type, rows have their attributes as before, and no others."""
+    created = await service.client.post("/patients", json=ADA | {"birth_date": "1915-12-10"})
+    service.client.cookies.clear()
+    await database.cluster.wait_replayed()
+    await service.client.get(created.headers["Location"])
+    await execute("ALTER TABLE patients ALTER COLUMN full_name TYPE varchar(300)")
+    await database.cluster.wait_replayed()
+
+    async with service.databases.reading() as session:
+        patient = await queries.get_patient(session, created.json()["id"])
+
+    assert patient.full_name == "Ada Lovelace"
+    assert not hasattr(patient, "nobody")
 
 
 async def test_demoted_server_is_left(service: Service) -> None:
