@@ -6,6 +6,7 @@ describes the primary; `DATABASE_REPLICA_*` and `DATABASE_ANALYTICS_*` inherit w
 """
 
 import os
+import re
 from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
@@ -421,8 +422,8 @@ def _is_known(name: str) -> bool:
 
 
 def _split_urls(text: str) -> list[str]:
-    """Split "postgresql://a/x,postgresql://b/x" without splitting a comma inside one URL's query."""
-    return [f"postgres{part}" for part in text.strip().removeprefix("postgres").split(",postgres")] if text else []
+    """Split "postgresql://a/x, postgresql://b/x" without splitting a comma inside one URL's query."""
+    return [url for url in re.split(r"\s*,\s*(?=[\w+.-]+://|$)", text.strip()) if url]
 
 
 def _sentences(error: ValidationError) -> str:

@@ -28,7 +28,7 @@ Written by `make bench`; do not edit. What the figures mean for the code is in [
 
 How to read it: CPU is user and system time of the server's processes by the kernel's account, divided by the answers
 of the round. Figures are the median of the rounds, with the lowest and the highest beside it; variants take turns
-within a round and the first round is not counted. Rates come from a closed loop (wrk), latencies from an open one
+within a round. Rates come from a closed loop (wrk), whose first round is not counted, latencies from an open one
 (h2load, one arrival per connection at a fixed rate, so a stall is not hidden). The server has a core to itself;
 PostgreSQL, the generators and the harness share the others. A wrong answer ends the run, but where errors are what is
 compared. Trust the ratios; rates depend on the machine and on what else it does.

@@ -14,7 +14,7 @@ from sqlalchemy.ext.asyncio import create_async_engine
 
 import app.idempotency
 import app.patients.models
-import app.users.models  # noqa: F401  # Importing the models fills the metadata.
+import app.users.models
 from app.db.base import Base
 from app.settings import MigrationSettings
 

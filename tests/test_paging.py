@@ -66,7 +66,7 @@ async def test_users_are_each_listed_once_by_id(
     primary_only: Service, owner: "asyncpg.Connection[Any]", count: int, limit: int
 ) -> None:
     """The pages of /users, put together, are the table by its key, gaps and all."""
-    await owner.execute("TRUNCATE users RESTART IDENTITY")
+    await owner.execute("TRUNCATE users RESTART IDENTITY CASCADE")
     await owner.execute(
         "INSERT INTO users (email, full_name) SELECT n || '@x', 'x' FROM generate_series(1, $1) n", count
     )
@@ -106,7 +106,7 @@ async def test_found_patients_are_each_listed_once_by_name(
 
 async def fill(owner: "asyncpg.Connection[Any]", names: list[str]) -> None:
     """Make these the patients, with ids from 1."""
-    await owner.execute("TRUNCATE patients RESTART IDENTITY")
+    await owner.execute("TRUNCATE patients RESTART IDENTITY CASCADE")
     await owner.execute(
         "INSERT INTO patients (mrn, full_name, birth_date) "
         "SELECT n::text, name, '1980-01-01' FROM unnest($1::text[]) WITH ORDINALITY AS given (name, n) ORDER BY n",

@@ -304,6 +304,19 @@ def test_migrations_read_secret_files_and_replicas(monkeypatch: pytest.MonkeyPat
     assert (alone, MigrationSettings().replica_urls) == ([], [REPLICA, REPLICA])
 
 
+def test_replicas_may_be_written_with_spaces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A space after a comma and a comma at the end are no part of a URL."""
+    settings = load(monkeypatch, DATABASE_REPLICA_URL=f"{REPLICA}, {REPLICA} ,")
+
+    assert len(settings.replicas) == 2
+    assert settings.replicas[0] == settings.replicas[1]
+
+
+def test_replica_with_a_wrong_scheme_is_quoted_as_it_was_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one that is wrong is named, and not one that nobody wrote."""
+    assert "'mysql'" in refusal(monkeypatch, DATABASE_REPLICA_URL=f"{REPLICA},mysql://a/x")
+
+
 def test_replica_of_several_hosts_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """The LSN of one host says nothing of the rows of another, so each replica is a URL of its own."""
     sentence = refusal(monkeypatch, DATABASE_REPLICA_URL="postgresql://app:hunter2@/x?host=a:1&host=b:2")

@@ -20,7 +20,10 @@ Ts = TypeVarTuple("Ts")
 
 # A server that stops takes back what is under way, and says so; a value of the wrong kind never got there.
 NOT_STORED = ("57P01", "22")
-ONE_QUERY = "an autocommit session runs one query by `rows`; what needs more than that takes `WriteDB`"
+ONE_QUERY = (
+    "an autocommit session runs one query by `rows`, and a first one is stored by now; what needs more than that takes "
+    "`WriteDB`"
+)
 
 
 class AutocommitSession(WriteSession):

@@ -72,7 +72,7 @@ async def change_patient(session: WriteDB, patient_id: Id, change: PatientChange
     return await queries.change_patient(session, patient_id, change.changes())
 
 
-@router.delete("/{patient_id}", status_code=status.HTTP_204_NO_CONTENT, responses=documented(404))
+@router.delete("/{patient_id}", status_code=status.HTTP_204_NO_CONTENT, responses=documented(404, 409))
 async def delete_patient(session: WriteDB, patient_id: Id) -> None:
     """Delete a patient."""
     await queries.delete_patient(session, patient_id)

@@ -57,7 +57,7 @@ async def change_user(session: WriteDB, user_id: Id, change: UserChange) -> quer
     return await queries.change_user(session, user_id, change.changes())
 
 
-@router.delete("/{user_id}", status_code=status.HTTP_204_NO_CONTENT, responses=documented(404))
+@router.delete("/{user_id}", status_code=status.HTTP_204_NO_CONTENT, responses=documented(404, 409))
 async def delete_user(session: WriteDB, user_id: Id) -> None:
     """Delete a user."""
     await queries.delete_user(session, user_id)

@@ -72,9 +72,11 @@ async def _rows(stage: Stage, server: Served, plan: Plan, tell: Tell, section: S
         await stage.grow(rows)
         found[rows] = [await _one(stage, server, path, plan, tell) for path in PATHS]
     one_patient = {rows: found[rows][0].cpu for rows in ROWS}
-    section.say(
-        f"**Rows** in the table; rows only grow, so these rounds do not alternate. {_flatness(one_patient, WHY_ROWS)}"
+    of_each = " ".join(
+        f"`GET {path}`: {_flatness({rows: found[rows][number].cpu for rows in ROWS}, WHY_ROWS)}"
+        for number, path in enumerate(PATHS)
     )
+    section.say(f"**Rows** in the table; rows only grow, so these rounds do not alternate. {of_each}")
     section.table(
         ["rows", *(f"`GET {path}`, {unit}" for path in PATHS for unit in ("µs CPU", "requests/s"))],
         [[f"{rows:,}", *(text for row in found[rows] for text in (row.cpu.text(), row.rate.text()))] for rows in ROWS],
