@@ -1,14 +1,12 @@
 """The real databases that tests run on: one primary and one streaming replica per run, one database per test.
 
 `cluster` is `local.cluster.Cluster`: see there for `url()`, `wait_replayed()` and what its two servers can suffer.
-A test that stops, kills, freezes or promotes one asks for `breakable_cluster`, and may leave the wreck behind.
+A test that stops, kills, freezes, promotes or reconfigures one asks for `breakable_cluster`. All that this test uses,
+`database` and `service` too, is then on servers that the other tests do not share; it may leave the wreck behind.
 """
 
 import os
-import shutil
-import tempfile
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterator
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -20,15 +18,14 @@ import pytest
 from app.settings import DatabaseSettings, Settings
 from local.cluster import Cluster
 from tests.proxy import Proxy
+from tests.servers import TEMPLATE, Servers, open_directory
 from tests.service import Service, serving
-
-# What a run may take in memory: two servers with their write-ahead logs. Docker gives containers 64 MB by default.
-MEMORY_BYTES = 3_000_000_000
 
 # Runs a statement on the primary as its superuser, beside the service, and returns its first value.
 Execute: TypeAlias = Callable[..., Awaitable[Any]]
 
 _numbers = count(1)
+_failed = pytest.StashKey[bool]()
 
 
 @dataclass(frozen=True)
@@ -69,13 +66,22 @@ class Database:
         return Settings(_env_file=None, **(fields | changes))
 
 
-@pytest.fixture
-def open_directory() -> Iterator[Path]:
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Let the fixtures know that their test failed."""
+    report = yield
+    if report.failed:
+        item.stash[_failed] = True
+    return report
+
+
+@pytest.fixture(name="open_directory")
+def _open_directory() -> Iterator[Path]:
     """Give an empty directory that the account reaches that PostgreSQL runs as when we are root.
 
     That account is shut out of pytest's own `tmp_path`.
     """
-    with _open_directory() as directory:
+    with open_directory() as directory:
         yield directory
 
 
@@ -88,38 +94,48 @@ def _no_settings_from_outside() -> None:
 
 
 @pytest.fixture(scope="session")
-async def cluster() -> AsyncIterator[Cluster]:
-    """Give the cluster of this run; tests leave both servers as they found them."""
-    with _open_directory() as directory:
-        async with Cluster(directory) as running:
-            yield running
-        running.remove()
-
-
-@pytest.fixture
-async def breakable_cluster(cluster: Cluster) -> AsyncIterator[Cluster]:
-    """Give the cluster to a test that breaks it, and mend it afterwards: both up, the replica streaming."""
-    yield cluster
-    await cluster.start()
+async def shared_servers() -> AsyncIterator[Servers]:
+    """Give the servers of the tests that break none."""
+    servers = Servers("shared")
+    yield servers
+    await servers.end()
 
 
 @pytest.fixture(scope="session")
-async def migrated(cluster: Cluster) -> str:
-    """Name the database that every test's own is copied from; nobody connects to it."""
-    name = "migrated"
-    await cluster.create_database(name)
-    await cluster.migrate(name)
-    return name
+async def breakable_servers() -> AsyncIterator[Servers]:
+    """Give the servers of the tests that break them."""
+    servers = Servers("breakable")
+    yield servers
+    await servers.end()
 
 
 @pytest.fixture
-async def database(cluster: Cluster, migrated: str) -> AsyncIterator[Database]:
+async def cluster(
+    request: pytest.FixtureRequest, shared_servers: Servers, breakable_servers: Servers
+) -> AsyncIterator[Cluster]:
+    """Give the shared cluster, which the test leaves as it found it; beside `breakable_cluster`, that one."""
+    breaks = "breakable_cluster" in request.fixturenames
+    servers = breakable_servers if breaks else shared_servers
+    yield await servers.take()
+    if breaks or request.node.stash.get(_failed, False):
+        await servers.inspect()
+
+
+@pytest.fixture
+async def breakable_cluster(cluster: Cluster) -> Cluster:
+    """Give the cluster to a test that breaks it; it is mended or replaced afterwards."""
+    return cluster
+
+
+@pytest.fixture
+async def database(request: pytest.FixtureRequest, cluster: Cluster) -> AsyncIterator[Database]:
     """Give a migrated, empty database that the replica has already replayed."""
     name = f"test_{next(_numbers)}"
-    await cluster.create_database(name, template=migrated)
+    await cluster.create_database(name, template=TEMPLATE)
     await cluster.wait_replayed()
     yield Database(name, cluster)
-    await cluster.drop_database(name)
+    if "breakable_cluster" not in request.fixturenames:  # Else the servers may be down; their inspection drops it.
+        await cluster.drop_database(name)
 
 
 @pytest.fixture
@@ -162,14 +178,4 @@ async def execute(database: Database) -> AsyncIterator[Execute]:
         return await connection.fetchval(statement, *arguments)
 
     yield run
-    await connection.close()
-
-
-@contextmanager
-def _open_directory() -> Iterator[Path]:
-    # In memory, a database of one's own is made and replayed in 20 ms; on a disk that others use in 50 to 200.
-    memory = Path("/dev/shm")  # noqa: S108  # mkdtemp makes an unguessable name in it.
-    roomy = memory.is_dir() and shutil.disk_usage(memory).free > MEMORY_BYTES
-    with tempfile.TemporaryDirectory(prefix="lifeguard-tests-", dir=memory if roomy else None) as directory:
-        Path(directory).chmod(0o711)
-        yield Path(directory)
+    connection.terminate()  # It says goodbye without waiting for an answer, which a frozen server would not give.

@@ -12,6 +12,7 @@ from sqlalchemy import Integer, Text, literal_column, select, text
 
 from app.db.dependencies import AnalyticsDB, ReadDB, WriteDB
 from app.db.query import Query
+from local.cluster import Cluster
 from local.waiting import eventually
 from tests.conftest import Database, Execute
 from tests.proxy import Proxy
@@ -29,9 +30,9 @@ SELECT n::text, 'Ada', '1915-12-10' FROM generate_series(1, 50) AS n
 
 
 @pytest.fixture
-async def impatient_replica(database: Database) -> AsyncIterator[None]:
+async def impatient_replica(breakable_cluster: Cluster) -> AsyncIterator[None]:
     """Let replay wait for no query, as when a replica has been behind for long."""
-    replica = await database.cluster.replica.connect()
+    replica = await breakable_cluster.replica.connect()
     await replica.execute("ALTER SYSTEM SET max_standby_streaming_delay = 0")
     await replica.execute("SELECT pg_reload_conf()")
     yield

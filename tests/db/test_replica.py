@@ -94,6 +94,7 @@ async def test_idle_primary_is_no_lag(database: Database) -> None:
         assert replica.lag_seconds == 0.0
 
 
+@pytest.mark.usefixtures("breakable_cluster")
 async def test_dead_wal_receiver_is_lag(database: Database, execute: Execute) -> None:
     """A replica that receives nothing has replayed all it received, and is behind: the primary's position tells."""
     async with quiet(database.settings(**STRICT)) as service, without_wal_receiver(database):
@@ -108,6 +109,7 @@ async def test_dead_wal_receiver_is_lag(database: Database, execute: Execute) ->
         assert service.sample("db_replica_lag_bytes", pool="replica") > 1000
 
 
+@pytest.mark.usefixtures("breakable_cluster")
 async def test_lagging_replica_serves_no_reads(
     database: Database, execute: Execute, caplog: pytest.LogCaptureFixture
 ) -> None:

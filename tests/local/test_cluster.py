@@ -28,28 +28,28 @@ async def test_replica_streams_and_refuses_writes(cluster: Cluster) -> None:
         await query(cluster.url("app_owner", server="replica"), "CREATE TABLE refused ()")
 
 
-async def test_wait_replayed_waits_for_what_is_committed(cluster: Cluster) -> None:
+async def test_wait_replayed_waits_for_what_is_committed(breakable_cluster: Cluster) -> None:
     """A row written before the call is on the replica after it; a paused replica makes it time out instead."""
-    await cluster.create_database("replayed")
+    await breakable_cluster.create_database("replayed")
     owner, reader = (
-        cluster.url("app_owner", database="replayed"),
-        cluster.url("app_ro", server="replica", database="replayed"),
+        breakable_cluster.url("app_owner", database="replayed"),
+        breakable_cluster.url("app_ro", server="replica", database="replayed"),
     )
     await query(owner, "CREATE TABLE numbers AS SELECT 1 AS number")
-    await cluster.wait_replayed()
-    await cluster.pause_replay()
+    await breakable_cluster.wait_replayed()
+    await breakable_cluster.pause_replay()
     try:
         await query(owner, "INSERT INTO numbers VALUES (2)")
         with pytest.raises(TimeoutError, match="has replayed"):
-            await cluster.wait_replayed(timeout_seconds=0.05)
+            await breakable_cluster.wait_replayed(timeout_seconds=0.05)
         before = await query(reader, "SELECT count(*) FROM numbers")
     finally:
-        await cluster.resume_replay()
+        await breakable_cluster.resume_replay()
 
-    await cluster.wait_replayed()
+    await breakable_cluster.wait_replayed()
 
     assert (before, await query(reader, "SELECT count(*) FROM numbers")) == (1, 2)
-    await cluster.drop_database("replayed")
+    await breakable_cluster.drop_database("replayed")
 
 
 async def test_new_database_is_a_copy_with_the_roles_privileges(cluster: Cluster) -> None:

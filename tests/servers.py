@@ -1,0 +1,123 @@
+"""The servers that tests run on, and what becomes of them when a test leaves them broken.
+
+Most tests share one cluster and change nothing of it. A test that stops, kills, freezes or promotes a server has a
+second cluster. After such a test, and after every test that failed, the cluster is inspected: it is mended where that
+restores it completely, and replaced by a fresh one where it does not. So the failure of one test stays its own.
+"""
+
+import logging
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import asyncpg
+
+from local.account import LocalError
+from local.cluster import Cluster
+from local.postgres import Server
+
+logger = logging.getLogger(__name__)
+
+# What a cluster may take in memory: two servers with their write-ahead logs. Docker gives containers 64 MB by default.
+MEMORY_BYTES = 3_000_000_000
+# The database that every test's own is copied from; nobody connects to it.
+TEMPLATE = "migrated"
+# What nobody may have left in the way of the next test: settings of ALTER SYSTEM, a paused replay, a lost stream.
+LEFT_BEHIND = "SELECT count(*) FROM pg_file_settings WHERE sourcefile LIKE '%postgresql.auto.conf'"
+REPLAYS = "SELECT pg_is_in_recovery() AND pg_get_wal_replay_pause_state() = 'not paused'"
+STREAMS = "SELECT NOT pg_is_in_recovery() AND EXISTS (SELECT FROM pg_stat_replication WHERE state = 'streaming')"
+TESTS_OWN = "SELECT datname FROM pg_database WHERE datname LIKE 'test\\_%'"
+# A failure of the inspection itself says that the cluster is not sound.
+UNSOUND = (OSError, LocalError, asyncpg.PostgresError, asyncpg.InterfaceError)
+
+
+class Servers:
+    """One cluster after the other, each for as many tests as leave it sound."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._cluster: Cluster | None = None
+        self._own: dict[Server, dict[str, str]] = {}
+
+    async def take(self) -> Cluster:
+        """Return the running cluster with its template database, made at the first call."""
+        if self._cluster is None:
+            self._cluster = await self._make()
+        return self._cluster
+
+    async def inspect(self) -> None:
+        """Mend the cluster, or give it up so that the next `take` makes a fresh one."""
+        cluster = self._cluster
+        if cluster is None:
+            return
+        try:
+            if await self._sound(cluster):
+                return
+        except UNSOUND as error:
+            logger.warning("the %s servers cannot be mended: %s", self.name, error)
+        await self.end()
+
+    async def end(self) -> None:
+        """Stop the servers and remove what they kept."""
+        cluster, self._cluster = self._cluster, None
+        if cluster is None:
+            return
+        for server in (cluster.replica, cluster.primary):
+            if server.running:
+                server.thaw()
+            await server.kill()
+        shutil.rmtree(cluster.directory)
+
+    async def _make(self) -> Cluster:
+        cluster = Cluster(_directory())
+        try:
+            await cluster.start()
+            await cluster.create_database(TEMPLATE)
+            await cluster.migrate(TEMPLATE)
+        except BaseException:
+            await cluster.stop()
+            raise
+        self._own = {server: dict(server.settings) for server in (cluster.primary, cluster.replica)}
+        return cluster
+
+    async def _sound(self, cluster: Cluster) -> bool:
+        if any(server.settings != own for server, own in self._own.items()):
+            return False
+        await cluster.start()
+        connection = await cluster.primary.connect()
+        try:
+            for row in await connection.fetch(TESTS_OWN):
+                await cluster.drop_database(row["datname"])
+        finally:
+            await connection.close()
+        primary, replica = await _ask(cluster.primary, STREAMS), await _ask(cluster.replica, REPLAYS)
+        return bool(primary and replica)
+
+
+async def _ask(server: Server, question: str) -> bool:
+    connection = await server.connect()
+    try:
+        return bool(await connection.fetchval(question)) and await connection.fetchval(LEFT_BEHIND) == 0
+    finally:
+        await connection.close()
+
+
+@contextmanager
+def open_directory() -> Iterator[Path]:
+    """Give an empty directory that the account reaches that PostgreSQL runs as when we are root."""
+    directory = _directory()
+    try:
+        yield directory
+    finally:
+        shutil.rmtree(directory)
+
+
+def _directory() -> Path:
+    # In memory, a database of one's own is made and replayed in 20 ms; on a disk that others use in 50 to 200.
+    memory = Path("/dev/shm")  # noqa: S108  # mkdtemp makes an unguessable name in it.
+    roomy = memory.is_dir() and shutil.disk_usage(memory).free > MEMORY_BYTES
+    directory = Path(tempfile.mkdtemp(prefix="lifeguard-tests-", dir=memory if roomy else None))
+    directory.chmod(0o711)
+    return directory
