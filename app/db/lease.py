@@ -134,7 +134,7 @@ class Lease:
 
     async def _ask(self, answer: Awaitable[T], statement: str | None = None) -> T:
         """Wait for an answer, count its time, and name its failure; BEGIN and COMMIT are no statements to count."""
-        started = time.perf_counter()
+        self.tenure.asked_at = started = time.perf_counter()
         try:
             return await answer
         except ASYNCPG_FAILURES as error:
@@ -148,6 +148,7 @@ class Lease:
             seconds = time.perf_counter() - started
             if statement is None:
                 self.tenure.queried += seconds
+                self.tenure.asked_at = None
             else:
                 self._database.watch.answered(self.tenure, statement, seconds)
 

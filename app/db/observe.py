@@ -87,6 +87,7 @@ class PoolWatch:
         """Count a statement, answered or failed; log it when it was slow."""
         self._query.observe(seconds)
         tenure.queried += seconds
+        tenure.asked_at = None
         if seconds >= self._slow_query_seconds:
             self._slow.inc()
             # Never the parameters: they are health data.
@@ -111,9 +112,9 @@ class EngineWatch:
         ):
             event.listen(engine.sync_engine, name, listener)
 
-    def _started(self, _connection: Connection, *rest: Any) -> None:
+    def _started(self, connection: Connection, *rest: Any) -> None:
         # cursor, statement, parameters, context, executemany
-        rest[3].started_at = time.perf_counter()
+        connection.info["tenure"].asked_at = rest[3].started_at = time.perf_counter()
 
     def _succeeded(self, connection: Connection, *rest: Any) -> None:
         self._finished(connection, rest[1], rest[3])

@@ -42,7 +42,11 @@ T = TypeVar("T")
 
 @dataclass(slots=True, eq=False)
 class Tenure:
-    """The life of one open connection; times are of the pool's clock, in seconds."""
+    """The life of one open connection; times are of the pool's clock, in seconds.
+
+    `queried` and `asked_at` are of `time.perf_counter`, by which statements are timed. `asked_at` is when the statement
+    under way was sent, None between two statements: what waits for the database is not idle.
+    """
 
     connection: KeptAliveConnection
     opened_at: float
@@ -53,9 +57,14 @@ class Tenure:
     holder: str = ""
     taken_at: float = 0.0
     queried: float = 0.0
+    asked_at: float | None = None
     taken_in: str | None = None
     reported: bool = False
     aborted: bool = False
+
+    def queried_seconds(self) -> float:
+        """Seconds that this checkout spent on statements, the one under way included."""
+        return self.queried if self.asked_at is None else self.queried + time.perf_counter() - self.asked_at
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,7 +206,7 @@ class BoundedPool(Pool):
         tenure.uses += 1
         tenure.holder = holder.get()
         tenure.taken_at = now
-        tenure.queried = 0.0
+        tenure.queried, tenure.asked_at = 0.0, None
         tenure.taken_in = _caller() if self._trace else None
         tenure.reported = tenure.aborted = False
         self._counts.out[entry] = tenure
@@ -209,7 +218,7 @@ class BoundedPool(Pool):
         tenure = self._counts.out.pop(record)
         now = self._clock()
         try:
-            self._watch.returned(tenure.holder, now - tenure.taken_at, tenure.queried)
+            self._watch.returned(tenure.holder, now - tenure.taken_at, tenure.queried_seconds())
             if record.dbapi_connection is None:
                 self._watch.replaced("error")
             elif reason := self._expired(tenure, now):
@@ -452,7 +461,7 @@ def _tenure(entry: ConnectionPoolEntry) -> Tenure:
 
 def _holding(tenure: Tenure, now: float) -> Holding:
     held = now - tenure.taken_at
-    return Holding(tenure.holder, held, held - tenure.queried, tenure.taken_in)
+    return Holding(tenure.holder, held, max(0.0, held - tenure.queried_seconds()), tenure.taken_in)
 
 
 def _caller() -> str:

@@ -284,6 +284,7 @@ class WriteSession(ReadSession):
         if driver is None or driver.is_closed():
             raise ConnectionLost("The connection to the database was lost; nothing was committed.")
         before, started = tenure.queried, time.perf_counter()
+        tenure.asked_at = started
         try:
             await commit()
         except (*DRIVER_FAILURES, DatabaseUnavailable) as error:
@@ -291,15 +292,15 @@ class WriteSession(ReadSession):
                 raise OutcomeUnknown(UNKNOWN) from error
             raise
         self._settled = True
-        tenure.queried = before + time.perf_counter() - started
+        tenure.queried, tenure.asked_at = before + time.perf_counter() - started, None
         await self._keep_token(driver, tenure)
 
     async def _keep_token(self, driver: Any, tenure: Tenure) -> None:
         """Ask how far the WAL reaches after a commit, where somebody reads from a replica."""
         if self._consistency is not None:
-            started = time.perf_counter()
+            tenure.asked_at = started = time.perf_counter()
             self._consistency.token = await _written_lsn(driver)
-            tenure.queried += time.perf_counter() - started
+            tenure.queried, tenure.asked_at = tenure.queried + time.perf_counter() - started, None
 
 
 async def _written_lsn(driver: "asyncpg.Connection[Any]") -> str | None:

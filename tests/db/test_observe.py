@@ -1,5 +1,6 @@
 """What pools and engines tell is true, and holds nothing of what was stored."""
 
+import asyncio
 import json
 import logging
 from collections.abc import Callable
@@ -7,13 +8,14 @@ from typing import Any
 
 import asyncpg
 import pytest
-from sqlalchemy import Text, bindparam, cast, literal_column, select, text
+from sqlalchemy import Text, bindparam, cast, func, literal_column, select, text
 
 from app.db.dependencies import ReadDB, WriteDB
 from app.db.observe import name_loss
 from app.db.query import Query
 from app.errors import CommandTimeout, ConnectionLost
 from app.logs import JsonFormatter
+from local.waiting import eventually
 from tests.conftest import Database, Execute
 from tests.db.conftest import pooled
 from tests.proxy import Proxy
@@ -21,6 +23,7 @@ from tests.service import Service, quiet, serving
 
 SECRET = "S3CR3T-MRN"
 PATIENT = {"mrn": SECRET, "full_name": "Ada Lovelace", "birth_date": "1915-12-10"}
+TAKE_LOCK = Query(select(cast(func.pg_advisory_xact_lock(7), Text)))
 SLOW_WORD = Query(select(literal_column("pg_sleep(0.02)::text", Text), bindparam("word", type_=Text)))
 
 
@@ -193,6 +196,51 @@ async def test_holding_without_asking_is_told_apart(service: Service, execute: E
     assert held["there"][0] >= 0.1
     assert held["there"][1] < 0.1
     assert min(held["here"]) >= 0.1
+
+
+@pytest.mark.parametrize("lane", ["driver", "sqlalchemy", "commit"])
+async def test_statement_under_way_is_no_idling(service: Service, execute: Execute, lane: str) -> None:
+    """Who waits for the database, for a lock or in COMMIT, is not told to hold a connection idle."""
+    await execute("CREATE TABLE deferred (id int PRIMARY KEY DEFERRABLE INITIALLY DEFERRED)")
+    await execute("GRANT ALL ON deferred TO app_rw")
+    blocker = await asyncpg.connect(service.databases.primary.settings.url.get_secret_value().replace("+asyncpg", ""))
+    await blocker.execute("BEGIN; INSERT INTO deferred VALUES (1); SELECT pg_advisory_xact_lock(7)")
+
+    async def wait_for_the_lock() -> None:
+        async with service.databases.writing(label="blocked") as session:
+            if lane == "driver":
+                await session.rows(TAKE_LOCK)
+            elif lane == "sqlalchemy":
+                await session.execute(text("SELECT pg_advisory_xact_lock(7)"))
+            else:
+                await session.execute(text("INSERT INTO deferred VALUES (1)"))
+
+    task = asyncio.create_task(wait_for_the_lock())
+    try:
+
+        async def blocked() -> bool:
+            return bool(await execute("SELECT true FROM pg_locks WHERE NOT granted AND pid <> pg_backend_pid()"))
+
+        assert await eventually(blocked, 5)
+        (first,) = service.databases.primary.pool.holdings()
+
+        async def held_for_longer() -> bool:
+            return service.databases.primary.pool.holdings()[0].held_seconds > first.held_seconds + 0.2
+
+        assert await eventually(held_for_longer, 5)
+        (later,) = service.databases.primary.pool.holdings()
+    finally:
+        await blocker.execute("ROLLBACK")
+        await blocker.close()
+    await task
+
+    held, idle = later.held_seconds - first.held_seconds, later.idle_seconds - first.idle_seconds
+    assert idle < held / 2
+    idle, held = (
+        service.sample(f"db_connection_{kind}_seconds_sum", pool="primary", route="blocked")
+        for kind in ("idle_hold", "hold")
+    )
+    assert idle < held / 2
 
 
 def _sums(service: Service) -> tuple[float, float]:
