@@ -47,6 +47,10 @@ ENDED = (
     "this session ended with its request or its block; what comes after it, a stream or a background task, opens its "
     "own: `async with databases.reading()` or `.writing()`"
 )
+NO_QUERY = (
+    'rows() takes a Query, a constant of the module: `BY_ID = Query(select(…).where(… == bindparam("id")))`; a '
+    "statement that is made for the call is run by `await session.execute(…)`"
+)
 
 
 @dataclass(slots=True)
@@ -163,6 +167,9 @@ class ReadSession(AsyncSession):
         On a replica each call takes a connection for itself, one round trip and gives it back: there is no transaction
         for it to be part of. On the primary it runs in the session's transaction.
         """
+        given: object = query
+        if not isinstance(given, Query):
+            raise TypeError(NO_QUERY)
         if "sync_session" in vars(self) and (self.sync_session.held is not None or self.sync_session.in_transaction()):
             return await greenlet_spawn(self.sync_session.read_rows, query.statement, parameters)
         if self._ended:
