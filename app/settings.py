@@ -5,10 +5,12 @@ Nothing else reads the environment: `load_settings()` reads it over `.env` and a
 describes the primary; `DATABASE_REPLICA_*` and `DATABASE_ANALYTICS_*` inherit whatever they do not set.
 """
 
+import getpass
 import os
 import re
 from collections.abc import Callable, Mapping
 from difflib import get_close_matches
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, cast
 
@@ -20,8 +22,8 @@ from pydantic_settings import (
     PydanticBaseSettingsSource,
     SettingsConfigDict,
 )
-from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import ArgumentError
+
+from app.database_url import SHAPE, ConnectionParameters, parse_url
 
 # The shortest prefix comes last, so that DATABASE_REPLICA_URL is the replica's and not the primary's REPLICA_URL.
 PREFIXES = {"replicas": "database_replica_", "analytics": "database_analytics_", "primary": "database_"}
@@ -36,16 +38,34 @@ class SettingsError(ValueError):
 
 
 def _checked_url(secret: SecretStr) -> SecretStr:
-    """Accept postgresql://, postgres:// and postgresql+asyncpg://; never repeat the URL, it holds a password."""
+    """Accept what app/database_url.py accepts; never repeat the URL, it holds a password."""
+    text = secret.get_secret_value().strip()
+    parameters = parse_url(text)
+    for name, path in parameters.files.items():
+        # The driver would say so at each connect, and that looks like a database that is away.
+        if not os.access(path, os.R_OK):
+            raise ValueError(f"names {path} as {name}, which is not there or cannot be read")
+    if parameters.lacks_root_certificate and not _has_root_certificate():
+        raise ValueError(
+            "has a sslmode that verifies the server's certificate, and does not say against what: add "
+            "sslrootcert=/path/to/authority.crt, or sslmode=verify-full&sslrootcert=system for a public authority"
+        )
+    if parameters.user is None and not _has_user():
+        raise ValueError(f"names no user, and the system has no name for this account; write {SHAPE}")
+    return SecretStr(f"postgresql+asyncpg://{text.partition('://')[2]}")
+
+
+def _has_user() -> bool:
     try:
-        url = make_url(secret.get_secret_value().strip())
-    except (ArgumentError, ValueError):
-        raise ValueError("is not a URL; write postgresql://user:password@host:5432/database") from None
-    if url.drivername not in {"postgresql", "postgres", "postgresql+asyncpg"}:
-        raise ValueError(f"has the scheme {url.drivername!r}; this service speaks to postgresql:// only")
-    if not url.database:
-        raise ValueError("names no database; end it with /database")
-    return SecretStr(url.set(drivername="postgresql+asyncpg").render_as_string(hide_password=False))
+        return bool(os.environ.get("PGUSER") or getpass.getuser())
+    except (KeyError, OSError):  # A container runs under a number that has no name.
+        return False
+
+
+def _has_root_certificate() -> bool:
+    # Where libpq and asyncpg look when the URL names none.
+    named = os.environ.get("PGSSLROOTCERT") or Path("~/.postgresql/root.crt").expanduser()
+    return os.access(named, os.R_OK)
 
 
 def _checked_secret(secret: SecretStr) -> SecretStr:
@@ -105,22 +125,35 @@ class DatabaseSettings(BaseModel):
         """Connections opened at start and kept while idle."""
         return min(self.pool_size, 5) if self.pool_min_size is None else self.pool_min_size
 
-    @property
-    def parsed_url(self) -> URL:
-        """The URL with its password; keep it out of logs."""
-        return make_url(self.url.get_secret_value())
+    @cached_property
+    def parameters(self) -> ConnectionParameters:
+        """The URL, taken apart; it holds the password."""
+        return parse_url(self.url.get_secret_value())
 
     @property
     def server(self) -> str:
         """Host and port: what databases share that share a server."""
-        return self.location.rpartition("/")[0]
+        return self.parameters.server
 
     @property
     def location(self) -> str:
         """Host, port and database: what may be shown."""
-        url = self.parsed_url
-        hosts = url.query.get("host", f"{url.host or 'localhost'}:{url.port or 5432}")
-        return f"{hosts if isinstance(hosts, str) else ','.join(hosts)}/{url.database}"
+        return self.parameters.location
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_the_url(cls, given: dict[str, Any]) -> dict[str, Any]:
+        """Let the URL say what has a variable too, where that variable is not set."""
+        url = given.get("url")
+        try:
+            parameters = parse_url(url.get_secret_value() if isinstance(url, SecretStr) else str(url))
+        except ValueError:
+            return given  # The field's own check says what is wrong.
+        said = {
+            "application_name": parameters.application_name,
+            "connect_timeout_seconds": parameters.connect_timeout_seconds,
+        }
+        return {name: value for name, value in said.items() if value is not None} | given
 
     @model_validator(mode="after")
     def _agree(self) -> Self:
@@ -233,12 +266,14 @@ class Settings(BaseSettings):
                 f"{self.statement_timeout_seconds:g}: a statement in flight would be cut at shutdown; raise the first"
             )
         for replica in self.replicas:
-            if "," in replica.location:
+            if len(replica.parameters.hosts) > 1:
                 raise ValueError(
                     "DATABASE_REPLICA_URL names several hosts in one URL: what one of them has replayed would be "
                     "believed of the other; write a URL for each, separated by commas"
                 )
         for prefix, database in self.databases:
+            if wrong := self._wrong_session_attrs(prefix, database):
+                raise ValueError(f"{prefix}URL has target_session_attrs={wrong}")
             if database.command_timeout_seconds <= self.statement_timeout_seconds:
                 raise ValueError(
                     f"{prefix}COMMAND_TIMEOUT_SECONDS {database.command_timeout_seconds:g} <= "
@@ -247,6 +282,21 @@ class Settings(BaseSettings):
                 )
         return self
 
+    def _wrong_session_attrs(self, prefix: str, database: DatabaseSettings) -> str | None:
+        """Say why a URL demands a kind of server that its pool does not look for; None when it does not."""
+        wanted = database.parameters.target_session_attrs
+        if wanted is None or wanted == "any":
+            return None
+        writes = wanted in {"read-write", "primary"}
+        if prefix == "DATABASE_":
+            return None if writes else f"{wanted}: the service writes there; leave it out, or write read-write"
+        if prefix == "DATABASE_REPLICA_":
+            return f"{wanted}: a replica is a standby; leave it out" if writes else None
+        elsewhere = [self.primary.url, *(replica.url for replica in self.replicas)]
+        if database.url in elsewhere or (wanted == "prefer-standby" and len(database.parameters.hosts) == 1):
+            return None
+        return f"{wanted}: reports run on whichever host answers; leave it out, and name only hosts that may be asked"
+
     @model_validator(mode="after")
     def _fit_for_production(self) -> Self:
         if self.environment != "production":
@@ -254,7 +304,7 @@ class Settings(BaseSettings):
         refused = {
             f"{prefix}URL holds a development password": None
             for prefix, database in self.databases
-            if (database.parsed_url.password or "").startswith(DEVELOPMENT_SECRET)
+            if (database.parameters.password or "").startswith(DEVELOPMENT_SECRET)
         }
         if self.auth_secret is None:
             refused["AUTH_SECRET is not set, and every route would be open"] = None

@@ -9,6 +9,7 @@ import pytest
 APP = Path(__file__).parent.parent / "app"
 DOMAINS = ("users", "patients", "reports")
 FLOORS = {
+    "database_url": -1,
     **dict.fromkeys(("settings", "errors", "metrics", "logs", "routing"), 0),
     "db": 1,
     **dict.fromkeys(("security", "fields", "paging", "idempotency"), 2),

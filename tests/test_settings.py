@@ -3,8 +3,9 @@
 from pathlib import Path
 
 import pytest
+from pydantic import SecretStr
 
-from app.settings import MigrationSettings, Settings, SettingsError, load_settings
+from app.settings import DatabaseSettings, MigrationSettings, Settings, SettingsError, load_settings
 
 URL = "postgresql://app:hunter2@primary:5432/lifeguard"
 REPLICA = "postgresql://app:hunter2@replica:5432/lifeguard"
@@ -47,8 +48,8 @@ def test_every_usual_scheme_is_understood(monkeypatch: pytest.MonkeyPatch, schem
     """What other tools call a PostgreSQL URL is one here."""
     settings = load(monkeypatch, DATABASE_URL=f"{scheme}://app:p%40ss@db:1234/x")
 
-    assert settings.primary.parsed_url.drivername == "postgresql+asyncpg"
-    assert settings.primary.parsed_url.password == "p@ss"
+    assert settings.primary.url.get_secret_value() == "postgresql+asyncpg://app:p%40ss@db:1234/x"
+    assert settings.primary.parameters.password == "p@ss"
 
 
 @pytest.mark.parametrize(
@@ -119,6 +120,101 @@ def test_location_shows_every_host_and_no_password(monkeypatch: pytest.MonkeyPat
     settings = load(monkeypatch, DATABASE_URL="postgresql://app:hunter2@/x?host=a:1&host=b:2")
 
     assert settings.primary.location == "a:1,b:2/x"
+
+
+def test_url_sets_what_its_variable_leaves_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name and a timeout in a URL are that database's own; a variable is stronger, and is inherited."""
+    url = f"{URL}?application_name=told&connect_timeout=7"
+    alone = load(monkeypatch, DATABASE_URL=url, DATABASE_REPLICA_URL=REPLICA)
+    both = load(monkeypatch, DATABASE_APPLICATION_NAME="set", DATABASE_CONNECT_TIMEOUT_SECONDS=2)
+
+    assert (alone.primary.application_name, alone.primary.connect_timeout_seconds) == ("told", 7)
+    assert (alone.replicas[0].application_name, alone.replicas[0].connect_timeout_seconds) == ("lifeguard", 0.5)
+    assert (both.primary.application_name, both.primary.connect_timeout_seconds) == ("set", 2)
+
+
+def test_settings_that_are_made_are_taken_as_they_are() -> None:
+    """Whoever makes one database's settings in code may hand them on."""
+    made = DatabaseSettings(url=SecretStr(f"{URL}?connect_timeout=7"), pool_size=3)
+
+    settings = Settings(primary=made, analytics=made)
+
+    assert settings.primary is made
+    assert made.connect_timeout_seconds == 7
+
+
+def test_parameter_of_a_url_is_refused_under_its_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sentence says which URL it is, and what to write instead."""
+    sentence = refusal(monkeypatch, DATABASE_REPLICA_URL=f"{REPLICA}?channel_binding=require")
+
+    assert sentence.startswith("DATABASE_REPLICA_URL: has channel_binding=require, which is not taken")
+
+
+@pytest.mark.parametrize("name", ["sslrootcert", "sslcert", "sslkey", "sslcrl"])
+def test_file_of_a_url_has_to_be_there(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """A certificate that cannot be read is a mistake at the start, and no database that is away."""
+    sentence = refusal(monkeypatch, DATABASE_URL=f"{URL}?sslmode=require&{name}=/nowhere")
+
+    assert sentence == f"DATABASE_URL: names /nowhere as {name}, which is not there or cannot be read."
+
+
+def test_certificate_is_verified_against_something(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A sslmode that verifies needs an authority: in the URL, in the environment, or where libpq looks."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    url = f"{URL}?sslmode=verify-full"
+
+    refused = refusal(monkeypatch, DATABASE_URL=url)
+    (tmp_path / "authority").touch()
+    named = load(monkeypatch, DATABASE_URL=f"{url}&sslrootcert={tmp_path}/authority")
+    of_the_system = load(monkeypatch, DATABASE_URL=f"{url}&sslrootcert=system")
+    found = load(monkeypatch, DATABASE_URL=url, PGSSLROOTCERT=tmp_path / "authority")
+
+    assert "sslrootcert=/path/to/authority.crt" in refused
+    assert {named.primary.server, of_the_system.primary.server, found.primary.server} == {"primary:5432"}
+
+
+def test_user_of_a_nameless_account_has_to_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a user the account's name is taken, as by libpq; a container's number may have none."""
+    for name in ("LOGNAME", "USER", "LNAME", "USERNAME", "PGUSER"):
+        monkeypatch.delenv(name, raising=False)
+    nobody: dict[int, object] = {}
+    monkeypatch.setattr("pwd.getpwuid", nobody.__getitem__)
+
+    refused = refusal(monkeypatch, DATABASE_URL="postgresql://db/x")
+    named = load(monkeypatch, PGUSER="app", DATABASE_URL="postgresql://db/x")
+
+    assert "names no user" in refused
+    assert named.primary.parameters.user is None
+
+
+ATTRS = "target_session_attrs"
+TWO = "postgresql://app:hunter2@a,b/x"
+
+
+@pytest.mark.parametrize(
+    ("name", "url", "taken"),
+    [
+        ("DATABASE_URL", f"{TWO}?{ATTRS}=any", True),
+        ("DATABASE_URL", f"{TWO}?{ATTRS}=read-write", True),
+        ("DATABASE_URL", f"{TWO}?{ATTRS}=primary", True),
+        ("DATABASE_URL", f"{TWO}?{ATTRS}=standby", False),
+        ("DATABASE_URL", f"{TWO}?{ATTRS}=prefer-standby", False),
+        ("DATABASE_REPLICA_URL", f"{REPLICA}?{ATTRS}=prefer-standby", True),
+        ("DATABASE_REPLICA_URL", f"{REPLICA}?{ATTRS}=read-only", True),
+        ("DATABASE_REPLICA_URL", f"{REPLICA}?{ATTRS}=primary", False),
+        ("DATABASE_ANALYTICS_URL", f"{REPLICA}?{ATTRS}=prefer-standby", True),
+        ("DATABASE_ANALYTICS_URL", f"{TWO}?{ATTRS}=prefer-standby", False),
+        ("DATABASE_ANALYTICS_URL", f"{REPLICA}?{ATTRS}=standby", False),
+    ],
+)
+def test_kind_of_server_is_the_one_that_the_pool_looks_for(
+    monkeypatch: pytest.MonkeyPatch, name: str, url: str, *, taken: bool
+) -> None:
+    """A demand for a primary or a standby is kept, or refused: no pool goes elsewhere in silence."""
+    if taken:
+        load(monkeypatch, **{name: url})
+    else:
+        assert f"{name} has {ATTRS}={url.rpartition('=')[2]}" in refusal(monkeypatch, **{name: url})
 
 
 @pytest.mark.parametrize(

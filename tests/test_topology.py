@@ -58,10 +58,10 @@ def _clients(settings: Settings, *, pool: int | None = None) -> dict[str, int]:
     """Count the client connections of one instance, by alias; `pool` replaces the request pools' capacity."""
     counts: dict[str, int] = {}
     for database in (settings.primary, *settings.replicas):
-        alias = str(database.parsed_url.database)
+        alias = str(database.parameters.database)
         counts[alias] = counts.get(alias, 0) + (database.capacity if pool is None else pool) + MONITOR
     analytics = settings.analytics
-    counts[str(analytics.parsed_url.database)] += analytics.capacity + MONITOR
+    counts[str(analytics.parameters.database)] += analytics.capacity + MONITOR
     return counts
 
 
@@ -106,7 +106,7 @@ def test_hundred_clients_share_thirty_connections(settings: Settings, pooler: di
     assert pooler["max_db_connections"] == 30
     # One role per alias carries the requests: its pool with the reserve, beside the look-up's own connections.
     assert pooler["default_pool_size"] + pooler["reserve_pool_size"] + pooler["min_pool_size"] <= 30
-    assert settings.primary.parsed_url.username == "app_rw"
+    assert settings.primary.parameters.user == "app_rw"
 
 
 @pytest.mark.parametrize(

@@ -9,13 +9,12 @@ import logging
 import socket
 from collections.abc import Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass
 from typing import Any, cast
 
 import asyncpg
-from sqlalchemy import URL
 from sqlalchemy.exc import DBAPIError, EmulatedDBAPIException
 
+from app.database_url import Host, KeepAlive
 from app.errors import DatabaseUnreachable
 from app.settings import DatabaseSettings
 
@@ -71,17 +70,21 @@ class KeptAliveConnection(asyncpg.Connection):
         super().__init__(protocol, transport, *rest)
         self.server: float | None = None
         self.transport = transport
-        sock: socket.socket = transport.get_extra_info("socket")
-        if sock.family in (socket.AF_INET, socket.AF_INET6):
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            for name, value in (
-                ("TCP_KEEPIDLE", KEEPALIVE_IDLE_SECONDS),
-                ("TCP_KEEPINTVL", KEEPALIVE_INTERVAL_SECONDS),
-                ("TCP_KEEPCNT", KEEPALIVE_PROBES),
-                ("TCP_USER_TIMEOUT", UNACKNOWLEDGED_MILLISECONDS),
-            ):
-                if hasattr(socket, name):  # Linux has them all, macOS some.
-                    sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+
+    def keep_alive(self, wanted: KeepAlive) -> None:
+        """Set the socket's options: what the URL says, else what suits a service."""
+        sock: socket.socket = self.transport.get_extra_info("socket")
+        if sock.family not in (socket.AF_INET, socket.AF_INET6):
+            return
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, wanted.enabled)
+        for name, value in (
+            ("TCP_KEEPIDLE", wanted.idle_seconds or KEEPALIVE_IDLE_SECONDS),
+            ("TCP_KEEPINTVL", wanted.interval_seconds or KEEPALIVE_INTERVAL_SECONDS),
+            ("TCP_KEEPCNT", wanted.probes or KEEPALIVE_PROBES),
+            ("TCP_USER_TIMEOUT", wanted.unacknowledged_milliseconds or UNACKNOWLEDGED_MILLISECONDS),
+        ):
+            if hasattr(socket, name):  # Linux has them all, macOS some.
+                sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
     def cut(self) -> None:
         """Close the socket under whoever is at work with it and now waits in vain.
@@ -108,35 +111,13 @@ class AnyRow(asyncpg.Record):
             raise AttributeError(column) from None
 
 
-@dataclass(frozen=True, slots=True)
-class Host:
-    """One address of a database."""
-
-    name: str
-    port: int
-
-    def __str__(self) -> str:
-        return f"{self.name}:{self.port}"
-
-
-def hosts_of(settings: DatabaseSettings) -> list[Host]:
-    """List the hosts of a URL in its order: `//host:port/` or `?host=a:5432&host=b:5432`."""
-    url = settings.parsed_url
-    listed = url.query.get("host")
-    if listed is None:
-        return [Host(url.host or "localhost", url.port or 5432)]
-    pairs = [listed] if isinstance(listed, str) else listed
-    parts = [pair.rpartition(":") for entry in pairs for pair in entry.split(",")]
-    # A URL puts an IPv6 address in brackets, which are no part of it.
-    return [Host((name or port).strip("[]"), int(port) if name else 5432) for name, _, port in parts]
-
-
 class Connector:
     """Opens connections to the first of several hosts that will do."""
 
     def __init__(self, settings: DatabaseSettings, *, writable: bool) -> None:
         self.settings = settings
-        self.hosts = hosts_of(settings)
+        self.parameters = settings.parameters
+        self.hosts = self.parameters.hosts
         self.writable = writable
         self._first = 0
         self._last_good = 0
@@ -182,22 +163,20 @@ class Connector:
         self._first = self._last_good = index
 
     async def _open_host(self, host: Host, seconds: float) -> KeptAliveConnection:
-        settings, url, deadline = self.settings, self.settings.parsed_url, asyncio.get_running_loop().time() + seconds
-        query = {name: value for name, value in url.query.items() if name not in {"host", "target_session_attrs"}}
-        # asyncpg reads sslmode and its like from a URL only; user and password need no quoting as arguments.
+        settings, parameters = self.settings, self.parameters
+        deadline = asyncio.get_running_loop().time() + seconds
         connection: KeptAliveConnection = await asyncpg.connect(
-            URL.create("postgresql", database=url.database, query=query).render_as_string(),
+            **parameters.arguments(),
             host=host.name,
             port=host.port,
-            user=url.username,
-            password=url.password,
             timeout=seconds,
             command_timeout=settings.command_timeout_seconds,
             statement_cache_size=settings.statement_cache_size,
-            server_settings={"application_name": settings.application_name},
+            server_settings={**parameters.server_settings, "application_name": settings.application_name},
             connection_class=KeptAliveConnection,
             record_class=AnyRow,
         )
+        connection.keep_alive(parameters.keepalive)
         if self.writable and await _takes_no_writes(connection, deadline) and len(self.hosts) > 1:
             connection.terminate()
             raise ConnectionRefusedError(f"{host} takes no writes")

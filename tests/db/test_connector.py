@@ -12,7 +12,8 @@ from urllib.parse import quote
 import asyncpg
 import pytest
 
-from app.db.connector import Connector, Host, hosts_of
+from app.database_url import Host
+from app.db.connector import Connector
 from app.errors import DatabaseUnreachable
 from app.settings import DatabaseSettings
 from tests.conftest import Database, Execute
@@ -47,17 +48,25 @@ async def opened(to: Connector, seconds: float = 5) -> AsyncIterator["asyncpg.Co
     [
         ("db.example:6432/x", [Host("db.example", 6432)]),
         ("db.example/x", [Host("db.example", 5432)]),
-        ("/x", [Host("localhost", 5432)]),
+        ("a:1,b/x", [Host("a", 1), Host("b", 5432)]),
+        ("[::1]:6432,[::2]/x", [Host("::1", 6432), Host("::2", 5432)]),
+        ("%2Fvar%2Frun%2Fpostgresql/x", [Host("/var/run/postgresql", 5432)]),
+        (":6432/x?host=/run/postgresql", [Host("/run/postgresql", 6432)]),
         ("/x?host=a:1&host=b:2", [Host("a", 1), Host("b", 2)]),
         ("/x?host=a:1,b:2", [Host("a", 1), Host("b", 2)]),
         ("/x?host=a&host=b", [Host("a", 5432), Host("b", 5432)]),
         ("/x?host=[::1]:6432", [Host("::1", 6432)]),
+        ("/x?host=::1", [Host("::1", 5432)]),
+        ("/x?host=a,b&port=1,2", [Host("a", 1), Host("b", 2)]),
+        ("/x?host=a,b&port=1", [Host("a", 1), Host("b", 1)]),
+        ("/x?hostaddr=127.0.0.1&port=1", [Host("127.0.0.1", 1)]),
+        ("elsewhere:1/x?host=here", [Host("here", 1)]),
         ("/x?host=/var/run/postgresql", [Host("/var/run/postgresql", 5432)]),
     ],
 )
 def test_hosts_are_listed_in_the_order_of_the_url(rest: str, hosts: list[Host]) -> None:
     """Every way in which PostgreSQL's own URLs name hosts is understood."""
-    assert hosts_of(DatabaseSettings(url=f"postgresql://a:b@{rest}")) == hosts
+    assert Connector(DatabaseSettings(url=f"postgresql://a:b@{rest}"), writable=True).hosts == tuple(hosts)
 
 
 async def test_kernel_keeps_the_connection_alive(database: Database) -> None:
@@ -100,6 +109,40 @@ async def test_odd_characters_in_a_password(database: Database, execute: Execute
             assert await connection.fetchval("SELECT current_user") == "odd"
     finally:
         await execute("DROP ROLE odd")
+
+
+async def test_url_says_what_else_the_session_is(database: Database) -> None:
+    """Options go to the server, the name of the application is the URL's, and keepalive is set on the socket."""
+    url = database.url() + (
+        "?options=-c%20work_mem%3D5MB&application_name=told&keepalives_idle=77&tcp_user_timeout=9000&connect_timeout=5"
+        "&sslmode=prefer&channel_binding=prefer&target_session_attrs=read-write"
+    )
+
+    async with opened(connector(url)) as connection:
+        sock: socket.socket = connection._transport.get_extra_info("socket")  # type: ignore[attr-defined]  # The stubs lack it.
+        assert await connection.fetchval("SELECT current_setting('work_mem')") == "5MB"
+        assert await connection.fetchval("SELECT current_setting('application_name')") == "told"
+        assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == 77
+        assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 9000
+
+
+async def test_server_without_tls_is_not_talked_to_in_the_clear(database: Database) -> None:
+    """`sslmode=require` against a server that has no TLS is unreachable, and never a plain connection."""
+    with pytest.raises(DatabaseUnreachable, match="rejected SSL upgrade"):
+        await connector(f"{database.url()}?sslmode=require").open(asyncio.get_running_loop().time() + 5)
+
+
+async def test_password_may_be_in_a_file(database: Database, tmp_path: Path) -> None:
+    """Without a password in the URL the file that it names is asked, as by every client of PostgreSQL."""
+    parameters = connector(database.url()).parameters
+    passwords = tmp_path / "passwords"
+    passwords.touch(mode=0o600)
+    passwords.write_text(f"*:*:*:app_rw:{parameters.password}\n", encoding="utf-8")
+
+    url = f"postgresql://app_rw@{parameters.location}?passfile={passwords}"
+
+    async with opened(connector(url)) as connection:
+        assert await connection.fetchval("SELECT current_user") == "app_rw"
 
 
 async def test_session_is_named_and_tuned(database: Database) -> None:
