@@ -155,7 +155,7 @@ def test_only_the_service_and_the_consoles_are_published(services: dict[str, Any
     published = {name: service["ports"] for name, service in services.items() if "ports" in service}
 
     assert published == {
-        "balancer": ["127.0.0.1:8000:8000"],
+        "balancer": ["127.0.0.1:8000:8000", "127.0.0.1:8405:8405"],
         "prometheus": ["127.0.0.1:9090:9090"],
         "alertmanager": ["127.0.0.1:9093:9093"],
     }

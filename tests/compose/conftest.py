@@ -11,6 +11,7 @@ import pytest
 from tests.compose.stack import PORTS, ROOT, Stack
 
 URL = f"http://127.0.0.1:{PORTS['APP_PORT']}"
+OPERATIONS = f"http://127.0.0.1:{PORTS['OPERATIONS_PORT']}"
 PROMETHEUS = f"http://127.0.0.1:{PORTS['PROMETHEUS_PORT']}"
 
 

@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 NOTHING: Mapping[str, str] = MappingProxyType({})
 # Beside a stack that somebody may be running on the usual ports.
-PORTS = {"APP_PORT": "18000", "PROMETHEUS_PORT": "19090", "ALERTMANAGER_PORT": "19093"}
+PORTS = {"APP_PORT": "18000", "OPERATIONS_PORT": "18405", "PROMETHEUS_PORT": "19090", "ALERTMANAGER_PORT": "19093"}
 SUPERUSER_PASSWORD = "development-postgres"  # The default of docker-compose.yml.
 
 

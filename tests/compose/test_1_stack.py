@@ -10,6 +10,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from tests.compose.conftest import OPERATIONS
 from tests.compose.stack import ROOT, Stack, eventually
 
 # Where the service's roles come from, as a server sees it.
@@ -82,7 +83,8 @@ async def test_every_route_answers_through_pgbouncer(stack: Stack, client: httpx
 
     answers = {}
     for method, template, body in ROUTES:
-        response = await client.request(method, template.format(**ids), json=body)
+        url = OPERATIONS + template if template.startswith("/debug") else template.format(**ids)
+        response = await client.request(method, url, json=body)
         answers[method, template] = response.status_code
         if response.status_code == 201:
             ids["user_id" if template == "/users" else "patient_id"] = response.json()["id"]
@@ -91,6 +93,9 @@ async def test_every_route_answers_through_pgbouncer(stack: Stack, client: httpx
     pooler = (await stack.containers("pgbouncer"))[0]["NetworkSettings"]["Networks"]
     address = next(network["IPAddress"] for network in pooler.values())
     assert documented == answers.keys()
+    # Only Prometheus asks for these, and it asks each instance.
+    assert answers.pop(("GET", "/metrics")) == 404
+    assert (await client.get("/debug/pool-stats")).status_code == 404
     assert {route: status for route, status in answers.items() if status >= 300} == {}
     assert all(after[alias] > before[alias] for alias in ("lifeguard", "lifeguard_replica"))
     for server in ("primary", "replica"):
@@ -162,8 +167,8 @@ async def test_nobody_gets_in_who_should_not(stack: Stack) -> None:
     assert "no password supplied" in unasked
 
 
-async def test_only_three_ports_are_open_to_this_machine_and_none_to_others(stack: Stack) -> None:
-    """Published are the service and the two consoles, on 127.0.0.1; the databases' network leads nowhere."""
+async def test_only_four_ports_are_open_to_this_machine_and_none_to_others(stack: Stack) -> None:
+    """On 127.0.0.1 are the service, the operators' port and the consoles; the databases' network leads nowhere."""
     published = {
         binding["HostIp"] + ":" + binding["HostPort"]
         for container in await stack.containers()
@@ -175,7 +180,7 @@ async def test_only_three_ports_are_open_to_this_machine_and_none_to_others(stac
         *("exec", "-T", "prometheus", "wget", "-T", "2", "-t", "1", "-qO-", "http://primary:5432"), check=False
     )
 
-    assert published == {"127.0.0.1:18000", "127.0.0.1:19090", "127.0.0.1:19093"}
+    assert published == {"127.0.0.1:18000", "127.0.0.1:18405", "127.0.0.1:19090", "127.0.0.1:19093"}
     assert network["Internal"] is True
     assert "primary" in from_console or from_console == ""
     assert {c["Name"].split("-")[-2] for c in network["Containers"].values()} & {"prometheus", "balancer"} == set()

@@ -1,0 +1,142 @@
+"""What the balancer lets through, and for how long it keeps a place for a client that is slow or silent."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import httpx
+import pytest
+from starlette.types import Receive, Scope, Send
+
+from local.waiting import eventually
+from tests.balancer import Balancer, balanced, needs_haproxy
+from tests.crowd import crowd
+from tests.service import ADA, Service, listening
+
+pytestmark = needs_haproxy
+
+PLACES = 60
+# The times are a tenth of the real ones: what is shown is that each of them is there and acts.
+SMALLER = {
+    "maxconn 8000": f"maxconn {PLACES}",
+    "timeout http-request 5s": "timeout http-request 500ms",
+    "timeout http-keep-alive 10s": "timeout http-keep-alive 1s",
+    "timeout client 30s": "timeout client 3s",
+}
+ALIVE = b"GET /health/live HTTP/1.1\r\nHost: test\r\n\r\n"
+HOLDING = {
+    "nothing at all": (b"", b""),
+    "a request line without end": (b"GET /", b"x"),
+    "headers without end": (b"GET /health/live HTTP/1.1\r\nHost: test\r\nX-Slow: ", b"x"),
+    "a body without end": (
+        b"POST /patients HTTP/1.1\r\nHost: test\r\nContent-Type: application/json\r\nContent-Length: 1000\r\n\r\n{",
+        b" ",
+    ),
+    "a chunk without end": (
+        b"POST /patients HTTP/1.1\r\nHost: test\r\nTransfer-Encoding: chunked\r\n\r\n3E8\r\n{",
+        b" ",
+    ),
+    "nothing after an answer": (ALIVE, b""),
+    "a second request without end": (ALIVE + b"GET /", b"x"),
+    # A connection in good order, SETTINGS and then PING after PING, and never a request.
+    "HTTP/2 in clear text": (
+        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0",
+        b"\0\0\x08\6\0\0\0\0\0" + b"anything",
+    ),
+}
+
+
+@pytest.fixture
+async def balancer(service: Service, tmp_path: Path) -> AsyncIterator[Balancer]:
+    """Give a balancer with few places in front of the running service."""
+
+    async def without_lifespan(scope: Scope, receive: Receive, send: Send) -> None:
+        assert scope["type"] == "http"
+        await service.app(scope, receive, send)
+
+    async with listening(without_lifespan) as url, balanced(tmp_path, url, changes=SMALLER) as running:
+        yield running
+
+
+@pytest.mark.parametrize("holding", HOLDING)
+async def test_slow_and_silent_clients_lose_their_places(balancer: Balancer, holding: str) -> None:
+    """More clients than there are places send a byte now and then, or none: each is cut off, and others get in."""
+    begun, drip = HOLDING[holding]
+
+    async with crowd(balancer.port, PLACES + 20, begun=begun, drip=drip) as held, httpx.AsyncClient() as client:
+        operators = await client.get(f"{balancer.operators_url}/health", timeout=5)
+
+        async def answers() -> bool:
+            try:
+                return (await client.get(f"{balancer.url}/health/live", timeout=1)).is_success
+            except httpx.TransportError:
+                return False
+
+        assert await eventually(answers, 15)
+        assert await held.cut_off(15)
+
+    assert operators.status_code == 200
+
+
+async def test_answer_may_take_longer_than_a_client_may_be_silent(balancer: Balancer, service: Service) -> None:
+    """A client that waits for its answer is not a silent one."""
+
+    async def take_long() -> str:
+        await asyncio.sleep(3.5)
+        return "at last"
+
+    service.app.add_api_route("/long", take_long)
+    async with httpx.AsyncClient() as client:
+        answer = await client.get(f"{balancer.url}/long", timeout=30)
+
+    assert answer.json() == "at last"
+
+
+OPERATORS = (
+    "/metrics",
+    "/debug/pool-stats",
+    "/debug/connections",
+    "/%6detrics",
+    "/%64ebug/pool-stats",
+    "/debug%2Fpool-stats",
+    "//metrics",
+    "/metrics?x=1",
+    "/metrics;x",
+)
+EVERYBODY = ("/patients", "/metricsystem", "/debugging", "/patients?name=/metrics", "/docs")
+
+
+async def test_what_is_for_operators_is_not_for_everybody(balancer: Balancer) -> None:
+    """However the path is written, the answer is that of a path that leads nowhere, and no instance is asked."""
+    async with httpx.AsyncClient(base_url=balancer.url) as client:
+        nowhere = await client.get("/nowhere")
+        refused = {path: await client.get(httpx.URL(balancer.url + path)) for path in OPERATORS}
+        others = {path: await client.get(path) for path in EVERYBODY}
+
+    for path, answer in refused.items():
+        assert (answer.status_code, answer.headers["content-type"]) == (404, nowhere.headers["content-type"]), path
+        assert answer.json() == nowhere.json()
+        assert "x-request-id" not in answer.headers, path
+    assert [path for path, answer in others.items() if "x-request-id" not in answer.headers] == []
+
+
+async def test_operators_have_a_port_of_their_own(balancer: Balancer) -> None:
+    """There are the balancer's figures and the pages of an instance, and nothing else."""
+    async with httpx.AsyncClient(base_url=balancer.operators_url) as client:
+        figures = await client.get("/metrics")
+        pools = await client.get("/debug/pool-stats")
+        others = {path: (await client.get(path)).status_code for path in ("/patients", "/", "/debug")}
+
+    assert "haproxy_frontend_current_sessions" in figures.text
+    assert set(pools.json()) == {"primary", "replica", "analytics"}
+    assert set(others.values()) == {404}
+
+
+async def test_small_and_large_bodies_pass(balancer: Balancer) -> None:
+    """Waiting for a body changes nothing about it, whether it fits into the balancer's buffer or not."""
+    async with httpx.AsyncClient(base_url=balancer.url) as client:
+        small = await client.post("/patients", json=ADA)
+        large = await client.post("/patients", json=ADA | {"full_name": "x" * 100_000})
+
+    assert (small.status_code, large.status_code) == (201, 422)
+    assert large.json()["errors"][0]["loc"] == ["body", "full_name"]
