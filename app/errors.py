@@ -22,7 +22,7 @@ elsewhere that raises one is not mistaken for weather.
 """
 
 import json
-import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
@@ -36,8 +36,6 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Match
 from starlette.types import Receive, Scope, Send
 from starlette.websockets import WebSocketClose
-
-logger = logging.getLogger(__name__)
 
 # JSONResponse makes itself an encoder for each answer, which takes as long as encoding.
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
@@ -101,10 +99,12 @@ class DatabaseUnavailable(ServiceError):
     status = 503
     code = "database_unavailable"
 
-    def __init__(self, detail: str, *, database: str | None = None) -> None:
+    def __init__(self, detail: str, *, database: str | None = None, reason: str | None = None) -> None:
         super().__init__(detail)
         # The database that it is about, where that is known: a request may use several.
         self.database = database
+        # Why, in the word that the metrics have for it, where the code says less.
+        self.reason = reason
 
 
 class PoolExhausted(DatabaseUnavailable):
@@ -200,6 +200,21 @@ def constraint(error: BaseException) -> str | None:
     return name
 
 
+def name_database(error: BaseException, database: str) -> None:
+    """Remember with a failure of the driver which of the databases it came from."""
+    vars(error).setdefault("database", database)
+
+
+def database_of(error: BaseException) -> str | None:
+    """Return the name of the database that a failure came from, None where nobody knows."""
+    cause: BaseException | None = error.orig if isinstance(error, DBAPIError) else error
+    while cause is not None:
+        if (name := vars(cause).get("database")) is not None:
+            return str(name)
+        cause = cause.__cause__
+    return None
+
+
 def classify(error: BaseException) -> Failure | None:
     """Say what a client is told about a failure of the database; None is a bug, and a 500."""
     if isinstance(error, (WriteInReadSession, TransactionAborted)):
@@ -259,8 +274,9 @@ def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
     }
 
 
-def install(app: FastAPI) -> None:
-    """Answer every exception of this service with a problem document."""
+def install(app: FastAPI, report: Callable[[Request, Failure, Exception], None]) -> None:
+    """Answer every exception of this service with a problem document, and `report` those that are no client's fault."""
+    app.state.report_failure = report
     app.add_exception_handler(ServiceError, _answer_failure)
     app.add_exception_handler(DBAPIError, _answer_failure)
     app.add_exception_handler(asyncpg.PostgresError, _answer_failure)
@@ -283,7 +299,7 @@ async def _answer_failure(request: Request, error: Exception) -> Response:
     if failure is None:
         raise error  # Not weather: the last resort in middleware.py logs it and answers 500.
     if failure.status >= HTTPStatus.INTERNAL_SERVER_ERROR:
-        logger.warning("%s: %s", failure.code, error.orig if isinstance(error, DBAPIError) else error)
+        request.app.state.report_failure(request, failure, error)
     return problem(request, failure)
 
 

@@ -39,8 +39,10 @@ def log_config(level: str, *, as_json: bool, access_log: bool) -> dict[str, Any]
         "loggers": {
             "app.db.pool.BoundedPool": {"level": "WARNING"},
             "httpx": {"level": "WARNING"},
+            "asyncio": {"filters": ["repeats"]},
             # `uvicorn --factory` has given them handlers of its own by now.
             "uvicorn": {"handlers": [], "propagate": True},
+            "uvicorn.error": {"filters": ["repeats"]},
             "uvicorn.access": {
                 "level": "INFO" if access_log else "WARNING",
                 "filters": ["path_only"],
@@ -48,7 +50,7 @@ def log_config(level: str, *, as_json: bool, access_log: bool) -> dict[str, Any]
                 "propagate": True,
             },
         },
-        "filters": {"path_only": {"()": "app.logs.PathOnly"}},
+        "filters": {"path_only": {"()": "app.logs.PathOnly"}, "repeats": {"()": "app.sampling.Repeats"}},
     }
 
 

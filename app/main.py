@@ -15,6 +15,7 @@ from app import errors, patients, reports, security, users
 from app.db.budget import check_budget
 from app.db.dependencies import SessionRoute
 from app.db.engines import Databases
+from app.failures import report_failure
 from app.idempotency import keep_house
 from app.logs import configure_logs
 from app.metrics import Metrics
@@ -56,7 +57,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.state.settings = settings
     app.state.metrics = metrics
     app.state.databases = databases
-    errors.install(app)
+    errors.install(app, report_failure)
     app.router.route_class = SessionRoute  # For what is added by `app.get` and its like.
     _add_routes(app, settings)
 

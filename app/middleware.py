@@ -4,7 +4,6 @@ Each passes other scope types through. What a request's layers tell each other l
 """
 
 import asyncio
-import logging
 import random
 import re
 import time
@@ -16,10 +15,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from app.db.dependencies import SAFE_METHODS, route_of
 from app.db.sessions import Consistency
 from app.errors import Failure, problem
+from app.failures import report_bug
 from app.logs import request_id
 from app.metrics import Metrics
-
-logger = logging.getLogger(__name__)
 
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 # Longer than a replica that replays nothing stays unnoticed: while few bytes are missing, it goes on serving.
@@ -67,9 +65,9 @@ class Edge:
                 failure = _CUT_SAFELY if scope["method"] in SAFE_METHODS else _CUT
                 await problem(Request(scope), failure)(scope, receive, send_marked)
             raise
-        except Exception:
+        except Exception as error:
             # The edge of the request: whatever comes here is a bug, and the next request must not suffer from it.
-            logger.exception("unforeseen failure", extra={"route": route_of(scope)})
+            report_bug(scope, error)
             if status is not None:
                 raise
             await problem(Request(scope), _UNFORESEEN)(scope, receive, send_marked)

@@ -238,6 +238,9 @@ class Settings(BaseSettings):
     blocked_after_seconds: float = Field(
         0.25, gt=0, description="The event loop standing still for longer is logged in development, with the line."
     )
+    idle_hold_seconds: float = Field(
+        1, gt=0, description="A checkout that idled for longer, between its statements, is logged with its route."
+    )
     leak_after_seconds: float = Field(
         60, gt=0, description="A checkout held longer is logged once, with the route that holds it."
     )

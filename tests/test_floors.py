@@ -9,10 +9,10 @@ import pytest
 APP = Path(__file__).parent.parent / "app"
 DOMAINS = ("users", "patients", "reports")
 FLOORS = {
-    "database_url": -1,
+    **dict.fromkeys(("database_url", "sampling"), -1),
     **dict.fromkeys(("settings", "errors", "metrics", "logs", "routing"), 0),
     "db": 1,
-    **dict.fromkeys(("security", "fields", "paging", "idempotency"), 2),
+    **dict.fromkeys(("security", "fields", "paging", "idempotency", "failures"), 2),
     **dict.fromkeys(DOMAINS, 3),
     **dict.fromkeys(("ops", "middleware"), 4),
     **dict.fromkeys(("main", "cli"), 5),

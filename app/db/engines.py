@@ -24,6 +24,7 @@ from app.db.sentinel import Look, Sentinel
 from app.db.sessions import Consistency, ReadSession, Way, WriteSession
 from app.errors import DatabaseUnavailable
 from app.metrics import Metrics
+from app.sampling import Sampler
 from app.settings import DatabaseSettings, Settings
 
 logger = logging.getLogger(__name__)
@@ -37,11 +38,25 @@ Ts = TypeVarTuple("Ts")
 class Database:
     """One database: its engine, the pool in front, the sentinel beside, and three ways to use the engine."""
 
-    def __init__(self, name: str, role: Role, settings: DatabaseSettings, service: Settings, metrics: Metrics) -> None:
+    def __init__(  # noqa: PLR0913, PLR0917  # What it is, and four things that it shares with its siblings.
+        self,
+        name: str,
+        role: Role,
+        settings: DatabaseSettings,
+        service: Settings,
+        metrics: Metrics,
+        sampler: Sampler,
+    ) -> None:
         self.name = name
         self.role = role
         self.settings = settings
-        self.watch = watch = PoolWatch(metrics, name, slow_query_seconds=service.slow_query_seconds)
+        self.watch = watch = PoolWatch(
+            metrics,
+            name,
+            sampler,
+            slow_query_seconds=service.slow_query_seconds,
+            idle_hold_seconds=service.idle_hold_seconds,
+        )
         connector = Connector(settings, writable=role == "primary")
         self.sentinel = Sentinel(name, connector, service, metrics)
         self.engine = create_async_engine(
@@ -103,9 +118,10 @@ class Databases:
     def __init__(self, settings: Settings, metrics: Metrics) -> None:
         self.settings = settings
         self.metrics = metrics
+        self.sampler = sampler = Sampler()
 
         def database(name: str, role: Role, chosen: DatabaseSettings) -> Database:
-            return Database(name, role, chosen, settings, metrics)
+            return Database(name, role, chosen, settings, metrics, sampler)
 
         self.primary = database("primary", "primary", settings.primary)
         self.analytics = database("analytics", "analytics", settings.analytics)
@@ -179,6 +195,7 @@ class Databases:
             database.pool.abandon()
             await database.engine.dispose()
             await database.sentinel.close()
+        self.sampler.flush(everything=True)
 
     def publish(self) -> None:
         """Set the gauges to what the pools are now; called for each scrape."""
@@ -199,6 +216,7 @@ class Databases:
     async def _upkeep(self) -> None:
         while True:
             await asyncio.sleep(UPKEEP_SECONDS)
+            self.sampler.flush()
             for database in self.all():
                 database.pool.tend()
                 self._report_long_held(database)
@@ -234,4 +252,5 @@ async def _warm_up(database: Database) -> None:
     try:
         await database.pool.warm_up()
     except DatabaseUnavailable as error:
-        logger.warning("pool not warmed", extra={"pool": database.name, "reason": str(error)})
+        # Each second, as long as it lasts.
+        database.watch.log("pool not warmed", reason=str(error))

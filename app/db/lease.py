@@ -21,12 +21,10 @@ from app.db.connector import ASYNCPG_FAILURES, DRIVER_FAILURES, KeptAliveConnect
 from app.db.observe import forget_row, name_loss
 from app.db.pool import Tenure
 from app.db.query import Query
-from app.errors import ConnectionLost, DatabaseUnavailable, TransactionAborted, WriteInReadSession
+from app.errors import ConnectionLost, DatabaseUnavailable, TransactionAborted, WriteInReadSession, name_database
 
 if TYPE_CHECKING:
     from app.db.engines import Database
-
-logger = logging.getLogger(__name__)
 
 # Seconds for telling the server to stop what a cancelled request asked.
 CLOSE_SECONDS = 2.0
@@ -128,7 +126,9 @@ class Lease:
     def __del__(self) -> None:
         if self.entry is not None:
             # Whoever left the session without closing it; the permit would be lost with it.
-            logger.error("session dropped without being closed", extra={"route": self.tenure.holder})
+            self._database.watch.log(
+                "session dropped without being closed", level=logging.ERROR, route=self.tenure.holder
+            )
             self.connection.terminate()
             self.give_back()
 
@@ -155,6 +155,7 @@ class Lease:
     def _name(self, error: Exception, statement: str | None) -> None:
         """Do to the connection what this failure means for it, and raise the failure's own name if it has one."""
         forget_row(error)
+        name_database(error, self._database.name)
         # A connection that the server has ended is "busy with another operation" until its socket is seen to close.
         if isinstance(error, OSError) or (isinstance(error, asyncpg.InternalClientError) and BUSY in str(error)):
             self.connection.terminate()

@@ -17,8 +17,16 @@ from sqlalchemy import event
 from sqlalchemy.engine import Connection, ExceptionContext
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from app.errors import CommandTimeout, ConnectionLost, DatabaseUnavailable, WriteInReadSession, sqlstate
+from app.errors import (
+    CommandTimeout,
+    ConnectionLost,
+    DatabaseUnavailable,
+    WriteInReadSession,
+    name_database,
+    sqlstate,
+)
 from app.metrics import Metrics
+from app.sampling import Sampler
 
 if TYPE_CHECKING:
     from app.db.pool import BoundedPool, Tenure
@@ -33,9 +41,13 @@ READ_ONLY = "25006"
 class PoolWatch:
     """Counts what one pool does. Looking a metric's labels up costs more than counting, so each is looked up once."""
 
-    def __init__(self, metrics: Metrics, pool: str, *, slow_query_seconds: float) -> None:
+    def __init__(
+        self, metrics: Metrics, pool: str, sampler: Sampler, *, slow_query_seconds: float, idle_hold_seconds: float
+    ) -> None:
         self.pool = pool
+        self._sampler = sampler
         self._slow_query_seconds = slow_query_seconds
+        self._idle_hold_seconds = idle_hold_seconds
         self._acquire = metrics.acquire_seconds.labels(pool)
         self._wait = metrics.wait.labels(pool)
         self._connect = metrics.connect_seconds.labels(pool)
@@ -79,9 +91,12 @@ class PoolWatch:
         logger.debug("connection closed", extra={"pool": self.pool, "reason": reason})
 
     def returned(self, holder: str, held: float, queried: float) -> None:
-        """Count a checkin: seconds held, and of these the ones without a query."""
+        """Count a checkin: seconds held, and of these the ones without a query; log it when those were many."""
+        idle = max(0.0, held - queried)
         self._hold(holder).observe(held)
-        self._idle(holder).observe(max(0.0, held - queried))
+        self._idle(holder).observe(idle)
+        if idle >= self._idle_hold_seconds:
+            self.log("connection held idle", route=holder, held_seconds=round(held, 3), idle_seconds=round(idle, 3))
 
     def answered(self, tenure: "Tenure", statement: str, seconds: float) -> None:
         """Count a statement, answered or failed; log it when it was slow."""
@@ -92,8 +107,12 @@ class PoolWatch:
             self._slow.inc()
             # Never the parameters: they are health data.
             text = " ".join(statement.split())[:STATEMENT_CHARACTERS]
-            extra = {"pool": self.pool, "seconds": round(seconds, 3), "route": tenure.holder, "statement": text}
-            logger.warning("slow query", extra=extra)
+            by = {"pool": self.pool, "route": tenure.holder, "statement": text}
+            self._sampler.log(logger, logging.WARNING, "slow query", by=by, seconds=round(seconds, 3))
+
+    def log(self, message: str, *, level: int = logging.WARNING, route: str | None = None, **details: Any) -> None:
+        """Write a line about this pool that many requests may cause at once: the first of a burst, then the count."""
+        self._sampler.log(logger, level, message, by={"pool": self.pool, "route": route}, **details)
 
 
 class EngineWatch:
@@ -134,6 +153,7 @@ class EngineWatch:
             # Until a rollback, to a savepoint or of all, whatever comes next in this transaction fails too.
             self._finished(connection, failure.statement or "", context).aborted = True
         forget_row(error.__cause__)
+        name_database(error, self._watch.pool)
         if isinstance(error.__cause__, asyncpg.DataError):
             # The adapter and SQLAlchemy have both copied the sentence by now.
             error.args = cast("Exception", failure.sqlalchemy_exception).args = error.__cause__.args

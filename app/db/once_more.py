@@ -6,7 +6,6 @@ gets a 404 for a row that exists.
 """
 
 import asyncio
-import logging
 from collections.abc import Awaitable, Callable
 from functools import lru_cache
 from http import HTTPStatus
@@ -14,13 +13,12 @@ from typing import TypeVar
 
 from sqlalchemy.exc import DBAPIError
 
+from app.db.pool import holder
 from app.db.replica import Router
 from app.db.sessions import Consistency
 from app.errors import DatabaseUnavailable, NotFound, ReplicaUnavailable, classify
 from app.metrics import Metrics
 from app.settings import Settings
-
-logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -67,7 +65,7 @@ class OnceMore:
         if isinstance(failure, DatabaseUnavailable) and failure.database not in {None, database.name}:
             return None  # It is another database of the same request that failed.
         cause = failure.orig if isinstance(failure, DBAPIError) else failure
-        logger.warning("%s: %s", known.code, cause, extra={"database": database.name})
+        database.watch.log("read failed on its replica", route=holder.get(), code=known.code, cause=str(cause))
         if known.code in {"database_unreachable", "database_timeout"}:
             self._router.trip(database.name)
         return known.code

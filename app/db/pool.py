@@ -280,7 +280,7 @@ class BoundedPool(Pool):
 
     def _refusal(self, reason: str, sentence: str) -> PoolExhausted:
         self._watch.rejected(reason)
-        return PoolExhausted(sentence)
+        return PoolExhausted(sentence, database=self._watch.pool, reason=reason)
 
     def _release(self) -> None:
         """Hand the permit to the one who has waited longest, or take it back."""

@@ -129,7 +129,9 @@ class Router:
             self._count(best.database.name, "replica").inc()
             return best.database, "replica"
         if not self._fallback and reason in {"unknown", "lagging", "broken"}:
-            raise ReplicaUnavailable(f"The replica is {reason} and falling back to the primary is switched off.")
+            raise ReplicaUnavailable(
+                f"The replica is {reason} and falling back to the primary is switched off.", reason=reason
+            )
         self._count("primary", reason).inc()
         return self._primary, reason
 

@@ -10,7 +10,6 @@ asked where it happened. Only `rows` on a replica, where no transaction binds th
 """
 
 import asyncio
-import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from sqlalchemy.util.concurrency import greenlet_spawn
 
 from app.db.connector import DRIVER_FAILURES
 from app.db.lease import SWALLOWED, Lease
+from app.db.observe import PoolWatch
 from app.db.pool import Tenure, holder
 from app.db.query import Query
 from app.errors import ConnectionLost, DatabaseUnavailable, OutcomeUnknown, TransactionAborted
@@ -33,8 +33,6 @@ from app.errors import ConnectionLost, DatabaseUnavailable, OutcomeUnknown, Tran
 if TYPE_CHECKING:
     from app.db.engines import Database
     from app.db.replica import Reason
-
-logger = logging.getLogger(__name__)
 
 WRITTEN_LSN = "SELECT pg_current_wal_insert_lsn()::text"
 Ts = TypeVarTuple("Ts")
@@ -306,11 +304,11 @@ class WriteSession(ReadSession):
         """Ask how far the WAL reaches after a commit, where somebody reads from a replica."""
         if self._consistency is not None:
             tenure.asked_at = started = time.perf_counter()
-            self._consistency.token = await _written_lsn(driver)
+            self._consistency.token = await _written_lsn(driver, self._database.watch)
             tenure.queried, tenure.asked_at = tenure.queried + time.perf_counter() - started, None
 
 
-async def _written_lsn(driver: "asyncpg.Connection[Any]") -> str | None:
+async def _written_lsn(driver: "asyncpg.Connection[Any]", watch: PoolWatch) -> str | None:
     """Ask how far the WAL reaches after COMMIT; before it, the answer would be older than the commit itself."""
     try:
         return str(await driver.fetchval(WRITTEN_LSN))
@@ -321,5 +319,5 @@ async def _written_lsn(driver: "asyncpg.Connection[Any]") -> str | None:
         # Whoever took the connection next would wait for what this one left behind.
         driver.terminate()
         # The write is committed and must be answered so; only the promise to read it back at once is lost.
-        logger.warning("no consistency token", extra={"reason": str(error) or type(error).__name__})
+        watch.log("no consistency token", route=holder.get(), reason=str(error) or type(error).__name__)
         return None

@@ -12,6 +12,7 @@ from sqlalchemy import text
 from app.db import engines
 from app.db.pool import BoundedPool
 from app.metrics import Metrics
+from app.sampling import Sampler
 from app.settings import DatabaseSettings, Settings
 from local.waiting import eventually
 from tests.conftest import Database
@@ -87,7 +88,7 @@ async def pooled(
     """Give engine, pool and sentinel of one database; at the end every permit must be back."""
     metrics = Metrics()
     settings = DatabaseSettings(url=url, **({"pool_min_size": 0} | pool))
-    database = engines.Database(role, role, settings, service_settings(url, **(service or {})), metrics)
+    database = engines.Database(role, role, settings, service_settings(url, **(service or {})), metrics, Sampler())
     if clock is not None:
         database.pool._clock = clock
     yield Pooled(database, metrics)

@@ -1,0 +1,41 @@
+"""What the log says of requests that failed: pool, route and reason, and of a crowd of them the first and the count."""
+
+import logging
+
+from fastapi import Request
+from sqlalchemy.exc import DBAPIError
+from starlette.types import Scope
+
+from app.db.dependencies import route_of
+from app.errors import Failure, database_of
+from app.sampling import Sampler, origin
+
+logger = logging.getLogger(__name__)
+
+
+def report_failure(request: Request, failure: Failure, error: Exception) -> None:
+    """Write down that a request is answered with this failure, for which the service or a server of its is to blame."""
+    _sampler(request.scope).log(
+        logger,
+        logging.WARNING,
+        "%s: %s",
+        failure.code,
+        error.orig if isinstance(error, DBAPIError) else error,
+        by={
+            "code": failure.code,
+            "pool": database_of(error),
+            "reason": getattr(error, "reason", None),
+            "route": route_of(request.scope),
+        },
+    )
+
+
+def report_bug(scope: Scope, error: Exception) -> None:
+    """Write down a failure that nobody foresaw, with its traceback."""
+    by = {"route": route_of(scope), "failure": origin(error)}
+    _sampler(scope).log(logger, logging.ERROR, "unforeseen failure", by=by, failure=error)
+
+
+def _sampler(scope: Scope) -> Sampler:
+    sampler: Sampler = scope["app"].state.databases.sampler
+    return sampler
