@@ -7,7 +7,8 @@ with any of the databases down: readiness says so, and the sentinels notice when
 import asyncio
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, TypeVarTuple, cast
+from types import TracebackType
+from typing import Any, Literal, Self, TypeVarTuple, cast
 
 from sqlalchemy import Row
 from sqlalchemy.ext.asyncio import create_async_engine
@@ -33,6 +34,16 @@ Role = Literal["primary", "replica", "analytics"]
 # Seconds between two rounds of upkeep of the pools: short against every lifetime, long against a round's cost.
 UPKEEP_SECONDS = 1.0
 Ts = TypeVarTuple("Ts")
+
+NOT_OPEN = (
+    "the databases are not open: `async with Databases(…) as databases:` opens them, and the lifespan of the service "
+    "does; a test that calls the service runs that by `with TestClient(app) as client:`"
+)
+OTHER_LOOP = (
+    "the databases are open in another event loop, to which their connections belong; each asyncio.run has its own, "
+    "and each call of a TestClient without `with`: open them in the loop that uses them, or use one loop for all"
+)
+STILL_OPEN = "the databases are open already; close them first, in the event loop in which they were opened"
 
 
 class Database:
@@ -113,12 +124,32 @@ class Database:
 
 
 class Databases:
-    """The primary, its replicas and the analytics database, as one thing to open and close."""
+    """The primary, its replicas and the analytics database, as one thing to open and close.
+
+    `async with Databases(settings, metrics) as databases:` opens and closes them. They belong to the event loop in
+    which they were opened: a session in another one, or before, is a RuntimeError. Closed, they refuse (PoolExhausted),
+    and may be opened again.
+    """
 
     def __init__(self, settings: Settings, metrics: Metrics) -> None:
         self.settings = settings
         self.metrics = metrics
-        self.sampler = sampler = Sampler()
+        self.sampler = Sampler()
+        # The loop in which they are open; None before that and afterwards.
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._make()
+
+    async def __aenter__(self) -> Self:
+        await self.open()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    def _make(self) -> None:
+        settings, metrics, sampler = self.settings, self.metrics, self.sampler
 
         def database(name: str, role: Role, chosen: DatabaseSettings) -> Database:
             return Database(name, role, chosen, settings, metrics, sampler)
@@ -149,6 +180,7 @@ class Databases:
 
         Each statement sees what is committed when it starts; for one snapshot over several, see `reporting`.
         """
+        self._check_loop()
         wish = Consistency() if consistency is None else consistency
         database, wish.reason = self.router.route(at_least=wish.wanted_lsn, primary=wish.primary_only)
         if wish.read_from is None or wish.read_from.role != "replica" or wish.primary_only:
@@ -158,6 +190,7 @@ class Databases:
 
     def reporting(self, *, label: str = "background") -> ReadSession:
         """Open a session on the analytics pool: REPEATABLE READ, READ ONLY, one snapshot for all its statements."""
+        self._check_loop()
         return ReadSession(self.analytics, self.analytics.snapshots, label=label)
 
     def writing(self, consistency: Consistency | None = None, *, label: str = "background") -> WriteSession:
@@ -166,14 +199,25 @@ class Databases:
         Raises, at the end of the block: OutcomeUnknown when the connection dies during COMMIT, ConnectionLost when
         before.
         """
+        self._check_loop()
         return WriteSession(self.primary, label=label, consistency=self._if_replicated(consistency))
 
     def autocommitting(self, consistency: Consistency | None = None, *, label: str = "background") -> AutocommitSession:
         """Open a session on the primary for one query that commits by itself."""
+        self._check_loop()
         return AutocommitSession(self.primary, label=label, consistency=self._if_replicated(consistency))
 
     async def open(self) -> None:
-        """Warm the pools and start the sentinels. A database that is down does not keep the service from starting."""
+        """Warm the pools and start the sentinels. A database that is down does not keep the service from starting.
+
+        Raises: RuntimeError when they are open already.
+        """
+        if self._loop is not None and not self._loop.is_closed():
+            raise RuntimeError(STILL_OPEN)
+        if self.closing or self._loop is not None:
+            # Pools and sentinels end with their loop, which may have ended before anybody closed them.
+            self._make()
+        self._loop = asyncio.get_running_loop()
         await asyncio.gather(*(_warm_up(database) for database in self.all()))
         self._tasks = [asyncio.create_task(database.sentinel.watch()) for database in self.all()]
         self._tasks += [asyncio.create_task(self._upkeep()), asyncio.create_task(self._log_figures())]
@@ -196,6 +240,7 @@ class Databases:
             await database.engine.dispose()
             await database.sentinel.close()
         self.sampler.flush(everything=True)
+        self._loop = None
 
     def publish(self) -> None:
         """Set the gauges to what the pools are now; called for each scrape."""
@@ -208,6 +253,11 @@ class Databases:
             metrics.pool_open.labels(name).set(figures.checked_out + figures.checked_in)
             metrics.pool_waiting.labels(name).set(figures.waiting)
             metrics.up.labels(name).set(database.sentinel.healthy)
+
+    def _check_loop(self) -> None:
+        # Once they close, the pools refuse whoever still comes: that is a 503 of the shutdown, and no mistake.
+        if asyncio.get_running_loop() is not self._loop and not self.closing:
+            raise RuntimeError(NOT_OPEN if self._loop is None else OTHER_LOOP)
 
     def _if_replicated(self, consistency: Consistency | None) -> Consistency | None:
         # Without a replica nobody reads elsewhere, and a token would be a round trip for nothing.
