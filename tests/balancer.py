@@ -30,11 +30,25 @@ class Balancer:
     url: str
     operators_url: str
     pid: int
+    log: Path
 
     @property
     def port(self) -> int:
         """Where clients connect to."""
         return int(urlsplit(self.url).port or 0)
+
+    async def up(self) -> int:
+        """Count the instances that it believes to be there."""
+        async with httpx.AsyncClient(base_url=self.operators_url, timeout=10, trust_env=False) as client:
+            text = (await client.get("/metrics")).text
+        found = re.search(r'^haproxy_backend_active_servers\{proxy="instances"\} (\d+)', text, re.MULTILINE)
+        assert found is not None, text
+        return int(found[1])
+
+    def marked_down(self) -> list[str]:
+        """List its log lines that say that an instance was taken out."""
+        lines = self.log.read_text(encoding="utf-8").splitlines()
+        return [line for line in lines if re.search(r"Server instances/\S+ is DOWN", line)]
 
 
 def configuration(*instances: str, public: int, operators: int, changes: dict[str, str]) -> str:
@@ -61,9 +75,10 @@ async def balanced(directory: Path, *instances: str, changes: dict[str, str] | N
     public, operators = free_port(), free_port()
     file = directory / "haproxy.cfg"
     file.write_text(configuration(*instances, public=public, operators=operators, changes=changes or {}), "utf-8")
-    with (directory / "haproxy.log").open("wb") as log:
-        process = await asyncio.create_subprocess_exec(PROGRAM, "-db", "-f", str(file), stdout=log, stderr=log)
-    balancer = Balancer(f"http://127.0.0.1:{public}", f"http://127.0.0.1:{operators}", process.pid)
+    log = directory / "haproxy.log"
+    with log.open("wb") as output:
+        process = await asyncio.create_subprocess_exec(PROGRAM, "-db", "-f", str(file), stdout=output, stderr=output)
+    balancer = Balancer(f"http://127.0.0.1:{public}", f"http://127.0.0.1:{operators}", process.pid, log)
     async with httpx.AsyncClient(trust_env=False) as client:
 
         async def balances() -> bool:
@@ -73,8 +88,8 @@ async def balanced(directory: Path, *instances: str, changes: dict[str, str] | N
                 return process.returncode is not None
 
         try:
-            assert await eventually(balances, 10), (directory / "haproxy.log").read_text(encoding="utf-8")
-            assert process.returncode is None, (directory / "haproxy.log").read_text(encoding="utf-8")
+            assert await eventually(balances, 10), log.read_text(encoding="utf-8")
+            assert process.returncode is None, log.read_text(encoding="utf-8")
             yield balancer
         finally:
             if process.returncode is None:

@@ -5,6 +5,7 @@ postgres/postgresql.conf with roles.sql, and the service's settings. Here they a
 """
 
 import configparser
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -150,6 +151,34 @@ def test_timeouts_end_things_from_the_inside_out(
     assert closing < grace["balancer"]
 
 
+def test_instance_says_that_it_leaves_for_longer_than_the_balancer_needs(settings: Settings) -> None:
+    """While an instance drains, the balancer's probe fails as often as it must, the first one a whole interval late."""
+    balancer = (ROOT / "haproxy/haproxy.cfg").read_text(encoding="utf-8")
+    found = re.search(r"inter (\d+)s fastinter (\d+)ms fall (\d+)", balancer)
+
+    assert found is not None
+    assert settings.drain_delay_seconds >= int(found[1]) + (int(found[3]) - 1) * int(found[2]) / 1000 + 1
+
+
+def test_balancer_answers_with_problem_documents() -> None:
+    """Each status that it may answer by itself has a file, whole and documented; a 503 says when to come again."""
+    balancer = (ROOT / "haproxy/haproxy.cfg").read_text(encoding="utf-8")
+    documented = (ROOT / "docs/servers.md").read_text(encoding="utf-8")
+    files = {int(path.stem): path.read_text(encoding="utf-8") for path in (ROOT / "haproxy/errors").iterdir()}
+
+    assert {400, 408, 500, 502, 503, 504} <= files.keys()
+    assert {int(status) for status in re.findall(r"errorfile (\d+) ", balancer)} == files.keys()
+    for status, text in files.items():
+        head, _, body = text.partition("\n\n")
+        problem = json.loads(body)
+        assert head.startswith(f"HTTP/1.1 {status} {problem['title']}\nContent-Type: application/problem+json\n")
+        assert f"Content-Length: {len(body.encode())}\n" in head
+        assert ("Retry-After: 1\n" in head) == (status == 503)
+        assert problem.keys() == {"type", "title", "status", "detail", "code"}
+        assert problem["status"] == status
+        assert f"| `{problem['code']}` | {status} |" in documented
+
+
 def test_only_the_service_and_the_consoles_are_published(services: dict[str, Any]) -> None:
     """Ports are bound to the loopback address alone, and no database has one."""
     published = {name: service["ports"] for name, service in services.items() if "ports" in service}
@@ -212,7 +241,7 @@ def test_every_default_secret_is_one_that_production_refuses(services: dict[str,
         ("pgbouncer/pgbouncer.ini", r"^(?!lifeguard)(\w+) ="),
         (
             "haproxy/haproxy.cfg",
-            r"^    (balance|retries|retry-on|errorfile|server-template|timeout (?!retry|resolve)\S+)",
+            r"^    (balance|option http\S+|retries|retry-on|errorfile|server-template|timeout (?!retry|resolve)\S+)",
         ),
     ],
 )
