@@ -154,6 +154,12 @@ class Failure:
 
 _LOST = Failure(503, "connection_lost", "The connection to the database was lost; nothing was committed.")
 _BUSY = Failure(503, "database_overloaded", "The database is out of a resource.")
+_NOT_KEPT = Failure(
+    500,
+    "statements_not_kept",
+    "The pooler in front of the database does not keep prepared statements: set max_prepared_statements there "
+    "(PgBouncer 1.21 or later), or DATABASE_STATEMENT_CACHE_SIZE=0 here.",
+)
 # The first five, three or two characters of an SQLSTATE; the longest match wins.
 _FAILURES = {
     "08": _LOST,
@@ -163,10 +169,12 @@ _FAILURES = {
     "25006": Failure(503, "database_read_only", "The database takes no writes at the moment."),
     "25P03": _LOST,
     "25P04": Failure(504, "statement_timeout", "The transaction took longer than the database allows."),
+    "26000": _NOT_KEPT,
     "28": Failure(503, "database_unreachable", "The database did not let the service in."),
     "3D000": Failure(503, "database_unreachable", "The database does not exist."),
     "40001": Failure(503, "serialization_failure", "The transaction collided with another one."),
     "40P01": Failure(503, "deadlock", "The transaction ran into a deadlock and was rolled back."),
+    "42P05": _NOT_KEPT,
     "53": _BUSY,
     "53300": Failure(503, "too_many_connections", "The database has no connection left."),
     "55P03": Failure(503, "lock_timeout", "The rows are locked by another transaction."),

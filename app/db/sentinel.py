@@ -8,12 +8,14 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import asyncpg
 
 from app.db.connector import DRIVER_FAILURES, Connector, KeptAliveConnection
+from app.db.pooler import STATEMENTS, WARNING, forgets_statements
 from app.errors import DatabaseUnavailable, DatabaseUnreachable
 from app.metrics import Metrics
 from app.settings import Settings
@@ -59,6 +61,7 @@ class Sentinel:
         self.lsn: int | None = None
         self.listeners: list[Callable[[Look], None]] = []
         self._misses = 0
+        self._pooler_examined = False
         self._connector = connector
         self._settings = settings
         self._metrics = metrics
@@ -102,7 +105,18 @@ class Sentinel:
         self.last = found
         for listener in self.listeners:
             listener(found)
+        if found.status == "healthy" and not self._pooler_examined:
+            await self._examine_pooler(seconds)
         return found
+
+    async def _examine_pooler(self, seconds: float) -> None:
+        """Say once, at the start, that a pooler will break prepared statements; the answers say it too."""
+        # Once only, whatever comes of it: a server that has no such view is no less healthy.
+        self._pooler_examined = True
+        with suppress(DatabaseUnavailable):
+            (statements,) = await self.ask(STATEMENTS, timeout_seconds=seconds)
+            if self._connection is not None and forgets_statements(self._connection, statements):
+                logger.warning(WARNING, extra={"database": self.name})
 
     def _seen(self, row: asyncpg.Record, started: float) -> Look:
         now = time.monotonic()

@@ -35,8 +35,8 @@ def statement_cache_size() -> int:
 
 
 @asynccontextmanager
-async def pooling(cluster: Cluster, directory: Path, *, size: int) -> AsyncIterator[int]:
-    """Run PgBouncer in front of the primary; give its port."""
+async def pooling(cluster: Cluster, directory: Path, *, size: int, keeps_statements: bool = True) -> AsyncIterator[int]:
+    """Run PgBouncer in front of the primary; give its port. Before 1.21 it never keeps prepared statements."""
     port = free_port()
     users = directory / "users.txt"
     users.write_text(f'"app_rw" "{cluster.passwords["app_rw"]}"\n', encoding="utf-8")
@@ -50,7 +50,7 @@ async def pooling(cluster: Cluster, directory: Path, *, size: int) -> AsyncItera
         "pool_mode": "transaction",
         "default_pool_size": size,
         "max_client_conn": 200,
-        **({"max_prepared_statements": 200} if statement_cache_size() else {}),
+        **({"max_prepared_statements": 200 if keeps_statements else 0} if statement_cache_size() else {}),
     }
     lines = [f"{name} = {value}" for name, value in settings.items()]
     upstream = f"* = host={HOST} port={cluster.primary.port}"
