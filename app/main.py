@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 
 from fastapi import FastAPI
+from sqlalchemy.orm import configure_mappers
 
 from app import errors, patients, reports, security, users
 from app.db.budget import check_budget
@@ -39,6 +40,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         except SettingsError as error:
             raise SystemExit(f"lifeguard cannot start.\n{error}") from None
     check_budget(settings)
+    # A model that cannot work ends the start here, and not the first request that needs it.
+    configure_mappers()
     metrics = Metrics()
     databases = Databases(settings, metrics)
 

@@ -3,13 +3,19 @@
 from datetime import datetime
 from typing import ClassVar
 
-from sqlalchemy import BigInteger, MetaData, Text
+from sqlalchemy import BigInteger, MetaData, Text, event
 from sqlalchemy.dialects.postgresql import TIMESTAMP
-from sqlalchemy.orm import DeclarativeBase
+from sqlalchemy.orm import DeclarativeBase, Mapper
+
+# These send a query when the attribute is read, which an async session cannot do, nor a reader see.
+HIDDEN_QUERIES = frozenset({"select", True, "dynamic"})
 
 
 class Base(DeclarativeBase):
-    """Declares tables. Relationships, where there are any, are `lazy="raise"`: no query hides in an attribute."""
+    """Declares tables. Relationships say how they are loaded, `lazy="raise"` if in doubt: none hides a query.
+
+    Raises: TypeError for one that would, when the service is put together.
+    """
 
     # Without names of our own a constraint could not be dropped by a migration, nor told apart in an error.
     metadata = MetaData(
@@ -22,3 +28,14 @@ class Base(DeclarativeBase):
         }
     )
     type_annotation_map: ClassVar = {str: Text, datetime: TIMESTAMP(timezone=True), int: BigInteger}
+
+
+@event.listens_for(Base, "mapper_configured", propagate=True)
+def _refuse_hidden_queries(mapper: Mapper[object], _model: type[object]) -> None:
+    for found in mapper.relationships:
+        if found.lazy in HIDDEN_QUERIES:
+            raise TypeError(
+                f"{found} loads with lazy={found.lazy!r}: reading it would send a query, which an async session cannot "
+                f'do. Write relationship(..., lazy="raise") and load it where it is needed: '
+                f".options(selectinload({found}))"
+            )

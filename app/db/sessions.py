@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING, Any, Never, TypeVarTuple, cast
 
 import asyncpg
 from sqlalchemy import Connection, Engine, Row
+from sqlalchemy.exc import MissingGreenlet
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.orm import Session
 from sqlalchemy.sql.selectable import TypedReturnsRows
-from sqlalchemy.util.concurrency import greenlet_spawn
+from sqlalchemy.util.concurrency import greenlet_spawn, in_greenlet
 
 from app.db.connector import DRIVER_FAILURES
 from app.db.lease import SWALLOWED, Lease
@@ -44,6 +45,10 @@ UNKNOWN = (
 ENDED = (
     "this session ended with its request or its block; what comes after it, a stream or a background task, opens its "
     "own: `async with databases.reading()` or `.writing()`"
+)
+NOT_LOADED = (
+    "an attribute was read that is not loaded, and reading it cannot wait for the database: load it with its query, "
+    '`.options(selectinload(Parent.children))`, or by `await session.refresh(instance, ["children"])`'
 )
 NO_QUERY = (
     'rows() takes a Query, a constant of the module: `BY_ID = Query(select(…).where(… == bindparam("id")))`; a '
@@ -80,6 +85,8 @@ class _OneConnection(Session):
     held: Connection | None = None
 
     def get_bind(self, *_args: Any, **_kwargs: Any) -> Connection:
+        if not in_greenlet():
+            raise MissingGreenlet(NOT_LOADED)
         if self.held is None:
             self.held = self.owner.hand_over(cast("Engine", self.bind))
             # The transaction is ours: SQLAlchemy's session takes part in it, and does not end it.
