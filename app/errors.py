@@ -5,6 +5,8 @@
     ├── Conflict                      conflict               409    (each domain names its own)
     ├── Unauthorized                  unauthorized           401
     ├── Forbidden                     forbidden              403
+    ├── BodyTooSlow                   body_too_slow          408
+    ├── BodyTooLarge                  body_too_large         413
     ├── DirectoryFailed               directory_failed       502
     ├── WriteInReadSession            internal_error         500    a bug: a read session was asked to write
     ├── TransactionAborted            internal_error         500    a bug: a statement's failure was swallowed
@@ -33,6 +35,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.routing import iter_route_contexts
 from sqlalchemy.exc import DBAPIError
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.routing import Match
 from starlette.types import Receive, Scope, Send
 from starlette.websockets import WebSocketClose
@@ -41,6 +44,11 @@ from starlette.websockets import WebSocketClose
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 _PHRASES = {status.value: status.phrase for status in HTTPStatus}
 MEDIA_TYPE = "application/problem+json"
+# Of a 422: enough for a person to mend what was sent, and never more than what was sent took.
+ERRORS_TOLD = 20
+LOC_PARTS = 20
+LOC_CHARACTERS = 100
+MESSAGE_CHARACTERS = 300
 
 
 class ServiceError(Exception):
@@ -76,6 +84,20 @@ class Forbidden(ServiceError):
 
     status = 403
     code = "forbidden"
+
+
+class BodyTooSlow(ServiceError):
+    """The body was not there in time."""
+
+    status = 408
+    code = "body_too_slow"
+
+
+class BodyTooLarge(ServiceError):
+    """The body has too many bytes or values."""
+
+    status = 413
+    code = "body_too_large"
 
 
 class DirectoryFailed(ServiceError):
@@ -153,6 +175,9 @@ class Failure:
 
 
 _LOST = Failure(503, "connection_lost", "The connection to the database was lost; nothing was committed.")
+_UNSTORABLE = Failure(
+    422, "unstorable_value", "A value is too long or too large for the database, or holds a character it cannot store."
+)
 _BUSY = Failure(503, "database_overloaded", "The database is out of a resource.")
 _NOT_KEPT = Failure(
     500,
@@ -163,6 +188,10 @@ _NOT_KEPT = Failure(
 # The first five, three or two characters of an SQLSTATE; the longest match wins.
 _FAILURES = {
     "08": _LOST,
+    "22001": _UNSTORABLE,
+    "22003": _UNSTORABLE,
+    "22021": _UNSTORABLE,
+    "22P05": _UNSTORABLE,
     "23503": Failure(409, "conflict", "The request refers to something that does not exist or is still in use."),
     "23505": Failure(409, "conflict", "Something with the same unique value exists already."),
     "23P01": Failure(409, "conflict", "The request overlaps something that exists already."),
@@ -186,6 +215,10 @@ _FAILURES = {
 
 # Its SQLSTATE, 0A000, stands for bugs as well: only asyncpg's class tells it apart.
 _STALE = Failure(503, "schema_changed", "The schema has just changed, and prepared statements are being renewed.")
+
+
+# What stops the driver from sending a value of the right type: half a surrogate pair, a number too large for it.
+_UNSENDABLE = (OverflowError, UnicodeEncodeError)
 
 
 def sqlstate(error: BaseException | None) -> str | None:
@@ -227,8 +260,11 @@ def classify(error: BaseException) -> Failure | None:
     """Say what a client is told about a failure of the database; None is a bug, and a 500."""
     if isinstance(error, (WriteInReadSession, TransactionAborted)):
         return None
-    if isinstance(_driver_failure(error), asyncpg.InvalidCachedStatementError):
+    driver_failure = _driver_failure(error)
+    if isinstance(driver_failure, asyncpg.InvalidCachedStatementError):
         return _STALE
+    if isinstance(driver_failure, asyncpg.DataError) and isinstance(driver_failure.__cause__, _UNSENDABLE):
+        return _UNSTORABLE
     state = sqlstate(error) or ""
     if isinstance(error, (DBAPIError, asyncpg.PostgresError, DatabaseUnreachable)):
         for length in (5, 3, 2):
@@ -249,6 +285,10 @@ def problem(request: Request, failure: Failure, **more: Any) -> Response:
     headers = {}
     if failure.status == 503:  # noqa: PLR2004
         headers["Retry-After"] = str(request.app.state.settings.retry_after_seconds)
+    if failure.status == 408 or (failure.status == 413 and "expect" in request.headers):  # noqa: PLR2004
+        # The rest of the body will not come. After another 413 it does, and a connection that is closed before it has
+        # been read past is reset, which takes the answer from the client.
+        headers["Connection"] = "close"
     if failure.status == 401:  # noqa: PLR2004
         headers["WWW-Authenticate"] = "Bearer"
     return Response(_document(failure, **more), failure.status, headers, MEDIA_TYPE)
@@ -314,11 +354,25 @@ async def _answer_failure(request: Request, error: Exception) -> Response:
 async def _answer_invalid(request: Request, error: Exception) -> Response:
     # What was sent stays out of the answer and the log: it is health data.
     mistakes = error.errors() if isinstance(error, RequestValidationError) else []
-    errors = [{"loc": list(m["loc"]), "msg": m["msg"], "type": m["type"]} for m in mistakes]
-    return problem(request, Failure(422, "invalid_request", "The request does not fit its schema."), errors=errors)
+    errors = [
+        {
+            "loc": [part[:LOC_CHARACTERS] if isinstance(part, str) else part for part in mistake["loc"][:LOC_PARTS]],
+            "msg": mistake["msg"][:MESSAGE_CHARACTERS],
+            "type": mistake["type"],
+        }
+        for mistake in mistakes[:ERRORS_TOLD]
+    ]
+    more = {"omitted": len(mistakes) - ERRORS_TOLD} if len(mistakes) > ERRORS_TOLD else {}
+    failure = Failure(422, "invalid_request", "The request does not fit its schema.")
+    return problem(request, failure, errors=errors, **more)
 
 
 async def _answer_http(request: Request, error: Exception) -> Response:
+    # FastAPI wraps whatever keeps it from reading a body into a 400.
+    if isinstance(error.__cause__, ClientDisconnect):
+        raise error.__cause__
+    if isinstance(error.__cause__, (BodyTooLarge, BodyTooSlow)):
+        return await _answer_failure(request, error.__cause__)
     status = error.status_code if isinstance(error, HTTPException) else 500
     if (
         status == HTTPStatus.BAD_REQUEST

@@ -18,6 +18,7 @@ from app.db.dependencies import SessionRoute
 from app.db.engines import Databases
 from app.failures import report_failure
 from app.idempotency import keep_house
+from app.limits import BodyLimit
 from app.logs import configure_logs
 from app.metrics import Metrics
 from app.middleware import Edge, ReadYourWrites
@@ -65,6 +66,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     _add_routes(app, settings)
 
     # The last one added is the outermost.
+    app.add_middleware(BodyLimit, settings=settings)
     app.add_middleware(ReadYourWrites, metrics=metrics)
     if settings.auth_secret is not None:
         security.install(app, settings.auth_secret)

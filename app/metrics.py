@@ -112,7 +112,11 @@ class Metrics:
 
         # HTTP.
         self.http_requests = counter(
-            "http_requests_total", "Requests answered, by route template.", "method", "route", "status"
+            "http_requests_total",
+            "Requests by route template and status; 499 is a client that left.",
+            "method",
+            "route",
+            "status",
         )
         self.http_seconds = histogram(
             "http_request_seconds",

@@ -4,12 +4,14 @@ Each passes other scope types through. What a request's layers tell each other l
 """
 
 import asyncio
+import logging
 import random
 import re
 import time
 from functools import lru_cache
 
 from fastapi import Request
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.db.dependencies import SAFE_METHODS, route_of
@@ -19,6 +21,10 @@ from app.failures import report_bug
 from app.logs import request_id
 from app.metrics import Metrics
 
+logger = logging.getLogger(__name__)
+
+# What the field counts for a client that did not wait for its answer; nobody gets to see it.
+CLIENT_LEFT = 499
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 # Longer than a replica that replays nothing stays unnoticed: while few bytes are missing, it goes on serving.
 TOKEN_SECONDS = 3600
@@ -47,18 +53,25 @@ class Edge:
         chosen = given if _PLAIN_ID.fullmatch(given) else b"%016x" % random.getrandbits(64)
         request_id.set(chosen.decode())
         status: int | None = None
+        complete = left = False
 
         async def send_marked(message: Message) -> None:
-            nonlocal status
+            nonlocal status, complete
             if message["type"] == "http.response.start":
                 status = message["status"]
                 message["headers"] = [*message.get("headers", ()), (b"x-request-id", chosen)]
+            elif not message.get("more_body"):
+                complete = True
             await send(message)
 
         started = time.perf_counter()
         self._in_progress.inc()
         try:
             await self._app(scope, receive, send_marked)
+            # Servers drop what is sent to a client that has left, and Starlette ends a stream to it, without a word.
+            left = not complete
+        except ClientDisconnect:
+            left = True
         except asyncio.CancelledError:
             # uvicorn cancels what outlasts the grace at shutdown, and would answer 500 in plain text.
             if status is None:
@@ -72,12 +85,17 @@ class Edge:
                 raise
             await problem(Request(scope), _UNFORESEEN)(scope, receive, send_marked)
         finally:
-            self._in_progress.dec()
-            # A client may send any word as its method; the label may not.
-            method = scope["method"] if scope["method"] in METHODS else "other"
-            route = route_of(scope)
-            self._counter(method, route, str(status or 500)).inc()
-            self._timer(method, route).observe(time.perf_counter() - started)
+            self._count(scope, CLIENT_LEFT if left else status or 500, time.perf_counter() - started)
+
+    def _count(self, scope: Scope, status: int, seconds: float) -> None:
+        self._in_progress.dec()
+        # A client may send any word as its method; the label may not.
+        method = scope["method"] if scope["method"] in METHODS else "other"
+        route = route_of(scope)
+        if status == CLIENT_LEFT:
+            logger.debug("client left", extra={"route": route})
+        self._counter(method, route, str(status)).inc()
+        self._timer(method, route).observe(seconds)
 
 
 class ReadYourWrites:

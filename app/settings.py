@@ -198,6 +198,15 @@ class Settings(BaseSettings):
     trusted_proxies: str = Field(
         "127.0.0.1", description="Addresses whose X-Forwarded-* headers are believed, separated by commas."
     )
+    request_body_bytes: int = Field(
+        1_048_576, ge=0, description="Bytes of a body; more is a 413 before it is read on. A route may name its own."
+    )
+    request_body_values: int = Field(
+        1000, ge=1, description="Values in a JSON body, counted by its commas; more is a 413 before it is parsed."
+    )
+    request_body_seconds: float = Field(
+        30, gt=0, le=3600, description="Seconds for the whole body to arrive; later is a 408."
+    )
     access_log: bool = Field(False, description="A log line for each request; the metrics count them anyway.")
     workers: int = Field(1, ge=1, le=64, description="Processes of one instance.")
     instances: int = Field(1, ge=1, le=10_000, description="Instances of the service; only the budget uses it.")

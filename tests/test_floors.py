@@ -14,7 +14,7 @@ FLOORS = {
     "db": 1,
     **dict.fromkeys(("security", "fields", "paging", "idempotency", "failures"), 2),
     **dict.fromkeys(DOMAINS, 3),
-    **dict.fromkeys(("ops", "middleware"), 4),
+    **dict.fromkeys(("ops", "limits", "middleware"), 4),
     **dict.fromkeys(("main", "cli"), 5),
 }
 # What opens something or reads the environment, and so must not be called when a module is imported.

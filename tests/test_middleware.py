@@ -99,6 +99,58 @@ async def test_cancelled_request_is_counted_and_over(service: Service) -> None:
     assert service.sample("http_requests_total", method="GET", route="/wait", status="503") == 1
 
 
+# Clients that leave
+
+
+LEAVING = {
+    "in the middle of an upload": b"POST /patients HTTP/1.1\r\nHost: x\r\n%sContent-Length: 100\r\n\r\n{",
+    "in the middle of an upload with a key": (
+        b"POST /patients HTTP/1.1\r\nHost: x\r\nIdempotency-Key: a\r\n%sContent-Length: 100\r\n\r\n{"
+    ),
+    "in the middle of a chunk": b"POST /patients HTTP/1.1\r\nHost: x\r\n%sTransfer-Encoding: chunked\r\n\r\n5\r\n{",
+    "in the middle of a stream": b"GET /stream HTTP/1.1\r\nHost: x\r\n%s\r\n",
+}
+
+
+@pytest.mark.parametrize("when", LEAVING)
+async def test_client_that_leaves_is_no_failure_of_ours(
+    service: Service, when: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is counted with a status of its own, no longer in progress, and the log has no error of it."""
+
+    async def endless() -> AsyncIterator[bytes]:
+        while True:
+            yield b"more and "
+            await asyncio.sleep(0.01)
+
+    async def stream() -> StreamingResponse:
+        return StreamingResponse(endless())
+
+    service.app.add_api_route("/stream", stream)
+    path = LEAVING[when].split(b" ", 2)[1].decode()
+    method = LEAVING[when].split(b" ", 1)[0].decode()
+
+    async def without_lifespan(scope: Scope, receive: Receive, send: Send) -> None:
+        assert scope["type"] == "http"
+        await service.app(scope, receive, send)
+
+    async def at_work() -> bool:
+        return service.sample("http_requests_in_progress") == 1
+
+    async def left() -> bool:
+        return service.sample("http_requests_total", method=method, route=path, status="499") == 1
+
+    async with listening(without_lifespan) as url:
+        _, writer = await asyncio.open_connection("127.0.0.1", int(url.rpartition(":")[2]))
+        writer.write(LEAVING[when] % b"Content-Type: application/json\r\n")
+        assert await eventually(at_work, 5)
+        writer.transport.abort()
+        assert await eventually(left, 5)
+
+    assert service.sample("http_requests_in_progress") == 0
+    assert [record for record in caplog.records if record.levelname in {"WARNING", "ERROR"}] == []
+
+
 # The last resort
 
 
