@@ -20,6 +20,7 @@ from local.cluster import Cluster
 from tests.proxy import Proxy
 from tests.servers import TEMPLATE, Servers, open_directory
 from tests.service import Service, serving
+from tests.stopwatch import Stopwatch
 
 # Runs a statement on the primary as its superuser, beside the service, and returns its first value.
 Execute: TypeAlias = Callable[..., Awaitable[Any]]
@@ -83,6 +84,13 @@ def _open_directory() -> Iterator[Path]:
     """
     with open_directory() as directory:
         yield directory
+
+
+@pytest.fixture
+async def stopwatch() -> AsyncIterator[Stopwatch]:
+    """Give a clock that runs only while this process is let run."""
+    async with Stopwatch() as watch:
+        yield watch
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -3,7 +3,6 @@
 import asyncio
 import subprocess
 import sys
-import time
 from typing import Any
 
 import asyncpg
@@ -18,6 +17,7 @@ from local.setup import PROJECT
 from local.waiting import eventually
 from tests.conftest import Database
 from tests.service import serving
+from tests.stopwatch import Stopwatch
 
 DOWN: dict[str, Any] = {"url": f"postgresql://a@127.0.0.1:{free_port()}/x"}
 
@@ -46,25 +46,25 @@ async def test_shutdown_leaves_no_session_on_the_servers(database: Database) -> 
 
 
 async def test_starts_with_the_databases_down_and_is_ready_when_they_return(
-    breakable_cluster: Cluster, database: Database
+    breakable_cluster: Cluster, database: Database, stopwatch: Stopwatch
 ) -> None:
     """Alive at once, not ready; within two seconds of the primary's return ready, and serving."""
     settings = database.settings(monitor_interval_seconds=0.5)
     await breakable_cluster.stop()
-    started = time.perf_counter()
+    started = stopwatch.seconds
     async with serving(settings, settled=False) as service:
-        start_seconds = time.perf_counter() - started
+        start_seconds = stopwatch.seconds - started
         live = await service.client.get("/health/live")
         unready = await service.client.get("/health/ready")
 
         await breakable_cluster.primary.start()
-        returned = time.perf_counter()
+        returned = stopwatch.seconds
 
         async def ready() -> bool:
             return (await service.client.get("/health/ready")).is_success
 
-        assert await eventually(ready, 2)
-        seconds = time.perf_counter() - returned
+        assert await eventually(ready, 20)
+        seconds = stopwatch.seconds - returned
         read = await service.client.get("/patients")
 
     assert start_seconds < 2
@@ -73,12 +73,12 @@ async def test_starts_with_the_databases_down_and_is_ready_when_they_return(
     assert (read.status_code, read.json()) == (200, [])
 
 
-async def test_shutdown_is_quick_with_the_databases_down() -> None:
+async def test_shutdown_is_quick_with_the_databases_down(stopwatch: Stopwatch) -> None:
     """Nothing to wait for, nothing waited for."""
     async with serving(Settings(_env_file=None, primary=DOWN, analytics=DOWN), settled=False):
-        started = time.perf_counter()
+        started = stopwatch.seconds
 
-    assert time.perf_counter() - started < 1
+    assert stopwatch.seconds - started < 1
 
 
 async def test_two_applications_share_a_process(database: Database) -> None:

@@ -13,7 +13,7 @@ import asyncpg
 import pytest
 
 from local.waiting import eventually
-from tests.chaos import FULL
+from tests.chaos import FULL, in_time
 from tests.chaos.load import Answer, after, ask, offer, quantile, tell
 from tests.chaos.wire import Client
 from tests.conftest import Database
@@ -25,8 +25,8 @@ POOL_TIMEOUT_SECONDS = 0.5
 POOL = 4
 WAITING = 40
 SECONDS = 10.0 if FULL else 2.0
-SHED_SECONDS = 0.005 if FULL else 0.05
-USEFUL_SHARE = 0.95 if FULL else 0.8
+SHED_SECONDS = 0.005
+USEFUL_SHARE = 0.95
 # A client that waits for longer has gone away.
 USEFUL_WITHIN_SECONDS = 1.0
 CONCURRENT = 10_000 if FULL else 500
@@ -119,11 +119,11 @@ async def test_overload_sheds_and_serves(database: Database, tmp_path: Path, mea
     assert {answer.status for answer in answers} == {200, 503}
     assert {answer.code for answer in answers if answer.status == 503} == {"pool_exhausted"}
     assert all("retry-after" in answer.headers for answer in answers if answer.status == 503)
-    assert useful >= USEFUL_SHARE * capacity
-    assert accepted <= POOL_TIMEOUT_SECONDS + 3 * SERVICE_SECONDS
-    assert shed <= SHED_SECONDS
+    in_time(useful >= USEFUL_SHARE * capacity, useful / capacity)
+    in_time(accepted <= POOL_TIMEOUT_SECONDS + 3 * SERVICE_SECONDS, accepted)
+    in_time(shed <= SHED_SECONDS, shed)
     assert {answer.status for answer in back} == {200}
-    assert quantile([answer.seconds for answer in back], 0.99) <= 0.1
+    in_time(quantile([answer.seconds for answer in back], 0.99) <= 0.1)
 
 
 @pytest.mark.skipif(not FULL, reason="shows the usual way, which takes its time: make chaos")
@@ -244,7 +244,7 @@ async def test_analytics_exhausted_leaves_users_and_patients_alone(
     measured(f"reports {refused.status}, the others' slowest answer {slowest * 1000:.0f} ms")
     assert (refused.status, refused.code) == (503, "pool_exhausted")
     assert {answer.status for answer in others} == {200}
-    assert slowest < 0.25
+    in_time(slowest < 0.25, slowest)
 
 
 async def test_waiting_is_first_come_first_served(database: Database) -> None:

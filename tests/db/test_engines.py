@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-import time
 from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
@@ -20,6 +19,7 @@ from tests.conftest import Database, Execute
 from tests.db.conftest import pooled, sessions_end
 from tests.proxy import Proxy
 from tests.service import exhausted, quiet, serving
+from tests.stopwatch import Stopwatch
 
 SLEEP = Query(select(literal_column("pg_sleep(60)::text", Text)))
 ASLEEP = "SELECT count(*) FROM pg_stat_activity WHERE query LIKE '%pg_sleep(60)%' AND pid <> pg_backend_pid()"
@@ -30,7 +30,7 @@ ASLEEP = "SELECT count(*) FROM pg_stat_activity WHERE query LIKE '%pg_sleep(60)%
 
 @pytest.mark.parametrize("fault", ["refuse", "hang"])
 async def test_service_starts_without_its_databases_and_is_ready_when_they_are(
-    database: Database, proxy: Proxy, fault: str
+    database: Database, proxy: Proxy, stopwatch: Stopwatch, fault: str
 ) -> None:
     """Live at once, 503 with Retry-After meanwhile, ready within 2 seconds of the return."""
     getattr(proxy, fault)()
@@ -38,9 +38,9 @@ async def test_service_starts_without_its_databases_and_is_ready_when_they_are(
     settings = database.settings(replica=False, primary={"url": url}, analytics={"url": url}).model_copy(
         update={"monitor_interval_seconds": 0.5}
     )
-    started = time.perf_counter()
+    started = stopwatch.seconds
     async with serving(settings, settled=False) as service:
-        assert time.perf_counter() - started < 2
+        assert stopwatch.seconds - started < 2
         assert (await service.client.get("/health/live")).status_code == 200
         for path in ("/health/ready", "/patients"):
             answer = await service.client.get(path)
@@ -48,13 +48,13 @@ async def test_service_starts_without_its_databases_and_is_ready_when_they_are(
 
         await proxy.accept()
         proxy.resume()
-        back = time.perf_counter()
+        back = stopwatch.seconds
 
         async def ready() -> bool:
             return (await service.client.get("/health/ready")).status_code == 200
 
-        assert await eventually(ready, 5)
-        assert time.perf_counter() - back < 2
+        assert await eventually(ready, 20)
+        assert stopwatch.seconds - back < 2
         assert (await service.client.get("/patients")).status_code == 200
 
 
@@ -260,7 +260,7 @@ async def test_cancelled_direct_read_stops_on_the_server(database: Database, exe
 
 
 async def test_cancelled_direct_read_on_a_silent_server_ends(
-    database: Database, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+    database: Database, proxy: Proxy, monkeypatch: pytest.MonkeyPatch, stopwatch: Stopwatch
 ) -> None:
     """Telling a server to stop takes so long and no longer."""
     monkeypatch.setattr(lease, "CLOSE_SECONDS", 0.05)
@@ -275,11 +275,11 @@ async def test_cancelled_direct_read_on_a_silent_server_ends(
         assert await eventually(at_work, 5)
         await asyncio.sleep(0)
         read.cancel()
-        started = time.perf_counter()
+        started = stopwatch.seconds
         with pytest.raises(asyncio.CancelledError):
             await read
 
-        assert time.perf_counter() - started < 1
+        assert stopwatch.seconds - started < 1
         assert p.pool.figures().checked_in == 0
 
 

@@ -11,6 +11,7 @@ from local.postgres import free_port
 from local.waiting import eventually
 from tests.conftest import Database
 from tests.service import Service, exhausted, serving
+from tests.stopwatch import Stopwatch
 
 OPERATORS = ("/health/live", "/health/ready", "/health/db", "/debug/pool-stats", "/debug/connections", "/metrics")
 
@@ -43,25 +44,26 @@ async def test_all_is_well(service: Service) -> None:
     assert (await service.client.get("/health/ready")).json() == {"status": "ready"}
 
 
-async def test_operators_are_answered_while_every_pool_is_exhausted(database: Database) -> None:
+async def test_operators_are_answered_while_every_pool_is_exhausted(database: Database, stopwatch: Stopwatch) -> None:
     """With all connections of all pools held, each operator's route answers 200 in under 100 ms; requests get 503."""
     async with serving(database.settings(pool_size=2, max_overflow=1, pool_timeout=0.2)) as service:
         primary, replica, analytics = service.databases.all()
         async with exhausted(primary), exhausted(replica), exhausted(analytics):
-            started = time.perf_counter()
+            started, asked_at = stopwatch.seconds, time.perf_counter()
             refused = await service.client.get("/patients/1")
-            waited = time.perf_counter() - started
+            passed, waited = time.perf_counter() - asked_at, stopwatch.seconds - started
             for path in OPERATORS:
-                started = time.perf_counter()
+                started = stopwatch.seconds
                 answer = await service.client.get(path)
-                seconds = time.perf_counter() - started
+                seconds = stopwatch.seconds - started
 
                 assert answer.status_code == 200, path
                 assert seconds < 0.1, (path, seconds)
             stats = (await service.client.get("/debug/pool-stats")).json()
 
     assert (refused.status_code, refused.json()["code"], refused.headers["retry-after"]) == (503, "pool_exhausted", "1")
-    assert 0.15 < waited < 0.4
+    assert passed > 0.15
+    assert waited < 0.4
     for figures in stats.values():
         assert figures.items() >= {"pool_size": 2, "checked_out": 3, "overflow": 1, "total": 3, "available": 0}.items()
 
@@ -89,14 +91,16 @@ async def test_operators_are_answered_while_the_databases_are_down() -> None:
     assert not [answer for answer in answers.values() if "hunter2" in answer.text]
 
 
-async def test_database_that_hangs_is_a_timeout(breakable_cluster: Cluster, database: Database) -> None:
+async def test_database_that_hangs_is_a_timeout(
+    breakable_cluster: Cluster, database: Database, stopwatch: Stopwatch
+) -> None:
     """A frozen server is told apart from one that is gone, within the health timeout; thawed, it is healthy again."""
     async with serving(database.settings(health_timeout_seconds=0.3, replica=False)) as service:
         breakable_cluster.primary.freeze()
         try:
-            started = time.perf_counter()
+            started = stopwatch.seconds
             answer = await service.client.get("/health/db")
-            seconds = time.perf_counter() - started
+            seconds = stopwatch.seconds - started
         finally:
             breakable_cluster.primary.thaw()
 
