@@ -31,6 +31,9 @@ PREFIXES = {"replicas": "database_replica_", "analytics": "database_analytics_",
 SECRET_CHARACTERS = 32
 # What docker-compose.yml's default passwords begin with.
 DEVELOPMENT_SECRET = "development-"  # noqa: S105  # It is what a secret must not look like.
+# The migration job has nobody waiting for it.
+JOB_CONNECT_SECONDS = 5.0
+JOB_COMMAND_SECONDS = 7 * 86_400.0
 
 
 class SettingsError(ValueError):
@@ -343,32 +346,46 @@ class Settings(BaseSettings):
 class MigrationSettings(BaseSettings):
     """Where migrations go: direct to the primary, past any pooler; and who must hear of them afterwards."""
 
-    model_config = SettingsConfigDict(env_file=".env", env_ignore_empty=True, extra="ignore")
+    model_config = SettingsConfigDict(
+        frozen=True, env_file=".env", env_ignore_empty=True, extra="ignore", hide_input_in_errors=True
+    )
 
-    migrations_url: DatabaseUrl | None = None
-    database_url: DatabaseUrl | None = None
+    # Looked at when they are used: a job that has a MIGRATIONS_URL does not care about the others.
+    migrations_url: SecretStr | None = None
+    database_url: SecretStr | None = None
     database_replica_url: SecretStr | None = None
     # PgBouncer's admin console: its server connections are replaced once the schema is new.
-    pgbouncer_admin_url: DatabaseUrl | None = None
+    pgbouncer_admin_url: SecretStr | None = None
+    # An index of a large table takes longer than a deployment should hang.
+    migrations_wait_seconds: float = Field(900, ge=0, le=86_400)
 
     @property
-    def url(self) -> str:
-        """MIGRATIONS_URL, else DATABASE_URL, with its password.
+    def primary(self) -> DatabaseSettings:
+        """MIGRATIONS_URL, else DATABASE_URL.
 
-        Raises: SettingsError when neither is set.
+        Raises: SettingsError when neither is set, or it is wrong.
         """
-        found = self.migrations_url or self.database_url
-        if found is None:
-            raise SettingsError(
-                "Neither MIGRATIONS_URL nor DATABASE_URL is set: say where to migrate, past any pooler, as "
-                "postgresql://app_owner:password@host:5432/database."
-            )
-        return found.get_secret_value()
+        if self.migrations_url is not None:
+            return _of_a_job("MIGRATIONS_URL", self.migrations_url, ("primary", "read-write"))
+        if self.database_url is not None:
+            return _of_a_job("DATABASE_URL", self.database_url, ("primary", "read-write"))
+        raise SettingsError(
+            "Neither MIGRATIONS_URL nor DATABASE_URL is set: say where to migrate, past any pooler, as "
+            "postgresql://app_owner:password@host:5432/database."
+        )
 
     @property
-    def replica_urls(self) -> list[str]:
-        """The replicas that a migration has to reach before it is over."""
-        return [] if self.database_replica_url is None else _split_urls(self.database_replica_url.get_secret_value())
+    def replicas(self) -> list[DatabaseSettings]:
+        """The replicas that a migration has to reach before it is over. Raises: SettingsError."""
+        urls = "" if self.database_replica_url is None else self.database_replica_url.get_secret_value()
+        kinds = ("standby", "read-only", "prefer-standby")
+        return [_of_a_job("DATABASE_REPLICA_URL", SecretStr(url), kinds) for url in _split_urls(urls)]
+
+    @property
+    def console(self) -> DatabaseSettings | None:
+        """PgBouncer's admin console. Raises: SettingsError."""
+        url = self.pgbouncer_admin_url
+        return None if url is None else _of_a_job("PGBOUNCER_ADMIN_URL", url, ())
 
     @classmethod
     def settings_customise_sources(
@@ -382,6 +399,36 @@ class MigrationSettings(BaseSettings):
         """Read NAME_FILE here as well."""
         del file_secret_settings
         return init_settings, _MigrationVariables(settings_cls, env_settings, dotenv_settings)
+
+
+def _of_a_job(variable: str, url: SecretStr, kinds: tuple[str, ...]) -> DatabaseSettings:
+    """Read a URL of the migration job. A statement of a migration takes as long as its table is large."""
+    try:
+        found = DatabaseSettings(url=url, command_timeout_seconds=JOB_COMMAND_SECONDS)
+    except ValidationError as error:
+        raise SettingsError(_sentences(error).replace("URL: ", f"{variable}: ", 1)) from None
+    said = found.parameters
+    if said.target_session_attrs not in {None, "any", *kinds}:
+        raise SettingsError(f"{variable}: has target_session_attrs={said.target_session_attrs}; leave it out.")
+    return found.model_copy(
+        update={
+            "application_name": said.application_name or "lifeguard-migrations",
+            "connect_timeout_seconds": said.connect_timeout_seconds or JOB_CONNECT_SECONDS,
+        }
+    )
+
+
+def load_migration_settings() -> MigrationSettings:
+    """Read the environment of the migration job, and check each of its URLs before anything is changed.
+
+    Raises: SettingsError, with a sentence.
+    """
+    try:
+        settings = MigrationSettings()
+    except ValidationError as error:
+        raise SettingsError(_sentences(error)) from None
+    _ = settings.primary, settings.replicas, settings.console
+    return settings
 
 
 def load_settings() -> Settings:

@@ -7,69 +7,72 @@ the new schema too.
 
 import asyncio
 import logging
+import sys
 from pathlib import Path
 
 import asyncpg
 from alembic import command
 from alembic.config import Config
-from sqlalchemy.engine import make_url
+from alembic.util import CommandError
 
-from app.settings import MigrationSettings
+from app.errors import DatabaseUnavailable
+from app.settings import DatabaseSettings, MigrationSettings, SettingsError, load_migration_settings
+from migrations.connection import connected
 
 logger = logging.getLogger("migrations")
 
 INI = Path(__file__).parent.parent / "alembic.ini"
 # A replica that is further behind than this serves no reads of the service; it must not hold up a deployment either.
 REPLAY_SECONDS = 30.0
-CONNECT_SECONDS = 5.0
 
 
 async def reconnect(settings: MigrationSettings) -> None:
-    """Have PgBouncer replace its server connections, each after its transaction; do nothing without a PgBouncer."""
-    if settings.pgbouncer_admin_url is None:
+    """Have PgBouncer replace its server connections, each after its transaction; do nothing without a PgBouncer.
+
+    Raises: DatabaseUnavailable when the primary or the console cannot be reached.
+    """
+    console = settings.console
+    if console is None:
         return
-    primary = await _connect(settings.url)
-    try:
-        written = await primary.fetchval("SELECT pg_current_wal_insert_lsn()::text")
-    finally:
-        await primary.close()
-    for url in settings.replica_urls:
-        await wait_replayed(url, written)
-    console = await _connect(settings.pgbouncer_admin_url.get_secret_value())
-    try:
-        await console.execute("RECONNECT")
-    finally:
-        await console.close()
+    async with connected(settings.primary, writable=True) as primary:
+        try:
+            written = await primary.fetchval("SELECT pg_current_wal_insert_lsn()::text")
+        except asyncpg.FeatureNotSupportedError as error:  # Aurora's replicas read the primary's own storage.
+            logger.warning("the replicas are not waited for: %s", error)
+            written = None
+    for replica in settings.replicas if written is not None else []:
+        await wait_replayed(replica, written)
+    async with connected(console, writable=False) as connection:
+        await connection.execute("RECONNECT")
     logger.info("PgBouncer replaces its server connections")
 
 
-async def wait_replayed(url: str, written: str) -> None:
+async def wait_replayed(to: DatabaseSettings, written: str) -> None:
     """Wait until the replica has the new schema: prepared anew before that, a statement would be stale again."""
-    place = make_url(url).render_as_string(hide_password=True)
     try:
-        async with asyncio.timeout(REPLAY_SECONDS):
-            replica = await _connect(url)
-            try:
-                asked = "SELECT pg_last_wal_replay_lsn() >= $1::text::pg_lsn"
-                while not await replica.fetchval(asked, written):  # noqa: ASYNC110  # A server calls nobody back.
-                    await asyncio.sleep(0.05)
-            finally:
-                replica.terminate()
-    except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
+        async with asyncio.timeout(REPLAY_SECONDS), connected(to, writable=False) as replica:
+            asked = "SELECT pg_last_wal_replay_lsn() >= $1::text::pg_lsn"
+            while not await replica.fetchval(asked, written):  # noqa: ASYNC110  # A server calls nobody back.
+                await asyncio.sleep(0.05)
+    except (DatabaseUnavailable, OSError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
         reason = str(error) or f"not there after {REPLAY_SECONDS:g} s"
         logger.warning(
             "%s has not replayed the migration (%s); when it has, run this again, or its prepared statements may fail",
-            place,
+            to.location,
             reason,
         )
 
 
-async def _connect(url: str) -> "asyncpg.Connection[asyncpg.Record]":
-    plain = make_url(url).set(drivername="postgresql").render_as_string(hide_password=False)
-    return await asyncpg.connect(plain, timeout=CONNECT_SECONDS)
+def main() -> None:
+    """Migrate, then renew the pooler's connections. Ends with status 1 and a sentence when that cannot be done."""
+    logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
+    try:
+        settings = load_migration_settings()
+        command.upgrade(Config(INI), "head")
+        asyncio.run(reconnect(settings))
+    except (SettingsError, CommandError, DatabaseUnavailable) as error:
+        sys.exit(str(error))
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
-    command.upgrade(Config(INI), "head")
-    asyncio.run(reconnect(MigrationSettings()))
+    main()

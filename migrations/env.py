@@ -1,29 +1,37 @@
 """Run the migrations: direct to the primary, one runner at a time, never waiting long for a lock.
 
 The URL is MIGRATIONS_URL, else DATABASE_URL. It must not go through a pooler in transaction mode, which would spread
-a session over connections.
+a session over connections. One connection does it all: it holds the runners' lock and migrates.
 """
 
 import asyncio
 import logging
 from typing import Any
 
+import asyncpg
 from alembic import context
-from sqlalchemy import Connection, pool, text
+from alembic.util import CommandError
+from sqlalchemy import Connection, pool
 from sqlalchemy.ext.asyncio import create_async_engine
 
 import app.idempotency
 import app.patients.models
 import app.users.models
 from app.db.base import Base
-from app.settings import MigrationSettings
+from app.db.connector import KeptAliveConnection
+from app.errors import DatabaseUnreachable
+from app.settings import SettingsError, load_migration_settings
+from migrations.concurrently import LOCK_TIMEOUT, invalid_indexes, watch
+from migrations.connection import check_server, connected
+from migrations.turn import take_turn
 
-# A migration that waits for a lock makes every statement behind it wait too: better to fail and be run again.
-LOCK_TIMEOUT = "4s"
-GUARD_TIMEOUTS = ("lock_timeout", "statement_timeout", "idle_in_transaction_session_timeout")
-# Any number will do, if nobody else uses it.
-ADVISORY_LOCK = 7_253_094
+logger = logging.getLogger("migrations")
 
+# The role's limits are for requests: an index takes as long as its table is large, and a runner may wait for another.
+SESSION = """
+SELECT set_config(name, CASE name WHEN 'lock_timeout' THEN $1 ELSE '0' END, false) FROM pg_settings
+WHERE name IN ('lock_timeout', 'statement_timeout', 'transaction_timeout', 'idle_session_timeout')
+"""
 
 # PostgreSQL does not tell the collation of an index's expression (pg_get_indexdef of one column leaves it out), so
 # `alembic check` would find a difference for ever. That the index is as the queries need it, the tests of plans show.
@@ -37,6 +45,7 @@ def is_comparable(_thing: Any, name: str | None, *_rest: Any) -> bool:
 
 def run(connection: Connection) -> None:
     """Migrate on an open connection, in one transaction for each version."""
+    watch(connection)
     context.configure(
         connection=connection,
         target_metadata=Base.metadata,
@@ -49,24 +58,51 @@ def run(connection: Connection) -> None:
 
 
 async def run_online() -> None:
-    """Connect, wait for a runner that came first, and migrate."""
-    engine = create_async_engine(MigrationSettings().url, poolclass=pool.NullPool)
-    logging.getLogger(__name__).info("migrating")
-    async with engine.connect() as guard, engine.connect() as connection:
-        # The lock belongs to a transaction of its own, so that it holds over all the versions' transactions, and
-        # ends with the connection whatever happens.
-        for timeout in GUARD_TIMEOUTS:
-            # The role's own limits are for the migration: the guard may wait for as long as another runner takes, and
-            # stands idle for as long as this one does.
-            await guard.execute(text(f"SET LOCAL {timeout} = 0"))
-        await guard.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": ADVISORY_LOCK})
-        await connection.execute(text(f"SET lock_timeout = '{LOCK_TIMEOUT}'"))
-        await connection.commit()
-        await connection.run_sync(run)
-        await connection.commit()
-    await engine.dispose()
+    """Connect, wait for a runner that came first, migrate, and tell of indexes that are left invalid."""
+    try:
+        settings = load_migration_settings()
+        async with connected(settings.primary, writable=True) as connection:
+            await check_server(connection, settings.primary)
+            await connection.execute(SESSION, LOCK_TIMEOUT)
+            await take_turn(connection, wait_seconds=settings.migrations_wait_seconds)
+            logger.info("migrating %s", settings.primary.location)
+            try:
+                await migrate(connection)
+            finally:
+                await tell_invalid_indexes(connection)
+    except (SettingsError, DatabaseUnreachable) as error:
+        raise CommandError(str(error)) from error
 
 
+async def migrate(connection: KeptAliveConnection) -> None:
+    """Run Alembic on the connection that holds the lock."""
+
+    async def the_one() -> KeptAliveConnection:
+        return connection
+
+    engine = create_async_engine("postgresql+asyncpg://", poolclass=pool.StaticPool, async_creator=the_one)
+    async with engine.connect() as migrating:
+        await migrating.run_sync(run)
+        await migrating.commit()
+
+
+async def tell_invalid_indexes(connection: KeptAliveConnection) -> None:
+    """Warn of indexes that no query uses and every write pays for."""
+    try:
+        left = await invalid_indexes(connection)
+    except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError):  # It is gone: so the migration has failed, loudly.
+        return
+    for index in left:
+        logger.warning(
+            "index %s is invalid: a statement CONCURRENTLY failed. A migration that creates it again replaces it; "
+            "else: DROP INDEX CONCURRENTLY %s",
+            index,
+            index,
+        )
+
+
+# `alembic upgrade head` brings no handlers, and a runner that waits would say nothing; one that has some keeps them.
+logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
 if context.is_offline_mode():
     context.configure(url="postgresql://", target_metadata=Base.metadata, literal_binds=True)
     with context.begin_transaction():

@@ -105,7 +105,13 @@ def test_example_lists_every_variable_with_its_default() -> None:
     of_service = [*examples(DatabaseSettings.model_fields, "DATABASE_"), *examples(service_fields())]
     names = {line[2:].partition("=")[0] for line in of_service}
     of_stack = sorted(f"# {name}={value}" for name, value in of_compose.items() if name not in names)
-    assert lines == [*of_service, "# MIGRATIONS_URL=", "# PGBOUNCER_ADMIN_URL=", *of_stack]
+    assert lines == [
+        *of_service,
+        "# MIGRATIONS_URL=",
+        "# PGBOUNCER_ADMIN_URL=",
+        "# MIGRATIONS_WAIT_SECONDS=900",
+        *of_stack,
+    ]
 
 
 def test_example_can_be_loaded_as_it_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

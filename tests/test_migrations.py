@@ -14,14 +14,13 @@ from alembic.config import Config
 from alembic.script import ScriptDirectory
 
 from app.db.base import Base
-from app.settings import MigrationSettings
+from app.settings import MigrationSettings, load_migration_settings
 from local.postgres import free_port
 from local.waiting import eventually
 from migrations.__main__ import INI, reconnect, wait_replayed
+from migrations.turn import ADVISORY_LOCK
 from tests.conftest import Database
 
-# As in migrations/env.py, which Alembic alone can import.
-ADVISORY_LOCK = 7_253_094
 TABLES = "SELECT count(*) FROM pg_tables WHERE schemaname = 'public' AND tablename <> 'alembic_version'"
 
 
@@ -35,9 +34,14 @@ async def owner(database: Database) -> AsyncIterator["asyncpg.Connection[Any]"]:
 
 async def alembic(*arguments: str, **environment: str) -> tuple[int, str]:
     """Run Alembic and return its status and what it said."""
+    return await python("-m", "alembic", *arguments, environment=environment)
+
+
+async def python(*arguments: str, environment: dict[str, str], cwd: Path = INI.parent) -> tuple[int, str]:
+    """Run Python and return its status and what it said."""
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "alembic", *arguments,
-        cwd=INI.parent, env=os.environ | environment,
+        sys.executable, *arguments,
+        cwd=cwd, env=os.environ | environment,
         stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
     )  # fmt: skip
     try:
@@ -122,6 +126,49 @@ async def test_without_a_url_there_is_a_sentence() -> None:
     assert "Neither MIGRATIONS_URL nor DATABASE_URL is set" in output
 
 
+@pytest.mark.parametrize("command", [("-m", "alembic", "upgrade", "head"), ("-m", "migrations")])
+async def test_primary_is_found_among_several_hosts(database: Database, command: tuple[str, ...]) -> None:
+    """A standby that is named first and a host that is gone are passed over, with the parameters of libpq."""
+    cluster = database.cluster
+    credentials = database.url("app_owner").removeprefix("postgresql://").partition("@")[0]
+    hosts = f"127.0.0.1:{free_port()},127.0.0.1:{cluster.replica.port},127.0.0.1:{cluster.primary.port}"
+    url = f"postgresql://{credentials}@{hosts}/{database.name}?sslmode=prefer&connect_timeout=5&channel_binding=prefer"
+
+    status, output = await python(*command, environment={"MIGRATIONS_URL": url})
+
+    assert status == 0, output
+
+
+@pytest.mark.parametrize(
+    ("parameters", "sentence"),
+    [
+        ("sslmode=require", "The database cannot be reached: PostgreSQL server at"),
+        ("channel_binding=require", "MIGRATIONS_URL: has channel_binding=require, which is not taken"),
+    ],
+)
+@pytest.mark.parametrize("command", [("-m", "alembic", "upgrade", "head"), ("-m", "migrations")])
+async def test_url_that_will_not_do_is_a_sentence(
+    database: Database, command: tuple[str, ...], parameters: str, sentence: str
+) -> None:
+    """Neither a TypeError nor a traceback: the reason, and no password."""
+    url = f"{database.url('app_owner')}?{parameters}"
+
+    status, output = await python(*command, environment={"MIGRATIONS_URL": url})
+
+    assert status != 0
+    assert sentence in output
+    assert "Traceback" not in output
+    assert database.cluster.passwords["app_owner"] not in output
+
+
+async def test_standby_takes_no_migrations(database: Database) -> None:
+    """A standby that is the only host is refused, also where there would be nothing to change."""
+    status, output = await alembic("upgrade", "head", MIGRATIONS_URL=database.replica_url("app_owner"))
+
+    assert status != 0
+    assert "is a standby, which takes no migrations" in output
+
+
 async def test_runners_take_turns(database: Database, owner: "asyncpg.Connection[Any]") -> None:
     """Three runs at once on an empty database: all succeed, and the tables are made once."""
     url = {"MIGRATIONS_URL": database.url("app_owner")}
@@ -136,24 +183,48 @@ async def test_runners_take_turns(database: Database, owner: "asyncpg.Connection
 WAITING = (
     "SELECT EXISTS (SELECT FROM pg_locks WHERE locktype = $1 AND waitstart < clock_timestamp() - interval '0.4 s')"
 )
+# A runner that waits for its turn asks again and again and is idle in between: it waits for no lock of the server.
+ASKING = """
+SELECT EXISTS (
+    SELECT FROM pg_stat_activity WHERE application_name = 'lifeguard-migrations' AND datname = current_database()
+    AND state = 'idle' AND query ~ 'pg_try_advisory_lock' AND backend_start < clock_timestamp() - interval '0.6 s')
+"""
 
 
 async def test_runner_waits_for_the_one_before_it(database: Database, owner: "asyncpg.Connection[Any]") -> None:
     """While somebody holds the lock a run changes nothing, longer than its role waits for locks; then it goes on."""
     await owner.execute(f'ALTER ROLE app_owner IN DATABASE "{database.name}" SET lock_timeout = 200')
-    async with owner.transaction():
-        await owner.execute("SELECT pg_advisory_xact_lock($1)", ADVISORY_LOCK)
-        run = asyncio.create_task(alembic("downgrade", "base", MIGRATIONS_URL=database.url("app_owner")))
+    await owner.execute(f'ALTER ROLE app_owner IN DATABASE "{database.name}" SET idle_session_timeout = 200')
+    await owner.execute("SELECT pg_advisory_lock($1)", ADVISORY_LOCK)
+    run = asyncio.create_task(alembic("downgrade", "base", MIGRATIONS_URL=database.url("app_owner")))
 
-        async def waits() -> bool:
-            return bool(await owner.fetchval(WAITING, "advisory"))
+    async def waits() -> bool:
+        return bool(await owner.fetchval(ASKING))
 
-        assert await eventually(waits, 20)
-        meanwhile = await owner.fetchval(TABLES)
+    assert await eventually(waits, 20)
+    meanwhile = await owner.fetchval(TABLES)
+    await owner.execute("SELECT pg_advisory_unlock($1)", ADVISORY_LOCK)
 
     assert (await run)[0] == 0, await run
     assert meanwhile == len(Base.metadata.tables)
     assert await owner.fetchval(TABLES) == 0
+
+
+@pytest.mark.parametrize("command", [("-m", "alembic", "upgrade", "head"), ("-m", "migrations")])
+async def test_waiting_ends_with_a_sentence(
+    database: Database, owner: "asyncpg.Connection[Any]", command: tuple[str, ...]
+) -> None:
+    """A runner whose turn does not come says who is at work, changes nothing, and shows no traceback."""
+    await owner.execute("SELECT pg_advisory_lock($1)", ADVISORY_LOCK)
+
+    status, output = await python(
+        *command, environment={"MIGRATIONS_URL": database.url("app_owner"), "MIGRATIONS_WAIT_SECONDS": "0.3"}
+    )
+
+    assert status != 0
+    assert f"waiting for the runner before this one: process {owner.get_server_pid()}" in output
+    assert "Another runner still migrates this database after 0.3 s" in output
+    assert "Traceback" not in output
 
 
 async def test_lock_is_held_for_as_long_as_it_takes(database: Database, owner: "asyncpg.Connection[Any]") -> None:
@@ -187,24 +258,33 @@ async def test_migration_does_not_wait_long_for_a_table(database: Database, owne
     assert await owner.fetchval("SELECT count(*) FROM patients") == 0
 
 
-async def test_without_a_pooler_there_is_nobody_to_tell(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_without_a_pooler_there_is_nobody_to_tell(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only where PgBouncer's console is named does anybody connect after the migration."""
-    monkeypatch.setenv("MIGRATIONS_URL", database.url("app_owner"))
-    settings = MigrationSettings()
-    monkeypatch.setattr("migrations.__main__.asyncpg.connect", None)
+    monkeypatch.setenv("MIGRATIONS_URL", f"postgresql://nobody@127.0.0.1:{free_port()}/nowhere")
 
-    await reconnect(settings)
+    await reconnect(load_migration_settings())
+
+
+def replicas(monkeypatch: pytest.MonkeyPatch, url: str) -> MigrationSettings:
+    """Return the settings of a job that has a replica to wait for."""
+    monkeypatch.setenv("MIGRATIONS_URL", url)
+    monkeypatch.setenv("DATABASE_REPLICA_URL", url)
+    return load_migration_settings()
 
 
 async def test_job_waits_until_the_replica_has_the_schema(
-    database: Database, owner: "asyncpg.Connection[Any]", caplog: pytest.LogCaptureFixture
+    database: Database,
+    owner: "asyncpg.Connection[Any]",
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """With the replica at hand the wait ends, silently, only when it has replayed what was written last."""
+    (to,) = replicas(monkeypatch, database.replica_url()).replicas
     replica = await asyncpg.connect(database.replica_url())
     await owner.execute("CREATE TABLE seen (n int)")
     written = await owner.fetchval("SELECT pg_current_wal_insert_lsn()::text")
 
-    await wait_replayed(database.replica_url(), written)
+    await wait_replayed(to, written)
 
     assert await replica.fetchval("SELECT count(*) FROM pg_class WHERE relname = 'seen'") == 1
     assert caplog.text == ""
@@ -218,11 +298,12 @@ async def test_replica_that_does_not_get_there_is_told(
     """A replica that is far behind, or gone, holds no deployment up; a warning names it, without its password."""
     monkeypatch.setattr("migrations.__main__.REPLAY_SECONDS", 0.2)
     url = database.replica_url() if far else f"postgresql://app_ro:secret@127.0.0.1:{free_port()}/gone"
+    (to,) = replicas(monkeypatch, url).replicas
 
-    await wait_replayed(url, far or "0/0")
+    await wait_replayed(to, far or "0/0")
 
-    assert "has not replayed the migration" in caplog.text
-    assert "app_ro:***@" in caplog.text
+    assert f"{to.location} has not replayed the migration" in caplog.text
+    assert str(to.parameters.password) not in caplog.text
 
 
 @pytest.mark.parametrize("suffix", ["", "_FILE"])
@@ -239,8 +320,9 @@ def test_settings_of_migrations_come_from_variables_or_files(
         (tmp_path / name).write_text(value, encoding="utf-8")
         monkeypatch.setenv(name + suffix, str(tmp_path / name) if suffix else value)
 
-    settings = MigrationSettings()
+    settings = load_migration_settings()
 
-    assert settings.url == "postgresql+asyncpg://o:p@primary/x"
-    assert settings.replica_urls == given["DATABASE_REPLICA_URL"].split(",")
-    assert settings.pgbouncer_admin_url is not None
+    assert settings.primary.location == "primary:5432/x"
+    assert [replica.location for replica in settings.replicas] == ["one:5432/x", "two:5432/x"]
+    assert settings.console is not None
+    assert settings.console.location == "pooler:6432/pgbouncer"

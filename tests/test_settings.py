@@ -5,7 +5,14 @@ from pathlib import Path
 import pytest
 from pydantic import SecretStr
 
-from app.settings import DatabaseSettings, MigrationSettings, Settings, SettingsError, load_settings
+from app.settings import (
+    DatabaseSettings,
+    MigrationSettings,
+    Settings,
+    SettingsError,
+    load_migration_settings,
+    load_settings,
+)
 
 URL = "postgresql://app:hunter2@primary:5432/lifeguard"
 REPLICA = "postgresql://app:hunter2@replica:5432/lifeguard"
@@ -378,26 +385,65 @@ def test_production_starts_with_real_secrets(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_migrations_go_to_their_own_url_first(monkeypatch: pytest.MonkeyPatch) -> None:
     """MIGRATIONS_URL, else DATABASE_URL, else a sentence."""
-    fallback = MigrationSettings().url
+    fallback = MigrationSettings().primary
     monkeypatch.setenv("MIGRATIONS_URL", "postgres://owner:x@direct/x")
 
-    assert fallback == "postgresql+asyncpg://app:hunter2@primary:5432/lifeguard"
-    assert MigrationSettings().url == "postgresql+asyncpg://owner:x@direct/x"
+    assert fallback.location == "primary:5432/lifeguard"
+    assert MigrationSettings().primary.location == "direct:5432/x"
     monkeypatch.delenv("MIGRATIONS_URL")
     monkeypatch.delenv("DATABASE_URL")
     with pytest.raises(SettingsError, match="Neither MIGRATIONS_URL nor DATABASE_URL"):
-        _ = MigrationSettings().url
+        load_migration_settings()
 
 
 def test_migrations_read_secret_files_and_replicas(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The migration job takes the same secrets in the same forms as the service."""
     (tmp_path / "url").write_text("postgres://owner:x@direct/x\n", encoding="utf-8")
     monkeypatch.setenv("MIGRATIONS_URL_FILE", str(tmp_path / "url"))
-    alone = MigrationSettings().replica_urls
+    alone = load_migration_settings().replicas
     monkeypatch.setenv("DATABASE_REPLICA_URL", f"{REPLICA},{REPLICA}")
 
-    assert MigrationSettings().url == "postgresql+asyncpg://owner:x@direct/x"
-    assert (alone, MigrationSettings().replica_urls) == ([], [REPLICA, REPLICA])
+    settings = load_migration_settings()
+
+    assert settings.primary.parameters.user == "owner"
+    assert (alone, [replica.server for replica in settings.replicas]) == ([], ["replica:5432"] * 2)
+    assert settings.console is None
+
+
+def test_migrations_are_patient_and_have_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A statement takes as long as a table is large; what the URL says of name and timeout counts."""
+    plain = load_migration_settings().primary
+    monkeypatch.setenv("MIGRATIONS_URL", f"{URL}?connect_timeout=9&application_name=job")
+    told = load_migration_settings().primary
+
+    assert (plain.application_name, plain.connect_timeout_seconds) == ("lifeguard-migrations", 5)
+    assert (told.application_name, told.connect_timeout_seconds) == ("job", 9)
+    assert plain.command_timeout_seconds > 86_400
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "reason"),
+    [
+        ("MIGRATIONS_URL", "mysql://a:hunter2@b/c", "has the scheme 'mysql'"),
+        ("DATABASE_URL", "postgresql://a:hunter2@b/c?channel_binding=require", "cannot bind a login"),
+        ("DATABASE_URL", "postgresql://a:hunter2@b/c?target_session_attrs=standby", "target_session_attrs=standby"),
+        ("DATABASE_REPLICA_URL", f"{REPLICA},postgresql://a:hunter2@b", "names no database"),
+        ("DATABASE_REPLICA_URL", f"{REPLICA}?target_session_attrs=primary", "target_session_attrs=primary"),
+        ("PGBOUNCER_ADMIN_URL", "postgresql:///hunter2", "names no host"),
+        ("MIGRATIONS_WAIT_SECONDS", "-1", "greater than or equal to 0"),
+    ],
+)
+def test_what_is_wrong_for_migrations_is_said_before_they_run(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str, reason: str
+) -> None:
+    """Each URL of the job is checked before the schema changes, and no sentence holds a password."""
+    monkeypatch.setenv(name, value)
+
+    with pytest.raises(SettingsError, match=reason) as refused:
+        load_migration_settings()
+
+    assert str(refused.value).startswith(f"{name}: ")
+    assert "hunter2" not in str(refused.value)
 
 
 def test_replicas_may_be_written_with_spaces(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,49 @@
+"""Connections of the migration job: opened as the service's are, and patient where those are quick."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from alembic.util import CommandError
+
+from app.db.connector import Connector, KeptAliveConnection
+from app.settings import DatabaseSettings
+
+CLOSE_SECONDS = 5.0
+WHO_ANSWERS = "SELECT pg_backend_pid()"
+
+
+@asynccontextmanager
+async def connected(to: DatabaseSettings, *, writable: bool) -> AsyncIterator[KeptAliveConnection]:
+    """Give a connection to the first host that will do, and close it.
+
+    Raises: DatabaseUnreachable when none of them does within its connect_timeout.
+    """
+    connector = Connector(to, writable=writable)
+    patience = to.connect_timeout_seconds * len(connector.hosts)
+    connection = await connector.open(asyncio.get_running_loop().time() + patience)
+    try:
+        yield connection
+    finally:
+        await connection.close(timeout=CLOSE_SECONDS)
+
+
+async def check_server(connection: KeptAliveConnection, to: DatabaseSettings) -> None:
+    """Refuse a standby, and a pooler that spreads a session over connections: the runners' lock would stay behind.
+
+    Raises: CommandError.
+    """
+    if await connection.fetchval("SELECT pg_is_in_recovery()"):
+        raise CommandError(
+            f"{to.server} is a standby, which takes no migrations: MIGRATIONS_URL has to name the primary."
+        )
+    process = await connection.fetchval(WHO_ANSWERS)
+    if process == connection.get_server_pid():
+        return
+    # Somebody stands in between. In transaction mode the next client is served by the process that is free again.
+    async with connected(to, writable=True) as other:
+        if await other.fetchval(WHO_ANSWERS) == process:
+            raise CommandError(
+                f"{to.server} is a pooler in transaction mode, which spreads a session over connections: "
+                "MIGRATIONS_URL has to name the primary itself, or a pooler in session mode."
+            )
