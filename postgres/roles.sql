@@ -1,11 +1,19 @@
 -- Who may do what in this database, and for how long. Idempotent: run it again to change a password or a timeout.
 --
--- A superuser runs it with psql (14 or newer), connected to the service's own database, before the first migration:
+-- Run it with psql, PostgreSQL 15 or newer, connected to the service's own database, before the first migration:
 --
 --     psql -d lifeguard -f postgres/roles.sql
 --
 -- The passwords come from the environment, where no process list shows them: APP_OWNER_PASSWORD, APP_RW_PASSWORD,
 -- APP_RO_PASSWORD, MONITOR_PASSWORD, REPLICATOR_PASSWORD, PGBOUNCER_PASSWORD. `psql -v owner_password=…` works too.
+--
+-- A superuser gets everything. A managed server gives none: there the owner of the database runs it, with CREATEROLE.
+-- Such an owner does without, and is told so at each run:
+--   - hiding the passwords from the server's log, if that logs statements: hand over SCRAM-SHA-256$… hashes instead
+--   - replicator, unless it has REPLICATION itself (16 or newer): the provider's replicas do not need it
+--   - pgbouncer and its auth_query, which reads the hashes: a PgBouncer of one's own takes an auth_file
+--   - pg_monitor for monitor, unless it may grant that (always in 15): monitor then sees no other role's statements
+-- and becomes a member of app_owner, because only a member may hand the schema over to it.
 --
 -- The timeouts live on the roles because a pooler refuses them as connection options, while a role's settings hold
 -- on every connection that is made in its name, directly or through PgBouncer, and cost no round trip.
@@ -24,28 +32,81 @@ DO $$ BEGIN PERFORM pg_advisory_xact_lock(hashtext('roles.sql')); END $$;
 SET LOCAL client_min_messages = 'warning';
 -- Stored hashed whatever the server's default is; a server log never gets to see them.
 SET LOCAL password_encryption = 'scram-sha-256';
-SET LOCAL log_statement = 'none';
-SET LOCAL log_min_error_statement = 'panic';
-SET LOCAL log_min_duration_statement = -1;
+SELECT format('SET LOCAL %s = %s', name, value)
+FROM (VALUES ('log_statement', 'none'), ('log_min_error_statement', 'panic'), ('log_min_duration_statement', '-1'))
+    AS quiet(name, value)
+WHERE has_parameter_privilege(name, 'SET')
+\gexec
+
+-- Who runs this, and what that allows. From 16 on a role manages only those that it has made, or has ADMIN OPTION on.
+SELECT rolsuper AS superuser, NOT rolsuper AS ordinary, has_parameter_privilege('log_statement', 'SET') AS quiet,
+       rolsuper OR (rolreplication AND version >= 160000) AS may_replicate,
+       rolsuper OR version < 160000 OR pg_has_role('pg_monitor', 'MEMBER WITH ADMIN OPTION') AS may_monitor
+FROM pg_roles, CAST(current_setting('server_version_num') AS int) AS version
+WHERE rolname = current_user
+\gset
+
+DO $$
+DECLARE
+    me pg_roles := (SELECT r FROM pg_roles r WHERE rolname = current_user);
+    foreign_roles text := (
+        SELECT string_agg(rolname, ', ' ORDER BY rolname) FROM pg_roles
+        WHERE rolname IN ('app_owner', 'app_rw', 'app_ro', 'monitor')
+          AND CAST(current_setting('server_version_num') AS int) >= 160000
+          AND NOT pg_has_role(rolname, 'MEMBER WITH ADMIN OPTION')
+    );
+BEGIN
+    IF me.rolsuper THEN
+        RETURN;
+    ELSIF NOT me.rolcreaterole THEN
+        RAISE 'role % has no CREATEROLE: a superuser gives it that', current_user;
+    ELSIF NOT (SELECT pg_has_role(datdba, 'USAGE') FROM pg_database WHERE datname = current_database()) THEN
+        RAISE 'role % does not own database %, and only an owner decides who may connect', current_user,
+            current_database();
+    ELSIF NOT (SELECT pg_has_role(nspowner, 'USAGE') FROM pg_namespace WHERE nspname = 'public') THEN
+        RAISE 'role % does not own schema public: who does has to ALTER SCHEMA public OWNER TO pg_database_owner',
+            current_user;
+    ELSIF foreign_roles IS NOT NULL THEN
+        RAISE 'role % did not make %: it needs ADMIN OPTION on them, from the role that did', current_user,
+            foreign_roles;
+    END IF;
+END $$;
+\if :quiet
+\else
+    \warn 'No superuser: a server that logs statements logs the passwords. Hashes (SCRAM-SHA-256$…) work too.'
+\endif
 
 SELECT format('CREATE ROLE %I', missing)
 FROM unnest(ARRAY['app_owner', 'app_rw', 'app_ro', 'monitor', 'replicator', 'pgbouncer']) AS missing
 WHERE NOT EXISTS (SELECT FROM pg_roles WHERE rolname = missing)
+  AND (missing <> 'replicator' OR :'may_replicate') AND (missing <> 'pgbouncer' OR :'superuser')
 \gexec
 
 ALTER ROLE app_owner LOGIN PASSWORD :'owner_password';
 ALTER ROLE app_rw LOGIN PASSWORD :'rw_password';
 ALTER ROLE app_ro LOGIN PASSWORD :'ro_password';
 ALTER ROLE monitor LOGIN PASSWORD :'monitor_password';
-ALTER ROLE replicator LOGIN REPLICATION PASSWORD :'replicator_password';
-ALTER ROLE pgbouncer LOGIN PASSWORD :'pgbouncer_password';
+\if :may_replicate
+    ALTER ROLE replicator LOGIN REPLICATION PASSWORD :'replicator_password';
+\else
+    \warn 'No replicator: to make it takes a superuser, or REPLICATION in PostgreSQL 16 or newer.'
+\endif
+\if :superuser
+    ALTER ROLE pgbouncer LOGIN PASSWORD :'pgbouncer_password';
+\else
+    \warn 'No pgbouncer: auth_query reads hashes, which takes a superuser. Give PgBouncer an auth_file.'
+\endif
+\if :ordinary
+    -- Only a member may hand a schema over, and set privileges in the name of its owner.
+    GRANT app_owner TO CURRENT_USER;
+\endif
 
 -- What each role may do --------------------------------------------------------------------------------------------
 
 -- Nobody else gets in, and only migrations make tables, schemas and (trusted) extensions.
 REVOKE ALL ON DATABASE :"DBNAME" FROM PUBLIC;
 GRANT CONNECT, CREATE, TEMPORARY ON DATABASE :"DBNAME" TO app_owner;
-GRANT CONNECT ON DATABASE :"DBNAME" TO app_rw, app_ro, monitor, pgbouncer;
+GRANT CONNECT ON DATABASE :"DBNAME" TO app_rw, app_ro, monitor;
 ALTER SCHEMA public OWNER TO app_owner;
 REVOKE ALL ON SCHEMA public FROM PUBLIC;
 GRANT USAGE ON SCHEMA public TO app_rw, app_ro;
@@ -60,10 +121,16 @@ ALTER DEFAULT PRIVILEGES FOR ROLE app_owner IN SCHEMA public GRANT SELECT ON TAB
 ALTER DEFAULT PRIVILEGES FOR ROLE app_owner IN SCHEMA public GRANT USAGE, SELECT ON SEQUENCES TO app_rw;
 
 -- All statistics, every statement in pg_stat_activity, no rows of tables.
-GRANT pg_monitor TO monitor;
+\if :may_monitor
+    GRANT pg_monitor TO monitor;
+\else
+    \warn 'monitor is not in pg_monitor: this role may not grant that. Exporters see no statements of other roles.'
+\endif
 
 -- PgBouncer's auth_query: SELECT username, password FROM pgbouncer.get_auth($1). Reading the hashes takes a
 -- superuser's rights, hence SECURITY DEFINER with a pinned search_path, for the roles that may come through a pooler.
+\if :superuser
+GRANT CONNECT ON DATABASE :"DBNAME" TO pgbouncer;
 CREATE SCHEMA IF NOT EXISTS pgbouncer;
 REVOKE ALL ON SCHEMA pgbouncer FROM PUBLIC;
 GRANT USAGE ON SCHEMA pgbouncer TO pgbouncer;
@@ -77,6 +144,7 @@ CREATE OR REPLACE FUNCTION pgbouncer.get_auth(login text) RETURNS TABLE (usernam
     $$;
 REVOKE ALL ON FUNCTION pgbouncer.get_auth(text) FROM PUBLIC;
 GRANT EXECUTE ON FUNCTION pgbouncer.get_auth(text) TO pgbouncer;
+\endif
 
 -- For how long ----------------------------------------------------------------------------------------------------
 
@@ -120,6 +188,8 @@ ALTER ROLE monitor SET jit = off;
 ALTER ROLE monitor SET timezone = 'UTC';
 
 -- A login waits for this one: an answer later than PgBouncer's patience is no answer. replicator runs no statements.
-ALTER ROLE pgbouncer SET statement_timeout = '5s';
-ALTER ROLE pgbouncer SET jit = off;
+\if :superuser
+    ALTER ROLE pgbouncer SET statement_timeout = '5s';
+    ALTER ROLE pgbouncer SET jit = off;
+\endif
 COMMIT;

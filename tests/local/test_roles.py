@@ -14,7 +14,7 @@ Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
 NAME = "roles"
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 async def tables(cluster: Cluster) -> AsyncIterator[str]:
     """Give a database in which app_owner has made a table, as a migration would."""
     await cluster.create_database(NAME)
