@@ -5,6 +5,7 @@ A test that stops, kills, freezes, promotes or reconfigures one asks for `breaka
 `database` and `service` too, is then on servers that the other tests do not share; it may leave the wreck behind.
 """
 
+import logging
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterator
 from dataclasses import dataclass
@@ -187,3 +188,15 @@ async def execute(database: Database) -> AsyncIterator[Execute]:
 
     yield run
     connection.terminate()  # It says goodbye without waiting for an answer, which a frozen server would not give.
+
+
+@pytest.fixture
+def root() -> Iterator[logging.Logger]:
+    """Give the root logger to a test that configures logging, and put back afterwards what that changes."""
+    logger, others = logging.getLogger(), [logging.getLogger(name) for name in ("uvicorn.error", "asyncio")]
+    handlers, level, filters = logger.handlers[:], logger.level, [other.filters[:] for other in others]
+    yield logger
+    logger.handlers[:] = handlers
+    logger.setLevel(level)
+    for other, before in zip(others, filters, strict=True):
+        other.filters[:] = before

@@ -84,12 +84,21 @@ async def exhausted(database: Database) -> AsyncIterator[None]:
 
 
 @asynccontextmanager
-async def listening(app: Any, *, access_log: bool = False) -> AsyncIterator[str]:
-    """Serve an ASGI application on a free port of this machine and give its URL."""
+async def listening(app: Any, *, access_log: bool = False, running: bool = False) -> AsyncIterator[str]:
+    """Serve an ASGI application on a free port of this machine and give its URL.
+
+    One that is `running`, by `serving`, has its lifespan open: opened twice, it would leave its tasks behind.
+    """
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         server = uvicorn.Server(
-            uvicorn.Config(app, log_config=None, access_log=access_log, timeout_graceful_shutdown=1)
+            uvicorn.Config(
+                app,
+                log_config=None,
+                access_log=access_log,
+                timeout_graceful_shutdown=1,
+                lifespan="off" if running else "auto",
+            )
         )
         # Not serve(), which would take this process's signals.
         task = asyncio.create_task(server._serve([listener]))

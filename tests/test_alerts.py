@@ -1,20 +1,29 @@
 """The rules under prometheus/: complete, tested in both directions, and about figures that exist.
 
-`promtool` runs their own tests; it comes with Debian's package `prometheus` and with Prometheus's releases. Where it
-is not on the PATH the two tests that need it are skipped, and the summary says so.
+`promtool` runs their own tests, `prometheus` evaluates them on the running service; both come with Debian's package
+`prometheus` and with Prometheus's releases. Where they are not on the PATH the tests that need them are skipped, and
+the summary says so.
 """
 
+import asyncio
 import re
 import shutil
 import subprocess
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import yaml
 from prometheus_client import Histogram
 
 from app.metrics import Metrics
+from local.postgres import free_port
+from local.waiting import eventually
+from tests.conftest import Database
+from tests.service import exhausted, listening, serving
 
 ROOT = Path(__file__).parent.parent
 PROMETHEUS = ROOT / "prometheus"
@@ -22,6 +31,11 @@ PROMTOOL = shutil.which("promtool")
 needs_promtool = pytest.mark.skipif(
     PROMTOOL is None,
     reason="promtool is not on the PATH (apt-get install prometheus): THE ALERT RULES WERE NOT TESTED",
+)
+BINARY = shutil.which("prometheus")
+needs_prometheus = pytest.mark.skipif(
+    BINARY is None,
+    reason="prometheus is not on the PATH (apt-get install prometheus): THE ALERT RULES WERE NOT EVALUATED",
 )
 # What the guides published; the names and meanings are what other people's dashboards and habits rely on.
 PUBLISHED = {
@@ -44,14 +58,18 @@ def _unit_tests() -> list[dict[str, Any]]:
     return [test for file in files for test in yaml.safe_load(file.read_text(encoding="utf-8"))["tests"]]
 
 
-ALERTS = {rule["alert"]: rule for rule in _rules("alerts.yml")}
+# The rules of an alert: one, or one for each severity.
+ALERTS: dict[str, list[dict[str, Any]]] = {}
+for _rule in _rules("alerts.yml"):
+    ALERTS.setdefault(_rule["alert"], []).append(_rule)
+RULES = [rule for rules in ALERTS.values() for rule in rules]
 RECORDED = {rule["record"]: rule for rule in _rules("recording.yml")}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_alert_is_unchanged(name: str) -> None:
     """The three published alerts ask what they always asked, for as long as they always waited."""
-    alert = ALERTS[name]
+    (alert,) = ALERTS[name]
 
     assert (alert["expr"], alert["for"]) == PUBLISHED[name]
 
@@ -69,16 +87,16 @@ def test_alert_has_tests_of_firing_and_of_silence(name: str) -> None:
 def test_recording_is_tested_and_used(name: str) -> None:
     """Every recorded figure has a test of its value and a reader among the alerts or in the runbook."""
     tested = [case["expr"] for test in _unit_tests() for case in test.get("promql_expr_test", [])]
-    read = [rule["expr"] for rule in ALERTS.values()] + [(ROOT / "docs/runbook.md").read_text(encoding="utf-8")]
+    read = [rule["expr"] for rule in RULES] + [(ROOT / "docs/runbook.md").read_text(encoding="utf-8")]
 
     assert any(name in expression for expression in tested)
     assert any(name in expression for expression in read)
 
 
-@pytest.mark.parametrize("name", ALERTS)
-def test_alert_says_what_how_much_and_where_to_look(name: str) -> None:
+@pytest.mark.parametrize("alert", RULES, ids=lambda rule: f"{rule['alert']}-{rule['labels']['severity']}")
+def test_alert_says_what_how_much_and_where_to_look(alert: dict[str, Any]) -> None:
     """Every alert has a severity that is routed, its pool, its value, and a link to its section of the runbook."""
-    alert = ALERTS[name]
+    name = alert["alert"]
     summary = alert["annotations"]["summary"]
     sections = re.findall(r"^## (\w+)$", (ROOT / "docs/runbook.md").read_text(encoding="utf-8"), re.MULTILINE)
 
@@ -114,13 +132,12 @@ def _served() -> dict[str, set[str]]:
     return served
 
 
-@pytest.mark.parametrize("name", [*ALERTS, *RECORDED])
-def test_rule_asks_for_series_that_the_service_serves(name: str) -> None:
+@pytest.mark.parametrize("expression", [rule["expr"] for rule in (*RULES, *RECORDED.values())])
+def test_rule_asks_for_series_that_the_service_serves(expression: str) -> None:
     """Every series of ours in a rule exists in app/metrics.py, with the labels that the rule groups or selects by.
 
     The exporters' series are compared with a live scrape, in tests/compose.
     """
-    expression = (ALERTS | RECORDED)[name]["expr"]
     ours = set(re.findall(r"(?<![\w:])(?:db|http|event)_\w+", expression))
     served = _served()
     # Labels that Prometheus adds by itself, and those of the exporters.
@@ -143,6 +160,18 @@ def test_rules_pass_their_own_tests() -> None:
     assert result.returncode == 0, result.stdout + result.stderr
 
 
+@pytest.mark.parametrize("alert", RULES, ids=lambda rule: f"{rule['alert']}-{rule['labels']['severity']}")
+def test_no_gauge_is_sampled_at_an_instant(alert: dict[str, Any]) -> None:
+    """But for the published ones no rule looks at single samples: a good one, or a failed scrape, ends a `for`."""
+    if alert["alert"] in PUBLISHED:
+        return
+    # `absent` and `unless` ask whether a series is there; a recorded rate, level:metric:operation, is over a window.
+    expression = re.sub(r"absent\([^)]*\)|\w+ unless \w+ offset 10m", "", alert["expr"])
+    names = r"(?<![\w:])(?:up|(?:db|pg|pgbouncer|http|event|haproxy)_\w+)\b"
+
+    assert re.findall(names + r"(?!(?:{[^}]*})?\[)(?:{[^}]*})?", expression) == []
+
+
 @needs_promtool
 def test_configuration_is_valid() -> None:
     """Prometheus accepts its configuration with all that it includes."""
@@ -154,3 +183,62 @@ def test_configuration_is_valid() -> None:
     )
 
     assert result.returncode == 0, result.stdout + result.stderr
+
+
+@needs_prometheus
+async def test_prometheus_evaluates_the_rules_on_the_service(database: Database, tmp_path: Path) -> None:
+    """A real Prometheus evaluates every rule without an error, and one that scrapes an overload sees it coming."""
+    settings = database.settings(replica=False, pool_size=1, max_overflow=0, pool_min_size=0, pool_max_waiting=0)
+    async with (
+        serving(settings) as service,
+        listening(service.app, running=True) as url,
+        running_prometheus(url.removeprefix("http://"), tmp_path) as prometheus,
+        exhausted(service.databases.primary),
+    ):
+        states: dict[str, str] = {}
+
+        async def seen() -> bool:
+            assert (await service.client.get("/patients/1")).status_code == 503
+            answer = await prometheus.get("/api/v1/rules")
+            rules = [rule for group in answer.json()["data"]["groups"] for rule in group["rules"]]
+            assert not [rule for rule in rules if rule["health"] == "err"], rules
+            states.update({rule["name"]: rule["state"] for rule in rules if rule["type"] == "alerting"})
+            wanted = ("DatabaseSheddingLoad", "DatabasePoolNearlyExhausted", "DatabasePoolMostlyExhausted")
+            evaluated = all(rule["health"] == "ok" for rule in rules)
+            return evaluated and all(states[name] in {"pending", "firing"} for name in wanted)
+
+        assert await eventually(seen, 30), states
+
+    assert states["DatabaseDown"] == states["ServiceDown"] == states["TargetDown"] == "inactive"
+
+
+@asynccontextmanager
+async def running_prometheus(target: str, directory: Path) -> AsyncIterator[httpx.AsyncClient]:
+    """Run Prometheus with the rules, scraping one instance of the service each second."""
+    configuration = yaml.safe_load((PROMETHEUS / "prometheus.yml").read_text(encoding="utf-8"))
+    del configuration["alerting"]
+    configuration["global"] = dict.fromkeys(("scrape_interval", "scrape_timeout", "evaluation_interval"), "1s")
+    configuration["rule_files"] = [str(PROMETHEUS / file) for file in configuration["rule_files"]]
+    configuration["scrape_configs"] = [{"job_name": "app", "static_configs": [{"targets": [target]}]}]
+    file, port = directory / "prometheus.yml", free_port()
+    file.write_text(yaml.safe_dump(configuration), encoding="utf-8")
+    with (directory / "log").open("wb") as log:
+        process = await asyncio.create_subprocess_exec(
+            str(BINARY), f"--config.file={file}", f"--storage.tsdb.path={directory / 'data'}",
+            f"--web.listen-address=127.0.0.1:{port}", stdout=log, stderr=log,
+        )  # fmt: skip
+    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", trust_env=False) as client:
+
+        async def ready() -> bool:
+            assert process.returncode is None, (directory / "log").read_text(encoding="utf-8")
+            try:
+                return (await client.get("/-/ready")).is_success
+            except httpx.TransportError:
+                return False
+
+        try:
+            assert await eventually(ready, 30)
+            yield client
+        finally:
+            process.terminate()
+            await process.wait()

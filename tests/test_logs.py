@@ -26,16 +26,6 @@ def in_request() -> Iterator[None]:
     request_id.reset(token)
 
 
-@pytest.fixture
-def root() -> Iterator[logging.Logger]:
-    """Give the root logger, and put its handlers back afterwards."""
-    logger = logging.getLogger()
-    handlers, level = logger.handlers[:], logger.level
-    yield logger
-    logger.handlers[:] = handlers
-    logger.setLevel(level)
-
-
 def record(message: str, *arguments: object, failure: Any = None, **extra: object) -> logging.LogRecord:
     """Make a record as a logger does."""
     return logging.getLogger("app.test").makeRecord(
@@ -124,7 +114,8 @@ async def test_access_log_has_no_query(
     """Names and numbers of patients are asked for there, and a cursor holds a name; uvicorn's own format is gone."""
     logging.config.dictConfig(LOGGING_CONFIG)
     configure_logs("INFO", "json", access_log=True)
-    async with listening(service.app, access_log=True) as url, httpx.AsyncClient(trust_env=False) as client:
+    served = listening(service.app, access_log=True, running=True)
+    async with served as url, httpx.AsyncClient(trust_env=False) as client:
         await client.get(f"{url}/patients?mrn=HIV-0815&name=Ada")
 
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "uvicorn.access" in line]

@@ -61,7 +61,7 @@ async def test_service_keeps_its_promises(database: Database, tmp_path: Path) ->
 
     async with listening(directory) as directory_url:
         settings = database.settings(directory_url=directory_url)
-        async with serving(settings) as service, listening(service.app) as url:
+        async with serving(settings) as service, listening(service.app, running=True) as url:
             status, output = await schemathesis(url, tmp_path, examples=8)
 
     assert status == 0, output

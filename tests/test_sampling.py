@@ -144,18 +144,6 @@ def test_origin_is_where_it_was_raised() -> None:
 
 
 @pytest.fixture
-def root() -> Iterator[logging.Logger]:
-    """Give the root logger, and put back afterwards what a configuration changes."""
-    root, foreign = logging.getLogger(), [logging.getLogger(name) for name in ("uvicorn.error", "asyncio")]
-    handlers, level, filters = root.handlers[:], root.level, [logger.filters[:] for logger in foreign]
-    yield root
-    root.handlers[:] = handlers
-    root.setLevel(level)
-    for logger, before in zip(foreign, filters, strict=True):
-        logger.filters[:] = before
-
-
-@pytest.fixture
 def repeating(clock: Clock) -> Iterator[logging.Logger]:
     """Give a logger that is not ours, sampled."""
     foreign = logging.getLogger("uvicorn.test")
@@ -214,7 +202,7 @@ async def test_garbage_does_not_fill_the_log(
 ) -> None:
     """A client that does not speak HTTP writes one line of ours, however often it comes."""
     configure_logs("INFO", "json", access_log=False)
-    async with listening(service.app) as url:
+    async with listening(service.app, running=True) as url:
         address = httpx.URL(url)
         for _ in range(20):
             reader, writer = await asyncio.open_connection(address.host, address.port)

@@ -63,9 +63,12 @@ class PoolWatch:
             # A rate needs a zero to start from: without it the first refusal would not show.
             self._rejected(reason)
 
-    def acquired(self, seconds: float) -> None:
+    def acquired(self, seconds: float, holder: str) -> None:
         """Count a checkout and the seconds that it took."""
         self._acquire.observe(seconds)
+        # The first hold of a route is an increase too, when it ends: its series begin at 0 now.
+        self._hold(holder)
+        self._idle(holder)
 
     def waited(self) -> None:
         """Count an acquisition that has to queue."""

@@ -210,7 +210,7 @@ class BoundedPool(Pool):
         tenure.taken_in = _caller() if self._trace else None
         tenure.reported = tenure.aborted = False
         self._counts.out[entry] = tenure
-        self._watch.acquired(now - started)
+        self._watch.acquired(now - started, tenure.holder)
         return entry
 
     def _do_return_conn(self, record: ConnectionPoolEntry) -> None:

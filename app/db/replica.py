@@ -109,6 +109,9 @@ class Router:
         self._primary = primary
         self._count = lru_cache(lambda target, reason: metrics.reads_routed.labels(target, reason))
         self._fallback = fallback
+        for reason in ("unknown", "lagging", "broken") if replicas else ():
+            # A rate needs a zero to start from: without it the first reads that fall back would not show.
+            self._count("primary", reason)
 
     def route(self, *, at_least: int | None = None, primary: bool = False) -> "tuple[Database, Reason]":
         """Choose the usable replica with the fewest requests that has replayed `at_least`, else the primary.

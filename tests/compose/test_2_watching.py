@@ -65,9 +65,10 @@ async def test_every_series_of_the_rules_is_scraped(prometheus: httpx.AsyncClien
 
     for rule in rules:
         expression = rule["query"]
-        labels = set(re.findall(r"(\w+)(?:=|!=|=~|!~)\"", expression))
-        labels |= {label for group in re.findall(r"by \(([^)]*)\)", expression) for label in re.findall(r"\w+", group)}
+        grouped = {label for group in re.findall(r"by \(([^)]*)\)", expression) for label in re.findall(r"\w+", group)}
         for name in set(EXPRESSION_NAMES.findall(expression)) - rare:
+            matchers = "".join(re.findall(rf"\b{name}{{([^}}]*)}}", expression))
+            labels = grouped | set(re.findall(r"(\w+)(?:=|!=|=~|!~)\"", matchers))
 
             async def series(name: str = name, labels: set[str] = labels) -> bool:
                 matches = [f'{name}{{{label}!=""}}' for label in labels or {"job"}]

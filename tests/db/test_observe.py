@@ -23,6 +23,7 @@ from tests.service import Service, quiet, serving
 
 SECRET = "S3CR3T-MRN"
 PATIENT = {"mrn": SECRET, "full_name": "Ada Lovelace", "birth_date": "1915-12-10"}
+KINDS = ("idle_hold", "hold")
 TAKE_LOCK = Query(select(cast(func.pg_advisory_xact_lock(7), Text)))
 SLOW_WORD = Query(select(literal_column("pg_sleep(0.02)::text", Text), bindparam("word", type_=Text)))
 
@@ -237,8 +238,7 @@ async def test_statement_under_way_is_no_idling(service: Service, execute: Execu
     held, idle = later.held_seconds - first.held_seconds, later.idle_seconds - first.idle_seconds
     assert idle < held / 2
     idle, held = (
-        service.sample(f"db_connection_{kind}_seconds_sum", pool="primary", route="blocked")
-        for kind in ("idle_hold", "hold")
+        service.sample(f"db_connection_{kind}_seconds_sum", pool="primary", route="blocked") for kind in KINDS
     )
     assert idle < held / 2
 
@@ -257,6 +257,24 @@ async def test_refusals_have_a_zero_to_start_from(database: Database) -> None:
         for reason in ("queue_full", "timeout", "closing"):
             labels = {"pool": "primary", "reason": reason}
             assert p.metrics.registry.get_sample_value("db_connection_rejected_total", labels) == 0
+
+
+async def test_first_hold_of_a_route_has_a_zero_to_start_from(service: Service) -> None:
+    """A hold counts when it ends; the series are there from its beginning, or a rate would miss the first one."""
+    async with service.databases.writing(label="long") as session:
+        await session.execute(text("SELECT 1"))
+        registry = service.app.state.metrics.registry
+        labels = {"pool": "primary", "route": "long"}
+        begun = [registry.get_sample_value(f"db_connection_{kind}_seconds_sum", labels) for kind in KINDS]
+
+    assert begun == [0, 0]
+
+
+async def test_reads_that_fall_back_have_a_zero_to_start_from(service: Service) -> None:
+    """So have the reasons for which reads fall back, where there is a replica to fall back from."""
+    for reason in ("unknown", "lagging", "broken"):
+        labels = {"target": "primary", "reason": reason}
+        assert service.app.state.metrics.registry.get_sample_value("db_reads_routed_total", labels) is not None
 
 
 async def test_pool_events_are_counted_and_logged(
