@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import resource
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -21,6 +22,7 @@ from app.db.sentinel import Sentinel
 from app.errors import DatabaseUnavailable
 from app.logs import log_config, wants_json
 from app.metrics import Metrics
+from app.ops.protocol import LimitedProtocol
 from app.ops.workers import shared_figures
 from app.security import Scope, issue_token
 from app.settings import DatabaseSettings, Settings, SettingsError, load_settings
@@ -47,6 +49,9 @@ def serve(host: HostOption = None, port: PortOption = None, workers: WorkersOpti
             os.environ[name] = str(value)
     settings = _settings()
     as_json = wants_json(settings.log_format)
+    # The usual soft limit, 1,024, is a few hundred clients away from a pool that cannot open a connection any more.
+    _, files = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
     with shared_figures() if settings.workers > 1 else nullcontext():
         uvicorn.run(
             "app.main:create_app",
@@ -55,7 +60,7 @@ def serve(host: HostOption = None, port: PortOption = None, workers: WorkersOpti
             port=settings.port,
             workers=settings.workers,
             loop="uvloop",
-            http="httptools",
+            http=LimitedProtocol,
             lifespan="on",
             proxy_headers=True,
             forwarded_allow_ips=settings.trusted_proxies,

@@ -174,6 +174,10 @@ class Failure:
     detail: str
 
 
+# What is answered before there is a request.
+MALFORMED = Failure(400, "malformed_request", "This is no HTTP request.")
+HEAD_TOO_SLOW = Failure(408, "head_too_slow", "The headers of the request were not there in time.")
+HEAD_TOO_LARGE = Failure(431, "head_too_large", "The URL and headers of the request are too long, or too many.")
 _LOST = Failure(503, "connection_lost", "The connection to the database was lost; nothing was committed.")
 _UNSTORABLE = Failure(
     422, "unstorable_value", "A value is too long or too large for the database, or holds a character it cannot store."
@@ -291,10 +295,11 @@ def problem(request: Request, failure: Failure, **more: Any) -> Response:
         headers["Connection"] = "close"
     if failure.status == 401:  # noqa: PLR2004
         headers["WWW-Authenticate"] = "Bearer"
-    return Response(_document(failure, **more), failure.status, headers, MEDIA_TYPE)
+    return Response(document(failure, **more), failure.status, headers, MEDIA_TYPE)
 
 
-def _document(failure: Failure, **more: Any) -> bytes:
+def document(failure: Failure, **more: Any) -> bytes:
+    """Write a problem document."""
     body = {
         "type": "about:blank",
         "title": _PHRASES[failure.status],
@@ -307,7 +312,7 @@ def _document(failure: Failure, **more: Any) -> bytes:
 
 
 # Most of what scanners ask for. It is always the same, and so it is made once.
-_NOWHERE = _document(Failure(404, "not_found", "Not Found."))
+_NOWHERE = document(Failure(404, "not_found", "Not Found."))
 _NOWHERE_HEADERS = ((b"content-type", MEDIA_TYPE.encode()), (b"content-length", b"%d" % len(_NOWHERE)))
 
 

@@ -1,15 +1,25 @@
-"""What a request's body may take: bytes, values and time. Whoever sends more is told so and cut off.
+"""What a client may take: bytes, values and time of a body; and the limits of a connection, which its protocol keeps.
 
-The head of a request is bounded before there is a request: app/ops/protocol.py and haproxy/haproxy.cfg.
+The head of a request is bounded before there is a request: in app/ops/protocol.py, and earlier in haproxy/haproxy.cfg.
 """
 
 import asyncio
+import resource
+from dataclasses import dataclass
+from typing import Self
 
+from prometheus_client import Counter
 from starlette.middleware.body_limit import MAX_BODY_SIZE_SCOPE_KEY
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.errors import BodyTooLarge, BodyTooSlow
+from app.metrics import Metrics
 from app.settings import Settings
+
+# The key of the lifespan's state under which a connection finds its limits.
+LIMITS = "connection_limits"
+# Files kept for what is no client: pools, logs, modules.
+OTHER_FILES = 200
 
 
 class BodyLimit:
@@ -85,3 +95,26 @@ class _Body:
 
     def _too_many_bytes(self) -> str:
         return f"The body has more than {self._max_bytes} bytes."
+
+
+@dataclass(frozen=True, slots=True)
+class ConnectionLimits:
+    """The limits of each connection, and the counter of those that were over one of them."""
+
+    head_bytes: int
+    head_seconds: float
+    stall_seconds: float
+    max_clients: int
+    refused: Counter
+
+    @classmethod
+    def of(cls, settings: Settings, metrics: Metrics) -> Self:
+        """Take them from the settings. A client gets no file that a pool would miss then."""
+        files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        return cls(
+            settings.request_head_bytes,
+            settings.request_head_seconds,
+            settings.answer_stall_seconds,
+            min(settings.max_clients, max(1, files - OTHER_FILES)),
+            metrics.connections_refused,
+        )

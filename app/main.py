@@ -8,6 +8,7 @@ import asyncio
 import gc
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
+from typing import Any
 
 from fastapi import FastAPI
 from sqlalchemy.orm import configure_mappers
@@ -18,7 +19,7 @@ from app.db.dependencies import SessionRoute
 from app.db.engines import Databases
 from app.failures import report_failure
 from app.idempotency import keep_house
-from app.limits import BodyLimit
+from app.limits import LIMITS, BodyLimit, ConnectionLimits
 from app.logs import configure_logs
 from app.metrics import Metrics
 from app.middleware import Edge, ReadYourWrites
@@ -101,7 +102,7 @@ def _directory(settings: Settings) -> AbstractAsyncContextManager[object]:
 
 
 @asynccontextmanager
-async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
+async def _lifespan(app: FastAPI) -> AsyncIterator[dict[str, Any]]:
     """Open what the service needs and close it; a database that is down keeps it neither from starting nor stopping."""
     databases: Databases = app.state.databases
     settings: Settings = app.state.settings
@@ -121,7 +122,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
             gc.collect()
             gc.freeze()
             with draining_first(databases, delay_seconds=settings.drain_delay_seconds), ending_with_parent():
-                yield
+                yield {LIMITS: ConnectionLimits.of(settings, app.state.metrics)}
         finally:
             for task in tasks:
                 task.cancel()

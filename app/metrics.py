@@ -124,6 +124,12 @@ class Metrics:
             "method",
             "route",
         )
+        self.connections_refused = counter(
+            "http_connections_refused_total",
+            "Connections ended without a request: malformed_request, head_too_large, head_too_slow, idle, too_many; "
+            "or stalled, by a client that does not read its answer.",
+            "reason",
+        )
         self.http_in_progress = gauge("http_requests_in_progress", "Requests being worked on.")
         self.event_loop_lag_seconds = histogram(
             "event_loop_lag_seconds", "Seconds by which the event loop was late for a timer."

@@ -85,6 +85,8 @@ class Edge:
                 raise
             await problem(Request(scope), _UNFORESEEN)(scope, receive, send_marked)
         finally:
+            # The protocol of `serve` knows of the others, which the application has no way to see.
+            left = left or scope.get("state", {}).get("client_left", False)
             self._count(scope, CLIENT_LEFT if left else status or 500, time.perf_counter() - started)
 
     def _count(self, scope: Scope, status: int, seconds: float) -> None:

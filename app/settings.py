@@ -201,6 +201,17 @@ class Settings(BaseSettings):
     trusted_proxies: str = Field(
         "127.0.0.1", description="Addresses whose X-Forwarded-* headers are believed, separated by commas."
     )
+    max_clients: int = Field(
+        12_000,
+        ge=1,
+        description="Clients connected to a process; fewer where it may open fewer files. More are closed.",
+    )
+    request_head_bytes: int = Field(
+        32_768, ge=1024, description="Bytes of a request's URL and headers; more is a 431. A balancer may allow less."
+    )
+    request_head_seconds: float = Field(
+        10, gt=0, le=3600, description="Seconds from the connection, or a request's first byte, to its last header."
+    )
     request_body_bytes: int = Field(
         1_048_576, ge=0, description="Bytes of a body; more is a 413 before it is read on. A route may name its own."
     )
@@ -209,6 +220,9 @@ class Settings(BaseSettings):
     )
     request_body_seconds: float = Field(
         30, gt=0, le=3600, description="Seconds for the whole body to arrive; later is a 408."
+    )
+    answer_stall_seconds: float = Field(
+        30, gt=0, le=3600, description="Seconds for which a client may read nothing of its answer."
     )
     access_log: bool = Field(False, description="A log line for each request; the metrics count them anyway.")
     workers: int = Field(1, ge=1, le=64, description="Processes of one instance.")

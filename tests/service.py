@@ -84,7 +84,9 @@ async def exhausted(database: Database) -> AsyncIterator[None]:
 
 
 @asynccontextmanager
-async def listening(app: Any, *, access_log: bool = False, running: bool = False) -> AsyncIterator[str]:
+async def listening(
+    app: Any, *, access_log: bool = False, running: bool = False, http: Any = "auto"
+) -> AsyncIterator[str]:
     """Serve an ASGI application on a free port of this machine and give its URL.
 
     One that is `running`, by `serving`, has its lifespan open: opened twice, it would leave its tasks behind.
@@ -98,6 +100,7 @@ async def listening(app: Any, *, access_log: bool = False, running: bool = False
                 access_log=access_log,
                 timeout_graceful_shutdown=1,
                 lifespan="off" if running else "auto",
+                http=http,
             )
         )
         # Not serve(), which would take this process's signals.

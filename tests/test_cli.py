@@ -20,6 +20,7 @@ import uvicorn
 from typer.testing import CliRunner, Result
 
 from app.cli import cli
+from app.ops.protocol import LimitedProtocol
 from local.postgres import free_port
 from local.waiting import eventually
 from tests.conftest import Database
@@ -197,7 +198,7 @@ def test_serve_gives_uvicorn_its_options(monkeypatch: pytest.MonkeyPatch) -> Non
     assert result.exit_code == 0, result.output
     assert (given["app"], given["factory"]) == ("app.main:create_app", True)
     assert (given["port"], given["workers"], given["host"]) == (8123, 3, "1")
-    assert (given["loop"], given["http"], given["lifespan"]) == ("uvloop", "httptools", "on")
+    assert (given["loop"], given["http"], given["lifespan"]) == ("uvloop", LimitedProtocol, "on")
     assert (given["forwarded_allow_ips"], given["access_log"]) == ("10.0.0.1", False)
     assert given["timeout_graceful_shutdown"] > 5
 

@@ -11,10 +11,10 @@ DOMAINS = ("users", "patients", "reports")
 FLOORS = {
     **dict.fromkeys(("database_url", "sampling"), -1),
     **dict.fromkeys(("settings", "errors", "metrics", "logs", "routing"), 0),
-    "db": 1,
+    **dict.fromkeys(("db", "limits"), 1),
     **dict.fromkeys(("security", "fields", "paging", "idempotency", "failures"), 2),
     **dict.fromkeys(DOMAINS, 3),
-    **dict.fromkeys(("ops", "limits", "middleware"), 4),
+    **dict.fromkeys(("ops", "middleware"), 4),
     **dict.fromkeys(("main", "cli"), 5),
 }
 # What opens something or reads the environment, and so must not be called when a module is imported.
