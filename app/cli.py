@@ -102,6 +102,8 @@ def doctor() -> None:
         f"All pools: {settings.workers} workers x {settings.instances} instances = at most {total} connections."
     )
     console.print(_sizing(os.cpu_count() or 1), _presets())
+    for sentence in settings.ignored_variables:
+        console.print(f"[yellow]{escape(sentence)}[/yellow]")
     if not ok:
         raise typer.Exit(1)
 

@@ -6,6 +6,7 @@ without arguments, and then it reads the environment.
 
 import asyncio
 import gc
+import logging
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from typing import Any
@@ -29,6 +30,8 @@ from app.ops.shutdown import draining_first, ending_with_parent
 from app.settings import Settings, SettingsError, load_settings
 
 DESCRIPTION = "A FastAPI + PostgreSQL reference service whose database pool never drowns."
+
+logger = logging.getLogger(__name__)
 
 
 def create_app(settings: Settings | None = None) -> FastAPI:
@@ -78,6 +81,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
 def _from_environment() -> Settings:
     settings = load_settings()
     configure_logs(settings.log_level, settings.log_format, access_log=settings.access_log)
+    for sentence in settings.ignored_variables:
+        logger.warning(sentence)
     return settings
 
 

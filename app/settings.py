@@ -9,28 +9,40 @@ import getpass
 import os
 import re
 from collections.abc import Callable, Mapping
-from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, cast
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    SecretStr,
+    ValidationError,
+    model_validator,
+)
 from pydantic.fields import FieldInfo
 from pydantic_settings import (
     BaseSettings,
+    DotEnvSettingsSource,
     EnvSettingsSource,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
 )
 
 from app.database_url import SHAPE, ConnectionParameters, parse_url
+from app.variables import PREFIX, Findings, inspect
 
 # The shortest prefix comes last, so that DATABASE_REPLICA_URL is the replica's and not the primary's REPLICA_URL.
-PREFIXES = {"replicas": "database_replica_", "analytics": "database_analytics_", "primary": "database_"}
+PREFIXES = {"replicas": f"{PREFIX}replica_", "analytics": f"{PREFIX}analytics_", "primary": PREFIX}
 # HS256 wants a key as long as its hash (RFC 7518, section 3.2).
 SECRET_CHARACTERS = 32
 # What docker-compose.yml's default passwords begin with.
 DEVELOPMENT_SECRET = "development-"  # noqa: S105  # It is what a secret must not look like.
+# Their defaults leave the service open: a typing error in them ends the start.
+GUARDS = frozenset({"auth_secret", "environment"})
 # The migration job has nobody waiting for it.
 JOB_CONNECT_SECONDS = 5.0
 JOB_COMMAND_SECONDS = 7 * 86_400.0
@@ -281,6 +293,13 @@ class Settings(BaseSettings):
         description="Where several workers gather their metrics. `serve` makes it; others name an empty directory.",
     )
 
+    _ignored: tuple[str, ...] = PrivateAttr(())
+
+    @property
+    def ignored_variables(self) -> tuple[str, ...]:
+        """Sentences about variables of the environment that look like settings and are none."""
+        return self._ignored
+
     @property
     def databases(self) -> list[tuple[str, DatabaseSettings]]:
         """Primary, replicas, analytics, each with the prefix of its variables."""
@@ -441,6 +460,11 @@ def load_migration_settings() -> MigrationSettings:
         settings = MigrationSettings()
     except ValidationError as error:
         raise SettingsError(_sentences(error)) from None
+    others = [name for name in _read_variables(MigrationSettings).variables if not name.startswith(PREFIX)]
+    names = MigrationSettings.model_fields.keys()
+    # MIGRATION_URL would send the schema's changes where DATABASE_URL leads, through a pooler as a role without DDL.
+    if refused := inspect(others, names, guarding=names).refused:
+        raise SettingsError("\n".join(refused))
     _ = settings.primary, settings.replicas, settings.console
     return settings
 
@@ -459,6 +483,7 @@ def load_settings() -> Settings:
             "PROMETHEUS_MULTIPROC_DIR: is set in .env, where prometheus-client does not look, and /metrics would be "
             "empty; export it to the environment of the process"
         )
+    settings._ignored = _read_variables(Settings).inspect().ignored  # noqa: SLF001  # Frozen for everybody else.
     return settings
 
 
@@ -480,10 +505,17 @@ class _Variables(PydanticBaseSettingsSource):
         """Not called: the fields are not looked up one by one."""
         raise NotImplementedError
 
+    def inspect(self) -> Findings:
+        """Tell which variables are not read, and why."""
+        known = {*_known_names(), *_service_names(), *MigrationSettings.model_fields}
+        return inspect(self.variables, known, guarding=GUARDS)
+
     def __call__(self) -> dict[str, Any]:
+        if refused := self.inspect().refused:
+            raise SettingsError("\n".join(refused))
         variables = _with_secret_files(self.variables, _is_known)
         groups = _grouped(variables)
-        found: dict[str, Any] = {n: variables[n] for n in Settings.model_fields if n in variables}
+        found: dict[str, Any] = {n: variables[n] for n in _service_names() if n in variables}
         if "url" not in groups["primary"]:
             return found
         primary, replica = groups["primary"], groups["replicas"]
@@ -495,6 +527,10 @@ class _Variables(PydanticBaseSettingsSource):
             "replicas": tuple({**primary, **replica, "url": url} for url in urls),
             "analytics": {**primary, **analytics, "pool_min_size": "0"} | groups["analytics"],
         }
+
+
+def _read_variables(settings_cls: type[BaseSettings]) -> _Variables:
+    return _Variables(settings_cls, EnvSettingsSource(settings_cls), DotEnvSettingsSource(settings_cls))
 
 
 class _MigrationVariables(_Variables):
@@ -524,24 +560,22 @@ def _with_secret_files(variables: Mapping[str, str], is_known: Callable[[str], b
 
 def _grouped(variables: Mapping[str, str]) -> dict[str, dict[str, str]]:
     groups: dict[str, dict[str, str]] = {group: {} for group in PREFIXES}
-    for name, value in variables.items():
-        if not name.startswith("database_"):
-            continue
-        if not _is_known(name):
-            near = get_close_matches(name.upper(), _known_names(), n=1)
-            hint = f" Did you mean {near[0]}?" if near else ""
-            raise SettingsError(f"{name.upper()} is not a setting of this service.{hint} All are in docs/settings.md.")
+    for name in variables.keys() & _known_names():
         group = next(g for g, prefix in PREFIXES.items() if name.startswith(prefix))
-        groups[group][name.removeprefix(PREFIXES[group])] = value
+        groups[group][name.removeprefix(PREFIXES[group])] = variables[name]
     return groups
 
 
-def _known_names() -> list[str]:
-    return [f"{p}{n}".upper() for p in PREFIXES.values() for n in DatabaseSettings.model_fields]
+def _known_names() -> set[str]:
+    return {f"{prefix}{name}" for prefix in PREFIXES.values() for name in DatabaseSettings.model_fields}
+
+
+def _service_names() -> set[str]:
+    return Settings.model_fields.keys() - {"primary", "replicas", "analytics"}
 
 
 def _is_known(name: str) -> bool:
-    return name in Settings.model_fields or name.upper() in _known_names()
+    return name in _service_names() or name in _known_names()
 
 
 def _split_urls(text: str) -> list[str]:

@@ -229,6 +229,20 @@ async def test_doctor_warns_of_more_than_the_server_takes(database: Database) ->
     assert "1 workers x 3 instances x (40 + 10 + 1) + (2 + 2 + 1) = 168 connections > 100 - 3 reserved" in said
 
 
+async def test_platforms_variables_are_told_once(database: Database, tmp_path: Path) -> None:
+    """What looks like a setting and is none is a line of the service's log, and of what doctor says."""
+    environment = database.environment() | {"DATABASE_SERVICE_HOST": "10.0.0.1"}
+    sentence = "DATABASE_SERVICE_HOST is not a setting of this service."
+
+    examined = await run("doctor", **environment)
+    async with served(tmp_path, environment, *MODULE) as server:
+        log = server.log.read_text(encoding="utf-8")
+
+    assert examined.exit_code == 0, examined.output
+    assert " ".join(examined.output.split()).count(sentence) == 1
+    assert log.count(sentence) == 1
+
+
 async def test_doctor_fails_when_a_database_does_not_answer(database: Database) -> None:
     """A database that is down is said, and is the exit status."""
     down = f"postgresql://a:hunter2@127.0.0.1:{free_port()}/x"

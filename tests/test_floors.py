@@ -9,7 +9,7 @@ import pytest
 APP = Path(__file__).parent.parent / "app"
 DOMAINS = ("users", "patients", "reports")
 FLOORS = {
-    **dict.fromkeys(("database_url", "sampling"), -1),
+    **dict.fromkeys(("database_url", "sampling", "variables"), -1),
     **dict.fromkeys(("settings", "errors", "metrics", "logs", "routing"), 0),
     **dict.fromkeys(("db", "limits"), 1),
     **dict.fromkeys(("security", "fields", "paging", "idempotency", "failures"), 2),
