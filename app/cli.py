@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from app.db import budget
-from app.db.activity import CLOSE_IDLE, EACH, MAX_CONNECTIONS
+from app.db.activity import BLOCKED, CLOSE_IDLE, EACH, MAX_CONNECTIONS
 from app.db.connector import Connector
 from app.db.sentinel import Sentinel
 from app.errors import DatabaseUnavailable
@@ -38,6 +38,8 @@ WorkersOption = Annotated[int | None, typer.Option(help="Processes; WORKERS. One
 IDLE_SECONDS = 600
 # Characters of a statement in a table: enough to recognise it.
 QUERY_CHARACTERS = 60
+# Sessions that wait for a lock, shown at most.
+MAX_BLOCKED = 50
 
 
 @cli.command()
@@ -114,13 +116,14 @@ def connections(
     close_idle: Annotated[bool, typer.Option(help="Close this service's own connections idle for long.")] = False,
     idle_seconds: Annotated[int, typer.Option(help="Seconds that count as long.", min=1)] = IDLE_SECONDS,
 ) -> None:
-    """Show the primary's connections by application and state; close forgotten ones on request."""
+    """Show the primary's connections, and who blocks whom; close forgotten ones on request."""
     settings = _settings()
     try:
         if close_idle:
             closed = _ask(settings, settings.primary, CLOSE_IDLE, idle_seconds, settings.primary.application_name)
             console.print(f"Closed {sum(row['closed'] for row in closed)} connections idle for {idle_seconds} s.")
         rows = _ask(settings, settings.primary, EACH, QUERY_CHARACTERS)
+        pairs = _ask(settings, settings.primary, BLOCKED, MAX_BLOCKED)
     except DatabaseUnavailable as error:
         raise _stop(str(error)) from None
     table = Table("pid", "role", "application", "state", "seconds", "query", title=settings.primary.location)
@@ -128,6 +131,8 @@ def connections(
         texts = (escape(row[name]) for name in ("role", "application", "state"))
         table.add_row(str(row["pid"]), *texts, f"{row['seconds']:.0f}", escape(" ".join(row["query"].split())))
     console.print(table)
+    if pairs:
+        console.print(_blocked(pairs))
 
 
 @cli.command()
@@ -158,6 +163,37 @@ def _settings() -> Settings:
 def _stop(sentence: str) -> typer.Exit:
     Console(stderr=True, soft_wrap=True).print(sentence, markup=False, highlight=False)
     return typer.Exit(2)
+
+
+def _blocked(pairs: Sequence[Any]) -> Table:
+    """Show each session that waits for a lock beside each that it waits for."""
+    names = (
+        "pid",
+        "application",
+        "waited s",
+        "for",
+        "blocked by",
+        "role",
+        "application",
+        "state",
+        "for s",
+        "open s",
+        "",
+    )
+    table = Table(*names, title="Blocked: end the one that does not wait itself, by pg_terminate_backend(blocked by)")
+    for pair in pairs:
+        waited, state, transaction = (
+            "" if pair[name] is None else f"{pair[name]:.0f}"
+            for name in ("waited_seconds", "blocker_state_seconds", "blocker_transaction_seconds")
+        )
+        application, lock, role, blocker = (
+            escape(pair[name]) for name in ("application", "lock", "blocker_role", "blocker_application")
+        )
+        table.add_row(
+            *(str(pair["pid"]), application, waited, lock, str(pair["blocker_pid"]), role, blocker),
+            *(pair["blocker_state"], state, transaction, "waits itself" if pair["blocker_waits"] else ""),
+        )
+    return table
 
 
 def _sizing(cores: int) -> Table:

@@ -41,7 +41,8 @@ WHERE has_parameter_privilege(name, 'SET')
 -- Who runs this, and what that allows. From 16 on a role manages only those that it has made, or has ADMIN OPTION on.
 SELECT rolsuper AS superuser, NOT rolsuper AS ordinary, has_parameter_privilege('log_statement', 'SET') AS quiet,
        rolsuper OR (rolreplication AND version >= 160000) AS may_replicate,
-       rolsuper OR version < 160000 OR pg_has_role('pg_monitor', 'MEMBER WITH ADMIN OPTION') AS may_monitor
+       rolsuper OR version < 160000 OR pg_has_role('pg_monitor', 'MEMBER WITH ADMIN OPTION') AS may_monitor,
+       rolsuper OR version < 160000 OR pg_has_role('pg_read_all_stats', 'MEMBER WITH ADMIN OPTION') AS may_read_stats
 FROM pg_roles, CAST(current_setting('server_version_num') AS int) AS version
 WHERE rolname = current_user
 \gset
@@ -125,6 +126,14 @@ ALTER DEFAULT PRIVILEGES FOR ROLE app_owner IN SCHEMA public GRANT USAGE, SELECT
     GRANT pg_monitor TO monitor;
 \else
     \warn 'monitor is not in pg_monitor: this role may not grant that. Exporters see no statements of other roles.'
+\endif
+
+-- State and age of other roles' sessions, for /debug/connections: without it a blocker has a process id and a name there
+-- and nothing else. Not pg_monitor, which reads settings that hold passwords (primary_conninfo).
+\if :may_read_stats
+    GRANT pg_read_all_stats TO app_rw, app_ro;
+\else
+    \warn 'app_rw and app_ro are not in pg_read_all_stats: this role may not grant that. A blocker is shown without its state.'
 \endif
 
 -- PgBouncer's auth_query: SELECT username, password FROM pgbouncer.get_auth($1). Reading the hashes takes a

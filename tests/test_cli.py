@@ -282,6 +282,34 @@ async def test_connections_are_listed_and_closed_when_idle(database: Database) -
     await other.close()
 
 
+async def test_connections_show_who_blocks_whom(database: Database) -> None:
+    """A session of another role that holds a lock is listed, and named beside the one that waits for it."""
+    owner = await asyncpg.connect(database.url("app_owner"), server_settings={"application_name": "migration"})
+    waiter = await asyncpg.connect(database.url(), server_settings={"application_name": NAME})
+    calm = await run("connections", DATABASE_URL=database.url())
+    await owner.execute("BEGIN; LOCK TABLE patients")
+    waiting = asyncio.create_task(waiter.execute("SELECT count(*) FROM patients"))
+
+    async def waits() -> bool:
+        asked = "SELECT true FROM pg_locks WHERE NOT granted AND pid = $1"
+        return bool(await owner.fetchval(asked, waiter.get_server_pid()))
+
+    assert await eventually(waits, 5)
+    result = await run("connections", DATABASE_URL=database.url())
+    await owner.execute("ROLLBACK")
+    await waiting
+
+    assert "Blocked" not in calm.output
+    assert result.exit_code == 0, result.output
+    (row,) = [line for line in result.output.splitlines() if "AccessShareLock on relation patients" in line]
+    cells = [cell.strip() for cell in row.strip("│").split("│")]
+    assert cells[:2] == [str(waiter.get_server_pid()), NAME]
+    assert cells[4:8] == [str(owner.get_server_pid()), "app_owner", "migration", "idle in transaction"]
+    assert [line for line in result.output.splitlines() if "migration" in line and line != row]
+    await owner.close()
+    await waiter.close()
+
+
 async def test_connections_say_when_the_database_is_down() -> None:
     """No traceback: a sentence and a status."""
     result = await run("connections", DATABASE_URL=f"postgresql://a@127.0.0.1:{free_port()}/x")

@@ -1,24 +1,53 @@
-"""Questions about a server's own sessions (pg_stat_activity), for operators.
+"""Questions about a server's own sessions (pg_stat_activity, pg_locks), for operators.
 
-Sessions of other roles show neither state nor statement unless the role has pg_read_all_stats.
+Of other roles' sessions a role without pg_read_all_stats sees process id, role, application and locks, and neither
+their kind nor their state, age or statement: those are NULL, and such a session must not be left out for that, since it
+may be the one that blocks all others. Its state is said to be `unknown`.
 """
 
-BY_STATE = """
+# A session whose kind is hidden is a client's when it is connected to a database in somebody's name: the server's own
+# workers have no name, and what streams the log has no database.
+CLIENTS = """
+(backend_type = 'client backend' OR (backend_type IS NULL AND datid IS NOT NULL AND usesysid IS NOT NULL))
+"""
+BY_STATE = f"""
 SELECT coalesce(application_name, '') AS application, coalesce(state, 'unknown') AS state, count(*) AS connections,
        max(extract(epoch FROM clock_timestamp() - state_change))::float8 AS longest_seconds
 FROM pg_stat_activity
-WHERE backend_type = 'client backend'
+WHERE {CLIENTS}
 GROUP BY 1, 2 ORDER BY 1, 2
-"""
+"""  # noqa: S608  # Made of constants.
 # $1: how many characters of the statement to show.
-EACH = """
+EACH = f"""
 SELECT pid, coalesce(usename, '') AS role, coalesce(application_name, '') AS application,
        coalesce(state, 'unknown') AS state,
        coalesce(extract(epoch FROM clock_timestamp() - state_change), 0)::float8 AS seconds,
        coalesce(left(query, $1), '') AS query
 FROM pg_stat_activity
-WHERE backend_type = 'client backend' AND pid <> pg_backend_pid()
+WHERE {CLIENTS} AND pid <> pg_backend_pid()
 ORDER BY state, seconds DESC
+"""  # noqa: S608  # Made of constants.
+# $1: for how many sessions to ask, those that have waited longest: each of them stops every lock for a moment.
+# One row for each pair. `lock` is what is waited for; of a row it is the transaction that changed it. A blocker that
+# waits itself is not the one to end: `blocker_waits` says so. A prepared transaction has the process id 0.
+BLOCKED = """
+SELECT waiting.pid, coalesce(waiter.usename, '') AS role, coalesce(waiter.application_name, '') AS application,
+       extract(epoch FROM clock_timestamp() - waiting.waitstart)::float8 AS waited_seconds,
+       concat_ws(' ', waiting.mode, 'on', waiting.locktype,
+                 CASE WHEN waiting.database = (SELECT oid FROM pg_database WHERE datname = current_database())
+                      THEN waiting.relation::regclass::text ELSE waiting.relation::text END) AS lock,
+       blocker_pid, coalesce(blocker.usename, '') AS blocker_role,
+       CASE blocker_pid WHEN 0 THEN 'prepared transaction' ELSE coalesce(blocker.application_name, '') END
+           AS blocker_application,
+       coalesce(blocker.state, 'unknown') AS blocker_state,
+       extract(epoch FROM clock_timestamp() - blocker.xact_start)::float8 AS blocker_transaction_seconds,
+       extract(epoch FROM clock_timestamp() - blocker.state_change)::float8 AS blocker_state_seconds,
+       EXISTS (SELECT FROM pg_locks WHERE pg_locks.pid = blocker_pid AND NOT granted) AS blocker_waits
+FROM (SELECT * FROM pg_locks WHERE NOT granted ORDER BY waitstart LIMIT $1) AS waiting
+CROSS JOIN LATERAL unnest(pg_blocking_pids(waiting.pid)) AS blocker_pid
+LEFT JOIN pg_stat_activity AS waiter ON waiter.pid = waiting.pid
+LEFT JOIN pg_stat_activity AS blocker ON blocker.pid = blocker_pid
+ORDER BY waited_seconds DESC NULLS LAST, waiting.pid, blocker_pid
 """
 # $1: idle for longer than so many seconds; $2: the application's name. A role may end its own sessions only.
 CLOSE_IDLE = """

@@ -91,6 +91,7 @@ async def test_owner_is_told_what_it_does_without(managed: Managed) -> None:
         "No replicator",
         "No pgbouncer",
         "monitor is not in pg_monitor",
+        "app_rw and app_ro are not in pg_read_all_stats",
     ]
     owner = await asyncpg.connect(managed.url("postgres"))
     made = await owner.fetch("SELECT rolname FROM pg_roles WHERE rolcanlogin AND rolname NOT IN ('postgres', 'dba')")
@@ -136,8 +137,8 @@ async def test_privileges_are_the_same(managed: Managed) -> None:
 
 
 async def test_owner_that_may_do_more_gets_more(managed: Managed) -> None:
-    """With REPLICATION and pg_monitor to give, only what reads the hashes of passwords is left out."""
-    await managed.execute("ALTER ROLE dba REPLICATION", "GRANT pg_monitor TO dba WITH ADMIN OPTION")
+    """With REPLICATION and statistics to give, only what reads the hashes of passwords is left out."""
+    await managed.execute("ALTER ROLE dba REPLICATION", "GRANT pg_monitor, pg_read_all_stats TO dba WITH ADMIN OPTION")
     try:
         status, output = managed.roles(replicator=managed.cluster.passwords["replicator"])
 
@@ -146,10 +147,13 @@ async def test_owner_that_may_do_more_gets_more(managed: Managed) -> None:
         owner = await asyncpg.connect(managed.url("postgres"))
         assert await owner.fetchval("SELECT rolreplication FROM pg_roles WHERE rolname = 'replicator'") is True
         assert await owner.fetchval("SELECT pg_has_role('monitor', 'pg_monitor', 'USAGE')") is True
+        assert await owner.fetchval("SELECT pg_has_role('app_rw', 'pg_read_all_stats', 'USAGE')") is True
         await owner.close()
     finally:
         await managed.execute(
-            "DROP ROLE IF EXISTS replicator", "REVOKE pg_monitor FROM dba CASCADE", "ALTER ROLE dba NOREPLICATION"
+            "DROP ROLE IF EXISTS replicator",
+            "REVOKE pg_monitor, pg_read_all_stats FROM dba CASCADE",
+            "ALTER ROLE dba NOREPLICATION",
         )
 
 

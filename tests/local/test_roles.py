@@ -83,14 +83,23 @@ async def test_those_who_look_on_see_no_rows(connect: dict[str, Connection], rol
         await connect[role].execute("SELECT * FROM public.things")
 
 
-async def test_monitor_sees_what_others_do(connect: dict[str, Connection]) -> None:
-    """The statements of other roles are visible to monitor, which app_rw's view hides."""
-    statement = "SELECT query FROM pg_stat_activity WHERE pid = $1"
-    watched = connect["app_owner"]
-    await watched.execute("SELECT 'watched'")
+@pytest.mark.parametrize("role", ["monitor", "app_rw", "app_ro"])
+async def test_sessions_of_others_are_seen(connect: dict[str, Connection], role: str) -> None:
+    """Exporters and the service see what other roles' sessions do, to say who blocks whom; app_owner does not."""
+    statement = "SELECT state FROM pg_stat_activity WHERE pid = $1"
+    watched = connect["postgres"]
 
-    assert await connect["monitor"].fetchval(statement, watched.get_server_pid()) == "SELECT 'watched'"
-    assert await connect["app_rw"].fetchval(statement, watched.get_server_pid()) == "<insufficient privilege>"
+    assert await connect[role].fetchval(statement, watched.get_server_pid()) == "idle"
+    assert await connect["app_owner"].fetchval(statement, watched.get_server_pid()) is None
+
+
+async def test_service_does_not_see_settings_with_secrets(connect: dict[str, Connection]) -> None:
+    """What pg_monitor would show, the replica's password in primary_conninfo, stays hidden from the service."""
+    statement = "SELECT current_setting('primary_conninfo')"
+
+    for role in ("app_rw", "app_ro"):
+        with pytest.raises(asyncpg.InsufficientPrivilegeError):
+            await connect[role].fetchval(statement)
 
 
 async def test_replicator_replicates_and_does_nothing_else(cluster: Cluster) -> None:
