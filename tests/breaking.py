@@ -3,8 +3,14 @@
 pytest does not collect this file by itself: test_servers.py runs it in a process of its own and reads the outcome.
 """
 
+from collections.abc import AsyncIterator
+
+import pytest
+
 from local.cluster import Cluster
 from tests.conftest import Database, Execute
+from tests.servers import Servers
+from tests.service import Service, listening
 
 LATE = "on purpose"
 
@@ -74,3 +80,29 @@ async def test_after_on_the_breakable_servers(database: Database, breakable_clus
     """Works."""
     await works(database, execute)
     assert breakable_cluster is database.cluster
+
+
+async def test_serves_what_does_not_start(service: Service) -> None:
+    """Ends like an application whose lifespan fails."""
+    databases = service.databases
+    async with listening(service.app):  # Its lifespan is open already, and cannot be opened again.
+        assert databases
+
+
+@pytest.fixture
+async def killer(shared_servers: Servers) -> AsyncIterator[None]:
+    """Kill a server when the test is over, and its inspection too."""
+    yield
+    await (await shared_servers.take()).replica.kill()
+
+
+@pytest.mark.usefixtures("killer")
+async def test_before_a_server_is_killed(database: Database, execute: Execute) -> None:
+    """Works."""
+    await works(database, execute)
+
+
+async def test_after_a_server_was_killed(service: Service, execute: Execute) -> None:
+    """Works."""
+    assert await execute("SELECT 1") == 1
+    assert (await service.client.get("/patients")).status_code == 200

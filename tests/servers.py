@@ -7,6 +7,7 @@ restores it completely, and replaced by a fresh one where it does not. So the fa
 
 import logging
 import shutil
+import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ import asyncpg
 
 from local.account import LocalError
 from local.cluster import Cluster
-from local.postgres import Server
+from local.postgres import HOST, Server
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +44,9 @@ class Servers:
 
     async def take(self) -> Cluster:
         """Return the running cluster with its template database, made at the first call."""
+        if self._cluster is not None and not (_listens(self._cluster.primary) and _listens(self._cluster.replica)):
+            # Somebody ended a server between two tests, or a test that was itself ended did not get to its inspection.
+            await self.inspect()
         if self._cluster is None:
             self._cluster = await self._make()
         return self._cluster
@@ -94,6 +98,15 @@ class Servers:
             await connection.close()
         primary, replica = await _ask(cluster.primary, STREAMS), await _ask(cluster.replica, REPLAYS)
         return bool(primary and replica)
+
+
+def _listens(server: Server) -> bool:
+    """Tell whether somebody answers at the server's port; its own backlog does, and nothing is waited for."""
+    try:
+        socket.create_connection((HOST, server.port), timeout=1).close()
+    except OSError:
+        return False
+    return True
 
 
 async def _ask(server: Server, question: str) -> bool:

@@ -103,15 +103,24 @@ async def listening(
                 http=http,
             )
         )
-        # Not serve(), which would take this process's signals.
-        task = asyncio.create_task(server._serve([listener]))
+        task = asyncio.create_task(_serve(server, listener))
 
         async def started_or_ended() -> bool:
             return server.started or task.done()
 
         await eventually(started_or_ended, 10)
         try:
-            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+            if server.started:
+                yield f"http://127.0.0.1:{listener.getsockname()[1]}"
         finally:
             server.should_exit = True
             await task
+
+
+async def _serve(server: uvicorn.Server, listener: socket.socket) -> None:
+    try:
+        # Not serve(), which would take this process's signals.
+        await server._serve([listener])
+    except SystemExit as error:
+        # Out of a task it would end pytest's event loop, and the fixtures of this test would stay for the next ones.
+        raise RuntimeError("the application does not start") from error

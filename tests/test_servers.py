@@ -26,8 +26,9 @@ async def test_failure_does_not_spread() -> None:
             process.kill()
             await process.communicate()
 
-    assert re.search(r"=+ 6 failed, 3 passed in", output), output
+    assert re.search(r"=+ 7 failed, 5 passed in", output), output
     assert len(re.findall(r"^FAILED .* - AssertionError: on purpose$", output, re.MULTILINE)) == 6, output
+    assert "FAILED tests/breaking.py::test_serves_what_does_not_start - RuntimeError: the application does" in output
 
 
 async def test_breakable_servers_are_not_the_shared_ones(breakable_cluster: Cluster, shared_servers: Servers) -> None:
