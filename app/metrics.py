@@ -66,7 +66,7 @@ class Metrics:
         )
         self.invalidations = counter(
             "db_connection_invalidations_total",
-            "Connections replaced: age, uses, idle, surplus, closed, unresponsive, error or disposed.",
+            "Connections replaced: age, uses, idle, surplus, closed, unresponsive, error, disposed or session_state.",
             "pool",
             "reason",
         )

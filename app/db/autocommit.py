@@ -13,7 +13,8 @@ from app.db.connector import DRIVER_FAILURES
 from app.db.lease import Lease
 from app.db.pool import holder
 from app.db.query import Query
-from app.db.sessions import ENDED, UNKNOWN, WriteSession
+from app.db.sessions import ENDED, WriteSession
+from app.db.watched import UNKNOWN
 from app.errors import DatabaseUnavailable, OutcomeUnknown, sqlstate
 
 Ts = TypeVarTuple("Ts")
@@ -52,14 +53,21 @@ class AutocommitSession(WriteSession):
                 # Whoever was to hear of it has been answered while this waited for its connection.
                 raise RuntimeError(ENDED)
             rows = await lease.rows(query, parameters)
-            await self._keep_token(lease.connection, lease.tenure)
+            await self._keep_token(lease.tenure)
         except (*DRIVER_FAILURES, DatabaseUnavailable) as error:
             if lease.connection.is_closed() and not (sqlstate(error) or "").startswith(NOT_STORED):
                 raise OutcomeUnknown(UNKNOWN) from error
             raise
         finally:
-            lease.give_back()
+            if lease.connection.left:
+                await lease.end()
+            else:
+                lease.give_back()
         return rows
+
+    async def copy_records(self, *_arguments: Any, **_options: Any) -> Never:
+        """Refuse: COPY is part of a transaction."""
+        raise RuntimeError(ONE_QUERY)
 
     def hand_over(self, *_engine: Any) -> Never:
         """Refuse: SQLAlchemy's session would begin a transaction."""

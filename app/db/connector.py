@@ -15,6 +15,7 @@ import asyncpg
 from sqlalchemy.exc import DBAPIError, EmulatedDBAPIException
 
 from app.database_url import Host, KeepAlive
+from app.db.watched import ASYNCPG_FAILURES, WatchedConnection
 from app.errors import DatabaseUnreachable
 from app.settings import DatabaseSettings
 
@@ -22,7 +23,6 @@ logger = logging.getLogger(__name__)
 
 # What opening or checking a connection raises: asyncpg's own, and SQLAlchemy's rendering of it. A TimeoutError is an
 # OSError.
-ASYNCPG_FAILURES = (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError)
 DRIVER_FAILURES = (*ASYNCPG_FAILURES, DBAPIError, EmulatedDBAPIException)
 
 KEEPALIVE_IDLE_SECONDS = 30
@@ -57,7 +57,7 @@ class Opening:
 opening: ContextVar[Opening] = ContextVar("opening")
 
 
-class KeptAliveConnection(asyncpg.Connection):
+class KeptAliveConnection(WatchedConnection):
     """A connection whose kernel notices a peer that is gone; asyncpg sets neither option.
 
     `server` says when the server behind it was started, which tells it from the one that takes its place; it is

@@ -49,6 +49,7 @@ def databases_of(request: Request) -> "Databases":
 
 def share_write_session(request: Request, session: WriteSession) -> None:
     """Make `WriteDB` of this request this session; whoever opened it commits it."""
+    session.pinned = True
     request.scope[WRITE] = session
 
 

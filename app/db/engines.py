@@ -8,11 +8,12 @@ import asyncio
 import logging
 from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import Any, Literal, Self, TypeVarTuple, cast
+from typing import Any, Literal, Self, TypeVarTuple, cast, get_args
 
 from sqlalchemy import Row
 from sqlalchemy.ext.asyncio import create_async_engine
 
+from app.db import dialect
 from app.db.autocommit import AutocommitSession
 from app.db.connector import Connector
 from app.db.lease import Lease
@@ -22,7 +23,7 @@ from app.db.pool import BoundedPool
 from app.db.query import Query
 from app.db.replica import Replica, Router
 from app.db.sentinel import Look, Sentinel
-from app.db.sessions import Consistency, ReadSession, Way, WriteSession
+from app.db.sessions import Consistency, Isolation, ReadSession, Way, WriteSession
 from app.errors import DatabaseUnavailable
 from app.metrics import Metrics
 from app.sampling import Sampler
@@ -72,7 +73,7 @@ class Database:
         self.sentinel = Sentinel(name, connector, service, metrics)
         self.engine = create_async_engine(
             # SQLAlchemy reads the dialect from it; where to connect is the connector's business.
-            "postgresql+asyncpg://",
+            dialect.URL,
             poolclass=BoundedPool,
             settings=settings,
             watch=watch,
@@ -82,17 +83,19 @@ class Database:
                 "async_creator_fn": connector.open_for_pool,
                 "prepared_statement_cache_size": settings.statement_cache_size,
             },
-            # A standby is read-only by nature, so a read there needs no transaction: one round trip, not three.
-            **({"isolation_level": "AUTOCOMMIT"} if role == "replica" else {}),
             echo=settings.echo,
             hide_parameters=True,
         )
         self.pool = cast("BoundedPool", self.engine.pool)
         EngineWatch(self.engine, self.pool, watch, writable=role == "primary")
         read_only = self.engine.execution_options(postgresql_readonly=True)
-        # For reads: free of transactions on a replica, BEGIN READ ONLY on the primary.
-        self.reads = Way(self.engine, None) if role == "replica" else Way(read_only, "BEGIN READ ONLY;")
-        self.writes = Way(self.engine, "BEGIN;")
+        # A standby is read-only by nature: what `rows` reads there needs no transaction, and is one round trip, not 3.
+        self.reads = Way(read_only, "BEGIN READ ONLY;", alone=role == "replica")
+        # None is what the server takes for its default.
+        self.writes: dict[Isolation | None, Way] = {None: Way(self.engine, "BEGIN;")}
+        for level in get_args(Isolation):
+            engine = self.engine.execution_options(isolation_level=level)
+            self.writes[level] = Way(engine, f"BEGIN ISOLATION LEVEL {level};")
         # For reports: all statements of a session see one snapshot.
         self.snapshots = Way(
             read_only.execution_options(isolation_level="REPEATABLE READ"),
@@ -193,14 +196,25 @@ class Databases:
         self._check_loop()
         return ReadSession(self.analytics, self.analytics.snapshots, label=label)
 
-    def writing(self, consistency: Consistency | None = None, *, label: str = "background") -> WriteSession:
+    def writing(
+        self,
+        consistency: Consistency | None = None,
+        *,
+        label: str = "background",
+        isolation: Isolation | None = None,
+    ) -> WriteSession:
         """Open a session on the primary; it commits when its block ends, and rolls back when that raises.
+
+        Under "REPEATABLE READ" and "SERIALIZABLE" PostgreSQL may refuse what collides with another transaction, by
+        40001: `run_transaction` then runs the whole once more.
 
         Raises, at the end of the block: OutcomeUnknown when the connection dies during COMMIT, ConnectionLost when
         before.
         """
         self._check_loop()
-        return WriteSession(self.primary, label=label, consistency=self._if_replicated(consistency))
+        return WriteSession(
+            self.primary, label=label, consistency=self._if_replicated(consistency), isolation=isolation
+        )
 
     def autocommitting(self, consistency: Consistency | None = None, *, label: str = "background") -> AutocommitSession:
         """Open a session on the primary for one query that commits by itself."""

@@ -9,130 +9,52 @@ those that went through SQLAlchemy: see `EngineWatch`.
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import Awaitable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar, TypeVarTuple, cast
 
 import asyncpg
-from sqlalchemy import Connection, Engine, Row
+from sqlalchemy import Engine, Row
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.pool import ConnectionPoolEntry
 
-from app.db.connector import ASYNCPG_FAILURES, DRIVER_FAILURES, KeptAliveConnection
+from app.db.connector import DRIVER_FAILURES
 from app.db.observe import forget_row, name_loss
+from app.db.orm import HeldConnection
 from app.db.pool import Tenure
 from app.db.query import Query
-from app.errors import ConnectionLost, DatabaseUnavailable, TransactionAborted, WriteInReadSession, name_database
+from app.db.watched import ASYNCPG_FAILURES, BUSY, Transaction
+from app.errors import ConnectionLost, DatabaseUnavailable, WriteInReadSession, name_database
 
 if TYPE_CHECKING:
     from app.db.engines import Database
 
 # Seconds for telling the server to stop what a cancelled request asked.
 CLOSE_SECONDS = 2.0
-# What asyncpg says of a connection that is not ready for a statement.
-BUSY = "another operation"
-SWALLOWED = "A statement failed, its error was swallowed, and nothing can be committed."
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 
 
-class Begun:
-    """A transaction that was begun by hand, with what SQLAlchemy's dialect asks of one."""
+class DriverLane:
+    """Asks one connection by the driver, counts the time, and names the failures."""
 
-    __slots__ = ("_connection",)
+    __slots__ = ("_database", "_readonly", "connection", "tenure")
 
-    def __init__(self, connection: KeptAliveConnection) -> None:
-        self._connection = connection
-
-    async def commit(self) -> None:
-        """Commit.
-
-        Raises: TransactionAborted when a statement had failed: PostgreSQL then answers COMMIT with a silent ROLLBACK,
-        and the client would read 2xx.
-        """
-        if await self._connection.execute("COMMIT;") != "COMMIT":
-            raise TransactionAborted(SWALLOWED)
-
-    async def rollback(self) -> None:
-        """Take everything back."""
-        await self._connection.execute("ROLLBACK;")
-
-
-class Lease:
-    """A connection that one session has to itself until `end` or `adopt`; it does one thing at a time."""
-
-    __slots__ = ("_database", "_readonly", "_transaction", "connection", "entry", "tenure")
-
-    def __init__(self, database: "Database", entry: ConnectionPoolEntry, *, readonly: bool) -> None:
+    def __init__(self, database: "Database", tenure: Tenure, *, readonly: bool) -> None:
         self._database = database
         self._readonly = readonly
-        self._transaction: Begun | None = None
-        self.entry: ConnectionPoolEntry | None = entry
-        self.tenure: Tenure = entry.info["tenure"]
-        self.connection = self.tenure.connection
+        self.tenure = tenure
+        self.connection = tenure.connection
 
-    async def begin(self, words: str) -> None:
-        """Begin a transaction with these words, or give the connection back; raises as `rows` does."""
-        try:
-            await self._ask(self.connection.execute(words))
-        except BaseException:
-            # Nobody can tell what a statement would be part of.
-            self.connection.terminate()
-            self.give_back()
-            raise
-        self._transaction = Begun(self.connection)
+    async def copy(
+        self, table: str, records: Iterable[Sequence[Any]], columns: Sequence[str], *, schema: str | None
+    ) -> int:
+        """Copy records into a table; return how many. Raises as `rows` does."""
+        copying = self.connection.copy_records_to_table(table, records=records, columns=columns, schema_name=schema)
+        status = await self.ask(copying, f"COPY {table}")
+        # PostgreSQL says "COPY 12".
+        return int(status.rpartition(" ")[2])
 
-    def rows(self, query: Query[*Ts], parameters: Mapping[str, Any]) -> Awaitable[Sequence[Row[*Ts]]]:
-        """Run one query.
-
-        Raises, when awaited: ConnectionLost, CommandTimeout, WriteInReadSession, sqlalchemy.exc.IntegrityError; any
-        other asyncpg.PostgresError as it comes.
-        """
-        return self._ask(query.fetch(self.connection, parameters), query.sql)
-
-    async def commit(self) -> None:
-        """Commit the transaction; raises as `rows` does, and TransactionAborted."""
-        transaction, self._transaction = cast("Begun", self._transaction), None
-        await self._ask(transaction.commit())
-
-    async def end(self) -> None:
-        """Take back what is not committed and give the connection back."""
-        transaction, self._transaction = self._transaction, None
-        try:
-            if transaction is not None and not self.connection.is_closed():
-                await self._ask(transaction.rollback())
-        except (*DRIVER_FAILURES, DatabaseUnavailable):
-            # The answer does not depend on it: a server that lost the connection has rolled back.
-            self.connection.terminate()
-        finally:
-            self.give_back()
-
-    def give_back(self) -> None:
-        """Return the connection to the pool; one that is closed meanwhile is replaced there."""
-        entry, self.entry = cast("ConnectionPoolEntry", self.entry), None
-        self._database.pool.give_back(entry)
-
-    def adopt(self, engine: Engine) -> Connection:
-        """Let SQLAlchemy go on where this lease stands: its connection, its transaction. Closing it gives it back.
-
-        Called in SQLAlchemy's greenlet.
-        """
-        entry, self.entry = self.entry, None
-        connection = self._database.pool.adopt(cast("ConnectionPoolEntry", entry), engine.connect)
-        # The dialect begins at the first statement, unless it knows of a transaction.
-        cast("Any", connection.connection.dbapi_connection)._transaction = self._transaction  # noqa: SLF001
-        self._transaction = None
-        return connection
-
-    def __del__(self) -> None:
-        if self.entry is not None:
-            # Whoever left the session without closing it; the permit would be lost with it.
-            self._database.watch.log(
-                "session dropped without being closed", level=logging.ERROR, route=self.tenure.holder
-            )
-            self.connection.terminate()
-            self.give_back()
-
-    async def _ask(self, answer: Awaitable[T], statement: str | None = None) -> T:
+    async def ask(self, answer: Awaitable[T], statement: str | None = None) -> T:
         """Wait for an answer, count its time, and name its failure; BEGIN and COMMIT are no statements to count."""
         self.tenure.asked_at = started = time.perf_counter()
         try:
@@ -162,7 +84,7 @@ class Lease:
             raise name_loss(error, self._database.name) from error
         if isinstance(error, asyncpg.InterfaceError) and self.connection.is_closed():
             raise ConnectionLost("The connection to the database was lost.") from error
-        if isinstance(error, asyncpg.DataError) and self._transaction is None:
+        if isinstance(error, asyncpg.DataError) and not self.connection.is_in_transaction():
             # asyncpg refused a value when the statement was half said: the server would go on waiting, in a transaction
             # that no ROLLBACK of ours ends.
             self.connection.terminate()
@@ -173,6 +95,88 @@ class Lease:
                 raise WriteInReadSession("A read session was asked to write.") from error
             # The address leads to a server that was demoted, and so do all the other connections.
             self._database.pool.dispose()
+
+
+class Lease(DriverLane):
+    """A connection that one session has to itself until `end` or `adopt`; it does one thing at a time."""
+
+    __slots__ = ("_transaction", "entry")
+
+    def __init__(self, database: "Database", entry: ConnectionPoolEntry, *, readonly: bool) -> None:
+        super().__init__(database, entry.info["tenure"], readonly=readonly)
+        self._transaction: Transaction | None = None
+        self.entry: ConnectionPoolEntry | None = entry
+
+    @property
+    def begun(self) -> bool:
+        """Whether a transaction is open; after a commit there is none until the next statement."""
+        return self._transaction is not None
+
+    async def begin(self, words: str) -> None:
+        """Begin a transaction with these words, or give the connection back; raises as `rows` does."""
+        transaction = Transaction(self.connection, words)
+        try:
+            await self.ask(transaction.start())
+        except BaseException:
+            # Nobody can tell what a statement would be part of.
+            self.connection.terminate()
+            self.give_back()
+            raise
+        self._transaction = transaction
+        self.connection.bound = True
+
+    def rows(self, query: Query[*Ts], parameters: Mapping[str, Any]) -> Awaitable[Sequence[Row[*Ts]]]:
+        """Run one query.
+
+        Raises, when awaited: ConnectionLost, CommandTimeout, WriteInReadSession, sqlalchemy.exc.IntegrityError; any
+        other asyncpg.PostgresError as it comes.
+        """
+        return self.ask(query.fetch(self.connection, parameters), query.sql)
+
+    async def commit(self) -> None:
+        """Commit the transaction; raises as `rows` does, and as `Transaction.commit`."""
+        transaction, self._transaction = cast("Transaction", self._transaction), None
+        await self.ask(transaction.commit())
+
+    async def end(self) -> None:
+        """Take back what is not committed and give the connection back."""
+        transaction, self._transaction = self._transaction, None
+        try:
+            if transaction is not None and not self.connection.is_closed():
+                await self.ask(transaction.rollback())
+            if self.connection.needs_reset:
+                await self.connection.reset()
+        except (*DRIVER_FAILURES, DatabaseUnavailable):
+            # The answer does not depend on it: a server that lost the connection has rolled back.
+            self.connection.terminate()
+        finally:
+            self.give_back()
+
+    def give_back(self) -> None:
+        """Return the connection to the pool; one that is closed meanwhile is replaced there."""
+        entry, self.entry = cast("ConnectionPoolEntry", self.entry), None
+        self._database.pool.give_back(entry)
+
+    def adopt(self, engine: Engine) -> HeldConnection:
+        """Let SQLAlchemy go on where this lease stands: its connection, its transaction. Closing it gives it back.
+
+        Called in SQLAlchemy's greenlet.
+        """
+        entry, self.entry = self.entry, None
+        connection = self._database.pool.adopt(cast("ConnectionPoolEntry", entry), lambda: HeldConnection(engine))
+        # The dialect begins at the first statement, unless it knows of a transaction.
+        cast("Any", connection.connection.dbapi_connection)._transaction = self._transaction  # noqa: SLF001
+        self._transaction = None
+        return connection
+
+    def __del__(self) -> None:
+        if self.entry is not None:
+            # Whoever left the session without closing it; the permit would be lost with it.
+            self._database.watch.log(
+                "session dropped without being closed", level=logging.ERROR, route=self.tenure.holder
+            )
+            self.connection.terminate()
+            self.give_back()
 
 
 async def _close(connection: "asyncpg.Connection[Any]") -> None:

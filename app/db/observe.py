@@ -16,7 +16,9 @@ from prometheus_client import Counter, Histogram
 from sqlalchemy import event
 from sqlalchemy.engine import Connection, ExceptionContext
 from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy.util.concurrency import await_
 
+from app.db.effects import effect_of
 from app.errors import (
     CommandTimeout,
     ConnectionLost,
@@ -129,32 +131,26 @@ class EngineWatch:
             ("before_cursor_execute", self._started),
             ("after_cursor_execute", self._succeeded),
             ("handle_error", self._failed),
-            ("rollback", self._rolled_back),
-            ("rollback_savepoint", self._rolled_back),
         ):
             event.listen(engine.sync_engine, name, listener)
 
     def _started(self, connection: Connection, *rest: Any) -> None:
         # cursor, statement, parameters, context, executemany
+        if effect_of(rest[1]):
+            # The dialect keeps prepared statements, so the connection itself sees a text once.
+            await_(connection.info["tenure"].connection.watch(rest[1]))
         connection.info["tenure"].asked_at = rest[3].started_at = time.perf_counter()
 
     def _succeeded(self, connection: Connection, *rest: Any) -> None:
         self._finished(connection, rest[1], rest[3])
 
-    def _finished(self, connection: Connection, statement: str, context: Any) -> "Tenure":
-        tenure: Tenure = connection.info["tenure"]
-        self._watch.answered(tenure, statement, time.perf_counter() - context.started_at)
-        return tenure
-
-    def _rolled_back(self, connection: Connection, *_savepoint: Any) -> None:
-        if not connection.invalidated:
-            connection.info["tenure"].aborted = False
+    def _finished(self, connection: Connection, statement: str, context: Any) -> None:
+        self._watch.answered(connection.info["tenure"], statement, time.perf_counter() - context.started_at)
 
     def _failed(self, failure: ExceptionContext) -> None:
         connection, context, error = failure.connection, failure.execution_context, failure.original_exception
         if connection is not None and hasattr(context, "started_at"):
-            # Until a rollback, to a savepoint or of all, whatever comes next in this transaction fails too.
-            self._finished(connection, failure.statement or "", context).aborted = True
+            self._finished(connection, failure.statement or "", context)
         forget_row(error.__cause__)
         name_database(error, self._watch.pool)
         if isinstance(error.__cause__, asyncpg.DataError):

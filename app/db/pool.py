@@ -60,7 +60,6 @@ class Tenure:
     asked_at: float | None = None
     taken_in: str | None = None
     reported: bool = False
-    aborted: bool = False
 
     def queried_seconds(self) -> float:
         """Seconds that this checkout spent on statements, the one under way included."""
@@ -208,7 +207,7 @@ class BoundedPool(Pool):
         tenure.taken_at = now
         tenure.queried, tenure.asked_at = 0.0, None
         tenure.taken_in = _caller() if self._trace else None
-        tenure.reported = tenure.aborted = False
+        tenure.reported = False
         self._counts.out[entry] = tenure
         self._watch.acquired(now - started, tenure.holder)
         return entry
@@ -221,7 +220,7 @@ class BoundedPool(Pool):
             self._watch.returned(tenure.holder, now - tenure.taken_at, tenure.queried_seconds())
             if record.dbapi_connection is None:
                 self._watch.replaced("error")
-            elif reason := self._expired(tenure, now):
+            elif reason := self._expired(tenure, now) or tenure.connection.settle():
                 self._discard(record, reason)
             else:
                 tenure.idle_since = now

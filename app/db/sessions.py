@@ -11,25 +11,26 @@ asked where it happened. Only `rows` on a replica, where no transaction binds th
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Never, TypeVarTuple, cast
+from typing import TYPE_CHECKING, Any, Literal, Never, TypeAlias, TypeVarTuple, cast
 
 import asyncpg
-from sqlalchemy import Connection, Engine, Row
-from sqlalchemy.exc import MissingGreenlet
-from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
-from sqlalchemy.orm import Session
-from sqlalchemy.sql.selectable import TypedReturnsRows
-from sqlalchemy.util.concurrency import greenlet_spawn, in_greenlet
+from sqlalchemy import Engine, Row
+from sqlalchemy.exc import PendingRollbackError
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, AsyncSessionTransaction
+from sqlalchemy.util.concurrency import greenlet_spawn
 
 from app.db.connector import DRIVER_FAILURES
-from app.db.lease import SWALLOWED, Lease
+from app.db.effects import effect_of
+from app.db.lease import DriverLane, Lease
 from app.db.observe import PoolWatch
+from app.db.orm import PINNED, HeldConnection, OneConnection, refuse_of_transactions
 from app.db.pool import Tenure, holder
 from app.db.query import Query
-from app.errors import ConnectionLost, DatabaseUnavailable, OutcomeUnknown, TransactionAborted
+from app.db.watched import LOST, SWALLOWED
+from app.errors import ConnectionLost, TransactionAborted
 
 if TYPE_CHECKING:
     from app.db.engines import Database
@@ -37,18 +38,11 @@ if TYPE_CHECKING:
 
 WRITTEN_LSN = "SELECT pg_current_wal_insert_lsn()::text"
 Ts = TypeVarTuple("Ts")
+Isolation: TypeAlias = Literal["READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE"]
 
-UNKNOWN = (
-    "The connection was lost while the change was being committed, so it may or may not have been made. "
-    "Read before you try again, or send the request with an Idempotency-Key."
-)
 ENDED = (
     "this session ended with its request or its block; what comes after it, a stream or a background task, opens its "
     "own: `async with databases.reading()` or `.writing()`"
-)
-NOT_LOADED = (
-    "an attribute was read that is not loaded, and reading it cannot wait for the database: load it with its query, "
-    '`.options(selectinload(Parent.children))`, or by `await session.refresh(instance, ["children"])`'
 )
 NO_QUERY = (
     'rows() takes a Query, a constant of the module: `BY_ID = Query(select(…).where(… == bindparam("id")))`; a '
@@ -71,39 +65,12 @@ class Consistency:
 class Way:
     """A way to use an engine: the engine with its options for SQLAlchemy, and the words that begin the same by hand.
 
-    Without them (None) there is no transaction, and each statement stands for itself.
+    With `alone`, queries of `rows` need no transaction until there is one: each stands for itself.
     """
 
     engine: AsyncEngine
-    begin: str | None
-
-
-class _OneConnection(Session):
-    """A session that has its connection from its owner at the first statement, and keeps it until it is closed."""
-
-    owner: "ReadSession"
-    held: Connection | None = None
-
-    def get_bind(self, *_args: Any, **_kwargs: Any) -> Connection:
-        if not in_greenlet():
-            raise MissingGreenlet(NOT_LOADED)
-        if self.held is None:
-            self.held = self.owner.hand_over(cast("Engine", self.bind))
-            # The transaction is ours: SQLAlchemy's session takes part in it, and does not end it.
-            self.held.begin()
-        return self.held
-
-    def read_rows(self, statement: TypedReturnsRows[*Ts], parameters: Mapping[str, Any]) -> Sequence[Row[*Ts]]:
-        # By the session, and not by `get_bind`: it is the session that sends the SAVEPOINT of a `begin_nested`.
-        return list(self.connection().execute(statement, parameters).all())
-
-    def close(self) -> None:
-        try:
-            super().close()
-        finally:
-            held, self.held = self.held, None
-            if held is not None:
-                held.close()
+    begin: str
+    alone: bool = False
 
 
 class ReadSession(AsyncSession):
@@ -113,9 +80,9 @@ class ReadSession(AsyncSession):
     in the same transaction.
     """
 
-    sync_session_class = _OneConnection
-    sync_session: _OneConnection
-    _readonly = True
+    sync_session_class = OneConnection
+    sync_session: OneConnection
+    reads = True
 
     def __init__(self, database: "Database", way: Way, *, label: str) -> None:
         self._database = database
@@ -124,8 +91,8 @@ class ReadSession(AsyncSession):
         self._lease: Lease | None = None
         self._beginning = False
         self._ended = False
-        # Nothing to undo on the server, and so nothing to wait for when the session is closed.
-        self._settled = way.begin is None
+        # Whether somebody else ends the transaction: then nothing here may.
+        self.pinned = False
 
     if not TYPE_CHECKING:  # pragma: no branch  # To mypy a session has AsyncSession's attributes and no others.
 
@@ -138,11 +105,11 @@ class ReadSession(AsyncSession):
             return getattr(self, name)
 
     @property
-    def connection_held(self) -> Connection | None:
+    def connection_held(self) -> HeldConnection | None:
         """The connection that SQLAlchemy's session has, if it has one."""
         return self.sync_session.held if "sync_session" in vars(self) else None
 
-    def hand_over(self, engine: Engine) -> Connection:
+    def hand_over(self, engine: Engine) -> HeldConnection:
         """Give SQLAlchemy's session the connection of this one, or one of the pool. Called in SQLAlchemy's greenlet."""
         holder.set(self._label)
         lease, self._lease = self._lease, None
@@ -150,11 +117,11 @@ class ReadSession(AsyncSession):
             return lease.adopt(engine)
         self._start()
         try:
-            connection = engine.connect()
+            connection = HeldConnection(engine)
         finally:
             self._beginning = False
         if self._ended:
-            connection.close()
+            connection.release()
             raise RuntimeError(ENDED)
         return connection
 
@@ -169,8 +136,8 @@ class ReadSession(AsyncSession):
     async def rows(self, query: Query[*Ts], **parameters: Any) -> Sequence[Row[*Ts]]:
         """Return all rows of a query, past the unit of work: flush before, if objects were changed.
 
-        On a replica each call takes a connection for itself, one round trip and gives it back: there is no transaction
-        for it to be part of. On the primary it runs in the session's transaction.
+        It runs in the session's transaction. On a replica, while there is none, each call takes a connection for
+        itself, one round trip, and gives it back; a query that means something to a transaction begins one.
         """
         given: object = query
         if not isinstance(given, Query):
@@ -180,17 +147,19 @@ class ReadSession(AsyncSession):
         if self._ended:
             raise RuntimeError(ENDED)
         holder.set(self._label)
-        if self._way.begin is None:
-            return await self._database.fetch(query, parameters)
         if self._lease is None:
-            self._lease = await self._begin(self._way.begin)
+            if self._way.alone and not effect_of(query.sql):
+                return await self._database.fetch(query, parameters)
+            self._lease = await self._begin()
+        elif not self._lease.begun:
+            await self._begin_again(self._lease)
         return await self._lease.rows(query, parameters)
 
-    async def _begin(self, words: str) -> Lease:
+    async def _begin(self) -> Lease:
         self._start()
         try:
-            lease = Lease(self._database, await self._database.pool.lease(), readonly=self._readonly)
-            await lease.begin(words)
+            lease = Lease(self._database, await self._database.pool.lease(), readonly=self.reads)
+            await lease.begin(self._way.begin)
         finally:
             self._beginning = False
         if self._ended:
@@ -198,36 +167,141 @@ class ReadSession(AsyncSession):
             raise RuntimeError(ENDED)
         return lease
 
+    async def _begin_again(self, lease: Lease) -> None:
+        try:
+            await lease.begin(self._way.begin)
+        except BaseException:
+            self._lease = None  # It has given its connection back.
+            raise
+
+    # Transactions. What SQLAlchemy's session does not know of is the transaction of the driver's lane, until it takes
+    # that over.
+
+    def begin(self) -> AsyncSessionTransaction:
+        """Begin a transaction that is committed when its block ends: `async with session.begin():`.
+
+        Raises, when entered: sqlalchemy.exc.InvalidRequestError when one has begun, as the first statement does.
+        """
+        self._join()
+        return super().begin()
+
+    def in_transaction(self) -> bool:
+        """Whether a transaction has begun."""
+        return self._lease is not None or ("sync_session" in vars(self) and self.sync_session.in_transaction())
+
+    def get_transaction(self) -> AsyncSessionTransaction | None:
+        """Return the transaction, None before the first statement."""
+        self._join()
+        return super().get_transaction() if "sync_session" in vars(self) else None
+
+    def _join(self) -> None:
+        """Let SQLAlchemy's session take over what `rows` has begun; nothing is sent for that."""
+        if self._lease is not None:
+            self.sync_session.join()
+
+    async def connection(self, *arguments: Any, **options: Any) -> AsyncConnection:
+        """Return the connection, in the session's transaction: for what SQLAlchemy's session has no method for.
+
+        The driver's own is `(await connection.get_raw_connection()).driver_connection`; what it sends is part of the
+        transaction too.
+        """
+        refuse_of_transactions(options.get("execution_options") or {})
+        return await super().connection(*arguments, **options)
+
+    def get_bind(self, *_arguments: Any, **_options: Any) -> Engine:
+        """Return the engine of the session's database."""
+        return self._way.engine.sync_engine
+
+    def get_async_bind(self, *_arguments: Any, **_options: Any) -> AsyncEngine:
+        """Return the engine of the session's database."""
+        return self._way.engine
+
+    async def commit(self) -> None:
+        """Commit what was done so far; what comes next is another transaction, on the same connection.
+
+        A session commits by itself when its block ends, so this is for jobs that store their work in steps.
+
+        Raises: OutcomeUnknown when the connection dies during COMMIT, ConnectionLost when before; TransactionAborted
+        when a statement failed and its error was swallowed.
+        """
+        if "sync_session" in vars(self) and (self.sync_session.in_transaction() or self._owes()):
+            await self._commit_objects()
+        if self._lease is not None and self._lease.begun:
+            self._refuse_if_pinned("commit")
+            await self._lease.commit()
+
+    def _owes(self) -> bool:
+        return bool(self.new or self.deleted or self.dirty)
+
+    async def _commit_objects(self) -> None:
+        held = self.sync_session.held
+        try:
+            await super().commit()
+        except PendingRollbackError as error:
+            # A flush or the connection failed, and somebody went on as if it had not.
+            if held is not None and held.invalidated:
+                raise ConnectionLost(LOST) from error
+            raise TransactionAborted(SWALLOWED) from error
+
     async def rollback(self) -> None:
-        """Take back what the session did so far; what comes next is another transaction."""
-        await self._end_lease()
+        """Take back what the session did since its last commit; what comes next is another transaction."""
+        await self._end_lease("rollback")
         if "sync_session" in vars(self):
             await super().rollback()
 
     async def close(self) -> None:
         """Give the connection back; what is not committed is rolled back."""
-        await self._end_lease()
+        await self._end_lease("close")
         if "sync_session" in vars(self):
             await super().close()
+
+    async def reset(self) -> None:
+        """Give the connection back; what is not committed is rolled back."""
+        await self._end_lease("reset")
+        if "sync_session" in vars(self):
+            await super().reset()
+
+    async def invalidate(self) -> None:
+        """Close the connection, which nobody uses again; what is not committed is rolled back."""
+        if self._lease is not None:
+            self._refuse_if_pinned("invalidate")
+            self._lease.connection.terminate()
+        await self._end_lease("invalidate")
+        if "sync_session" in vars(self):
+            await super().invalidate()
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Give the connection back; what is not committed is rolled back."""
-        self._ended = True
+        """Give the connection back; what is not committed is rolled back.
+
+        Raises: TypeError when objects were changed, which nobody would store.
+        """
+        self._ended, self.pinned = True, False
         if self._lease is not None:
-            await self._end_lease()
+            await self._end_lease("close")
         if "sync_session" not in vars(self):
             return
-        if self._settled or self.sync_session.held is None:
-            self.sync_session.close()
-        else:
-            await super().__aexit__(kind, error, trace)
+        try:
+            if error is None and self.reads:
+                self.sync_session.flush()
+        finally:
+            held = self.sync_session.held
+            if held is None or (not self.sync_session.in_transaction() and not held.tenure.connection.needs_reset):
+                # There is nothing to undo on the server, and so nothing to wait for.
+                self.sync_session.close()
+            else:
+                await super().__aexit__(kind, error, trace)
 
-    async def _end_lease(self) -> None:
-        lease, self._lease = self._lease, None
-        if lease is not None:
+    async def _end_lease(self, name: str) -> None:
+        if self._lease is not None:
+            self._refuse_if_pinned(name)
+            lease, self._lease = self._lease, None
             await lease.end()
+
+    def _refuse_if_pinned(self, name: str) -> None:
+        if self.pinned:
+            raise RuntimeError(PINNED.format(name=name))
 
     # WriteSession widens these again.
     def add(self, instance: Never, *, _warn: bool = True) -> None:  # type: ignore[override]  # Narrowed on purpose.
@@ -246,10 +320,20 @@ class ReadSession(AsyncSession):
 class WriteSession(ReadSession):
     """A session that reads and writes on the primary, and commits when its block ends without an error."""
 
-    _readonly = False
+    reads = False
 
-    def __init__(self, database: "Database", *, label: str, consistency: Consistency | None) -> None:
-        super().__init__(database, database.writes, label=label)
+    def __init__(
+        self,
+        database: "Database",
+        *,
+        label: str,
+        consistency: Consistency | None,
+        isolation: Isolation | None = None,
+    ) -> None:
+        super().__init__(database, database.writes[isolation], label=label)
+        self.isolation = isolation
+        # Whether something was stored that a repetition would store again.
+        self.committed = False
         self._consistency = consistency
 
     def add(self, instance: object, *, _warn: bool = True) -> None:
@@ -264,55 +348,81 @@ class WriteSession(ReadSession):
         """Mark an object to be deleted with the next flush."""
         await AsyncSession.delete(self, instance)
 
+    async def copy_records(
+        self, table: str, records: Iterable[Sequence[Any]], *, columns: Sequence[str], schema: str | None = None
+    ) -> int:
+        """Store many rows by COPY, in the session's transaction; return how many.
+
+        A record is a sequence of values in the order of `columns`, as asyncpg takes them: no type of SQLAlchemy
+        converts them. An `AsyncIterable` of records is taken too.
+
+        Raises: sqlalchemy.exc.IntegrityError, for all of them together; else as `rows`.
+        """
+        if "sync_session" in vars(self) and (self.sync_session.held is not None or self.sync_session.in_transaction()):
+            held = cast("HeldConnection", (await self.connection()).sync_connection)
+            lane = DriverLane(self._database, held.tenure, readonly=False)
+            return await lane.copy(table, records, columns, schema=schema)
+        if self._lease is None:
+            self._lease = await self._begin()
+        elif not self._lease.begun:
+            await self._begin_again(self._lease)
+        return await self._lease.copy(table, records, columns, schema=schema)
+
+    async def commit(self) -> None:
+        """Commit what was done so far; what comes next is another transaction, on the same connection.
+
+        A session commits by itself when its block ends, so this is for jobs that store their work in steps.
+
+        Raises: OutcomeUnknown when the connection dies during COMMIT, ConnectionLost when before; TransactionAborted
+        when a statement failed and its error was swallowed.
+        """
+        await super().commit()
+        await self._note_commits()
+
+    async def close(self) -> None:
+        """Give the connection back; what is not committed is rolled back."""
+        await self._note_commits()
+        await super().close()
+
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Commit, or roll back after an error, and give the connection back."""
+        self.pinned = False
         try:
+            if self._lease is None and "sync_session" not in vars(self):
+                return
             if error is None:
-                await self._finish()
+                await self.commit()
+            else:
+                # What was committed before the error stands, and the client may look for it.
+                await self._note_commits()
         finally:
             await super().__aexit__(kind, error, trace)
 
-    async def _finish(self) -> None:
-        if "sync_session" in vars(self):
-            if self.new or self.dirty or self.deleted:
-                # What the objects still owe fails here, and not inside COMMIT, where it would look like a lost outcome.
-                await self.flush()
-            held = self.sync_session.held
-            if held is not None:
-                if not self.is_active:
-                    # A flush failed and took everything back, and somebody went on as if it had not.
-                    raise TransactionAborted(SWALLOWED)
-                driver = held.connection.driver_connection
-                await self._commit(driver, held.info["tenure"], lambda: greenlet_spawn(held.commit))
-        if self._lease is not None:
-            await self._commit(self._lease.connection, self._lease.tenure, self._lease.commit)
-
-    async def _commit(self, driver: Any, tenure: Tenure, commit: Callable[[], Awaitable[None]]) -> None:
-        if tenure.aborted:
-            # PostgreSQL answers COMMIT of a failed transaction with a silent ROLLBACK; the client would read 2xx.
-            raise TransactionAborted(SWALLOWED)
-        if driver is None or driver.is_closed():
-            raise ConnectionLost("The connection to the database was lost; nothing was committed.")
-        before, started = tenure.queried, time.perf_counter()
-        tenure.asked_at = started
-        try:
-            await commit()
-        except (*DRIVER_FAILURES, DatabaseUnavailable) as error:
-            if driver.is_closed():
-                raise OutcomeUnknown(UNKNOWN) from error
-            raise
-        self._settled = True
-        tenure.queried, tenure.asked_at = before + time.perf_counter() - started, None
-        await self._keep_token(driver, tenure)
-
-    async def _keep_token(self, driver: Any, tenure: Tenure) -> None:
+    async def _note_commits(self) -> None:
         """Ask how far the WAL reaches after a commit, where somebody reads from a replica."""
+        tenure = self._tenure()
+        if tenure is None or not tenure.connection.committed:
+            return
+        tenure.connection.committed, self.committed = False, True
+        await self._keep_token(tenure)
+
+    def _tenure(self) -> Tenure | None:
+        if self._lease is not None:
+            return self._lease.tenure
+        held = self.connection_held
+        return None if held is None else held.tenure
+
+    async def _keep_token(self, tenure: Tenure) -> None:
         if self._consistency is not None:
+            driver = tenure.connection
+            # It belongs to the request and to no transaction.
+            bound, driver.bound = driver.bound, False
             tenure.asked_at = started = time.perf_counter()
             self._consistency.token = await _written_lsn(driver, self._database.watch)
             tenure.queried, tenure.asked_at = tenure.queried + time.perf_counter() - started, None
+            driver.bound = bound
 
 
 async def _written_lsn(driver: "asyncpg.Connection[Any]", watch: PoolWatch) -> str | None:

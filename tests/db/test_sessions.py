@@ -129,13 +129,14 @@ async def test_what_a_refusal_costs(
         assert taken == (1 if expected[1] else 0)
 
 
-async def test_read_in_pieces_on_the_replica_has_no_transaction(
+async def test_read_in_pieces_on_the_replica_is_one_transaction(
     database: Database, proxy: Proxy, replica_proxy: Proxy
 ) -> None:
-    """Statements through SQLAlchemy's session keep one connection and cost a turn each, without BEGIN and ROLLBACK."""
+    """Through SQLAlchemy's session a read is a transaction, as on the primary: BEGIN and ROLLBACK beside it."""
     async with quiet(through(database, proxy, replica_proxy)) as service:
         for _ in range(2):
             replica_proxy.round_trips = 0
+            replica_proxy.statements.clear()
             async with service.databases.reading() as session:
                 for _ in range(2):
                     await session.execute(text("SELECT 1"))
@@ -144,8 +145,9 @@ async def test_read_in_pieces_on_the_replica_has_no_transaction(
                 assert await session.rows(queries.BY_ID, patient_id=1) == []
                 assert pool.figures().checked_out == 1
 
-        assert replica_proxy.round_trips == 3
-        assert "ROLLBACK;" not in replica_proxy.statements
+        assert replica_proxy.round_trips == 5
+        assert replica_proxy.statements[0] == "BEGIN READ ONLY;"
+        assert replica_proxy.statements[-1] == "ROLLBACK;"
 
 
 async def test_session_without_a_statement_takes_nothing(service: Service) -> None:
