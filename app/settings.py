@@ -437,7 +437,8 @@ class MigrationSettings(BaseSettings):
 def _of_a_job(variable: str, url: SecretStr, kinds: tuple[str, ...]) -> DatabaseSettings:
     """Read a URL of the migration job. A statement of a migration takes as long as its table is large."""
     try:
-        found = DatabaseSettings(url=url, command_timeout_seconds=JOB_COMMAND_SECONDS)
+        # Nothing is asked twice, and a pooler that loses prepared statements may still be the way to a console.
+        found = DatabaseSettings(url=url, command_timeout_seconds=JOB_COMMAND_SECONDS, statement_cache_size=0)
     except ValidationError as error:
         raise SettingsError(_sentences(error).replace("URL: ", f"{variable}: ", 1)) from None
     said = found.parameters

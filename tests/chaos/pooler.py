@@ -35,11 +35,17 @@ def statement_cache_size() -> int:
 
 
 @asynccontextmanager
-async def pooling(cluster: Cluster, directory: Path, *, size: int, keeps_statements: bool = True) -> AsyncIterator[int]:
-    """Run PgBouncer in front of the primary; give its port. Before 1.21 it never keeps prepared statements."""
+async def pooling(
+    cluster: Cluster, directory: Path, *, size: int, keeps_statements: bool = True, mode: str = "transaction"
+) -> AsyncIterator[int]:
+    """Run PgBouncer in front of the primary; give its port. Before 1.21 it never keeps prepared statements.
+
+    Its roles are app_rw and app_owner, who may use its console too.
+    """
     port = free_port()
     users = directory / "users.txt"
-    users.write_text(f'"app_rw" "{cluster.passwords["app_rw"]}"\n', encoding="utf-8")
+    logins = [f'"{role}" "{cluster.passwords[role]}"' for role in ("app_rw", "app_owner")]
+    users.write_text("\n".join([*logins, ""]), encoding="utf-8")
     configuration = directory / "pgbouncer.ini"
     settings = {
         "listen_addr": HOST,
@@ -47,7 +53,8 @@ async def pooling(cluster: Cluster, directory: Path, *, size: int, keeps_stateme
         "unix_socket_dir": "",
         "auth_type": "plain",
         "auth_file": users,
-        "pool_mode": "transaction",
+        "pool_mode": mode,
+        "admin_users": "app_owner",
         "default_pool_size": size,
         "max_client_conn": 200,
         **({"max_prepared_statements": 200 if keeps_statements else 0} if statement_cache_size() else {}),
