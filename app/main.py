@@ -64,6 +64,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     )
     app.state.settings = settings
     app.state.metrics = metrics
+    app.state.shared = {}
     app.state.databases = databases
     errors.install(app, report_failure)
     app.router.route_class = SessionRoute  # For what is added by `app.get` and its like.

@@ -9,6 +9,7 @@ import random
 import re
 import time
 from functools import lru_cache
+from http import HTTPStatus
 
 from fastapi import Request
 from starlette.requests import ClientDisconnect
@@ -93,7 +94,8 @@ class Edge:
         self._in_progress.dec()
         # A client may send any word as its method; the label may not.
         method = scope["method"] if scope["method"] in METHODS else "other"
-        route = route_of(scope)
+        # A method that a route does not have is not the route's: anybody could make a series for each.
+        route = "unmatched" if status == HTTPStatus.METHOD_NOT_ALLOWED else route_of(scope)
         if status == CLIENT_LEFT:
             logger.debug("client left", extra={"route": route})
         self._counter(method, route, str(status)).inc()
