@@ -12,6 +12,7 @@
 --   - hiding the passwords from the server's log, if that logs statements: hand over SCRAM-SHA-256$… hashes instead
 --   - replicator, unless it has REPLICATION itself (16 or newer): the provider's replicas do not need it
 --   - pgbouncer and its auth_query, which reads the hashes: a PgBouncer of one's own takes an auth_file
+--   - keeping the rows that an error is about out of the server's log: see log_min_messages below
 --   - pg_monitor for monitor, unless it may grant that (always in 15): monitor then sees no other role's statements
 -- and becomes a member of app_owner, because only a member may hand the schema over to it.
 --
@@ -40,6 +41,7 @@ WHERE has_parameter_privilege(name, 'SET')
 
 -- Who runs this, and what that allows. From 16 on a role manages only those that it has made, or has ADMIN OPTION on.
 SELECT rolsuper AS superuser, NOT rolsuper AS ordinary, has_parameter_privilege('log_statement', 'SET') AS quiet,
+       has_parameter_privilege('log_min_messages', 'SET') AS discreet,
        rolsuper OR (rolreplication AND version >= 160000) AS may_replicate,
        rolsuper OR version < 160000 OR pg_has_role('pg_monitor', 'MEMBER WITH ADMIN OPTION') AS may_monitor,
        rolsuper OR version < 160000 OR pg_has_role('pg_read_all_stats', 'MEMBER WITH ADMIN OPTION') AS may_read_stats
@@ -153,6 +155,20 @@ CREATE OR REPLACE FUNCTION pgbouncer.get_auth(login text) RETURNS TABLE (usernam
     $$;
 REVOKE ALL ON FUNCTION pgbouncer.get_auth(text) FROM PUBLIC;
 GRANT EXECUTE ON FUNCTION pgbouncer.get_auth(text) TO pgbouncer;
+\endif
+
+-- What the server's log may tell -----------------------------------------------------------------------------------
+
+-- An error quotes the row that it is about ("Key (mrn)=(…) already exists", "Failing row contains (…)"), and rows are
+-- health data. 'log' drops these roles' errors and warnings, which the service and the migrations log themselves, without
+-- rows. It keeps what the server reports about them: slow statements, and who waits for whom, which
+-- log_error_verbosity = terse for the whole server would cut down to "somebody waits".
+\if :discreet
+    ALTER ROLE app_owner SET log_min_messages = 'log';
+    ALTER ROLE app_rw SET log_min_messages = 'log';
+    ALTER ROLE app_ro SET log_min_messages = 'log';
+\else
+    \warn 'Errors may quote rows in the server log: to set log_min_messages takes a superuser, or GRANT SET ON PARAMETER.'
 \endif
 
 -- For how long ----------------------------------------------------------------------------------------------------

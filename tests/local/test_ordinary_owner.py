@@ -92,6 +92,7 @@ async def test_owner_is_told_what_it_does_without(managed: Managed) -> None:
         "No pgbouncer",
         "monitor is not in pg_monitor",
         "app_rw and app_ro are not in pg_read_all_stats",
+        "Errors may quote rows in the server log",
     ]
     owner = await asyncpg.connect(managed.url("postgres"))
     made = await owner.fetch("SELECT rolname FROM pg_roles WHERE rolcanlogin AND rolname NOT IN ('postgres', 'dba')")
@@ -137,8 +138,12 @@ async def test_privileges_are_the_same(managed: Managed) -> None:
 
 
 async def test_owner_that_may_do_more_gets_more(managed: Managed) -> None:
-    """With REPLICATION and statistics to give, only what reads the hashes of passwords is left out."""
-    await managed.execute("ALTER ROLE dba REPLICATION", "GRANT pg_monitor, pg_read_all_stats TO dba WITH ADMIN OPTION")
+    """With REPLICATION, statistics and log_min_messages granted, only what reads hashes of passwords is left out."""
+    await managed.execute(
+        "ALTER ROLE dba REPLICATION",
+        "GRANT pg_monitor, pg_read_all_stats TO dba WITH ADMIN OPTION",
+        "GRANT SET ON PARAMETER log_min_messages TO dba",
+    )
     try:
         status, output = managed.roles(replicator=managed.cluster.passwords["replicator"])
 
