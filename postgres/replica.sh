@@ -51,15 +51,19 @@ ask() { psql --no-psqlrc --no-align --tuples-only --username=monitor --dbname=po
 
 # Follows, or replays what it fetched earlier, or is on its way up: anything but standing still.
 makes_progress() {
-    local answer=starting
-    if pg_isready --quiet; then
-        served=yes
-        answer=$(ask "SELECT coalesce((SELECT status FROM pg_stat_wal_receiver), 'none'), pg_last_wal_replay_lsn()") ||
-            return 0
-        [[ $answer == streaming* || $answer != "$last_answer" ]] || return 1
+    local answer
+    if ! answer=$(ask "SELECT coalesce((SELECT status FROM pg_stat_wal_receiver), 'none'), pg_last_wal_replay_lsn()"); then
+        # It serves, and only this question was turned away.
+        if pg_isready --quiet; then served=yes; fi
+        return 0
     fi
+    served=yes
+    [[ $answer == streaming* || $answer != "$last_answer" ]] || return 1
     last_answer=$answer
 }
+
+# Each look takes three processes: often while something is the matter, seldom while it streams.
+seconds_to_next_look() { if [[ $last_answer == streaming* ]]; then echo 5; else echo 1; fi; }
 
 stop_server() {
     kill -INT "$server" 2>/dev/null || true
@@ -81,7 +85,7 @@ follow() {
             stop_server
             return 2
         fi
-        sleep 1 &
+        sleep "$(seconds_to_next_look)" &
         wait -n $! "$server" || true
     done
     wait "$server" || true

@@ -85,9 +85,12 @@ def test_five_instances_fit_into_the_pooler(settings: Settings, pooler: dict[str
 def test_budget_check_at_start_counts_what_the_pooler_grants(
     settings: Settings, pooler: dict[str, int], services: dict[str, Any]
 ) -> None:
-    """The limit that each instance checks itself against is PgBouncer's, and the five instances are counted."""
+    """Each instance checks itself against PgBouncer's limit, and counts the balancer's places: twice five instances."""
+    balancer = (ROOT / "haproxy/haproxy.cfg").read_text(encoding="utf-8")
+
     assert settings.connection_limit == pooler["max_client_conn"]
-    assert settings.instances == 5
+    assert f"server-template app {settings.instances} " in balancer
+    assert settings.instances == 2 * 5
     assert services["pgbouncer"]["ulimits"]["nofile"] > pooler["max_client_conn"] + 2 * pooler["max_db_connections"]
 
 
@@ -222,6 +225,31 @@ def test_every_long_running_container_is_watched_and_restarted(services: dict[st
         assert service["restart"] == "unless-stopped"
         assert "healthcheck" in service or "HEALTHCHECK" in image
         assert all(d["condition"] != "service_started" for d in service["depends_on"].values())
+
+
+def test_idle_stack_spends_little_on_looking_at_itself(services: dict[str, Any]) -> None:
+    """All health checks together start fewer processes than two in three seconds."""
+    recipes = {"pgbouncer": "pgbouncer/Dockerfile"}
+    rate = 0.0
+    for name, service in services.items():
+        if service["restart"] == "no":
+            continue
+        if name in recipes:
+            found = re.search(r"HEALTHCHECK --interval=(\d+)s", (ROOT / recipes[name]).read_text(encoding="utf-8"))
+            assert found is not None
+            rate += 1 / int(found[1])
+        else:
+            rate += 1 / int(service["healthcheck"]["interval"].removesuffix("s"))
+
+    assert rate <= 0.67
+
+
+def test_image_of_the_service_is_built_once(services: dict[str, Any]) -> None:
+    """Two builds of the same are two images, and the next `up` would replace what runs on the one."""
+    builds = [name for name, service in services.items() if service["image"] == "lifeguard-app" and "build" in service]
+
+    assert builds == ["app"]
+    assert services["migrate"]["pull_policy"] == "never"
 
 
 def test_every_default_secret_is_one_that_production_refuses(services: dict[str, Any]) -> None:

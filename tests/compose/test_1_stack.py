@@ -3,6 +3,7 @@
 import asyncio
 import json
 import re
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
@@ -72,6 +73,60 @@ async def test_every_container_is_up(stack: Stack) -> None:
     assert len(states) >= 10
     assert {name for name, c in states.items() if c["State"]["Health"]["Status"] != "healthy"} == set()
     assert {name for name, c in states.items() if c["RestartCount"]} == set()
+
+
+@pytest.mark.timeout(180)
+async def test_second_up_changes_nothing(stack: Stack) -> None:
+    """After `up --build` neither a plain `up` nor one that builds what is built replaces a container; another number of
+    instances adds or takes away, and stays; no volume is left but the four that are named.
+    """
+    three = {"INSTANCES": "3"}
+
+    async def ids(*services: str) -> set[str]:
+        return {c["Id"] for service in services for c in await stack.containers(service)}
+
+    before = await ids("")
+    await stack.up()
+    after_plain = await ids("")
+    await stack.up("--build")
+    after_build = await ids("")
+    first = await ids("app")
+    await stack.up(env=three)
+    grown = await ids("app")
+    await stack.up("--build", env=three)
+    kept = await ids("app")
+    await stack.up()
+    volumes = (await stack.docker("volume", "ls", "--quiet")).split()
+    mounted = {m["Name"] for c in await stack.containers() for m in c["Mounts"] if m["Type"] == "volume"}
+
+    assert before == after_plain == after_build
+    assert first < grown == kept
+    assert len(kept) == 3
+    assert len(await ids("app")) == 1
+    named = {f"{stack.project}_{name}" for name in ("primary", "replica", "prometheus", "alertmanager")}
+    assert mounted == named
+    assert named <= set(volumes)
+
+
+async def test_session_of_the_readme_works_as_typed(client: httpx.AsyncClient) -> None:
+    """Each command of the README's session has the same status here; the data are those of `make run`, as it says."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    session = readme.partition("## A session\n")[2].partition("```\n\n")[0].replace("\\\n", "")
+    commands = [shlex.split(line[2:]) for line in session.splitlines() if line.startswith("$ curl")]
+    statuses = []
+    for command in commands:
+        url = next(word for word in command if word.startswith("http")).replace("http://127.0.0.1:8000", "")
+        body = command[command.index("-d") + 1] if "-d" in command else None
+        response = await client.request(
+            "GET" if body is None else "POST",
+            OPERATIONS + url if url.startswith("/debug") else url,
+            content=body,
+            headers={} if body is None else {"content-type": "application/json"},
+        )
+        statuses.append(response.status_code)
+
+    assert statuses == [201, 200, 404, 200, 200]
+    assert "http://127.0.0.1:8405/debug/pool-stats" in session
 
 
 async def test_every_route_answers_through_pgbouncer(stack: Stack, client: httpx.AsyncClient) -> None:
