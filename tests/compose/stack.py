@@ -51,6 +51,20 @@ class Stack:
             raise AssertionError(f"docker {' '.join(arguments)}: {said.decode()[-3000:]}{printed.decode()[-1000:]}")
         return printed.decode() if check else printed.decode() + said.decode()
 
+    async def script(self, *command: str, env: Mapping[str, str] = NOTHING) -> tuple[int, str]:
+        """Run one of the repository's scripts for this project; return its exit code and all that it said."""
+        composition = {"COMPOSE_FILE": ":".join(self.files), "COMPOSE_PROJECT_NAME": self.project}
+        process = await asyncio.create_subprocess_exec(
+            *command,
+            cwd=ROOT,
+            env={**self.environment, **composition, **env},
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+        )
+        said, _ = await process.communicate()
+        return process.returncode or 0, said.decode()
+
     async def up(self, *arguments: str, env: Mapping[str, str] = NOTHING) -> None:
         """Bring the stack, or a part, up and wait until it is healthy."""
         await self.compose("up", "--detach", "--wait", *arguments, env=env)

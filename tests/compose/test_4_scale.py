@@ -1,4 +1,4 @@
-"""Five instances of twenty connections, and what the servers see of them: thirty."""
+"""Five instances of twenty connections, and what the servers see of them: thirty. Instances replaced under load."""
 
 import asyncio
 import time
@@ -9,6 +9,7 @@ import pytest
 
 from tests.compose.conftest import URL
 from tests.compose.stack import SUPERUSER_PASSWORD, Stack, eventually
+from tests.compose.traffic import Traffic
 
 INSTANCES = 5
 POOL = 20
@@ -74,6 +75,49 @@ async def test_hundred_connections_share_thirty(stack: Stack, prometheus: httpx.
     assert binds >= sum(counts)
     assert done["server_parse"] - parses["server_parse"] < binds / 10
     assert any(int(row["prepared_statements"]) > 0 for row in await stack.console("SHOW SERVERS"))
+
+
+@pytest.mark.timeout(240)
+async def test_instances_are_replaced_without_a_failed_request(stack: Stack) -> None:
+    """`deploy/roll.sh` under load: a new version that does not start leaves the old instance in its place, one that
+    does replaces it, and all the time every request is answered.
+    """
+    before = await _ids(stack)
+    async with Traffic(URL, 50, prefix="ROLL") as traffic:
+        refused, said = await stack.script("deploy/roll.sh", env={"DATABASE_POOL_SIZE": "0"})
+        kept = await _ids(stack)
+        rolled, log = await stack.script("deploy/roll.sh", env={"DATABASE_POOL_SIZE": "6"})
+        replaced = await _ids(stack)
+        sizes = [c["Config"]["Env"] for c in await stack.containers("app")]
+        await traffic.good_for(2, within=10)
+
+    await stack.up()
+    print(f"\nrolled twice: {traffic.summary()}")  # noqa: T201  # The figures of docs/topology.md.
+    assert traffic.bad() == []
+    assert refused == 1, said
+    assert "DATABASE_POOL_SIZE: Input should be greater than or equal to 1" in said
+    assert kept == before
+    assert rolled == 0, log
+    assert len(replaced) == len(before)
+    assert replaced.isdisjoint(before)
+    assert all("DATABASE_POOL_SIZE=6" in variables for variables in sizes)
+
+
+@pytest.mark.timeout(180)
+async def test_scaling_down_fails_nobody(stack: Stack) -> None:
+    """Two of three instances are taken away under load: each says that it is closing before its port closes."""
+    await stack.up(env={"INSTANCES": "3"})
+    async with Traffic(URL, 50, prefix="DOWN") as traffic:
+        await traffic.good_for(1, within=10)
+        await stack.up()
+        await traffic.good_for(2, within=10)
+
+    assert len(await _ids(stack)) == 1
+    assert traffic.bad() == []
+
+
+async def _ids(stack: Stack) -> set[str]:
+    return {container["Id"] for container in await stack.containers("app")}
 
 
 async def _sample(stack: Stack, server: str) -> list[int]:
