@@ -21,7 +21,16 @@ LOCK_TIMEOUT = "4s"
 # The roles end a statement after 30 s and an idle transaction after 60 s; a dump or a report may take longer.
 PATIENT_LOCK_TIMEOUT = "10min"
 
-_CONCURRENTLY = re.compile(r"\s*(?:CREATE|DROP|REINDEX|ALTER)\b.*\bCONCURRENTLY\b", re.IGNORECASE | re.DOTALL)
+_CONCURRENTLY = re.compile(
+    r"""\s*(?:
+        CREATE\s+(?:UNIQUE\s+)?INDEX\s+CONCURRENTLY\b
+        | DROP\s+INDEX\s+CONCURRENTLY\b
+        | REINDEX\s*\([^)]*\bCONCURRENTLY\b
+        | REINDEX\s*(?:\([^)]*\)\s*)?(?:INDEX|TABLE|SCHEMA|DATABASE)\s+CONCURRENTLY\b
+        | ALTER\s+TABLE\s[^;]*\sDETACH\s+PARTITION\s[^;]*\sCONCURRENTLY\s*;?\s*$
+    )""",
+    re.IGNORECASE | re.VERBOSE,
+)
 _NAME = r'(?:"(?:[^"]|"")+"|[^\s".(]+)'
 _CREATE = re.compile(
     r"\s*CREATE\s+(?:UNIQUE\s+)?INDEX\s+CONCURRENTLY\s+(?:IF\s+NOT\s+EXISTS\s+)?"

@@ -129,10 +129,10 @@ async def test_index_is_built_with_others_waiting(database: Database, copy: Copy
     await behind_a_transaction(owner)
     others = [asyncio.create_task(copy.run()) for _ in range(2)]
 
-    async def ask() -> bool:
-        return bool(await owner.fetchval(ASKING))
+    async def both_ask() -> bool:
+        return bool(await owner.fetchval(ASKING) == len(others))
 
-    assert await eventually(ask, 20)
+    assert await eventually(both_ask, 30)
     await old.close()
     results = await asyncio.gather(first, *others)
 
@@ -201,6 +201,37 @@ async def test_inside_a_transaction_it_says_what_to_write(copy: Copy) -> None:
     assert status != 0
     assert "with op.get_context().autocommit_block():" in output
     assert "Traceback" not in output
+
+
+async def test_what_only_mentions_it_is_left_alone(copy: Copy, owner: Connection) -> None:
+    """A function that refreshes a view CONCURRENTLY is made in a transaction, as every other."""
+    copy.add("""
+    op.execute("CREATE MATERIALIZED VIEW names AS SELECT id, full_name FROM users")
+    op.execute("CREATE UNIQUE INDEX uq_names ON names (id)")
+    op.execute("REFRESH MATERIALIZED VIEW CONCURRENTLY names")
+    op.execute(
+        "CREATE FUNCTION refresh() RETURNS void LANGUAGE sql AS $$ REFRESH MATERIALIZED VIEW CONCURRENTLY names $$"
+    )
+    op.execute("ALTER TABLE users ADD COLUMN detach_partition text DEFAULT 'CONCURRENTLY'")
+""")
+
+    status, output = await copy.run()
+
+    assert status == 0, output
+    assert await owner.fetchval("SELECT to_regproc('refresh') IS NOT NULL")
+
+
+async def test_script_for_a_database_administrator_is_plain_sql(copy: Copy) -> None:
+    """`--sql` connects nowhere and writes the statements, each that is CONCURRENTLY outside a transaction."""
+    copy.add(INDEX)
+    copy.environment["MIGRATIONS_URL"] = ""
+
+    status, output = await copy.run("-m", "alembic", "upgrade", "0002:head", "--sql")
+
+    assert status == 0, output
+    before, _, after = output.partition("CREATE INDEX CONCURRENTLY IF NOT EXISTS ix_patients_birth")
+    assert before.rstrip().endswith("COMMIT;")
+    assert "BEGIN;" in after
 
 
 @pytest.mark.parametrize("name", ["uq_patients_birth", '"Uq patients"'])

@@ -185,9 +185,9 @@ WAITING = (
 )
 # A runner that waits for its turn asks again and again and is idle in between: it waits for no lock of the server.
 ASKING = """
-SELECT EXISTS (
-    SELECT FROM pg_stat_activity WHERE application_name = 'lifeguard-migrations' AND datname = current_database()
-    AND state = 'idle' AND query ~ 'pg_try_advisory_lock' AND backend_start < clock_timestamp() - interval '0.6 s')
+SELECT count(*) FROM pg_stat_activity
+WHERE application_name = 'lifeguard-migrations' AND datname = current_database()
+  AND state = 'idle' AND query ~ 'pg_try_advisory_lock' AND backend_start < clock_timestamp() - interval '0.6 s'
 """
 
 
