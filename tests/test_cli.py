@@ -287,7 +287,7 @@ async def test_connections_show_who_blocks_whom(database: Database) -> None:
     owner = await asyncpg.connect(database.url("app_owner"), server_settings={"application_name": "migration"})
     waiter = await asyncpg.connect(database.url(), server_settings={"application_name": NAME})
     calm = await run("connections", DATABASE_URL=database.url())
-    await owner.execute("BEGIN; LOCK TABLE patients")
+    await owner.execute("BEGIN; LOCK TABLE patients; SELECT 'quoted'")
     waiting = asyncio.create_task(waiter.execute("SELECT count(*) FROM patients"))
 
     async def waits() -> bool:
@@ -306,6 +306,8 @@ async def test_connections_show_who_blocks_whom(database: Database) -> None:
     assert cells[:2] == [str(waiter.get_server_pid()), NAME]
     assert cells[4:8] == [str(owner.get_server_pid()), "app_owner", "migration", "idle in transaction"]
     assert [line for line in result.output.splitlines() if "migration" in line and line != row]
+    assert "quoted" not in result.output
+    assert "SELECT count(*) FROM patients" in result.output
     await owner.close()
     await waiter.close()
 

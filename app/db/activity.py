@@ -22,7 +22,8 @@ EACH = f"""
 SELECT pid, coalesce(usename, '') AS role, coalesce(application_name, '') AS application,
        coalesce(state, 'unknown') AS state,
        coalesce(extract(epoch FROM clock_timestamp() - state_change), 0)::float8 AS seconds,
-       coalesce(left(query, $1), '') AS query
+       -- What another role typed by hand may quote rows; the service's own statements have parameters.
+       CASE WHEN usename = current_user THEN coalesce(left(query, $1), '') ELSE '' END AS query
 FROM pg_stat_activity
 WHERE {CLIENTS} AND pid <> pg_backend_pid()
 ORDER BY state, seconds DESC
