@@ -138,6 +138,7 @@ class OneConnection(Session):
 
     def invalidate(self) -> None:
         """Close the connection, which nobody uses again."""
+        self._refuse_if_pinned("invalidate")
         if self.held is not None:
             self.held.tenure.connection.terminate()
         self._end("invalidate", super().invalidate)
