@@ -1,5 +1,6 @@
 """Health answers at once and truly, while a pool is exhausted and while a database is down."""
 
+import asyncio
 import time
 from typing import Any
 
@@ -10,7 +11,7 @@ from local.cluster import Cluster
 from local.postgres import free_port
 from local.waiting import eventually
 from tests.conftest import Database
-from tests.service import Service, exhausted, serving
+from tests.service import Service, exhausted, quiet, serving
 from tests.stopwatch import Stopwatch
 
 OPERATORS = ("/health/live", "/health/ready", "/health/db", "/debug/pool-stats", "/debug/connections", "/metrics")
@@ -111,6 +112,26 @@ async def test_database_that_hangs_is_a_timeout(
         assert answer.json()["databases"]["primary"]["status"] == "timeout"
         assert seconds < 1
         assert await eventually(healthy, 5)
+
+
+async def test_look_that_was_under_way_is_not_the_answer(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a server said before the question tells nothing about now: it is asked once more."""
+    async with quiet(database.settings(replica=False)) as service:
+        sentinel = service.databases.primary.sentinel
+        looks, ask = 0, sentinel.ask
+
+        async def counting(sql: str, *arguments: object, timeout_seconds: float) -> object:
+            nonlocal looks
+            looks += 1
+            return await ask(sql, *arguments, timeout_seconds=timeout_seconds)
+
+        monkeypatch.setattr(sentinel, "ask", counting)
+        under_way = asyncio.create_task(sentinel.look())
+        await asyncio.sleep(0)
+        answer = await service.client.get("/health/db")
+        await under_way
+
+    assert (answer.status_code, looks) == (200, 2)
 
 
 async def test_replica_that_is_down_leaves_the_service_ready(database: Database) -> None:

@@ -242,7 +242,8 @@ async def test_waiting_requests_of_a_connection_are_bounded(server: Server) -> N
 
 
 @pytest.mark.parametrize(
-    "sent", [b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" * 20, b"hello\r\n\r\n", b"GET / FTP/1\r\n\r\n"]
+    "sent",
+    [b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" * 20, b"hello\r\n\r\n", b"GET / FTP/1\r\n\r\n"],
 )
 async def test_what_is_no_request_is_told_so(server: Server, sent: bytes) -> None:
     """TLS on this port, or anything else, is 400 as a problem document."""
@@ -250,6 +251,38 @@ async def test_what_is_no_request_is_told_so(server: Server, sent: bytes) -> Non
 
     assert document(answer) == (400, "malformed_request")
     assert server.refused("malformed_request") == 1
+
+
+async def test_what_is_wrong_twice_is_refused_once(server: Server) -> None:
+    """Neither a header nor of a size that one may have: one answer, and one count."""
+    async with crowd(server.port, 1, begun=GET + b"X-Na", drip=b"\0" * 2 * LIMIT) as held:
+        assert await held.cut_off(10)
+
+    assert document(held.members[0].received) == (400, "malformed_request")
+    assert (server.refused("malformed_request"), server.refused("head_too_large")) == (1, 0)
+
+
+async def test_connection_that_idles_after_its_answer_is_closed() -> None:
+    """Uvicorn's own time for it stays; nothing is said, and nothing is counted as refused."""
+
+    class Hasty(LimitedProtocol):
+        """Waits for a tenth of a second."""
+
+        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # As uvicorn has it.
+            """Take the client."""
+            self.timeout_keep_alive = 0.1  # type: ignore[assignment]  # uvicorn counts whole seconds.
+            super().connection_made(transport)
+
+    serving = Server()
+    serving.may_answer.set()
+    async with (
+        listening(serving, http=Hasty) as url,
+        crowd(int(url.rpartition(":")[2]), 3, begun=GET + b"\r\n") as held,
+    ):
+        assert await held.cut_off(10)
+
+    assert {member.received.endswith(b"here") for member in held.members} == {True}
+    assert serving.metrics.connections_refused._metrics == {}
 
 
 async def test_second_request_that_is_none_does_not_end_up_in_the_first_ones_answer(server: Server) -> None:
