@@ -24,26 +24,33 @@ elsewhere that raises one is not mistaken for weather.
 """
 
 import json
+import re
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
 
 import asyncpg
-from fastapi import FastAPI, Request, Response
+from fastapi import FastAPI, Request, Response, WebSocket, WebSocketDisconnect, status
+from fastapi.concurrency import run_in_threadpool
+from fastapi.exception_handlers import http_exception_handler, request_validation_exception_handler
 from fastapi.exceptions import RequestValidationError
-from fastapi.routing import iter_route_contexts
+from fastapi.routing import RouteContext, iter_route_contexts
 from sqlalchemy.exc import DBAPIError
+from starlette._utils import is_async_callable
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.routing import Match
-from starlette.types import Receive, Scope, Send
-from starlette.websockets import WebSocketClose
+from starlette.types import Scope
+from starlette.websockets import WebSocketState
 
 # JSONResponse makes itself an encoder for each answer, which takes as long as encoding.
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 _PHRASES = {status.value: status.phrase for status in HTTPStatus}
 MEDIA_TYPE = "application/problem+json"
+# Where a request's scope keeps the failure that its answer was made of.
+FAILURE = "lifeguard.failure"
 # Of a 422: enough for a person to mend what was sent, and never more than what was sent took.
 ERRORS_TOLD = 20
 LOC_PARTS = 20
@@ -171,7 +178,8 @@ class Failure:
 
     status: int
     code: str
-    detail: str
+    # A sentence; what the author of an HTTPException gives is left as it is.
+    detail: Any
 
 
 # What is answered before there is a request.
@@ -284,11 +292,13 @@ def _driver_failure(error: BaseException) -> BaseException | None:
     return error.orig.__cause__ if isinstance(error, DBAPIError) and error.orig is not None else error
 
 
-def problem(request: Request, failure: Failure, **more: Any) -> Response:
+def problem(request: Request | WebSocket, failure: Failure, **more: Any) -> Response:
     """Build the answer: application/problem+json, with Retry-After on every 503."""
     headers = {}
     if failure.status == 503:  # noqa: PLR2004
-        headers["Retry-After"] = str(request.app.state.settings.retry_after_seconds)
+        # An application that is mounted beneath this one has no settings.
+        settings = getattr(request.app.state, "settings", None)
+        headers["Retry-After"] = "1" if settings is None else str(settings.retry_after_seconds)
     if failure.status == 408 or (failure.status == 413 and "expect" in request.headers):  # noqa: PLR2004
         # The rest of the body will not come. After another 413 it does, and a connection that is closed before it has
         # been read past is reset, which takes the answer from the client.
@@ -302,18 +312,13 @@ def document(failure: Failure, **more: Any) -> bytes:
     """Write a problem document."""
     body = {
         "type": "about:blank",
-        "title": _PHRASES[failure.status],
+        "title": _PHRASES.get(failure.status, f"Status {failure.status}"),
         "status": failure.status,
         "detail": failure.detail,
         "code": failure.code,
         **more,
     }
     return _encode(body).encode()
-
-
-# Most of what scanners ask for. It is always the same, and so it is made once.
-_NOWHERE = document(Failure(404, "not_found", "Not Found."))
-_NOWHERE_HEADERS = ((b"content-type", MEDIA_TYPE.encode()), (b"content-length", b"%d" % len(_NOWHERE)))
 
 
 def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
@@ -327,33 +332,134 @@ def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
     }
 
 
-def install(app: FastAPI, report: Callable[[Request, Failure, Exception], None]) -> None:
-    """Answer every exception of this service with a problem document, and `report` those that are no client's fault."""
+def install(app: FastAPI, report: Callable[[Request | WebSocket, Failure, BaseException], None]) -> None:
+    """Answer every exception of this service with a problem document, and `report` those that are no client's fault.
+
+    Handlers that the application has already stay, and those that it adds later replace these.
+    """
     app.state.report_failure = report
-    app.add_exception_handler(ServiceError, _answer_failure)
-    app.add_exception_handler(DBAPIError, _answer_failure)
-    app.add_exception_handler(asyncpg.PostgresError, _answer_failure)
-    app.add_exception_handler(RequestValidationError, _answer_invalid)
-    app.add_exception_handler(HTTPException, _answer_http)
-    # A path that leads nowhere should cost next to nothing: neither raised nor caught, nor made anew.
-    app.router.default = _answer_no_route
+    # To mypy a handler answers requests or WebSockets; these answer both.
+    handlers: dict[type[Exception], Any] = {
+        ServiceError: _answer_failure,
+        DBAPIError: _answer_failure,
+        asyncpg.PostgresError: _answer_failure,
+        RequestValidationError: _answer_invalid,
+        HTTPException: _answer_http,
+        ExceptionGroup: _answer_group,
+    }
+    for kind, handler in handlers.items():
+        if app.exception_handlers.get(kind) in {None, http_exception_handler, request_validation_exception_handler}:
+            app.add_exception_handler(kind, handler)
 
 
-async def _answer_no_route(scope: Scope, receive: Receive, send: Send) -> None:
-    if scope["type"] == "websocket":
-        await WebSocketClose()(scope, receive, send)
-        return
-    await send({"type": "http.response.start", "status": 404, "headers": list(_NOWHERE_HEADERS)})
-    await send({"type": "http.response.body", "body": _NOWHERE})
+async def answer_unforeseen(request: Request, error: Exception) -> Response:
+    """Answer a bug by the application's own handler for `Exception` or 500, else by `internal_error`."""
+    handlers = request.app.exception_handlers
+    handler = handlers.get(HTTPStatus.INTERNAL_SERVER_ERROR) or handlers.get(Exception)
+    answer = None if handler is None else await _call(handler, request, error)
+    return problem(request, _UNFORESEEN) if answer is None else answer
 
 
-async def _answer_failure(request: Request, error: Exception) -> Response:
+_UNFORESEEN = Failure(500, "internal_error", "The service failed. The log has the reason by X-Request-ID.")
+
+
+async def _answer_failure(connection: Request | WebSocket, error: Exception) -> Response | None:
     failure = classify(error)
     if failure is None:
-        raise error  # Not weather: the last resort in middleware.py logs it and answers 500.
+        raise error  # A bug: the last resort in middleware.py logs it and answers 500.
+    note_failure(connection.scope, error)
     if failure.status >= HTTPStatus.INTERNAL_SERVER_ERROR:
-        request.app.state.report_failure(request, failure, error)
-    return problem(request, failure)
+        _report(connection, failure, error)
+    return await _send_back(connection, problem(connection, failure))
+
+
+def note_failure(scope: Scope, error: BaseException) -> None:
+    """Remember, for the layers around it, what a request failed with before it was made an answer."""
+    scope.setdefault(FAILURE, error)
+
+
+def _report(connection: Request | WebSocket, failure: Failure, error: BaseException) -> None:
+    # An application that is mounted beneath may be answered by these handlers and be nothing else of ours.
+    report = getattr(connection.app.state, "report_failure", None)
+    if report is not None:
+        report(connection, failure, error)
+
+
+async def _send_back(connection: Request | WebSocket, answer: Response) -> Response | None:
+    """Refuse a WebSocket with the answer where the server can, else close it; answer a request."""
+    if not isinstance(connection, WebSocket):
+        return answer
+    if connection.application_state is WebSocketState.CONNECTING:
+        if "websocket.http.response" in connection.scope.get("extensions", {}):
+            return answer
+    elif connection.application_state is WebSocketState.DISCONNECTED:
+        return None
+    if answer.status_code == HTTPStatus.SERVICE_UNAVAILABLE:
+        code = status.WS_1013_TRY_AGAIN_LATER
+    elif answer.status_code >= HTTPStatus.INTERNAL_SERVER_ERROR:
+        code = status.WS_1011_INTERNAL_ERROR
+    else:
+        code = status.WS_1008_POLICY_VIOLATION
+    with suppress(WebSocketDisconnect):  # The client may have left meanwhile.
+        await connection.close(code)
+    return None
+
+
+async def _answer_group(connection: Request | WebSocket, group: Exception) -> Response | None:
+    """Answer what came out of a TaskGroup as its gravest failure would be, by whoever handles that one."""
+    failures = [failure for failure in leaves(group) if isinstance(failure, Exception)]
+    handlers = [_handler_of(connection, failure) for failure in failures]
+    if None in handlers:
+        # A bug. Of several failures the log has to name each.
+        raise failures[0] if len(failures) == 1 else group
+    chosen = gravest(group)
+    for failure in failures:
+        known = classify(failure)
+        if failure is not chosen and known is not None and known.status >= HTTPStatus.INTERNAL_SERVER_ERROR:
+            _report(connection, known, failure)
+    return await _call(_handler_of(connection, chosen), connection, chosen)
+
+
+def leaves(error: BaseException) -> list[BaseException]:
+    """Return the failures of a group, of the groups in it too; what is no group is its own only one."""
+    if isinstance(error, BaseExceptionGroup):
+        return [leaf for one in error.exceptions for leaf in leaves(one)]
+    return [error]
+
+
+def gravest(error: BaseException) -> BaseException:
+    """Return the failure that stands for a group: a cancellation, else a bug, else the highest status; else the first.
+
+    A group of one is that one.
+    """
+    return max(leaves(error), key=_severity)
+
+
+def _severity(error: BaseException) -> int:
+    if not isinstance(error, Exception):
+        return 2000
+    if isinstance(error, RequestValidationError):
+        return HTTPStatus.UNPROCESSABLE_ENTITY
+    if isinstance(error, HTTPException):
+        return error.status_code
+    known = classify(error)
+    return 1000 if known is None else known.status
+
+
+def _handler_of(connection: Request | WebSocket, error: BaseException) -> Any:
+    # As Starlette looks for it: first by the status of an HTTPException, then by the classes of the error.
+    by_class, by_status = connection.scope["starlette.exception_handlers"]
+    handler = by_status.get(error.status_code) if isinstance(error, HTTPException) else None
+    return handler or next((by_class[kind] for kind in type(error).__mro__ if kind in by_class), None)
+
+
+async def _call(handler: Any, connection: Request | WebSocket, error: BaseException) -> Response | None:
+    if is_async_callable(handler):
+        found = await handler(connection, error)
+    else:
+        found = await run_in_threadpool(handler, connection, error)
+    answer: Response | None = found
+    return answer
 
 
 async def _answer_invalid(request: Request, error: Exception) -> Response:
@@ -372,23 +478,28 @@ async def _answer_invalid(request: Request, error: Exception) -> Response:
     return problem(request, failure, errors=errors, **more)
 
 
-async def _answer_http(request: Request, error: Exception) -> Response:
+async def _answer_http(connection: Request | WebSocket, error: HTTPException) -> Response | None:
     # FastAPI wraps whatever keeps it from reading a body into a 400.
     if isinstance(error.__cause__, ClientDisconnect):
         raise error.__cause__
     if isinstance(error.__cause__, (BodyTooLarge, BodyTooSlow)):
-        return await _answer_failure(request, error.__cause__)
-    status = error.status_code if isinstance(error, HTTPException) else 500
-    if (
-        status == HTTPStatus.BAD_REQUEST
-    ):  # FastAPI's word for a body that is no UTF-8: it does not fit its schema either.
-        return await _answer_invalid(request, error)
-    phrase = HTTPStatus(status).phrase
-    answer = problem(request, Failure(status, phrase.lower().replace(" ", "_"), f"{phrase}."))
-    answer.headers.update(getattr(error, "headers", None) or {})
-    if status == HTTPStatus.METHOD_NOT_ALLOWED:
+        return await _answer_failure(connection, error.__cause__)
+    note_failure(connection.scope, error)
+    if error.status_code < HTTPStatus.OK or error.status_code in {204, 205, 304}:
+        return Response(status_code=error.status_code, headers=error.headers)  # These have no body.
+    # Status, detail and headers are its author's. FastAPI's own exception takes details that are no text.
+    phrase = _PHRASES.get(error.status_code)
+    code = f"http_{error.status_code}" if phrase is None else re.sub("[^a-z]+", "_", phrase.lower())
+    answer = problem(connection, Failure(error.status_code, code, error.detail))
+    answer.headers.update(error.headers or {})
+    if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED and isinstance(connection, Request):
         # Starlette lists the methods of the first route of the path only.
-        routes = iter_route_contexts(request.app.routes)
-        found = (route.methods or () for route in routes if route.matches(request.scope)[0] != Match.NONE)
-        answer.headers["Allow"] = ", ".join(sorted({method for methods in found for method in methods}))
-    return answer
+        methods = {m for route in _routes_of_path(connection) for m in route.methods or ()}
+        if connection.method not in methods:
+            answer.headers["Allow"] = ", ".join(sorted(methods))
+    return await _send_back(connection, answer)
+
+
+def _routes_of_path(request: Request) -> list[RouteContext]:
+    routes = iter_route_contexts(request.app.routes)
+    return [route for route in routes if route.matches(request.scope)[0] is not Match.NONE]

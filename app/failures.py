@@ -2,7 +2,7 @@
 
 import logging
 
-from fastapi import Request
+from fastapi import Request, WebSocket
 from sqlalchemy.exc import DBAPIError
 from starlette.types import Scope
 
@@ -13,7 +13,7 @@ from app.sampling import Sampler, origin
 logger = logging.getLogger(__name__)
 
 
-def report_failure(request: Request, failure: Failure, error: Exception) -> None:
+def report_failure(request: Request | WebSocket, failure: Failure, error: BaseException) -> None:
     """Write down that a request is answered with this failure, for which the service or a server of its is to blame."""
     _sampler(request.scope).log(
         logger,

@@ -11,20 +11,23 @@ import asyncio
 import hashlib
 import logging
 import re
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Collection, Coroutine, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from fastapi import Request, Response
+from fastapi import Request, Response, params
+from fastapi.dependencies.utils import get_dependant, solve_dependencies
+from fastapi.routing import APIRoute
 from sqlalchemy import LargeBinary, Row, SmallInteger, func, select, text, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Mapped, mapped_column
+from starlette.types import Message
 
 from app.db.base import Base
-from app.db.dependencies import SessionRoute, consistency_of, databases_of, route_of, share_write_session
+from app.db.dependencies import WriteDB, bind_in_one_transaction, databases_of
 from app.db.engines import Databases
 from app.db.sessions import WriteSession
 from app.errors import DatabaseUnavailable, ServiceError
@@ -36,6 +39,13 @@ METHODS = frozenset({"POST", "PATCH"})
 MAX_CHARACTERS = 255
 # Rows deleted by one round of housekeeping: few enough not to be felt.
 PURGE_ROWS = 1000
+# An answer is kept in memory and in a row of the database, inside the transaction.
+MAX_BYTES = 1_048_576
+_TOO_LONG = (
+    f"The answer is longer than {MAX_BYTES} bytes, which cannot be kept with an {HEADER}; send the request without one."
+)
+_HEADERS_APART = frozenset({b"location", b"content-type"})
+_ASKED, _CLAIMED = "lifeguard.idempotency_key", "lifeguard.claimed"
 OPENAPI = {
     "parameters": [
         {
@@ -63,6 +73,13 @@ class IdempotencyKeyReused(ServiceError):
     code = "idempotency_key_reused"
 
 
+class AnswerNotKept(ServiceError):
+    """The route's answer cannot be kept with the key; nothing was changed."""
+
+    status = 422
+    code = "idempotency_not_possible"
+
+
 class IdempotencyKey(Base):
     """A key that was used, the request that used it, and its answer."""
 
@@ -74,6 +91,8 @@ class IdempotencyKey(Base):
     status: Mapped[int | None] = mapped_column(SmallInteger)
     location: Mapped[str | None]
     media_type: Mapped[str | None]
+    # The other headers of the answer, "name:value" on a line each; cookies have one line each.
+    headers: Mapped[bytes | None] = mapped_column(LargeBinary)
     body: Mapped[bytes | None] = mapped_column(LargeBinary)
     created_at: Mapped[datetime] = mapped_column(server_default=func.now(), index=True)
 
@@ -86,8 +105,26 @@ class Claim:
     fingerprint: bytes
 
 
-class IdempotentRoute(SessionRoute):
-    """A route that honours the header on POST and PATCH."""
+class IdempotentRoute(APIRoute):
+    """A route that honours the header on POST and PATCH.
+
+    The key is claimed by the last of the route's dependencies: who they refuse gets no stored answer either.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        endpoint: Callable[..., Any],
+        *,
+        methods: Collection[str] | None = None,
+        dependencies: Sequence[params.Depends] | None = None,
+        **options: Any,
+    ) -> None:
+        if not METHODS.isdisjoint(methods or ()):
+            dependencies = [*(dependencies or ()), params.Depends(_claim)]
+        super().__init__(
+            path, endpoint, methods=None if methods is None else list(methods), dependencies=dependencies, **options
+        )
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         """Wrap the route's handler."""
@@ -96,26 +133,68 @@ class IdempotentRoute(SessionRoute):
             return handler
 
         async def handle(request: Request) -> Response:
-            key = request.headers.get(HEADER)
-            if key is None or request.method not in METHODS:
+            keys = request.headers.getlist(HEADER)
+            if not keys or request.method not in METHODS:
                 return await handler(request)
-            claim = await _claim_of(request, key)
-            hours = request.app.state.settings.idempotency_hours
-            databases = databases_of(request)
-            label = route_of(request.scope)
-            async with databases.writing(consistency_of(request.scope), label=label) as session:
-                stored = await claim_key(session, claim, hours=hours)
-                if stored is not None:
-                    return replay(claim, stored)
-                share_write_session(request, session)
-                async with AsyncExitStack() as stack:
-                    # What dependencies do at their end is part of the transaction, and may still refuse it.
-                    request.scope["fastapi_function_astack"] = stack
-                    response = await handler(request)
-                await store_answer(session, claim, response)
-                return response
+            # The body is kept by it, for a form too, which FastAPI would read from the socket.
+            request.scope[_ASKED] = await _claim_of(request, keys)
+            bind_in_one_transaction(request.scope)
+            try:
+                response = await handler(request)
+            except _Replayed as replayed:
+                return replayed.response
+            claimed: _Claimed | None = request.scope.get(_CLAIMED)
+            if claimed is None:
+                return response  # Somebody overrode the claim.
+            return await _kept(claimed, request, response)
 
         return handle
+
+
+@dataclass(frozen=True, slots=True)
+class _Claimed:
+    """A key that this request has, and the session whose transaction holds it."""
+
+    session: WriteSession
+    claim: Claim
+
+
+class _Replayed(Exception):  # It carries an answer.
+    """Ends a request whose answer is stored, before its endpoint."""
+
+    def __init__(self, response: Response) -> None:
+        super().__init__()
+        self.response = response
+
+
+async def _session_of(session: WriteDB) -> WriteSession:
+    return session
+
+
+_SESSION_OF = get_dependant(path="", call=_session_of, scope="function")
+
+
+async def _claim(request: Request) -> None:
+    """Claim the request's key, if it has one, in the transaction of its `WriteDB`. The commit is that session's."""
+    claim: Claim | None = request.scope.get(_ASKED)
+    if claim is None:
+        return
+    # As FastAPI would, `dependency_overrides` included, but only where there is a key: without one a session that
+    # nobody asked for would make a transaction of every `AutocommitDB`.
+    stack: AsyncExitStack = request.scope["fastapi_inner_astack"]
+    solved = await solve_dependencies(
+        request=request,
+        dependant=_SESSION_OF,
+        dependency_overrides_provider=request.app,
+        async_exit_stack=stack,
+        embed_body_fields=False,
+    )
+    session: WriteSession = solved.values["session"]
+    session.pinned = True  # A commit in the middle would keep a key without its answer.
+    stored = await claim_key(session, claim, hours=databases_of(request).settings.idempotency_hours)
+    if stored is not None:
+        raise _Replayed(replay(claim, stored))
+    request.scope[_CLAIMED] = _Claimed(session, claim)
 
 
 async def claim_key(session: WriteSession, claim: Claim, *, hours: float) -> Row[*tuple[Any, ...]] | None:
@@ -136,7 +215,7 @@ async def claim_key(session: WriteSession, claim: Claim, *, hours: float) -> Row
     )
     if (await session.execute(statement)).one_or_none() is not None:
         return None
-    columns = (keys.fingerprint, keys.status, keys.location, keys.media_type, keys.body)
+    columns = (keys.fingerprint, keys.status, keys.location, keys.media_type, keys.headers, keys.body)
     return (await session.execute(select(*columns).where(keys.digest == claim.digest))).one()
 
 
@@ -147,12 +226,20 @@ def replay(claim: Claim, stored: Row[*tuple[Any, ...]]) -> Response:
     """
     if stored.fingerprint != claim.fingerprint:
         raise IdempotencyKeyReused(f"This {HEADER} was used for another request.")
-    headers = {} if stored.location is None else {"Location": stored.location}
-    return Response(stored.body, stored.status, headers, stored.media_type)
+    # Rows of a version before this one hold no further headers.
+    headers = [(b"content-length", b"%d" % len(stored.body))] if stored.headers is None else _parsed(stored.headers)
+    if stored.location is not None:
+        headers.append((b"location", stored.location.encode("latin-1")))
+    if stored.media_type is not None:
+        headers.append((b"content-type", stored.media_type.encode("latin-1")))
+    response = Response(stored.body, stored.status)
+    response.raw_headers = headers
+    return response
 
 
 async def store_answer(session: WriteSession, claim: Claim, response: Response) -> None:
-    """Keep the answer with the key, in the transaction of the work."""
+    """Keep the answer with the key, in the transaction of the work: status, body, and every header of the route's."""
+    others = [(name, value) for name, value in response.raw_headers if name.lower() not in _HEADERS_APART]
     await session.execute(
         update(IdempotencyKey)
         .where(IdempotencyKey.digest == claim.digest)
@@ -160,9 +247,58 @@ async def store_answer(session: WriteSession, claim: Claim, response: Response) 
             status=response.status_code,
             location=response.headers.get("location"),
             media_type=response.headers.get("content-type"),
+            headers=b"\n".join(name + b":" + value for name, value in others),
             body=bytes(response.body),
         )
     )
+
+
+async def _kept(claimed: _Claimed, request: Request, response: Response) -> Response:
+    """Store the answer, and return it as one that is whole."""
+    if type(response).__call__ is not Response.__call__:
+        response = await _whole(request, response)
+    if len(response.body) > MAX_BYTES:
+        raise AnswerNotKept(_TOO_LONG)
+    await store_answer(claimed.session, claimed.claim, response)
+    return response
+
+
+async def _whole(request: Request, response: Response) -> Response:
+    """Run an answer that makes its body while it is sent, a stream or a file, and return what it would have sent.
+
+    Raises: AnswerNotKept when it is too long, or a stream of events, which may never end.
+    """
+    if (response.media_type or "").startswith("text/event-stream"):
+        raise AnswerNotKept("A stream of events cannot be kept with an Idempotency-Key; send the request without one.")
+    whole = Response(background=response.background)
+    response.background = None  # It begins when the answer was sent.
+    body = bytearray()
+
+    async def collect(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            whole.status_code = message["status"]
+            whole.raw_headers = list(message["headers"])
+        body.extend(message.get("body", b""))
+        if len(body) > MAX_BYTES:
+            raise AnswerNotKept(_TOO_LONG)
+
+    # Without extensions, or a server could be handed the file's name in place of its content. And a client that leaves
+    # ends no answer that is to be kept.
+    await response({**request.scope, "extensions": {}}, _nothing, collect)
+    whole.body = bytes(body)
+    if "content-length" not in whole.headers:
+        whole.headers["content-length"] = str(len(body))
+    return whole
+
+
+async def _nothing() -> Message:
+    nothing: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
+    return await nothing
+
+
+def _parsed(headers: bytes) -> list[tuple[bytes, bytes]]:
+    pairs = (line.partition(b":") for line in headers.split(b"\n") if line)
+    return [(name, value) for name, _, value in pairs]
 
 
 async def keep_house(databases: Databases, *, hours: float, interval_seconds: float = 3600) -> None:
@@ -190,9 +326,12 @@ async def purge_expired(databases: Databases, *, hours: float) -> int:
         return len(result.all())
 
 
-async def _claim_of(request: Request, key: str) -> Claim:
-    if re.fullmatch(rf"[!-~]{{1,{MAX_CHARACTERS}}}", key) is None:
-        raise InvalidIdempotencyKey(f"{HEADER} must be 1 to {MAX_CHARACTERS} printable ASCII characters, no spaces.")
-    caller = request.headers.get("authorization", "")
+async def _claim_of(request: Request, keys: list[str]) -> Claim:
+    if len(keys) > 1 or re.fullmatch(rf"[!-~]{{1,{MAX_CHARACTERS}}}", keys[0]) is None:
+        raise InvalidIdempotencyKey(
+            f"{HEADER} must be one of 1 to {MAX_CHARACTERS} printable ASCII characters, no spaces."
+        )
+    # A new token of the same caller, after a retry that took an hour, is no other caller.
+    caller = request.scope.get("state", {}).get("caller") or request.headers.get("authorization", "")
     asked = f"{request.method} {request.url.path}?{request.url.query}\n".encode() + await request.body()
-    return Claim(hashlib.sha256(f"{caller}\n{key}".encode()).digest(), hashlib.sha256(asked).digest())
+    return Claim(hashlib.sha256(f"{caller}\n{keys[0]}".encode()).digest(), hashlib.sha256(asked).digest())

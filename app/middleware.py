@@ -15,9 +15,10 @@ from fastapi import Request
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from app.db.dependencies import SAFE_METHODS, route_of
+from app.db.dependencies import DATABASES, SAFE_METHODS, consistency_of, route_of, why_read_failed
+from app.db.engines import Databases
 from app.db.sessions import Consistency
-from app.errors import Failure, problem
+from app.errors import Failure, answer_unforeseen, gravest, problem
 from app.failures import report_bug
 from app.logs import request_id
 from app.metrics import Metrics
@@ -82,9 +83,10 @@ class Edge:
         except Exception as error:
             # The edge of the request: whatever comes here is a bug, and the next request must not suffer from it.
             report_bug(scope, error)
-            if status is not None:
+            if status is not None or scope["app"].debug:
                 raise
-            await problem(Request(scope), _UNFORESEEN)(scope, receive, send_marked)
+            answer = await answer_unforeseen(Request(scope), error)
+            await answer(scope, receive, send_marked)
         finally:
             # The protocol of `serve` knows of the others, which the application has no way to see.
             left = left or scope.get("state", {}).get("client_left", False)
@@ -152,7 +154,76 @@ def _token_headers(token: str) -> tuple[tuple[bytes, bytes], ...]:
     return (b"x-consistency-token", token.encode()), (b"set-cookie", cookie.encode())
 
 
-_UNFORESEEN = Failure(500, "internal_error", "The service failed. The log has the reason by X-Request-ID.")
+class ReadAgain:
+    """Run a read once more, on the primary, that its replica failed or whose subject it did not find there.
+
+    It stands around the router, inside the exception handlers, so it serves every kind of route: plain ones, included
+    and mounted ones. When the first answer is about to start it is thrown away, and the dependencies of the first
+    attempt are ended as those of a request that failed; then the request is routed again. It also tells the
+    sessions of a request, in mounted applications too, which databases are theirs.
+    """
+
+    def __init__(self, app: ASGIApp, databases: Databases) -> None:
+        self._app = app
+        self._databases = databases
+        self._once_more = databases.once_more
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request or WebSocket."""
+        scope[DATABASES] = self._databases
+        try:
+            if scope["type"] == "http" and scope["method"] in SAFE_METHODS:
+                await self._read(scope, receive, send)
+            else:
+                await self._app(scope, receive, send)
+        except BaseExceptionGroup as group:
+            if isinstance(group, Exception):
+                raise
+            raise gravest(group) from None  # A cancellation: servers and the edge look for nothing but itself.
+
+    async def _read(self, scope: Scope, receive: Receive, send: Send) -> None:
+        before = dict(scope)
+        consistency = consistency_of(scope)
+        received: list[Message] = []
+        reason: str | None = None
+
+        async def receive_kept() -> Message:
+            received.append(await receive())
+            return received[-1]
+
+        async def receive_again() -> Message:
+            return received.pop(0) if received else await receive()
+
+        async def send_unless_failed(message: Message) -> None:
+            nonlocal reason
+            if message["type"] == "http.response.start":
+                failure = why_read_failed(scope, message["status"])
+                if failure is not None:
+                    reason = self._once_more.reason(consistency, gravest(failure))
+            if reason is not None:
+                raise _Abandoned
+            await send(message)
+
+        try:
+            await self._app(scope, receive_kept, send_unless_failed)
+        except BaseException as error:
+            if reason is None or isinstance(error, asyncio.CancelledError):
+                raise
+            # What becomes of the first attempt, nobody gets to hear.
+        if reason is not None:
+            # Routing, mounts and dependencies have left their traces.
+            scope.clear()
+            scope.update(before)
+            await self._once_more.run(reason, consistency, lambda: self._app(scope, receive_again, send))
+
+
+class _Abandoned(BaseException):
+    """Ends a first attempt whose answer nobody wants, so that its background tasks never begin.
+
+    No `except Exception` of a dependency or of a mounted application may take it for a failure.
+    """
+
+
 _CUT_SAFELY = Failure(503, "closing", "The service shut down before the answer was there.")
 _CUT = Failure(
     503,

@@ -11,6 +11,7 @@ from typing import Annotated, Any, TypeVar, cast
 from fastapi import Query, Request, Response
 
 from app.errors import ServiceError
+from app.routing import public_path
 
 PAGE_LIMIT = 200
 # A name of 200 characters, each of four bytes, in base64, and an id.
@@ -69,5 +70,5 @@ def cut_page(
     page = rows[:limit]
     if len(rows) > limit:
         url = request.url.include_query_params(after=encode_cursor(*key(page[-1])))
-        response.headers["Link"] = f'<{url.path}?{url.query}>; rel="next"'
+        response.headers["Link"] = f'<{public_path(request)}?{url.query}>; rel="next"'
     return page

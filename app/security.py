@@ -1,24 +1,56 @@
 """Bearer tokens (JWT, HS256) with scopes. Checked before any connection is taken; never touches the database.
 
-`read` allows GET and HEAD, `write` every other method, `ops` what operators look at. Without AUTH_SECRET the routes
-are open, which `ENVIRONMENT=production` refuses.
+Each route says which scopes it needs by its dependencies, its router's or those of an inclusion: `needs("ops")`, or
+`OPEN` for everybody. Where nothing is said, `read` allows GET and HEAD, and `write` every other method and WebSockets:
+what is not declared open is closed. Without AUTH_SECRET the routes are open, which `ENVIRONMENT=production` refuses.
 """
 
+from collections.abc import Collection
 from datetime import UTC, datetime, timedelta
 from typing import Any, Literal
 
 import jwt
-from fastapi import FastAPI, Request
+from fastapi import APIRouter, FastAPI, params
+from fastapi.routing import iter_route_contexts
 from pydantic import SecretStr
+from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Receive, Send
 from starlette.types import Scope as ASGIScope
 
-from app.errors import Failure, Forbidden, ServiceError, Unauthorized, problem
+from app.errors import Forbidden, Unauthorized
+from app.routing import selected_route
 
 Scope = Literal["read", "write", "ops"]
 ALGORITHM = "HS256"
-# What balancers, Prometheus and people who read the documentation need before they have a token.
-OPEN_PATHS = ("/health/", "/metrics", "/docs", "/openapi.json")
+_GRANTED = "lifeguard.granted"
+
+
+class Needs:
+    """A dependency that lets a request through whose token has these scopes.
+
+    The guard reads it from the route, before a body is read. It is checked again where FastAPI solves it, so it holds
+    in the signature of an endpoint, and in another dependency, too.
+    """
+
+    def __init__(self, *scopes: Scope) -> None:
+        self.scopes = frozenset(scopes)
+
+    async def __call__(self, connection: HTTPConnection) -> None:
+        """Refuse what the token does not allow. Where no guard is installed, everything is allowed."""
+        granted = connection.scope.get(_GRANTED)
+        if granted is not None:
+            _check_scopes(self.scopes, granted)
+
+
+def needs(*scopes: Scope) -> params.Depends:
+    """Declare the scopes that a token must have: `APIRouter(dependencies=[needs("ops")])`.
+
+    Those of app, inclusion, router and route add up.
+    """
+    return params.Depends(Needs(*scopes))
+
+
+OPEN = needs()
 
 
 def issue_token(secret: SecretStr, *, subject: str, scopes: list[Scope], lifetime: timedelta) -> str:
@@ -29,54 +61,74 @@ def issue_token(secret: SecretStr, *, subject: str, scopes: list[Scope], lifetim
 
 
 class BearerGuard:
-    """Let a request through with the scope that it needs; without it, answer 401 or 403 before anything else is done.
+    """Let a request through with the scopes that its route needs; without them, refuse it before anything else is done.
 
-    A middleware, and not a dependency: it costs nothing when it is not there, and no route can forget it.
+    It stands between the exception handlers and the router: it sees the path that the router sees, whatever middleware
+    has made of it, and its refusals are answered as every other error is. An unknown path is refused like a known one.
+    `request.state.caller` is the token's subject.
     """
 
-    def __init__(self, app: ASGIApp, secret: SecretStr) -> None:
+    def __init__(self, app: ASGIApp, router: APIRouter, secret: SecretStr, open_paths: frozenset[str]) -> None:
         self._app = app
-        self._secret = secret
+        self._router = router
+        self._secret = secret.get_secret_value()
+        self._open_paths = open_paths
 
     async def __call__(self, scope: ASGIScope, receive: Receive, send: Send) -> None:
-        """Serve one request."""
-        if scope["type"] == "http" and not scope["path"].startswith(OPEN_PATHS):
-            request = Request(scope)
-            try:
-                self._check(request)
-            except ServiceError as error:
-                await problem(request, Failure(error.status, error.code, str(error)))(scope, receive, send)
-                return
+        """Serve one request or WebSocket."""
+        if scope["type"] != "lifespan":
+            self._check(scope)
         await self._app(scope, receive, send)
 
-    def _check(self, request: Request) -> None:
-        kind, _, token = request.headers.get("authorization", "").partition(" ")
+    def _check(self, scope: ASGIScope) -> None:
+        needed = self.needed(selected_route(self._router, scope), scope.get("method"))
+        scope[_GRANTED] = frozenset[str]()
+        if not needed:
+            return
+        claims = self._claims(HTTPConnection(scope))
+        scope.setdefault("state", {})["caller"] = claims["sub"]
+        scope[_GRANTED] = granted = frozenset(str(claims.get("scope", "")).split())
+        _check_scopes(needed, granted)
+
+    def needed(self, route: Any, method: str | None) -> frozenset[str]:
+        """Return the scopes that a request of this method for this route needs; a WebSocket has no method."""
+        if route is not None and not hasattr(route, "dependencies"):
+            # Mounts, static files and FastAPI's own pages have nothing but their path, of which parts are not compared.
+            declared = [frozenset[str]()] if getattr(route, "path", None) in self._open_paths else []
+        else:
+            dependencies = getattr(route, "dependencies", ())
+            declared = [d.dependency.scopes for d in dependencies if isinstance(d.dependency, Needs)]
+        if declared:
+            return frozenset[str]().union(*declared)
+        return frozenset({"read" if method in {"GET", "HEAD"} else "write"})
+
+    def _claims(self, connection: HTTPConnection) -> dict[str, Any]:
+        kind, _, token = connection.headers.get("authorization", "").partition(" ")
         if kind.lower() != "bearer":
             raise Unauthorized("This route needs a bearer token.")
         try:
-            claims = jwt.decode(
-                token,
-                self._secret.get_secret_value(),
-                algorithms=[ALGORITHM],
-                options={"require": ["exp", "sub"]},
+            claims: dict[str, Any] = jwt.decode(
+                token, self._secret, algorithms=[ALGORITHM], options={"require": ["exp", "sub"]}
             )
         except jwt.InvalidTokenError as error:
             raise Unauthorized(f"The bearer token is not valid: {error}.") from error
-        needed = needed_scope(request)
-        if needed not in str(claims.get("scope", "")).split():
-            raise Forbidden(f"The bearer token lacks the scope {needed!r}.")
+        return claims
 
 
-def needed_scope(request: Request) -> Scope:
-    """Say which scope a request needs."""
-    if request.url.path.startswith("/debug"):
-        return "ops"
-    return "read" if request.method in {"GET", "HEAD"} else "write"
+def _check_scopes(needed: frozenset[str], granted: frozenset[str]) -> None:
+    if missing := needed - granted:
+        raise Forbidden(f"The bearer token lacks the scope {', '.join(map(repr, sorted(missing)))}.")
 
 
-def install(app: FastAPI, secret: SecretStr) -> None:
-    """Guard the service, and tell its OpenAPI document so."""
-    app.add_middleware(BearerGuard, secret=secret)
+def install(app: FastAPI, secret: SecretStr, *, open_paths: Collection[str] = ()) -> None:
+    """Guard the service, and tell its OpenAPI document so.
+
+    The document and its page are open; `open_paths` names further routes without dependencies that are, each by its
+    whole path template: a mount's is what it is mounted at, "/static".
+    """
+    pages = {path for path in (app.openapi_url, app.docs_url, app.redoc_url) if path is not None}
+    guard = BearerGuard(app.router.middleware_stack, app.router, secret, frozenset({*pages, *open_paths}))
+    app.router.middleware_stack = guard
     describe = app.openapi
 
     def describe_guarded() -> dict[str, Any]:
@@ -84,6 +136,11 @@ def install(app: FastAPI, secret: SecretStr) -> None:
         scheme = {"type": "http", "scheme": "bearer", "description": "python -m app token --scope read --scope write"}
         document.setdefault("components", {})["securitySchemes"] = {"bearer": scheme}
         document["security"] = [{"bearer": []}]
+        for route in iter_route_contexts(app.routes):
+            operations = document["paths"].get(route.path, {})
+            for method in route.methods or ():
+                if method.lower() in operations and not guard.needed(route, method):
+                    operations[method.lower()]["security"] = []
         return document
 
     app.openapi = describe_guarded  # type: ignore[method-assign]  # FastAPI's own way to extend the document.

@@ -240,7 +240,12 @@ def test_errors_are_documented() -> None:
     failures = [*vars(errors).values(), *vars(middleware).values(), *errors._FAILURES.values()]
     known = {(each.code, each.status) for each in failures if isinstance(each, errors.Failure)}
     # Made where they are answered.
-    known |= {("invalid_request", 422), ("method_not_allowed", 405), *error_codes(errors.ServiceError)}
+    known |= {
+        ("bad_request", 400),
+        ("invalid_request", 422),
+        ("method_not_allowed", 405),
+        *error_codes(errors.ServiceError),
+    }
 
     rows = (re.match(r"\| `(\w+)` \| (\d+) \| (?:no|perhaps) \|", line) for line in read("docs/errors.md").splitlines())
     assert sorted((found[1], int(found[2])) for found in rows if found) == sorted(known)

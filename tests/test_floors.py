@@ -141,15 +141,6 @@ def nothing_is_printed(module: str, tree: ast.Module) -> Iterator[str]:
             yield f"{module}:{node.lineno} prints"
 
 
-def routers_know_sessions(module: str, tree: ast.Module) -> Iterator[str]:
-    """Have every router of a domain make routes that run a read once more on the primary."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "APIRouter" and room(module) in DOMAINS:
-            kind = next((ast.unparse(keyword.value) for keyword in node.keywords if keyword.arg == "route_class"), "")
-            if kind not in {"SessionRoute", "IdempotentRoute"}:
-                yield f"{module}:{node.lineno} makes a router without route_class=SessionRoute"
-
-
 RULES: tuple[Rule, ...] = (
     imports_point_down,
     only_sessions_commit,
@@ -160,7 +151,6 @@ RULES: tuple[Rule, ...] = (
     errors_are_our_own,
     middleware_is_pure_asgi,
     nothing_is_printed,
-    routers_know_sessions,
 )
 
 
@@ -208,8 +198,6 @@ BROKEN = [
     (errors_are_our_own, "app.errors", "raise HTTPException(404)"),
     (middleware_is_pure_asgi, "app.middleware", "from starlette.middleware.base import BaseHTTPMiddleware"),
     (nothing_is_printed, "app.main", "print('here')"),
-    (routers_know_sessions, "app.users.routes", "router = APIRouter(prefix='/users')"),
-    (routers_know_sessions, "app.users.routes", "router = APIRouter(route_class=Route)"),
 ]
 
 
@@ -229,8 +217,6 @@ ALLOWED = [
     (nothing_is_opened_by_importing, "app.main", "def create(): return Settings()"),
     (only_settings_read_the_environment, "app.cli", "import os\nos.environ['PORT'] = '1'"),
     (errors_are_our_own, "app.errors", "from starlette.exceptions import HTTPException"),
-    (routers_know_sessions, "app.users.routes", "router = APIRouter(route_class=SessionRoute)"),
-    (routers_know_sessions, "app.ops.health", "router = APIRouter(route_class=Route)"),
 ]
 
 

@@ -172,7 +172,7 @@ async def test_end_of_a_dependency_is_part_of_the_work(
     async def work(session: WriteDB) -> None:
         await queries.add_patient(session, PATIENT)
 
-    service.app.router.routes[:0] = router.routes
+    service.app.include_router(router)
 
     refused = [await service.client.post("/work?veto=true", headers=headers) for _ in range(2)]
     stored = await count(database, "patients")
@@ -193,7 +193,7 @@ async def test_key_of_a_get_means_nothing(service: Service, database: Database) 
         if (await session.execute(text("SELECT pg_is_in_recovery()"))).scalar_one():
             raise NotFound("Not here.")
 
-    service.app.router.routes[:0] = router.routes
+    service.app.include_router(router)
 
     assert (await service.client.get("/either", headers={HEADER: "one"})).status_code == 200
     assert await count(database, "idempotency_keys") == 0

@@ -5,7 +5,7 @@ import pytest
 from fastapi import APIRouter
 from sqlalchemy import text
 
-from app.db.dependencies import ReadDB, SessionRoute
+from app.db.dependencies import ReadDB
 from app.errors import NotFound
 from tests.service import Service
 
@@ -24,7 +24,7 @@ async def test_root_path_is_no_part_of_a_route(service: Service, root_path: str)
 
 async def test_router_may_be_included(service: Service) -> None:
     """FastAPI's own way to put routers together, with prefixes, finds the same routes."""
-    inner, outer = APIRouter(prefix="/notes", route_class=SessionRoute), APIRouter(prefix="/archive")
+    inner, outer = APIRouter(prefix="/notes"), APIRouter(prefix="/archive")
 
     @inner.get("/{number}")
     async def get_note(number: int, session: ReadDB) -> int:

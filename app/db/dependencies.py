@@ -2,20 +2,24 @@
 
 A session ends with the endpoint and before the response starts, so a COMMIT that fails is never a 2xx. However often a
 request names one kind of session, it has one of them.
+
+Behind each stands a function that `app.dependency_overrides` takes: `read_session`, `write_session`,
+`autocommit_session`, `analytics_session`. What stands in for one is the session of endpoints and dependencies, and of
+an `Idempotency-Key`.
 """
 
-import inspect
-from collections.abc import Callable, Coroutine, Mapping, MutableMapping
-from contextlib import AsyncExitStack, suppress
-from functools import wraps
+from collections.abc import Callable, Mapping, MutableMapping
+from contextlib import AsyncExitStack
+from functools import partial
 from http import HTTPStatus
+from types import TracebackType
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
-from fastapi import Depends, Request, Response
+from fastapi import Depends
+from starlette.requests import HTTPConnection
 
 from app.db.sessions import Consistency, ReadSession, WriteSession
-from app.errors import NotFound
-from app.routing import Route
+from app.errors import FAILURE, NotFound, note_failure
 
 if TYPE_CHECKING:
     from app.db.engines import Databases
@@ -23,15 +27,24 @@ if TYPE_CHECKING:
 SessionT = TypeVar("SessionT", bound=ReadSession)
 Scope = MutableMapping[str, Any]
 SAFE_METHODS = frozenset({"GET", "HEAD"})
+DATABASES = "lifeguard.databases"
 READ, WRITE, REPORT = "lifeguard.read", "lifeguard.write", "lifeguard.report"
-AUTOCOMMIT = "lifeguard.autocommit"
+AUTOCOMMIT, ONE_TRANSACTION = "lifeguard.autocommit", "lifeguard.one_transaction"
+SOCKET = (
+    "a WebSocket may stay open for hours, and a session would keep its connection for as long: open one for each "
+    "message, `async with databases_of(websocket).reading() as session` or `.writing()`"
+)
 
 
 def route_of(scope: Mapping[str, Any]) -> str:
     """Return the template of the route that serves a request, "/patients/{patient_id}"; "unmatched" without one."""
-    # FastAPI keeps the path with the prefixes of include_router apart from the route's own.
+    route = scope.get("route")
+    # FastAPI keeps the path with the prefixes of include_router apart from the route's own. An application around this
+    # one may have left the context of its own route.
     context = scope.get("fastapi", {}).get("effective_route_context")
-    path = getattr(context or scope.get("route"), "path", None)
+    if context is not None and context.original_route is route:
+        route = context
+    path = getattr(route, "path", None)
     return path if isinstance(path, str) else "unmatched"
 
 
@@ -41,152 +54,95 @@ def consistency_of(scope: Mapping[str, Any]) -> Consistency:
     return found if isinstance(found, Consistency) else Consistency()
 
 
-def databases_of(request: Request) -> "Databases":
-    """Return the databases of the application that serves this request."""
-    databases: Databases = request.scope["app"].state.databases
-    return databases
+def databases_of(connection: HTTPConnection) -> "Databases":
+    """Return the databases of the service that serves this request or WebSocket, also in an application beneath it."""
+    databases: Databases | None = connection.scope.get(DATABASES)
+    return connection.scope["app"].state.databases if databases is None else databases
 
 
-def share_write_session(request: Request, session: WriteSession) -> None:
-    """Make `WriteDB` of this request this session; whoever opened it commits it."""
-    session.pinned = True
-    request.scope[WRITE] = session
+async def read_session(connection: HTTPConnection) -> ReadSession:
+    """Open the request's session that reads from a replica or from the primary."""
+    scope = connection.scope
+    return _opened(connection, READ, lambda databases: databases.reading(consistency_of(scope), label=route_of(scope)))
 
 
-def _opener(key: str, open_one: Callable[["Databases", Scope], SessionT]) -> Callable[[Request], SessionT]:
-    def session_of(request: Request) -> SessionT:
-        scope = request.scope
-        session: SessionT | None = scope.get(key)
-        if session is None:
-            session = scope[key] = open_one(databases_of(request), scope)
-            # A generator under `Depends(..., scope="function")` is put on it too, by three context managers more.
-            stack: AsyncExitStack = scope["fastapi_function_astack"]
-            stack.push_async_exit(session)
-        return session
+async def write_session(connection: HTTPConnection) -> WriteSession:
+    """Open the request's session that writes: one transaction, committed when the endpoint has ended.
 
-    return session_of
-
-
-def _dependency(opener: Callable[[Request], SessionT]) -> Callable[[Request], Coroutine[Any, Any, SessionT]]:
-    # FastAPI runs a plain function in a thread.
-    async def open_session(request: Request) -> SessionT:
-        return opener(request)
-
-    return open_session
-
-
-_read = _opener(READ, lambda databases, scope: databases.reading(consistency_of(scope), label=route_of(scope)))
-_transaction = _opener(WRITE, lambda databases, scope: databases.writing(consistency_of(scope), label=route_of(scope)))
-_alone = _opener(
-    AUTOCOMMIT, lambda databases, scope: databases.autocommitting(consistency_of(scope), label=route_of(scope))
-)
-_report = _opener(REPORT, lambda databases, scope: databases.reporting(label=route_of(scope)))
-
-
-def _write(request: Request) -> WriteSession:
-    if AUTOCOMMIT in request.scope:
+    Raises: RuntimeError in a request that has opened an `AutocommitDB`.
+    """
+    if AUTOCOMMIT in connection.scope:
         # Two sessions that write could wait for each other, and one would be stored without the other.
         raise RuntimeError(
             "a request that has opened an `AutocommitDB` takes no `WriteDB` any more: name that throughout"
         )
-    return _transaction(request)
+    return _write(connection)
 
 
-def _autocommit(request: Request) -> WriteSession:
-    # Where a transaction is open, for a dependency or for an Idempotency-Key, the query is part of it.
-    shared: WriteSession | None = request.scope.get(WRITE)
-    return _alone(request) if shared is None else shared
+async def autocommit_session(connection: HTTPConnection) -> WriteSession:
+    """Open the request's session for a write of one query, which commits by itself.
 
-
-ReadDB = Annotated[ReadSession, Depends(_dependency(_read), scope="function")]
-WriteDB = Annotated[WriteSession, Depends(_dependency(_write), scope="function")]
-AutocommitDB = Annotated[WriteSession, Depends(_dependency(_autocommit), scope="function")]
-AnalyticsDB = Annotated[ReadSession, Depends(_dependency(_report), scope="function")]
-_OPENERS: tuple[tuple[Any, Callable[[Request], ReadSession]], ...] = (
-    (ReadDB, _read),
-    (WriteDB, _write),
-    (AutocommitDB, _autocommit),
-    (AnalyticsDB, _report),
-)
-
-
-class SessionRoute(Route):
-    """The route of every endpoint that names a session: `APIRouter(route_class=SessionRoute)`.
-
-    A GET that its replica failed, or that found nothing there, it runs once more, on the primary. And it opens the
-    session which its endpoint names, and does not leave that to FastAPI to solve: the session is the same, for an
-    eleventh of a short read's calls less (docs/performance.md).
+    Where a transaction is open, for a dependency or for an Idempotency-Key, the query is part of it.
     """
-
-    def __init__(self, path: str, endpoint: Callable[..., Any], **options: Any) -> None:
-        super().__init__(path, _opening_its_session(endpoint), **options)
-
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """Wrap the route's handler, which solves dependencies, runs the endpoint and makes the answer."""
-        handler = super().get_route_handler()
-
-        async def handle(request: Request) -> Response:
-            if request.scope["method"] not in SAFE_METHODS:
-                return await handler(request)
-            try:
-                response = await handler(request)
-            except Exception as failure:
-                reason = await _why_again(request, failure)
-                if reason is None:
-                    raise
-            else:
-                if response.status_code != HTTPStatus.NOT_FOUND:
-                    return response
-                reason = await _why_again(request, NotFound("The endpoint says so."))
-                if reason is None:
-                    return response
-            again = databases_of(request).once_more.run
-            return await again(reason, consistency_of(request.scope), lambda: handler(request))
-
-        return handle
+    scope = connection.scope
+    if WRITE in scope or ONE_TRANSACTION in scope:
+        return _write(connection)
+    return _opened(
+        connection,
+        AUTOCOMMIT,
+        lambda databases: databases.autocommitting(consistency_of(scope), label=route_of(scope)),
+    )
 
 
-async def _why_again(request: Request, failure: Exception) -> str | None:
-    """Say why the request should run once more, and end what its first attempt opened; None when it should not."""
-    scope = request.scope
-    if AUTOCOMMIT in scope and scope[AUTOCOMMIT].spent:
-        # What it wrote stands, and would be written twice.
-        return None
-    reason = databases_of(request).once_more.reason(consistency_of(scope), failure)
-    if reason is not None:
-        for key in (READ, WRITE, AUTOCOMMIT, REPORT):
-            scope.pop(key, None)
-        # As if the request ended with this failure. What its dependencies make of that, nobody gets to hear.
-        for name in ("fastapi_function_astack", "fastapi_inner_astack"):
-            stack: AsyncExitStack = scope[name]
-            with suppress(Exception):
-                await stack.pop_all().__aexit__(type(failure), failure, failure.__traceback__)
-    return reason
+async def analytics_session(connection: HTTPConnection) -> ReadSession:
+    """Open the request's session for reports: the analytics pool, one snapshot for all its statements."""
+    return _opened(connection, REPORT, lambda databases: databases.reporting(label=route_of(connection.scope)))
 
 
-def _opening_its_session(endpoint: Callable[..., Any]) -> Callable[..., Any]:
-    """Let FastAPI give the endpoint its request where it names a session, and turn that into the session."""
-    signature = inspect.signature(endpoint)
-    parameters = dict(signature.parameters)
-    # By identity: what else stands in an annotation need not be hashable.
-    sessions = ((n, opener) for n, p in parameters.items() for named, opener in _OPENERS if p.annotation is named)
-    name, opener = next(sessions, ("", _read))
-    # What is written as a string may be the request: FastAPI resolves it, and solves the session too.
-    unresolved = any(isinstance(parameter.annotation, str) for parameter in parameters.values())
-    if not name or unresolved or not inspect.iscoroutinefunction(endpoint):
-        return endpoint
-    # FastAPI gives a request to one parameter only.
-    kinds = {other: p.annotation for other, p in parameters.items() if isinstance(p.annotation, type)}
-    source = next((other for other, kind in kinds.items() if issubclass(kind, Request)), name)
-    if source == name:
-        parameters[name] = parameters[name].replace(annotation=Request)
-    else:
-        del parameters[name]
+ReadDB = Annotated[ReadSession, Depends(read_session, scope="function")]
+WriteDB = Annotated[WriteSession, Depends(write_session, scope="function")]
+AutocommitDB = Annotated[WriteSession, Depends(autocommit_session, scope="function")]
+AnalyticsDB = Annotated[ReadSession, Depends(analytics_session, scope="function")]
 
-    @wraps(endpoint)
-    async def with_session(**values: Any) -> Any:
-        values[name] = opener(values[source])
-        return await endpoint(**values)
 
-    with_session.__signature__ = signature.replace(parameters=list(parameters.values()))  # type: ignore[attr-defined]  # inspect's own protocol.
-    return with_session
+def bind_in_one_transaction(scope: Scope) -> None:
+    """Make every session of this request that writes the same one; an `AutocommitDB` too is part of it."""
+    scope[ONE_TRANSACTION] = True
+
+
+def why_read_failed(scope: Scope, status: int) -> BaseException | None:
+    """Return what a read that is answered with `status` failed with, if it changed nothing and may be run again."""
+    if consistency_of(scope).token is not None or (AUTOCOMMIT in scope and scope[AUTOCOMMIT].spent):
+        return None  # What it wrote stands, and would be written twice.
+    failure: BaseException | None = scope.get(FAILURE)
+    if failure is None and status == HTTPStatus.NOT_FOUND and WRITE not in scope:
+        return NotFound("The endpoint says so.")
+    return failure
+
+
+def _write(connection: HTTPConnection) -> WriteSession:
+    scope = connection.scope
+    return _opened(connection, WRITE, lambda databases: databases.writing(consistency_of(scope), label=route_of(scope)))
+
+
+def _opened(connection: HTTPConnection, key: str, open_one: Callable[["Databases"], SessionT]) -> SessionT:
+    scope = connection.scope
+    session: SessionT | None = scope.get(key)
+    if session is None:
+        if scope["type"] == "websocket":
+            raise RuntimeError(SOCKET)
+        session = scope[key] = open_one(databases_of(connection))
+        # FastAPI's stack of what ends before the answer is sent. A generator would be put on it for three context
+        # managers more, and on the other stack by whoever leaves out `scope="function"`.
+        stack: AsyncExitStack = scope["fastapi_function_astack"]
+        stack.push_async_exit(session)
+        stack.push(partial(_note, scope))
+    return session
+
+
+def _note(
+    scope: Scope, _kind: type[BaseException] | None, error: BaseException | None, _trace: TracebackType | None
+) -> None:
+    # Whichever handler makes an answer of it: the layer around the router has to know.
+    if error is not None:
+        note_failure(scope, error)

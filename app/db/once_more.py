@@ -49,7 +49,7 @@ class OnceMore:
         self._room = asyncio.Semaphore(max(1, settings.primary.capacity // 2))
         self._patience_seconds = settings.primary.pool_timeout
 
-    def reason(self, consistency: Consistency, failure: Exception) -> str | None:
+    def reason(self, consistency: Consistency, failure: BaseException) -> str | None:
         """Say why the primary should be asked after this failure: "not_found" or its code; None when it should not.
 
         A failure that shows the replica to be away breaks it for the requests that follow.

@@ -15,7 +15,7 @@ from app.errors import DatabaseUnavailable, documented
 from app.ops.health import DatabasesOfApp
 from app.ops.shared import shared
 from app.ops.workers import exposition
-from app.routing import Route
+from app.security import OPEN, needs
 
 # For an answer while somebody waits for it, and for a server that is in trouble already.
 ASK_SECONDS = 2.0
@@ -23,16 +23,16 @@ ASK_SECONDS = 2.0
 MAX_BLOCKED = 50
 # Lines written in one go.
 SLICE_SAMPLES = 200
-router = APIRouter(tags=["operations"], route_class=Route, responses=documented(401, 403))
+router = APIRouter(tags=["operations"], responses=documented(401, 403))
 
 
-@router.get("/debug/pool-stats")
+@router.get("/debug/pool-stats", dependencies=[needs("ops")])
 async def get_pool_stats(databases: DatabasesOfApp) -> dict[str, dict[str, int]]:
     """Count the connections of each pool of this process, now."""
     return {database.name: asdict(database.pool.figures()) for database in databases.all()}
 
 
-@router.get("/debug/connections")
+@router.get("/debug/connections", dependencies=[needs("ops")])
 async def get_connections(databases: DatabasesOfApp, request: Request) -> dict[str, Any]:
     """List what this process holds and for how long, each server's connections, and who blocks whom there.
 
@@ -58,7 +58,7 @@ async def _connections(database: Database) -> dict[str, Any]:
     return {"held": holdings, "server": [dict(row) for row in rows], "blocked": [dict(row) for row in pairs]}
 
 
-@router.get("/metrics", response_class=PlainTextResponse)
+@router.get("/metrics", response_class=PlainTextResponse, dependencies=[OPEN])
 async def get_metrics(databases: DatabasesOfApp, request: Request) -> Response:
     """Expose the metrics to Prometheus; with several workers, those of all of them."""
     content = await shared(request.app, "metrics", lambda: _expose(databases)).get()

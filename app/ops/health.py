@@ -9,9 +9,9 @@ from fastapi import APIRouter, Depends, Request, Response, status
 from app.db.dependencies import databases_of
 from app.db.engines import Database, Databases
 from app.ops.shared import shared
-from app.routing import Route
+from app.security import OPEN
 
-router = APIRouter(prefix="/health", tags=["operations"], route_class=Route)
+router = APIRouter(prefix="/health", tags=["operations"], dependencies=[OPEN])
 DatabasesOfApp = Annotated[Databases, Depends(databases_of)]
 # The same body as with 200, and no problem document: a probe's answer is the description.
 UNAVAILABLE: dict[int | str, dict[str, Any]] = {503: {"description": "Service Unavailable", "model": dict[str, Any]}}

@@ -2,14 +2,12 @@
 
 from fastapi import APIRouter
 
-from app.db.dependencies import AnalyticsDB, SessionRoute
+from app.db.dependencies import AnalyticsDB
 from app.errors import documented
 from app.reports import queries
 from app.reports.schemas import Day, Decade, Summary
 
-router = APIRouter(
-    prefix="/reports", tags=["reports"], route_class=SessionRoute, responses=documented(401, 403, 503, 504)
-)
+router = APIRouter(prefix="/reports", tags=["reports"], responses=documented(401, 403, 503, 504))
 
 
 @router.get("/summary")

@@ -4,7 +4,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request
 
-from app.db.dependencies import SessionRoute, consistency_of, databases_of
+from app.db.dependencies import consistency_of, databases_of, route_of
 from app.db.engines import Databases
 from app.errors import documented
 from app.fields import Id
@@ -15,7 +15,6 @@ from app.users.schemas import UserOut
 router = APIRouter(
     prefix="/users",
     tags=["users"],
-    route_class=SessionRoute,
     responses=documented(401, 403, 422, 502, 503, 504),
 )
 
@@ -28,7 +27,7 @@ async def sync_user(
 
     The directory may take seconds, so no connection is held while it thinks: read, let go, ask, write.
     """
-    label: dict[str, Any] = {"label": "/users/{user_id}/sync"}
+    label: dict[str, Any] = {"label": route_of(request.scope)}
     async with databases.reading(consistency_of(request.scope), **label) as session:
         user = await queries.get_user(session, user_id)
     timeout_seconds = databases.settings.directory_timeout_seconds

@@ -7,7 +7,7 @@ import pytest
 from fastapi import APIRouter, Depends, Query, Request
 from sqlalchemy import text
 
-from app.db.dependencies import ReadDB, SessionRoute, WriteDB
+from app.db.dependencies import ReadDB, WriteDB
 from app.db.sessions import ReadSession, WriteSession
 from tests.service import Service
 
@@ -27,15 +27,10 @@ Author = Annotated[WriteSession, Depends(_author)]
 Audited = Annotated[ReadSession, Depends(_audited, scope="function")]
 
 
-@pytest.fixture(params=["plain", "session"])
-def router(request: pytest.FixtureRequest) -> APIRouter:
-    """Give a router that leaves sessions to FastAPI, and one that opens them."""
-    return APIRouter() if request.param == "plain" else APIRouter(route_class=SessionRoute)
-
-
-def mount(service: Service, router: APIRouter) -> None:
-    """Put the routes in front of the service's own."""
-    service.app.router.routes[:0] = router.routes
+@pytest.fixture
+def router() -> APIRouter:
+    """Give a router as FastAPI has it."""
+    return APIRouter()
 
 
 async def test_endpoint_has_its_session(service: Service, router: APIRouter) -> None:
@@ -61,7 +56,7 @@ async def test_endpoint_has_its_session(service: Service, router: APIRouter) -> 
     def in_a_thread(session: ReadDB) -> bool:
         return session.connection_held is None
 
-    mount(service, router)
+    service.app.include_router(router)
 
     assert (await service.client.get("/alone")).json() is True
     assert (await service.client.get("/beside/7")).json() == [7, "/beside/7", 1]
@@ -80,7 +75,7 @@ async def test_endpoint_and_dependencies_share_a_session(service: Service, route
         await author.execute(ADD_ADA)
         return [session is author, session is audited, isinstance(audited, WriteSession)]
 
-    mount(service, router)
+    service.app.include_router(router)
 
     assert (await service.client.post("/shared")).json() == [True, False, False]
     assert service.sample("db_connection_hold_seconds_count", pool="primary", route="/shared") == 1
@@ -94,7 +89,7 @@ async def test_session_ends_after_the_answer_was_made(service: Service, router: 
         await session.execute(ADD_ADA)
         return "no number"
 
-    mount(service, router)
+    service.app.include_router(router)
 
     assert (await service.client.post("/unfit")).status_code == 500
     assert await execute("SELECT count(*) FROM patients") == 0
@@ -123,7 +118,7 @@ async def test_request_may_be_annotated_in_any_way(service: Service, router: API
     async def own_class(session: ReadDB, request: Asked) -> str:
         return request.method + type(session).__name__
 
-    mount(service, router)
+    service.app.include_router(router)
 
     assert (await service.client.get("/string")).json() == "GETReadSession"
     assert (await service.client.get("/class")).json() == "GETReadSession"

@@ -143,12 +143,19 @@ async def test_invalid_body_is_refused_without_repeating_it(service: Service, ch
     assert service.sample("db_query_seconds_count", pool="primary") == 0
 
 
-@pytest.mark.parametrize("body", [b"\xff", "{}", "[]", "", "{", '{"mrn": null}', '"text"'])
-async def test_patch_must_change_something(service: Service, body: str | bytes) -> None:
+@pytest.mark.parametrize("body", ["{}", "[]", "", "{", '{"mrn": null}', '"text"'])
+async def test_patch_must_change_something(service: Service, body: str) -> None:
     """An empty, broken or null change is a 422."""
     answer = await service.client.patch("/patients/1", content=body, headers={"Content-Type": "application/json"})
 
     assert (answer.status_code, answer.json()["code"]) == (422, "invalid_request")
+
+
+async def test_body_that_is_no_text_is_400(service: Service) -> None:
+    """FastAPI's own word for what it cannot decode."""
+    answer = await service.client.patch("/patients/1", content=b"\xff", headers={"Content-Type": "application/json"})
+
+    assert (answer.status_code, answer.json()["code"]) == (400, "bad_request")
 
 
 @pytest.mark.parametrize("patient_id", ["0", "-1", "x", "1.5", str(2**63)])
