@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 def report_failure(request: Request | WebSocket, failure: Failure, error: BaseException) -> None:
     """Write down that a request is answered with this failure, for which the service or a server of its is to blame."""
-    _sampler(request.scope).log(
+    request.app.state.databases.sampler.log(
         logger,
         logging.WARNING,
         "%s: %s",
@@ -30,12 +30,10 @@ def report_failure(request: Request | WebSocket, failure: Failure, error: BaseEx
     )
 
 
-def report_bug(scope: Scope, error: Exception) -> None:
-    """Write down a failure that nobody foresaw, with its traceback."""
+def report_bug(sampler: Sampler, scope: Scope, error: Exception) -> None:
+    """Write down a failure that nobody foresaw, with its traceback.
+
+    The scope names the application that failed last: one that is mounted beneath ours has no sampler.
+    """
     by = {"route": route_of(scope), "failure": origin(error)}
-    _sampler(scope).log(logger, logging.ERROR, "unforeseen failure", by=by, failure=error)
-
-
-def _sampler(scope: Scope) -> Sampler:
-    sampler: Sampler = scope["app"].state.databases.sampler
-    return sampler
+    sampler.log(logger, logging.ERROR, "unforeseen failure", by=by, failure=error)

@@ -22,6 +22,7 @@ from app.errors import Failure, answer_unforeseen, gravest, problem
 from app.failures import report_bug
 from app.logs import request_id
 from app.metrics import Metrics
+from app.sampling import Sampler
 
 logger = logging.getLogger(__name__)
 
@@ -39,8 +40,9 @@ class Edge:
     with layers of their own they took a twelfth of a short read's calls (docs/performance.md).
     """
 
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+    def __init__(self, app: ASGIApp, metrics: Metrics, sampler: Sampler) -> None:
         self._app = app
+        self._sampler = sampler
         self._in_progress = metrics.http_in_progress
         self._counter = lru_cache(4096)(lambda *labels: metrics.http_requests.labels(*labels))
         self._timer = lru_cache(1024)(lambda *labels: metrics.http_seconds.labels(*labels))
@@ -82,7 +84,7 @@ class Edge:
             raise
         except Exception as error:
             # The edge of the request: whatever comes here is a bug, and the next request must not suffer from it.
-            report_bug(scope, error)
+            report_bug(self._sampler, scope, error)
             if status is not None or scope["app"].debug:
                 raise
             answer = await answer_unforeseen(Request(scope), error)

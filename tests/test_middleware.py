@@ -12,6 +12,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from app.errors import MEDIA_TYPE
 from app.middleware import Edge, ReadYourWrites
+from app.sampling import Sampler
 from local.waiting import eventually
 from tests.conftest import Database
 from tests.service import ADA, Service, listening, serving, write
@@ -274,7 +275,7 @@ async def test_other_scopes_pass_through(service: Service) -> None:
         raise AssertionError(message)
 
     metrics, scope = service.app.state.metrics, {"type": "websocket"}
-    for layer in (Edge(app, metrics), ReadYourWrites(app, metrics)):
+    for layer in (Edge(app, metrics, Sampler()), ReadYourWrites(app, metrics)):
         await layer(scope, receive, send)
 
     assert seen == [{"type": "websocket"}] * 2

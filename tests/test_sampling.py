@@ -7,6 +7,7 @@ from typing import Any
 
 import httpx
 import pytest
+from fastapi import FastAPI
 from sqlalchemy import func, select, text
 
 from app.db import engines
@@ -300,6 +301,23 @@ async def test_bugs_have_one_traceback_for_each_place(service: Service, caplog: 
     tracebacks = [line["exc_info"][1].args for line in of_failures(caplog) if line["exc_info"]]
     assert tracebacks == [("a bug",), ("another bug",)]
     assert len(of_failures(caplog)) == 2
+
+
+async def test_bug_of_a_mounted_application_is_logged(service: Service, caplog: pytest.LogCaptureFixture) -> None:
+    """What is mounted beneath has no sampler of its own: ours writes its bugs down too."""
+    beneath = FastAPI()
+
+    @beneath.get("/bug")
+    async def bug() -> None:
+        raise RuntimeError("beneath")
+
+    service.app.mount("/beneath", beneath)
+
+    with pytest.raises(RuntimeError, match="beneath"):  # It answered by itself, as applications do, and raised then.
+        await service.client.get("/beneath/bug")
+
+    (line,) = of_failures(caplog)
+    assert line["exc_info"][1].args == ("beneath",)
 
 
 async def test_slow_statements_are_counted_by_statement(database: Database, caplog: pytest.LogCaptureFixture) -> None:
