@@ -5,25 +5,21 @@
 the summary says so.
 """
 
-import asyncio
 import re
 import shutil
 import subprocess
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 import yaml
 from prometheus_client import Histogram
 
 from app.metrics import Metrics
-from local.postgres import free_port
 from local.waiting import eventually
 from tests.conftest import Database
 from tests.service import exhausted, listening, serving
+from tests.watching import needs_prometheus, running_prometheus
 
 ROOT = Path(__file__).parent.parent
 PROMETHEUS = ROOT / "prometheus"
@@ -31,11 +27,6 @@ PROMTOOL = shutil.which("promtool")
 needs_promtool = pytest.mark.skipif(
     PROMTOOL is None,
     reason="promtool is not on the PATH (apt-get install prometheus): THE ALERT RULES WERE NOT TESTED",
-)
-BINARY = shutil.which("prometheus")
-needs_prometheus = pytest.mark.skipif(
-    BINARY is None,
-    reason="prometheus is not on the PATH (apt-get install prometheus): THE ALERT RULES WERE NOT EVALUATED",
 )
 # What the guides published; the names and meanings are what other people's dashboards and habits rely on.
 PUBLISHED = {
@@ -192,7 +183,7 @@ async def test_prometheus_evaluates_the_rules_on_the_service(database: Database,
     async with (
         serving(settings) as service,
         listening(service.app, running=True) as url,
-        running_prometheus(url.removeprefix("http://"), tmp_path) as prometheus,
+        running_prometheus(url, tmp_path, interval_seconds=1) as prometheus,
         exhausted(service.databases.primary),
     ):
         states: dict[str, str] = {}
@@ -210,35 +201,3 @@ async def test_prometheus_evaluates_the_rules_on_the_service(database: Database,
         assert await eventually(seen, 30), states
 
     assert states["DatabaseDown"] == states["ServiceDown"] == states["TargetDown"] == "inactive"
-
-
-@asynccontextmanager
-async def running_prometheus(target: str, directory: Path) -> AsyncIterator[httpx.AsyncClient]:
-    """Run Prometheus with the rules, scraping one instance of the service each second."""
-    configuration = yaml.safe_load((PROMETHEUS / "prometheus.yml").read_text(encoding="utf-8"))
-    del configuration["alerting"]
-    configuration["global"] = dict.fromkeys(("scrape_interval", "scrape_timeout", "evaluation_interval"), "1s")
-    configuration["rule_files"] = [str(PROMETHEUS / file) for file in configuration["rule_files"]]
-    configuration["scrape_configs"] = [{"job_name": "app", "static_configs": [{"targets": [target]}]}]
-    file, port = directory / "prometheus.yml", free_port()
-    file.write_text(yaml.safe_dump(configuration), encoding="utf-8")
-    with (directory / "log").open("wb") as log:
-        process = await asyncio.create_subprocess_exec(
-            str(BINARY), f"--config.file={file}", f"--storage.tsdb.path={directory / 'data'}",
-            f"--web.listen-address=127.0.0.1:{port}", stdout=log, stderr=log,
-        )  # fmt: skip
-    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", trust_env=False) as client:
-
-        async def ready() -> bool:
-            assert process.returncode is None, (directory / "log").read_text(encoding="utf-8")
-            try:
-                return (await client.get("/-/ready")).is_success
-            except httpx.TransportError:
-                return False
-
-        try:
-            assert await eventually(ready, 30)
-            yield client
-        finally:
-            process.terminate()
-            await process.wait()

@@ -2,16 +2,20 @@
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from sqlalchemy import text
 
+from app.db.dependencies import WriteDB
 from local.waiting import eventually
-from tests.chaos import in_time
+from tests.chaos import FULL, in_time
 from tests.chaos.load import ask
 from tests.conftest import Database
-from tests.service import serving
+from tests.service import listening, serving
+from tests.watching import alert_state, needs_prometheus, running_prometheus
 
 SELECT = text("SELECT 1")
 
@@ -65,3 +69,47 @@ async def test_slow_call_shows_as_idle_hold_where_a_connection_is_held(database:
     assert wrong >= 0.3
     assert right < wrong
     in_time(right < 0.1, right)
+
+
+@needs_prometheus
+async def test_route_that_holds_a_connection_idle_is_told(
+    database: Database, tmp_path: Path, caplog: pytest.LogCaptureFixture, measured: Callable[[str], None]
+) -> None:
+    """A route that waits for somebody else with a connection in its hand is in the log at once, and an alert in 2 min.
+
+    In the short form the rates are over five seconds in place of two minutes.
+    """
+    hold_seconds, window = (10.0, "2m") if FULL else (1.0, "5s")
+    async with serving(database.settings(replica=False)) as service:
+
+        @service.app.post("/calling")
+        async def calling(session: WriteDB) -> None:
+            await session.execute(SELECT)
+            await asyncio.sleep(hold_seconds)
+
+        async def call_for_ever() -> None:
+            while True:
+                assert (await ask(service.app, "POST", "/calling")).status == 200
+
+        async with (
+            listening(service.app, running=True) as url,
+            running_prometheus(url, tmp_path, interval_seconds=5 if FULL else 0.25, window=window) as prometheus,
+        ):
+            started, task = time.monotonic(), asyncio.create_task(call_for_ever())
+
+            async def fires() -> bool:
+                assert not task.done(), task
+                labels = {"pool": "primary", "route": "/calling"}
+                return await alert_state(prometheus, "ConnectionsHeldIdle", **labels) == "firing"
+
+            try:
+                assert await eventually(fires, 300)
+            finally:
+                told = time.monotonic() - started
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
+
+    first = next(vars(record) for record in caplog.records if record.message == "connection held idle")
+    assert (first["pool"], first["route"]) == ("primary", "/calling")
+    measured(f"log after the first request, alert after {told:.0f} s")
+    in_time(told < 120, told)
