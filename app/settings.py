@@ -120,7 +120,13 @@ class DatabaseSettings(BaseModel):
     pool_check_after_seconds: float = Field(
         30, ge=0, description="Seconds of idling after which a connection proves itself by SELECT 1."
     )
-    connect_timeout_seconds: float = Field(0.5, gt=0, le=60, description="Seconds for one host to accept.")
+    connect_timeout_seconds: float = Field(
+        0.5,
+        gt=0,
+        le=60,
+        description="Seconds after which a host that has not let the service in is tried again; "
+        "its login goes on for eight times as long.",
+    )
     command_timeout_seconds: float = Field(
         35, gt=0, description="Net for a dead peer; longer than the server's statement_timeout."
     )

@@ -47,7 +47,7 @@ class AutocommitSession(WriteSession):
             raise RuntimeError(ONE_QUERY)
         self.spent = True
         holder.set(self._label)
-        lease = Lease(self._database, await self._database.pool.lease(), readonly=False)
+        lease = Lease(self._database, await self._database.pool.acquire(), readonly=False)
         try:
             if self._ended:
                 # Whoever was to hear of it has been answered while this waited for its connection.

@@ -1,25 +1,20 @@
 """Opening one connection to PostgreSQL: several hosts, a deadline, keepalive. No pool in here.
 
 asyncpg's own list of hosts tries the next one when a connect is *refused*, but a black hole eats the whole timeout.
-Here each host has a timeout of its own, and the one that worked last is tried first.
+Which host is tried when is decided in `host_search`; here is one login.
 """
 
 import asyncio
-import logging
 import socket
-from collections.abc import Sequence
-from contextvars import ContextVar
 from typing import Any, cast
 
 import asyncpg
 from sqlalchemy.exc import DBAPIError, EmulatedDBAPIException
 
 from app.database_url import Host, KeepAlive
+from app.db.host_search import HostSearch
 from app.db.watched import ASYNCPG_FAILURES, WatchedConnection
-from app.errors import DatabaseUnreachable
 from app.settings import DatabaseSettings
-
-logger = logging.getLogger(__name__)
 
 # What opening or checking a connection raises: asyncpg's own, and SQLAlchemy's rendering of it. A TimeoutError is an
 # OSError.
@@ -35,26 +30,6 @@ WHO = """
 SELECT extract(epoch FROM pg_postmaster_start_time())::float8 AS server,
        current_setting('transaction_read_only')::boolean AS read_only
 """
-
-
-class Opening:
-    """One attempt to open a connection, which must be over at `deadline` (the event loop's time)."""
-
-    def __init__(self, deadline: float) -> None:
-        self.deadline = deadline
-        self._guard: asyncio.TimerHandle | None = None
-
-    def guard(self, connection: "KeptAliveConnection") -> None:
-        """Cut the connection if what SQLAlchemy still has to ask of it is not done by the deadline."""
-        self._guard = asyncio.get_running_loop().call_at(self.deadline, connection.cut)
-
-    def done(self) -> None:
-        """Keep the connection."""
-        if self._guard is not None:
-            self._guard.cancel()
-
-
-opening: ContextVar[Opening] = ContextVar("opening")
 
 
 class KeptAliveConnection(WatchedConnection):
@@ -112,55 +87,38 @@ class AnyRow(asyncpg.Record):
 
 
 class Connector:
-    """Opens connections to the first of several hosts that will do."""
+    """Opens connections to the first of several hosts that will do.
+
+    Keep one for each database, and `close` it: logins under way outlive the calls that asked for them.
+    """
 
     def __init__(self, settings: DatabaseSettings, *, writable: bool) -> None:
         self.settings = settings
         self.parameters = settings.parameters
         self.hosts = self.parameters.hosts
         self.writable = writable
-        self._first = 0
-        self._last_good = 0
+        self._search = HostSearch(
+            self.hosts,
+            self._open_host,
+            expected=DRIVER_FAILURES,
+            patience_seconds=settings.connect_timeout_seconds,
+        )
 
-    async def open_for_pool(self) -> KeptAliveConnection:
-        """Open a connection by the deadline of the pool's attempt, and guard what follows."""
-        attempt = opening.get()
-        connection = await self.open(attempt.deadline)
-        attempt.guard(connection)
-        return connection
+    @property
+    def login_seconds(self) -> float:
+        """Seconds after which a login is given up, whoever still waits for it."""
+        return self._search.login_seconds
 
     async def open(self, deadline: float) -> KeptAliveConnection:
-        """Open a connection by `deadline` (the event loop's time), trying the last good host first.
+        """Open a connection by `deadline` (the event loop's time).
 
-        Raises: DatabaseUnreachable, caused by the last host's failure.
+        Raises: DatabaseUnreachable, caused by what the hosts said.
         """
-        loop = asyncio.get_running_loop()
-        failure: BaseException | None = None
-        for index in self._order():
-            seconds = min(self.settings.connect_timeout_seconds, deadline - loop.time())
-            if seconds <= 0:
-                break
-            try:
-                connection = await self._open_host(self.hosts[index], seconds)
-            except DRIVER_FAILURES as error:
-                failure = error
-            else:
-                self._remember(index)
-                return connection
-            if index == self._first:
-                # The next request starts with the next host, and does not wait for this one again.
-                self._first = (index + 1) % len(self.hosts)
-        message = str(failure) or type(failure).__name__ if failure else "no time was left"
-        raise DatabaseUnreachable(f"The database cannot be reached: {message}.") from failure
+        return await self._search.connect(deadline)
 
-    def _order(self) -> Sequence[int]:
-        count = len(self.hosts)
-        return [(self._first + offset) % count for offset in range(count)]
-
-    def _remember(self, index: int) -> None:
-        if index != self._last_good:
-            logger.warning("database host changed", extra={"host": str(self.hosts[index])})
-        self._first = self._last_good = index
+    async def close(self) -> None:
+        """Give up the logins that are under way."""
+        await self._search.close()
 
     async def _open_host(self, host: Host, seconds: float) -> KeptAliveConnection:
         settings, parameters = self.settings, self.parameters

@@ -19,11 +19,11 @@ from app.db.connector import Connector
 from app.db.lease import Lease
 from app.db.observe import EngineWatch, PoolWatch
 from app.db.once_more import OnceMore
-from app.db.pool import BoundedPool
 from app.db.query import Query
 from app.db.replica import Replica, Router
 from app.db.sentinel import Look, Sentinel
 from app.db.sessions import Consistency, Isolation, ReadSession, Way, WriteSession
+from app.db.sqlalchemy_pool import BoundedPool, opened_connection
 from app.errors import DatabaseUnavailable
 from app.metrics import Metrics
 from app.sampling import Sampler
@@ -77,10 +77,11 @@ class Database:
             poolclass=BoundedPool,
             settings=settings,
             watch=watch,
+            connector=connector,
             # Where each connection was taken costs a walk over the stack: for development.
             trace=service.environment == "development",
             connect_args={
-                "async_creator_fn": connector.open_for_pool,
+                "async_creator_fn": opened_connection,
                 "prepared_statement_cache_size": settings.statement_cache_size,
             },
             echo=settings.echo,
@@ -119,7 +120,7 @@ class Database:
 
         Raises: PoolExhausted, DatabaseUnreachable; and as `Lease.rows` does.
         """
-        lease = Lease(self, await self.pool.lease(), readonly=True)
+        lease = Lease(self, await self.pool.acquire(), readonly=True)
         try:
             return await lease.rows(query, parameters)
         finally:

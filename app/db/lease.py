@@ -155,7 +155,7 @@ class Lease(DriverLane):
     def give_back(self) -> None:
         """Return the connection to the pool; one that is closed meanwhile is replaced there."""
         entry, self.entry = cast("ConnectionPoolEntry", self.entry), None
-        self._database.pool.give_back(entry)
+        self._database.pool.release(entry)
 
     def adopt(self, engine: Engine) -> HeldConnection:
         """Let SQLAlchemy go on where this lease stands: its connection, its transaction. Closing it gives it back.

@@ -31,7 +31,8 @@ from app.metrics import Metrics
 from app.sampling import Sampler
 
 if TYPE_CHECKING:
-    from app.db.pool import BoundedPool, Tenure
+    from app.db.pool import Tenure
+    from app.db.sqlalchemy_pool import BoundedPool
 
 logger = logging.getLogger(__name__)
 

@@ -1,43 +1,48 @@
-"""The bounded pool: admission, checkout, checkin and upkeep of one engine's connections.
+"""The bounded pool: admission, checkout, checkin and upkeep of one database's connections.
 
-SQLAlchemy's QueuePool waits on a queue of connections; this pool grants *permits*. At most `capacity` permits are
-out; a request takes one at once, or stands in a first-come-first-served queue of at most `max_waiting`, or is
-refused. With a permit it takes the most recently used idle connection that passes the checks, or opens one. One
-deadline covers all of it. Because a permit is handed over by whoever returns one, also by a connect that failed,
-nobody waits for a wake-up that was lost.
+`acquire` and `release` come first, and tell how it works. At most `capacity` connections are at work; a request takes
+an idle one at once, or stands in a first-come-first-served line of bounded length, or is refused. Who stands in line
+gets whatever comes first: a connection that somebody returns, or one that was newly opened.
+
+Connections are opened in the background, few at a time, as many as the line needs. No request opens one by itself: a
+request whose deadline passes leaves behind a login that serves the next one, and a hundred requests that find the pool
+empty do not make a hundred logins, each of which makes all of them late. When a login fails, those who wait for it are
+told at once, with its cause.
 
 Checks on checkout cost no round trip: a socket that the event loop saw closing, an age, a number of uses. Only a
 connection that idled for long proves itself by SELECT 1, under the same deadline. What is old, idle for too long or
 beyond the pool's size is closed by `tend()`, in the background, unless a request meets it first.
 
-Everything here runs on one event loop, without threads: between two awaits the figures agree with each other.
+Everything here runs on one event loop, without threads: between two awaits the figures agree with each other. How a
+connection is opened and kept is its subclass's business: SQLAlchemy's, in `sqlalchemy_pool`.
 """
 
 import asyncio
 import random
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable
-from contextvars import ContextVar
-from dataclasses import dataclass, field
+from contextvars import Context, ContextVar
+from dataclasses import dataclass
 from types import FrameType
-from typing import Any, Self, TypeVar, cast
+from typing import Any, Generic, Protocol, TypeVar
 
-from greenlet import getcurrent
-from sqlalchemy.pool import ConnectionPoolEntry, Pool, PoolProxiedConnection
-from sqlalchemy.util.concurrency import await_, greenlet_spawn
-
-from app.db.connector import DRIVER_FAILURES, KeptAliveConnection, Opening, opening
+from app.db.connector import DRIVER_FAILURES, KeptAliveConnection
 from app.db.observe import PoolWatch
-from app.errors import DatabaseUnreachable, PoolExhausted
+from app.errors import DatabaseUnreachable, PoolExhausted, sqlstate
 from app.settings import DatabaseSettings
 
+# Connections that one pool opens at the same time. Each costs the server a process and both sides a millisecond of
+# hashing; more at once made all of them late on a machine that is short of processors (decision 0015).
+OPENED_AT_ONCE = 3
+# What the server answers when it has no room for another connection: those that are open go on working.
+SERVER_FULL = "53"
+# What opening a connection raises when nothing is wrong with the service itself.
+FAILURES = (DatabaseUnreachable, *DRIVER_FAILURES)
 # Who takes a connection in this context: the route template of a request, or the name of a task.
 holder: ContextVar[str] = ContextVar("holder", default="background")
-# What SQLAlchemy connects to in this context in place of a connection of its own.
-_adopted: ContextVar[ConnectionPoolEntry | None] = ContextVar("adopted", default=None)
-T = TypeVar("T")
 
 
 @dataclass(slots=True, eq=False)
@@ -70,7 +75,8 @@ class Tenure:
 class PoolFigures:
     """One instant of a pool. `checked_out + connecting + available == total`, always.
 
-    Connecting are the permits that have no connection yet: just granted, or it is being checked or opened.
+    Connecting are the requests within `total` that have no connection yet: it was just granted, or is being checked or
+    opened; and connections being opened for nobody in particular. Waiting are the requests beyond.
     """
 
     pool_size: int
@@ -94,222 +100,229 @@ class Holding:
     taken_in: str | None = None
 
 
-@dataclass(slots=True)
-class _Counts:
-    at_work: int = 0
-    generation: int = 0
-    closed: bool = False
-    out: dict[ConnectionPoolEntry, Tenure] = field(default_factory=dict)
+class Slot(Protocol):
+    """What the pool lends: the place of one connection, with the life of that connection in `info["tenure"]`."""
+
+    @property
+    def info(self) -> Any:
+        """A mapping that lives as long as the connection."""
+
+    @property
+    def dbapi_connection(self) -> object | None:
+        """The connection, None when its holder found it lost."""
+
+    def invalidate(self) -> None:
+        """Give the connection up; it is closed already."""
 
 
-class BoundedPool(Pool):
-    """A pool of at most `pool_size + max_overflow` connections with a bounded, fair and timed queue in front."""
+@dataclass(slots=True, eq=False)
+class _Opening:
+    """A connection that is being opened: `generation` is the pool's when that began, `keep` the server it must be."""
+
+    started_at: float
+    generation: int
+    keep: float | None = None
+
+
+S = TypeVar("S", bound=Slot)
+
+
+class ConnectionPool(ABC, Generic[S]):
+    """A pool of at most `pool_size + max_overflow` connections with a bounded, fair and timed line in front."""
 
     def __init__(
-        self,
-        creator: Callable[..., Any],
-        settings: DatabaseSettings,
-        watch: PoolWatch,
-        clock: Callable[[], float] = time.monotonic,
-        trace: bool = False,  # noqa: FBT001, FBT002  # See below.
-        **for_pool: Any,
+        self, settings: DatabaseSettings, watch: PoolWatch, clock: Callable[[], float], *, trace: bool
     ) -> None:
-        # create_async_engine hands on what it finds in this signature, and overlooks what is keyword-only.
-        super().__init__(creator, **for_pool)
         self.settings = settings
         self._watch = watch
         self._clock = clock
         self._trace = trace
-        self._idle: list[ConnectionPoolEntry] = []
-        self._waiters: OrderedDict[asyncio.Future[None], None] = OrderedDict()
-        self._counts = _Counts()
+        # A connection is idle, out with a holder, or in hand: granted or being checked. Nobody waits while one idles.
+        self._idle: list[S] = []
+        self._out: dict[S, Tenure] = {}
+        self._in_hand: set[S] = set()
+        self._openings: set[_Opening] = set()
+        self._openers: set[asyncio.Task[None]] = set()
+        self._waiters: OrderedDict[asyncio.Future[S], None] = OrderedDict()
+        # Why the last connect failed; None since one succeeded.
+        self._failure: Exception | None = None
+        self._generation = 0
+        self._closed = False
         self._drained: asyncio.Event | None = None
 
-    # What operators read.
+    async def acquire(self) -> S:
+        """Take a connection; `release` it whatever happens.
 
-    def figures(self) -> PoolFigures:
-        """Count, without waiting for anything."""
-        settings, counts = self.settings, self._counts
-        opened = len(self._idle) + len(counts.out)
-        return PoolFigures(
-            pool_size=settings.pool_size,
-            max_overflow=settings.max_overflow,
-            total=settings.capacity,
-            checked_out=len(counts.out),
-            checked_in=len(self._idle),
-            connecting=counts.at_work - len(counts.out),
-            overflow=max(0, opened - settings.pool_size),
-            available=settings.capacity - counts.at_work,
-            waiting=len(self._waiters),
-        )
+        One deadline, `pool_timeout` seconds from now, covers waiting, connecting and checking.
 
-    @property
-    def load(self) -> int:
-        """Requests at work or waiting."""
-        return self._counts.at_work + len(self._waiters)
-
-    def holdings(self) -> list[Holding]:
-        """List the checkouts going on, longest first."""
-        now = self._clock()
-        tenures = sorted(self._counts.out.values(), key=lambda t: t.taken_at)
-        return [_holding(t, now) for t in tenures]
-
-    def status(self) -> str:
-        """Describe the pool in one line, as SQLAlchemy's own pools do."""
-        return str(self.figures())
-
-    # Checkout and checkin, called by SQLAlchemy inside its greenlet.
-
-    def _do_get(self) -> ConnectionPoolEntry:
-        if (adopted := _adopted.get()) is not None:
-            return adopted
-        started = self._clock()
-        deadline = asyncio.get_running_loop().time() + self.settings.pool_timeout
-        self._admit(deadline)
-        try:
-            entry = self._take_idle(deadline) or self._open(deadline)
-        except BaseException:
-            self._release()
-            raise
-        return self._hand_out(entry, _tenure(entry), started)
-
-    async def lease(self) -> ConnectionPoolEntry:
-        """Take a connection past SQLAlchemy; `give_back` it whatever happens.
-
-        Raises: PoolExhausted, DatabaseUnreachable.
+        Raises: PoolExhausted when all are at work, DatabaseUnreachable when none could be opened.
         """
         # Most of the time a connection is there to be taken, and nothing has to be waited for.
-        if self._idle and self._counts.at_work < self.settings.capacity and not self._counts.closed:
-            started, entry = self._clock(), self._idle[-1]
-            tenure = _tenure(entry)
-            idle = started - tenure.idle_since
-            if idle < self.settings.pool_check_after_seconds and self._expired(tenure, started) is None:
-                self._counts.at_work += 1
-                return self._hand_out(self._idle.pop(), tenure, started)
-        return cast("ConnectionPoolEntry", await greenlet_spawn(self._do_get))
+        if (slot := self._take_warm()) is not None:
+            return slot
+        if self._closed:
+            raise self._refusal("closing", "The service is shutting down.")
+        started = self._clock()
+        deadline = asyncio.get_running_loop().time() + self.settings.pool_timeout
+        while self._idle:
+            # The most recently used one: it is the likeliest to live, and the others can grow old and be closed.
+            slot = self._idle.pop()
+            if await self._is_usable(slot, deadline):
+                return self._hand_out(slot, _tenure(slot), started)
+        free = self._free
+        if len(self._waiters) >= free + self.settings.pool_max_waiting:
+            raise self._full(free)
+        if len(self._waiters) >= free:
+            self._watch.waited()
+        slot = await self._stand_in_line(deadline)
+        return self._hand_out(slot, _tenure(slot), started)
 
-    def adopt(self, entry: ConnectionPoolEntry, connect: Callable[[], T]) -> T:
-        """Let SQLAlchemy `connect` to what `lease` gave; it is SQLAlchemy that gives it back then."""
-        adopting = _adopted.set(entry)
+    def release(self, slot: S) -> None:
+        """Return what `acquire` gave; one that is closed or too old is replaced."""
+        # No await in here: the garbage collector calls it too, for a connection that somebody dropped.
+        tenure = self._out.pop(slot)
+        now = self._clock()
+        kept = False
         try:
-            return connect()
+            self._watch.returned(tenure.holder, now - tenure.taken_at, tenure.queried_seconds())
+            if slot.dbapi_connection is None:
+                self._watch.replaced("error")
+            elif reason := self._expired(tenure, now) or tenure.connection.settle():
+                self._discard(slot, reason)
+            else:
+                tenure.idle_since = now
+                kept = True
         finally:
-            _adopted.reset(adopting)
+            if kept:
+                self._grant(slot)
+            else:
+                self._open_more()
+            if self._drained is not None:
+                self._note_drained()
 
-    def give_back(self, entry: ConnectionPoolEntry) -> None:
-        """Return what `lease` gave; a connection that is closed meanwhile is replaced."""
-        self._do_return_conn(entry)
+    def _take_warm(self) -> S | None:
+        """Take the most recently used idle connection if it needs no check that takes time."""
+        if not self._idle or self._closed:
+            return None
+        now, slot = self._clock(), self._idle[-1]
+        tenure: Tenure = slot.info["tenure"]
+        if now - tenure.idle_since >= self.settings.pool_check_after_seconds or self._expired(tenure, now) is not None:
+            return None
+        return self._hand_out(self._idle.pop(), tenure, now)
 
-    def _hand_out(self, entry: ConnectionPoolEntry, tenure: Tenure, started: float) -> ConnectionPoolEntry:
+    async def _stand_in_line(self, deadline: float) -> S:
+        loop = asyncio.get_running_loop()
+        waiter: asyncio.Future[S] = loop.create_future()
+        self._waiters[waiter] = None
+        # A timer of its own, and no asyncio.timeout: that would cancel the task, and a cancel that crosses with
+        # a connection just granted is how connections get lost.
+        timer = loop.call_at(deadline, self._expire, waiter)
+        self._open_more()
+        try:
+            slot = await waiter
+        except asyncio.CancelledError:
+            # Cancelled in the very moment of an answer: a connection goes to the next one; a refusal was none.
+            if waiter.done() and not waiter.cancelled() and waiter.exception() is None:
+                self._in_hand.discard(waiter.result())
+                self._grant(waiter.result())
+                self._note_drained()
+            raise
+        finally:
+            timer.cancel()
+            self._waiters.pop(waiter, None)
+        self._in_hand.discard(slot)
+        return slot
+
+    def _grant(self, slot: S) -> None:
+        """Hand a connection to the one who has waited longest, else keep it."""
+        while self._waiters:
+            waiter, _ = self._waiters.popitem(last=False)
+            if not waiter.done():
+                self._in_hand.add(slot)
+                waiter.set_result(slot)
+                return
+        self._idle.append(slot)
+
+    def _hand_out(self, slot: S, tenure: Tenure, started: float) -> S:
         now = self._clock()
         tenure.uses += 1
         tenure.holder = holder.get()
         tenure.taken_at = now
         tenure.queried, tenure.asked_at = 0.0, None
-        tenure.taken_in = _caller() if self._trace else None
+        tenure.taken_in = self._caller() if self._trace else None
         tenure.reported = False
-        self._counts.out[entry] = tenure
+        self._out[slot] = tenure
         self._watch.acquired(now - started, tenure.holder)
-        return entry
+        return slot
 
-    def _do_return_conn(self, record: ConnectionPoolEntry) -> None:
-        # No await in here: the garbage collector calls it too, for a connection that somebody dropped.
-        tenure = self._counts.out.pop(record)
-        now = self._clock()
-        try:
-            self._watch.returned(tenure.holder, now - tenure.taken_at, tenure.queried_seconds())
-            if record.dbapi_connection is None:
-                self._watch.replaced("error")
-            elif reason := self._expired(tenure, now) or tenure.connection.settle():
-                self._discard(record, reason)
-            else:
-                tenure.idle_since = now
-                self._idle.append(record)
-        finally:
-            self._release()
+    # Refusals.
 
-    def _invalidate(
-        self,
-        connection: PoolProxiedConnection,
-        exception: BaseException | None = None,
-        _checkin: bool = True,  # noqa: FBT001, FBT002  # SQLAlchemy's signature.
-    ) -> None:
-        # SQLAlchemy would replace every connection of the pool when one is lost. Each of ours is looked at when
-        # it is taken; whoever knows that all are lost says so by `abandon` or `dispose`.
-        if _checkin and connection.is_valid:
-            connection.invalidate(exception)
-
-    def _admit(self, deadline: float) -> None:
-        if self._counts.closed:
-            raise self._refusal("closing", "The service is shutting down.")
-        if self._counts.at_work < self.settings.capacity:
-            self._counts.at_work += 1
-        elif len(self._waiters) >= self.settings.pool_max_waiting:
-            raise self._refusal(
-                "queue_full",
-                f"All {self.settings.capacity} connections are at work and {len(self._waiters)} requests wait already.",
-            )
+    def _expire(self, waiter: asyncio.Future[S]) -> None:
+        """Refuse who has waited until the deadline, and say what for: a returned connection, or one being opened."""
+        if waiter.done():
+            return
+        del self._waiters[waiter]
+        seconds = self.settings.pool_timeout
+        began = asyncio.get_running_loop().time() - seconds
+        connecting_hangs = any(opening.started_at <= began for opening in self._openings)
+        if self._failure is not None or connecting_hangs or not (self._out or self._in_hand):
+            waiter.set_exception(self._unreachable())
         else:
-            self._watch.waited()
-            await_(self._queue(deadline))
-
-    async def _queue(self, deadline: float) -> None:
-        loop = asyncio.get_running_loop()
-        waiter = loop.create_future()
-        self._waiters[waiter] = None
-        # A timer of its own, and no asyncio.timeout: that would cancel the task, and a cancel that crosses with
-        # a permit just granted is how permits get lost.
-        timer = loop.call_at(deadline, self._expire, waiter)
-        try:
-            await waiter
-        except asyncio.CancelledError:
-            # Cancelled in the very moment of an answer: a permit goes to the next one; a refusal was none.
-            if waiter.done() and not waiter.cancelled() and waiter.exception() is None:
-                self._release()
-            raise
-        finally:
-            timer.cancel()
-            self._waiters.pop(waiter, None)
-
-    def _expire(self, waiter: asyncio.Future[None]) -> None:
-        if not waiter.done():
-            del self._waiters[waiter]
-            seconds = self.settings.pool_timeout
             waiter.set_exception(self._refusal("timeout", f"No connection became free within {seconds:g} s."))
+
+    def _full(self, free: int) -> Exception:
+        if free and self._failure is not None:
+            return self._unreachable()
+        return self._refusal(
+            "queue_full",
+            f"All {self.settings.capacity} connections are at work and {len(self._waiters)} requests wait already.",
+        )
 
     def _refusal(self, reason: str, sentence: str) -> PoolExhausted:
         self._watch.rejected(reason)
         return PoolExhausted(sentence, database=self._watch.pool, reason=reason)
 
-    def _release(self) -> None:
-        """Hand the permit to the one who has waited longest, or take it back."""
-        while self._waiters:
-            waiter, _ = self._waiters.popitem(last=False)
-            if not waiter.done():
-                waiter.set_result(None)
-                return
-        self._counts.at_work -= 1
-        if self._counts.at_work == 0 and self._drained is not None:
-            self._drained.set()
+    def _unreachable(self) -> Exception:
+        """Name why the last connect failed, or that none has ended, anew for each who is told; a bug as it is."""
+        known = self._failure
+        if known is None:
+            known = TimeoutError(f"no connection was opened within {self.settings.pool_timeout:g} s")
+        if not isinstance(known, FAILURES):
+            return known
+        sentence = f"The database cannot be reached: {known or type(known).__name__}."
+        cause: BaseException | None = known
+        if isinstance(known, DatabaseUnreachable):
+            sentence, cause = str(known), known.__cause__
+        failure = DatabaseUnreachable(sentence, database=self._watch.pool)
+        failure.__cause__ = cause
+        return failure
 
-    def _take_idle(self, deadline: float) -> ConnectionPoolEntry | None:
-        while self._idle:
-            # The most recently used one: it is the likeliest to live, and the others can grow old and be closed.
-            entry = self._idle.pop()
-            now = self._clock()
-            tenure = _tenure(entry)
-            reason = self._expired(tenure, now)
-            if reason is None and now - tenure.idle_since >= self.settings.pool_check_after_seconds:
-                reason = None if self._answers(entry, deadline) else "unresponsive"
-            if reason is None:
-                return entry
-            self._discard(entry, reason)
-        return None
+    # Checks.
+
+    async def _is_usable(self, slot: S, deadline: float) -> bool:
+        """Check an idle connection, and discard it when it fails."""
+        now, tenure = self._clock(), _tenure(slot)
+        reason = self._expired(tenure, now)
+        if reason is None and now - tenure.idle_since >= self.settings.pool_check_after_seconds:
+            self._in_hand.add(slot)
+            try:
+                reason = None if await _answers(tenure.connection, deadline) else "unresponsive"
+            except BaseException:
+                self._discard(slot, "unresponsive")
+                raise
+            finally:
+                self._in_hand.discard(slot)
+                self._open_more()
+                self._note_drained()
+        if reason is None:
+            return True
+        self._discard(slot, reason)
+        return False
 
     def _expired(self, tenure: Tenure, now: float) -> str | None:
         if tenure.connection.is_closed():
             return "closed"
-        if tenure.generation != self._counts.generation:
+        if tenure.generation != self._generation:
             return "disposed"
         if now >= tenure.expires_at:
             return "age"
@@ -317,77 +330,163 @@ class BoundedPool(Pool):
             return "uses"
         return None
 
-    def _answers(self, entry: ConnectionPoolEntry, deadline: float) -> bool:
-        connection = _tenure(entry).connection
-        # At the deadline the socket is torn down, which ends the wait; cancelling would leave it to the server.
-        # Half of what is left is kept for opening another one.
-        loop = asyncio.get_running_loop()
-        timer = loop.call_at((loop.time() + deadline) / 2, connection.cut)
-        try:
-            await_(connection.execute("SELECT 1"))
-        except DRIVER_FAILURES:
-            return False
-        except BaseException:
-            self._discard(entry, "unresponsive")
-            raise
-        finally:
-            timer.cancel()
-        return True
-
-    def _open(self, deadline: float) -> ConnectionPoolEntry:
-        # What `dispose` was called for while this one was being opened holds for it too.
-        started, generation = self._clock(), self._counts.generation
-        opening.set(attempt := Opening(deadline))
-        try:
-            entry = self._create_connection()
-        except DRIVER_FAILURES as error:
-            self._watch.connect_failed()
-            raise DatabaseUnreachable("The database cannot be reached.", database=self._watch.pool) from error
-        except DatabaseUnreachable as error:
-            self._watch.connect_failed()
-            error.database = self._watch.pool
-            raise
-        finally:
-            attempt.done()
-        now = self._clock()
-        # A tenth of the lifetime is left to chance, so that connections opened together do not end together.
-        lifetime = self.settings.pool_recycle * random.uniform(0.9, 1.0)  # noqa: S311  # Not a secret.
-        connection = cast("KeptAliveConnection", entry.driver_connection)
-        entry.info["tenure"] = Tenure(connection, now, now + lifetime, generation, idle_since=now)
-        self._watch.connected(now - started)
-        return entry
-
-    def _discard(self, entry: ConnectionPoolEntry, reason: str) -> None:
+    def _discard(self, slot: S, reason: str) -> None:
         self._watch.replaced(reason)
         # Says goodbye and closes without waiting for an answer, which a dead peer would never give.
-        _tenure(entry).connection.terminate()
-        entry.invalidate()
+        _tenure(slot).connection.terminate()
+        slot.invalidate()
 
-    # Upkeep, called by the owner of the engine.
+    # Opening.
+
+    @abstractmethod
+    async def connect_slot(self, deadline: float) -> tuple[S, KeptAliveConnection]:
+        """Open a connection by `deadline` (the event loop's time).
+
+        Raises: DatabaseUnreachable, or one of DRIVER_FAILURES.
+        """
+
+    @property
+    @abstractmethod
+    def login_seconds(self) -> float:
+        """Seconds after which a login is given up, whoever still waits for it."""
+
+    @property
+    def _free(self) -> int:
+        """Connections that may still be taken, idle or not open yet."""
+        return self.settings.capacity - len(self._out) - len(self._in_hand)
+
+    def _open_more(self) -> None:
+        """Open what those in line need: few at a time, and never more than the pool may hold."""
+        if not self._waiters or self._closed:
+            return
+        opening = len(self._openings)
+        room = self._free - len(self._idle)
+        loop = next(iter(self._waiters)).get_loop()
+        for _ in range(min(len(self._waiters), room, OPENED_AT_ONCE) - opening):
+            # In a context of its own: it belongs to no request.
+            task = loop.create_task(self._open_one(self._begin_opening(loop), self.login_seconds), context=Context())
+            self._openers.add(task)
+            task.add_done_callback(self._openers.discard)
+
+    def _begin_opening(self, loop: asyncio.AbstractEventLoop) -> _Opening:
+        opening = _Opening(loop.time(), self._generation)
+        self._openings.add(opening)
+        return opening
+
+    async def _open_one(self, opening: _Opening, seconds: float) -> None:
+        """Open a connection within `seconds` for whoever waits when it is there."""
+        started = self._clock()
+        try:
+            slot, connection = await self.connect_slot(asyncio.get_running_loop().time() + seconds)
+        except Exception as error:  # noqa: BLE001  # The edge of a task: whoever waits is told.
+            self._openings.discard(opening)
+            self._tell_failure(error)
+        else:
+            self._openings.discard(opening)
+            now = self._clock()
+            # A tenth of the lifetime is left to chance, so that connections opened together do not end together.
+            lifetime = self.settings.pool_recycle * random.uniform(0.9, 1.0)  # noqa: S311  # Not a secret.
+            slot.info["tenure"] = Tenure(connection, now, now + lifetime, opening.generation, idle_since=now)
+            self._failure = None
+            self._watch.connected(now - started)
+            self._arrive(slot, opening)
+        finally:
+            self._openings.discard(opening)
+            self._open_more()
+            self._note_drained()
+
+    def _arrive(self, slot: S, opening: _Opening) -> None:
+        tenure = _tenure(slot)
+        if opening.keep is not None and tenure.connection.server != opening.keep:
+            self._discard(slot, "superseded")
+        elif self._waiters:
+            # What `dispose` was called for meanwhile holds for it too: it serves who waits now, and nobody later.
+            self._grant(slot)
+        elif tenure.generation != self._generation:
+            self._discard(slot, "disposed")
+        else:
+            self._idle.insert(0, slot)
+
+    def _tell_failure(self, error: Exception) -> None:
+        """Tell those who waited for this connect; who may still get a returned connection waits on."""
+        known, self._failure = self._failure, error
+        # Several connects end together when they waited for one login.
+        known_already = known is not None and known.__cause__ is not None and known.__cause__ is error.__cause__
+        if not known_already:
+            self._watch.connect_failed()
+        told = len(self._waiters)
+        if self._out or self._in_hand:
+            full = (sqlstate(error) or "").startswith(SERVER_FULL)
+            told = 0 if full or known_already else min(told, self._free)
+        for _ in range(told):
+            waiter, _ = self._waiters.popitem(last=False)
+            if not waiter.done():
+                waiter.set_exception(self._unreachable())
+
+    # What operators read.
+
+    def figures(self) -> PoolFigures:
+        """Count, without waiting for anything."""
+        settings, free, waiting = self.settings, self._free, len(self._waiters)
+        opened = len(self._idle) + len(self._out)
+        coming = min(free, max(waiting, len(self._openings)))
+        return PoolFigures(
+            pool_size=settings.pool_size,
+            max_overflow=settings.max_overflow,
+            total=settings.capacity,
+            checked_out=len(self._out),
+            checked_in=len(self._idle),
+            connecting=len(self._in_hand) + coming,
+            overflow=max(0, opened - settings.pool_size),
+            available=free - coming,
+            waiting=max(0, waiting - free),
+        )
+
+    @property
+    def load(self) -> int:
+        """Requests at work or waiting."""
+        return len(self._out) + len(self._in_hand) + len(self._waiters)
+
+    def holdings(self) -> list[Holding]:
+        """List the checkouts going on, longest first."""
+        now = self._clock()
+        tenures = sorted(self._out.values(), key=lambda t: t.taken_at)
+        return [_holding(t, now) for t in tenures]
+
+    def newly_long_held(self, seconds: float) -> list[Holding]:
+        """List the checkouts that have been held for longer than `seconds`, each of them once."""
+        now, found = self._clock(), []
+        for tenure in self._out.values():
+            if now - tenure.taken_at >= seconds and not tenure.reported:
+                tenure.reported = True
+                found.append(_holding(tenure, now))
+        return found
+
+    # Upkeep, called by the owner.
 
     async def warm_up(self) -> None:
         """Open connections until `warm_size` are open.
 
-        Raises: DatabaseUnavailable when one cannot be opened; those that were stay.
+        Raises: DatabaseUnreachable when one cannot be opened within `connect_timeout_seconds`; those that were stay.
         """
-        while len(self._idle) + self._counts.at_work < self.settings.warm_size and not self._counts.closed:
-            await greenlet_spawn(self._add_idle)
+        while self._opened < self.settings.warm_size and not self._closed:
+            opening = self._begin_opening(asyncio.get_running_loop())
+            await self._open_one(opening, self.settings.connect_timeout_seconds)
+            if self._failure is not None:
+                raise self._unreachable()
 
-    def _add_idle(self) -> None:
-        self._counts.at_work += 1
-        try:
-            loop = asyncio.get_running_loop()
-            self._idle.insert(0, self._open(loop.time() + self.settings.connect_timeout_seconds))
-        finally:
-            self._release()
+    @property
+    def _opened(self) -> int:
+        """Connections that are open, or being opened."""
+        return len(self._idle) + len(self._out) + len(self._in_hand) + len(self._openings)
 
     def tend(self) -> None:
         """Close what is too old, idle for too long, or idle beyond the pool's size."""
         now, settings, kept = self._clock(), self.settings, []
-        spare = len(self._idle) + self._counts.at_work - settings.warm_size
-        surplus = len(self._idle) + self._counts.at_work - settings.pool_size
-        for entry in self._idle:  # The one idle for longest comes first.
-            tenure = _tenure(entry)
+        spare = self._opened - settings.warm_size
+        surplus = self._opened - settings.pool_size
+        for slot in self._idle:  # The one idle for longest comes first.
+            tenure = _tenure(slot)
             idle = now - tenure.idle_since
             reason = self._expired(tenure, now)
             if reason is None and surplus > 0 and idle >= settings.pool_overflow_idle_seconds:
@@ -395,81 +494,95 @@ class BoundedPool(Pool):
             if reason is None and spare > 0 and idle >= settings.pool_idle_seconds:
                 reason = "idle"
             if reason is None:
-                kept.append(entry)
+                kept.append(slot)
                 continue
             spare, surplus = spare - 1, surplus - 1
-            self._discard(entry, reason)
+            self._discard(slot, reason)
         self._idle = kept
 
-    def newly_long_held(self, seconds: float) -> list[Holding]:
-        """List the checkouts that have been held for longer than `seconds`, each of them once."""
-        now, found = self._clock(), []
-        for tenure in self._counts.out.values():
-            if now - tenure.taken_at >= seconds and not tenure.reported:
-                tenure.reported = True
-                found.append(_holding(tenure, now))
-        return found
+    # The end, of the connections or of the pool.
+
+    def abandon(self, *, keep: float | None = None) -> None:
+        """Drop every connection, those at work too: the server behind them is gone or is the wrong one.
+
+        Those that lead to the server `keep` stay, and of those being opened only they will.
+        """
+        for slot in (*self._idle, *self._in_hand, *self._out):
+            connection = _tenure(slot).connection
+            if keep is None or connection.server != keep:
+                # Whoever takes it or brings it back finds it closed.
+                connection.cut() if slot in self._out or slot in self._in_hand else connection.terminate()
+        for opening in self._openings:
+            opening.keep = keep
+        self.tend()
+
+    def dispose(self) -> None:
+        """Close the idle connections; those at work are closed when they come back."""
+        self._generation += 1
+        idle, self._idle = self._idle, []
+        for slot in idle:
+            self._discard(slot, "disposed")
+
+    def close(self) -> None:
+        """Admit nobody any more; who waits is refused now. The connections at work stay with their holders."""
+        self._closed = True
+        for waiter in list(self._waiters):
+            del self._waiters[waiter]
+            if not waiter.done():
+                waiter.set_exception(self._refusal("closing", "The service is shutting down."))
+        for opener in self._openers:
+            opener.cancel()
 
     async def drained(self, timeout_seconds: float) -> bool:
         """Wait until nothing is at work, for `timeout_seconds` at most, and say whether that came about."""
-        if self._counts.at_work == 0:
-            return True
         self._drained = asyncio.Event()
+        self._note_drained()
         try:
             await asyncio.wait_for(self._drained.wait(), max(0.0, timeout_seconds))
         except TimeoutError:
             return False
         return True
 
-    def abandon(self, *, keep: float | None = None) -> None:
-        """Drop every connection, those at work too: the server behind them is gone or is the wrong one.
+    def _note_drained(self) -> None:
+        if self._drained is not None and not (self._out or self._in_hand or self._openings):
+            self._drained.set()
 
-        Those that lead to the server `keep` stay.
-        """
-        for entry in (*self._idle, *self._counts.out):
-            connection = _tenure(entry).connection
-            if keep is None or connection.server != keep:
-                # Whoever takes it or brings it back finds it closed.
-                connection.cut() if entry in self._counts.out else connection.terminate()
-        self.tend()
+    # Where a connection was taken.
 
-    def close(self) -> None:
-        """Admit nobody any more; who waits is refused now. The connections at work stay with their holders."""
-        self._counts.closed = True
-        for waiter in list(self._waiters):
-            del self._waiters[waiter]
-            if not waiter.done():
-                waiter.set_exception(self._refusal("closing", "The service is shutting down."))
+    def _caller(self) -> str:
+        """Name the line of the service that asked for a connection: the first outside `app.db` and its libraries."""
+        frame = self.frame()
+        while _module(frame).startswith(("app.db.", "sqlalchemy.")) and frame.f_back is not None:
+            frame = frame.f_back
+        return f"{_module(frame)}:{frame.f_lineno} in {frame.f_code.co_name}"
 
-    def dispose(self) -> None:
-        """Close the idle connections; those at work are closed when they come back."""
-        self._counts.generation += 1
-        idle, self._idle = self._idle, []
-        for entry in idle:
-            self._discard(entry, "disposed")
-
-    def recreate(self) -> Self:
-        """Return this pool: after `dispose` it goes on, and its figures stay right for what is still out."""
-        return self
+    def frame(self) -> FrameType:
+        """Return a frame that leads to the one who asked."""
+        return sys._getframe()  # noqa: SLF001  # As documented.
 
 
-def _tenure(entry: ConnectionPoolEntry) -> Tenure:
-    tenure: Tenure = entry.info["tenure"]
+async def _answers(connection: KeptAliveConnection, deadline: float) -> bool:
+    # At the deadline the socket is torn down, which ends the wait; cancelling would leave it to the server.
+    # Half of what is left is kept for opening another one.
+    loop = asyncio.get_running_loop()
+    timer = loop.call_at((loop.time() + deadline) / 2, connection.cut)
+    try:
+        await connection.execute("SELECT 1")
+    except DRIVER_FAILURES:
+        return False
+    finally:
+        timer.cancel()
+    return True
+
+
+def _tenure(slot: Slot) -> Tenure:
+    tenure: Tenure = slot.info["tenure"]
     return tenure
 
 
 def _holding(tenure: Tenure, now: float) -> Holding:
     held = now - tenure.taken_at
     return Holding(tenure.holder, held, max(0.0, held - tenure.queried_seconds()), tenure.taken_in)
-
-
-def _caller() -> str:
-    """Name the line of the service that asked for a connection: outside `app.db`, above SQLAlchemy's greenlet."""
-    parent = getcurrent().parent
-    frame = cast("FrameType", sys._getframe() if parent is None else parent.gr_frame)  # noqa: SLF001  # As documented.
-    while _module(frame).startswith(("app.db.", "sqlalchemy.")) and frame.f_back is not None:
-        frame = frame.f_back
-    return f"{_module(frame)}:{frame.f_lineno} in {frame.f_code.co_name}"
 
 
 def _module(frame: FrameType) -> str:

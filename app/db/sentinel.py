@@ -157,6 +157,7 @@ class Sentinel:
             self._look.cancel()
             await asyncio.gather(self._look, return_exceptions=True)
         self._hang_up()
+        await self._connector.close()
 
     def _hang_up(self) -> None:
         connection, self._connection = self._connection, None

@@ -158,7 +158,7 @@ class ReadSession(AsyncSession):
     async def _begin(self) -> Lease:
         self._start()
         try:
-            lease = Lease(self._database, await self._database.pool.lease(), readonly=self.reads)
+            lease = Lease(self._database, await self._database.pool.acquire(), readonly=self.reads)
             await lease.begin(self._way.begin)
         finally:
             self._beginning = False

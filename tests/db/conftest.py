@@ -10,7 +10,7 @@ import pytest
 from sqlalchemy import text
 
 from app.db import engines
-from app.db.pool import BoundedPool
+from app.db.sqlalchemy_pool import BoundedPool
 from app.metrics import Metrics
 from app.sampling import Sampler
 from app.settings import DatabaseSettings, Settings

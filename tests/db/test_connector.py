@@ -2,7 +2,6 @@
 
 import asyncio
 import socket
-import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -173,52 +172,6 @@ async def test_refused_host_is_passed_over_and_the_good_one_remembered(
         assert (proxy.connections, second.connections) == (0, 2)
     changes = [record for record in caplog.records if record.message == "database host changed"]
     assert [vars(record)["host"] for record in changes] == [f"127.0.0.1:{second.port}"]
-
-
-async def test_black_holed_host_costs_its_own_timeout(database: Database, proxy: Proxy, stopwatch: Stopwatch) -> None:
-    """A host that accepts and is silent takes connect_timeout_seconds once, and the next connect nothing."""
-    async with Proxy(database.cluster.primary.port) as second:
-        proxy.hang()
-        to = connector(several(database, proxy.port, second.port), connect_timeout_seconds=0.2)
-
-        started, asked_at = stopwatch.seconds, time.perf_counter()
-        async with opened(to):
-            passed, first = time.perf_counter() - asked_at, stopwatch.seconds - started
-        async with opened(to):
-            pass
-
-        assert passed >= 0.2
-        assert first < 1
-        assert (proxy.connections, second.connections) == (1, 2)
-
-
-async def test_requests_that_fail_together_move_on_once(database: Database, proxy: Proxy) -> None:
-    """Two requests that meet the same black hole do not skip the host after it."""
-    async with Proxy(database.cluster.primary.port) as second, Proxy(database.cluster.primary.port) as third:
-        proxy.hang()
-        to = connector(several(database, proxy.port, second.port, third.port), connect_timeout_seconds=5)
-        soon = asyncio.get_running_loop().time() + 0.1
-
-        failed = await asyncio.gather(to.open(soon), to.open(soon), return_exceptions=True)
-        async with opened(to):
-            pass
-
-        assert all(isinstance(failure, DatabaseUnreachable) for failure in failed)
-        assert (second.connections, third.connections) == (1, 0)
-
-
-async def test_request_that_found_no_host_leaves_the_next_one_a_start(database: Database, proxy: Proxy) -> None:
-    """When a black hole eats the whole deadline, the next request starts with the next host."""
-    async with Proxy(database.cluster.primary.port) as second:
-        proxy.hang()
-        to = connector(several(database, proxy.port, second.port), connect_timeout_seconds=5)
-
-        with pytest.raises(DatabaseUnreachable):
-            await to.open(asyncio.get_running_loop().time() + 0.1)
-        async with opened(to):
-            pass
-
-        assert (proxy.connections, second.connections) == (1, 1)
 
 
 async def test_standby_is_passed_over_for_writes(database: Database) -> None:

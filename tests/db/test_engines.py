@@ -212,7 +212,7 @@ async def test_direct_read_on_a_connection_that_was_just_lost(database: Database
         """Parameters that lose the connection while they are read, as the event loop tells asyncpg of a loss."""
 
         def __getitem__(self, name: str) -> int:
-            (entry,) = p.pool._counts.out
+            (entry,) = p.pool._out
             cast("Any", entry.driver_connection)._protocol.connection_lost(None)
             return 1
 

@@ -13,7 +13,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from app.db.connector import KeptAliveConnection
 from app.db.query import Query
-from app.errors import DatabaseUnreachable, PoolExhausted
+from app.errors import DatabaseUnreachable, PoolExhausted, sqlstate
 from local.waiting import eventually
 from tests.conftest import Database, Execute
 from tests.db.conftest import Clock, Pooled, pooled, sessions_end
@@ -105,16 +105,22 @@ async def test_waiting_ends_at_the_deadline(database: Database) -> None:
         assert (p.rejected("timeout"), p.pool.figures().waiting) == (1, 0)
 
 
-async def test_connecting_ends_at_the_deadline(database: Database, proxy: Proxy, stopwatch: Stopwatch) -> None:
-    """A server that accepts and says nothing is given up when the time is over, however long a connect may take."""
+async def test_connecting_ends_at_the_deadline(database: Database, proxy: Proxy) -> None:
+    """Who waits for a server that accepts and says nothing is refused in time; the login serves the next one."""
     proxy.hang()
     async with pooled(proxy.url(database.url()), pool_timeout=0.1, connect_timeout_seconds=30) as p:
-        started = stopwatch.seconds
-        with pytest.raises(DatabaseUnreachable):
+        with pytest.raises(DatabaseUnreachable, match=r"no connection was opened within 0\.1 s"):
             await p.backend()
+        waited = p.pool.figures()
+        proxy.resume()
 
-        assert stopwatch.seconds - started < 1
-        assert p.sample("db_connection_connect_failures_total") == 1
+        async def opened() -> bool:
+            return p.pool.figures().checked_in == 1
+
+        assert await eventually(opened, 5)
+        assert await p.backend()
+        assert (waited.connecting, waited.available, proxy.connections) == (1, waited.total - 1, 1)
+        assert p.sample("db_connection_connect_failures_total") == 0
 
 
 async def test_first_questions_end_at_the_deadline(database: Database, proxy: Proxy, stopwatch: Stopwatch) -> None:
@@ -446,6 +452,247 @@ async def test_cold_start_opens_many_at_once(database: Database) -> None:
         backends = await asyncio.gather(*(p.backend() for _ in range(30)))
 
         assert len(set(backends)) <= 10
+
+
+# Opening.
+
+
+async def test_few_are_opened_at_once(database: Database, proxy: Proxy) -> None:
+    """However many find the pool empty, three logins are under way, and no more than the pool may hold are made."""
+    async with pooled(
+        proxy.url(database.url()), pool_size=5, max_overflow=0, pool_timeout=10, connect_timeout_seconds=10
+    ) as p:
+        await p.backend()
+        await p.database.engine.dispose()
+        proxy.hang()
+        tasks = [taking(p) for _ in range(20)]
+        await p.waiting(15)
+
+        async def logging_in() -> bool:
+            return proxy.open >= 3
+
+        assert await eventually(logging_in, 5)
+        assert (proxy.open, p.pool.figures().connecting) == (3, 5)
+        proxy.resume()
+        await asyncio.gather(*tasks)
+
+        assert proxy.connections <= 1 + 5
+
+
+async def test_returned_connection_comes_before_one_being_opened(database: Database, proxy: Proxy) -> None:
+    """Who waits takes what comes first; what is opened meanwhile is kept for the next one."""
+    async with pooled(
+        proxy.url(database.url()), pool_size=2, max_overflow=0, pool_timeout=10, connect_timeout_seconds=10
+    ) as p:
+        async with AsyncExitStack() as stack:
+            (held,) = await hold(p, stack, 1)
+            first = (await held.execute(text("SELECT pg_backend_pid()"))).scalar_one()
+            proxy.hanging = True
+            second = asyncio.create_task(p.database.engine.connect().start())
+
+            async def logging_in() -> bool:
+                return proxy.open == 2
+
+            assert await eventually(logging_in, 5)
+        served = await second
+        assert (await served.execute(text("SELECT pg_backend_pid()"))).scalar_one() == first
+        proxy.resume()
+
+        async def kept() -> bool:
+            return p.pool.figures().checked_in == 1
+
+        assert await eventually(kept, 5)
+        await served.close()
+        assert (p.pool.figures().checked_in, proxy.connections) == (2, 2)
+
+
+async def test_cancelled_request_leaves_its_login(database: Database, proxy: Proxy) -> None:
+    """A connect under way outlives the request for which it began, and serves the next one."""
+    async with pooled(proxy.url(database.url()), pool_timeout=10, connect_timeout_seconds=10) as p:
+        proxy.hang()
+        first = taking(p)
+
+        async def logging_in() -> bool:
+            return proxy.open == 1
+
+        assert await eventually(logging_in, 5)
+        first.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await first
+        proxy.resume()
+
+        assert await p.backend()
+        assert proxy.connections == 1
+
+
+async def test_server_that_is_full_lets_others_wait_for_what_is_open(database: Database, execute: Execute) -> None:
+    """A connection that comes back serves who could not get a new one; in the end the server's reason is told."""
+    await execute("CREATE ROLE narrow LOGIN PASSWORD 'narrow' CONNECTION LIMIT 1")
+    url = database.url().partition("@")[2]
+    try:
+        async with pooled(f"postgresql://narrow:narrow@{url}", role="replica", pool_size=2, pool_timeout=5) as p:
+            async with AsyncExitStack() as stack:
+                await hold(p, stack, 1)
+                second = taking(p)
+
+                async def failed() -> bool:
+                    return p.sample("db_connection_connect_failures_total") >= 1
+
+                assert await eventually(failed, 5)
+                assert not second.done()
+            assert await second
+
+        async with (
+            pooled(f"postgresql://narrow:narrow@{url}", role="replica", pool_size=2, pool_timeout=0.3) as p,
+            AsyncExitStack() as stack,
+        ):
+            assert await eventually(lambda: _holds(p, stack), 5)  # The session of before may take a moment to end.
+            with pytest.raises(DatabaseUnreachable, match="too many connections") as refused:
+                await p.backend()
+            assert sqlstate(refused.value) == "53300"
+    finally:
+        await execute("DROP ROLE narrow")
+
+
+async def _holds(p: Pooled, stack: AsyncExitStack) -> bool:
+    try:
+        await hold(p, stack, 1)
+    except DatabaseUnreachable:
+        return False
+    return True
+
+
+async def test_line_that_is_full_because_nothing_opens_says_so(database: Database, proxy: Proxy) -> None:
+    """When connects fail, a full line is not blamed on requests at work."""
+    async with pooled(proxy.url(database.url()), pool_size=1, max_overflow=0, pool_max_waiting=0, pool_timeout=5) as p:
+        proxy.refuse()
+        for _ in range(3):
+            with pytest.raises(DatabaseUnreachable):
+                await p.backend()
+        first = taking(p)  # It waits for the next round.
+        await asyncio.sleep(0)
+        assert p.pool.figures().connecting == 1
+
+        with pytest.raises(DatabaseUnreachable, match="Connect call failed"):
+            await p.backend()
+
+        with pytest.raises(DatabaseUnreachable):
+            await first
+        assert p.rejected("queue_full") == 0
+
+
+async def test_refused_connect_spares_those_who_wait_for_work_to_end(database: Database, proxy: Proxy) -> None:
+    """Who stands behind connections at work is not told of a failure that does not concern it."""
+    async with pooled(proxy.url(database.url()), pool_size=2, max_overflow=0, pool_timeout=10) as p:
+        async with AsyncExitStack() as stack:
+            await hold(p, stack, 1)
+            proxy.refuse()
+            tasks = [taking(p) for _ in range(2)]
+            with pytest.raises(DatabaseUnreachable):
+                await tasks[0]
+            assert not tasks[1].done()
+
+        results = await asyncio.gather(*tasks[1:], return_exceptions=True)
+
+        assert isinstance(results[0], int)
+        await proxy.accept()
+
+
+async def test_bug_in_connecting_is_raised_as_it_is(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is no outage does not look like one."""
+    async with pooled(database.url(), pool_min_size=1) as p:
+
+        def spoilt(*_arguments: object) -> None:
+            raise TypeError("spoilt")
+
+        monkeypatch.setattr(p.pool, "_create_connection", spoilt)
+        with pytest.raises(TypeError, match="spoilt"):
+            await p.backend()
+        with pytest.raises(TypeError, match="spoilt"):
+            await p.pool.warm_up()
+    assert await sessions_end(database)
+
+
+async def test_connection_to_a_server_that_was_left_is_not_kept(database: Database, proxy: Proxy) -> None:
+    """A login that was under way when another server took over counts only if it leads to that one."""
+    async with pooled(proxy.url(database.url()), pool_timeout=10, connect_timeout_seconds=10) as p:
+        await p.backend()
+        (slot,) = p.pool._idle
+        server = cast("KeptAliveConnection", slot.driver_connection).server or 0.0
+        for keep, kept in ((server + 1, False), (server, True)):
+            await p.database.engine.dispose()
+            proxy.hang()
+            before = proxy.connections
+            task = taking(p)
+
+            async def logging_in(count: int = before + 1) -> bool:
+                return proxy.connections == count
+
+            assert await eventually(logging_in, 5)
+            p.pool.abandon(keep=keep)
+            proxy.resume()
+            await task
+
+            assert (proxy.connections == before + 1) is kept
+    assert p.replaced("superseded") == 1
+
+
+async def test_disposed_login_for_nobody_is_closed(database: Database, proxy: Proxy) -> None:
+    """A login that was under way when the pool was disposed, and that nobody waits for, is not kept."""
+    async with pooled(proxy.url(database.url()), pool_timeout=10, connect_timeout_seconds=10) as p:
+        proxy.hang()
+        task = taking(p)
+
+        async def logging_in() -> bool:
+            return proxy.open == 1
+
+        assert await eventually(logging_in, 5)
+        task.cancel()
+        p.pool.dispose()
+        proxy.resume()
+
+        async def closed() -> bool:
+            return p.replaced("disposed") == 1
+
+        assert await eventually(closed, 5)
+        assert (p.pool.figures().checked_in, p.pool.figures().connecting) == (0, 0)
+
+
+async def test_failure_of_a_connect_is_not_told_to_the_cancelled(database: Database, proxy: Proxy) -> None:
+    """When failure and cancel cross, the cancel stands."""
+    async with pooled(proxy.url(database.url()), pool_timeout=10, connect_timeout_seconds=10) as p:
+        proxy.hang()
+        task = taking(p)
+
+        async def logging_in() -> bool:
+            return proxy.open == 1
+
+        assert await eventually(logging_in, 5)
+        task.cancel()
+        p.pool._tell_failure(ConnectionResetError())
+
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        proxy.resume()
+
+
+async def test_closed_pool_keeps_no_login(database: Database, proxy: Proxy) -> None:
+    """What is being opened when the pool closes is given up, and leaves no session."""
+    async with pooled(proxy.url(database.url()), pool_timeout=10, connect_timeout_seconds=10) as p:
+        proxy.hang()
+        task = taking(p)
+
+        async def logging_in() -> bool:
+            return proxy.open == 1
+
+        assert await eventually(logging_in, 5)
+        p.pool.close()
+        with pytest.raises(PoolExhausted, match="shutting down"):
+            await task
+        assert await p.pool.drained(5)
+        assert p.pool.figures().connecting == 0
+        proxy.resume()
+    assert await sessions_end(database)
 
 
 # Upkeep.

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from sqlalchemy import Integer, Text, literal_column, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from app.db.pool import BoundedPool
 from app.db.query import Query
 from app.db.sessions import Consistency, WriteSession
+from app.db.sqlalchemy_pool import BoundedPool
 from app.errors import DatabaseUnavailable
 from tests.conftest import Database
 from tests.db.conftest import Clock, Pooled, pooled, sessions_end
@@ -133,7 +133,7 @@ async def test_cancelled_crowd_loses_nothing(database: Database, proxy: Proxy) -
 Operation = tuple[str, int]
 # Taking and returning are what happens most.
 KINDS = ["take"] * 3 + ["return"] * 2
-KINDS += ["lose", "cancel", "cut", "refuse", "accept", "dispose", "abandon", "tend", "age"]
+KINDS += ["lose", "cancel", "cut", "refuse", "accept", "hang", "resume", "dispose", "abandon", "tend", "age"]
 OPERATIONS = st.tuples(
     st.sampled_from(KINDS),
     st.integers(0, 7),
@@ -151,6 +151,7 @@ async def test_figures_are_right_after_any_history(
     """After any order of taking, losing, cancelling, refusing, disposing and ageing, all permits are back."""
     clock = Clock()
     await proxy.accept()
+    proxy.resume()
     async with pooled(
         proxy.url(database.url()), clock=clock, pool_size=2, max_overflow=1, pool_timeout=20, pool_max_waiting=2
     ) as p:
@@ -178,6 +179,8 @@ class _History:
         simple: dict[str, Callable[[], Any]] = {
             "cut": self.proxy.cut,
             "refuse": self.proxy.refuse,
+            "hang": self.proxy.hang,
+            "resume": self.proxy.resume,
             "dispose": self.p.pool.dispose,
             "abandon": self.p.pool.abandon,
             "tend": self.p.pool.tend,
@@ -198,6 +201,7 @@ class _History:
 
     async def end(self) -> None:
         """Return everything that was taken."""
+        self.proxy.resume()
         for task in list(self.tasks):
             with suppress(DatabaseUnavailable):
                 await asyncio.wait([task])

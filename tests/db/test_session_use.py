@@ -185,7 +185,7 @@ async def test_session_that_ends_while_it_connects_gives_back(database: Database
     """Its connection arrives when nobody waits for it any more, and goes back to the pool."""
     async with serving(database.settings(replica=False, pool_size=1, max_overflow=0)) as service:
         pool = service.databases.primary.pool
-        holding = await pool.lease()
+        holding = await pool.acquire()
         session: ReadSession = service.databases.writing()
         async with session:
             asked: Awaitable[Any] = (
@@ -197,7 +197,7 @@ async def test_session_that_ends_while_it_connects_gives_back(database: Database
                 return pool.figures().waiting == 1
 
             assert await eventually(in_the_queue, 5)
-        pool.give_back(holding)
+        pool.release(holding)
         with pytest.raises(RuntimeError, match="this session ended"):
             await late
 

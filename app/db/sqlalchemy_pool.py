@@ -1,0 +1,123 @@
+"""SQLAlchemy as a guest of the bounded pool: its Pool interface, which is called inside its greenlet, and nothing else.
+
+A slot of the pool is SQLAlchemy's entry, which holds the dialect's adapter around one connection of asyncpg. Whoever
+goes past SQLAlchemy takes the same entries by `acquire`.
+"""
+
+import asyncio
+import time
+from collections.abc import Callable
+from contextvars import ContextVar
+from types import FrameType
+from typing import Any, Self, TypeVar, cast
+
+from greenlet import getcurrent
+from sqlalchemy.pool import ConnectionPoolEntry, Pool, PoolProxiedConnection
+from sqlalchemy.util.concurrency import await_, greenlet_spawn
+
+from app.db.connector import Connector, KeptAliveConnection
+from app.db.observe import PoolWatch
+from app.db.pool import ConnectionPool
+from app.settings import DatabaseSettings
+
+# What SQLAlchemy connects to in this context in place of a connection of its own.
+_adopted: ContextVar[ConnectionPoolEntry | None] = ContextVar("adopted", default=None)
+# The connection for which SQLAlchemy makes an entry in this context.
+_opened: ContextVar[KeptAliveConnection] = ContextVar("opened")
+T = TypeVar("T")
+
+
+class BoundedPool(ConnectionPool[ConnectionPoolEntry], Pool):
+    """The bounded pool of one engine."""
+
+    def __init__(  # noqa: PLR0913, PLR0917  # create_async_engine passes no single thing that holds them all.
+        self,
+        creator: Callable[..., Any],
+        settings: DatabaseSettings,
+        watch: PoolWatch,
+        connector: Connector,
+        clock: Callable[[], float] = time.monotonic,
+        trace: bool = False,  # noqa: FBT001, FBT002  # See below.
+        **for_pool: Any,
+    ) -> None:
+        # create_async_engine hands on what it finds in this signature, and overlooks what is keyword-only.
+        Pool.__init__(self, creator, **for_pool)
+        ConnectionPool.__init__(self, settings, watch, clock, trace=trace)
+        self._connector = connector
+
+    def adopt(self, entry: ConnectionPoolEntry, connect: Callable[[], T]) -> T:
+        """Let SQLAlchemy `connect` to what `acquire` gave; it is SQLAlchemy that gives it back then."""
+        adopting = _adopted.set(entry)
+        try:
+            return connect()
+        finally:
+            _adopted.reset(adopting)
+
+    # Opening.
+
+    @property
+    def login_seconds(self) -> float:
+        """Seconds after which a login is given up, whoever still waits for it."""
+        return self._connector.login_seconds
+
+    async def connect_slot(self, deadline: float) -> tuple[ConnectionPoolEntry, KeptAliveConnection]:
+        """Open a connection, and have SQLAlchemy make it known to its dialect, all by `deadline`.
+
+        Raises: DatabaseUnreachable, or one of DRIVER_FAILURES.
+        """
+        connection = await self._connector.open(deadline)
+        _opened.set(connection)
+        # The dialect asks the first connection of an engine for the server's version and more.
+        guard = asyncio.get_running_loop().call_at(deadline, connection.cut)
+        try:
+            entry = cast("ConnectionPoolEntry", await greenlet_spawn(self._create_connection))
+        except BaseException:
+            connection.terminate()
+            raise
+        finally:
+            guard.cancel()
+        return entry, connection
+
+    # SQLAlchemy's side.
+
+    def _do_get(self) -> ConnectionPoolEntry:
+        if (adopted := _adopted.get()) is not None:
+            return adopted
+        warm = self._take_warm()
+        return await_(self.acquire()) if warm is None else warm
+
+    def _do_return_conn(self, record: ConnectionPoolEntry) -> None:
+        self.release(record)
+
+    def _invalidate(
+        self,
+        connection: PoolProxiedConnection,
+        exception: BaseException | None = None,
+        _checkin: bool = True,  # noqa: FBT001, FBT002  # SQLAlchemy's signature.
+    ) -> None:
+        # SQLAlchemy would replace every connection of the pool when one is lost. Each of ours is looked at when
+        # it is taken; whoever knows that all are lost says so by `abandon` or `dispose`.
+        if _checkin and connection.is_valid:
+            connection.invalidate(exception)
+
+    def dispose(self) -> None:
+        """Close the idle connections; those at work are closed when they come back."""
+        ConnectionPool.dispose(self)
+
+    def recreate(self) -> Self:
+        """Return this pool: after `dispose` it goes on, and its figures stay right for what is still out."""
+        return self
+
+    def status(self) -> str:
+        """Describe the pool in one line, as SQLAlchemy's own pools do."""
+        return str(self.figures())
+
+    def frame(self) -> FrameType:
+        """Return a frame that leads to the one who asked, from inside SQLAlchemy's greenlet too."""
+        parent = getcurrent().parent
+        return super().frame() if parent is None else cast("FrameType", parent.gr_frame)
+
+
+async def opened_connection() -> KeptAliveConnection:
+    """Give SQLAlchemy the connection that the pool has opened: `connect_args={"async_creator_fn": …}`."""
+    return _opened.get()
