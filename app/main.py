@@ -77,7 +77,7 @@ def create_app(settings: Settings | None = None, **options: Any) -> FastAPI:
 
     # The last one added is the outermost.
     app.add_middleware(BodyLimit, settings=settings)
-    app.add_middleware(ReadYourWrites, metrics=metrics)
+    app.add_middleware(ReadYourWrites, metrics=metrics, settings=settings)
     app.add_middleware(Edge, metrics=metrics, sampler=databases.sampler)
     return app
 

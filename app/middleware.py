@@ -10,6 +10,7 @@ import re
 import time
 from functools import lru_cache
 from http import HTTPStatus
+from urllib.parse import quote
 
 from fastapi import Request
 from starlette.requests import ClientDisconnect
@@ -23,6 +24,7 @@ from app.failures import report_bug
 from app.logs import request_id
 from app.metrics import Metrics
 from app.sampling import Sampler
+from app.settings import Settings
 
 logger = logging.getLogger(__name__)
 
@@ -113,8 +115,18 @@ class ReadYourWrites:
     either back is read from a replica only when that has replayed as much. What changes something reads on the primary.
     """
 
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+    def __init__(self, app: ASGIApp, metrics: Metrics, settings: Settings) -> None:
         self._app = app
+        # Two services on one domain are told apart by its name or its path: a browser sends each what is its own.
+        self._cookie_name = name = settings.consistency_cookie_name
+        self._cookie = re.compile(rb"(?:^|;\s*)" + re.escape(name.encode()) + rb"=([^;]*)")
+        self._cookie_path = settings.consistency_cookie_path
+        domain = settings.consistency_cookie_domain
+        self._cookie_rest = (
+            ("" if domain is None else f"; Domain={domain}")
+            + ("; Secure" if settings.consistency_cookie_secure else "")
+            + "; HttpOnly; SameSite=Lax"
+        )
         self._count_token = lru_cache(lambda outcome: metrics.tokens.labels(outcome))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -125,10 +137,12 @@ class ReadYourWrites:
         # What is not safe is not run once more, so what it looks for it must look for where it is.
         consistency = Consistency(self._wanted(scope), primary_only=scope["method"] not in SAFE_METHODS)
         scope.setdefault("state", {})["consistency"] = consistency
+        # Read before mounts make it longer.
+        path = self._cookie_path or quote(scope.get("root_path", "")) or "/"
 
         async def send_with_token(message: Message) -> None:
             if consistency.token is not None and message["type"] == "http.response.start":
-                message["headers"] = [*message.get("headers", ()), *_token_headers(consistency.token)]
+                message["headers"] = [*message.get("headers", ()), *self._token_headers(consistency.token, path)]
             await send(message)
 
         await self._app(scope, receive, send_with_token)
@@ -139,7 +153,7 @@ class ReadYourWrites:
         for name, value in scope["headers"]:
             if name == b"x-consistency-token":
                 found.append(value)
-            elif name == b"cookie" and (match := _COOKIE.search(value)):
+            elif name == b"cookie" and (match := self._cookie.search(value)):
                 found.append(match[1])
         wanted = None
         for text in found:
@@ -150,10 +164,9 @@ class ReadYourWrites:
                 self._count_token("malformed").inc()
         return wanted
 
-
-def _token_headers(token: str) -> tuple[tuple[bytes, bytes], ...]:
-    cookie = f"consistency_token={token}; Max-Age={TOKEN_SECONDS}; Path=/; HttpOnly; SameSite=Lax"
-    return (b"x-consistency-token", token.encode()), (b"set-cookie", cookie.encode())
+    def _token_headers(self, token: str, path: str) -> tuple[tuple[bytes, bytes], ...]:
+        cookie = f"{self._cookie_name}={token}; Max-Age={TOKEN_SECONDS}; Path={path}{self._cookie_rest}"
+        return (b"x-consistency-token", token.encode()), (b"set-cookie", cookie.encode())
 
 
 class ReadAgain:
@@ -161,7 +174,7 @@ class ReadAgain:
 
     It stands around the router, inside the exception handlers, so it serves every kind of route: plain ones, included
     and mounted ones. When the first answer is about to start it is thrown away, and the dependencies of the first
-    attempt are ended as those of a request that failed; then the request is routed again. It also tells the
+    attempt are ended as those of a request that was cancelled; then the request is routed again. It also tells the
     sessions of a request, in mounted applications too, which databases are theirs.
     """
 
@@ -235,4 +248,3 @@ _CUT = Failure(
 )
 _PLAIN_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 _TOKEN = re.compile(rb"([0-9A-Fa-f]{1,8})/([0-9A-Fa-f]{1,8})")
-_COOKIE = re.compile(rb"(?:^|;\s*)consistency_token=([^;]*)")

@@ -269,6 +269,24 @@ class Settings(BaseSettings):
         description="Seconds between readiness saying no and the listener closing, for balancers.",
     )
     idempotency_hours: float = Field(24, gt=0, le=720, description="Hours for which an Idempotency-Key is remembered.")
+    consistency_cookie_name: str = Field(
+        "consistency_token",
+        pattern=r"^[A-Za-z0-9!#$%&'*+.^_`|~-]+$",
+        description="Name of the cookie that holds the consistency token; one for each service of a domain.",
+    )
+    consistency_cookie_path: str | None = Field(
+        None,
+        pattern=r"^/[!-:<-~]*$",
+        description="Path of that cookie; unset: where the service is (its root_path), else /.",
+    )
+    consistency_cookie_domain: str | None = Field(
+        None,
+        pattern=r"^\.?[A-Za-z0-9-]+(\.[A-Za-z0-9-]+)*$",
+        description="Domain of that cookie, for hosts beneath it too; unset: the host that answered.",
+    )
+    consistency_cookie_secure: bool = Field(
+        False, description="Browsers send that cookie by HTTPS only; needed for names with __Host- or __Secure-."
+    )
     retry_after_seconds: int = Field(1, ge=1, le=3600, description="Retry-After of a 503.")
     health_timeout_seconds: float = Field(5, gt=0, le=60, description="Seconds for one database in /health/db.")
     monitor_interval_seconds: float = Field(
@@ -350,6 +368,20 @@ class Settings(BaseSettings):
         if database.url in elsewhere or (wanted == "prefer-standby" and len(database.parameters.hosts) == 1):
             return None
         return f"{wanted}: reports run on whichever host answers; leave it out, and name only hosts that may be asked"
+
+    @model_validator(mode="after")
+    def _fit_for_browsers(self) -> Self:
+        name = self.consistency_cookie_name
+        if name.startswith(("__Host-", "__Secure-")) and not self.consistency_cookie_secure:
+            raise ValueError(
+                f"CONSISTENCY_COOKIE_NAME {name} without CONSISTENCY_COOKIE_SECURE=true: browsers refuse such a cookie"
+            )
+        if name.startswith("__Host-") and (self.consistency_cookie_path != "/" or self.consistency_cookie_domain):
+            raise ValueError(
+                f"CONSISTENCY_COOKIE_NAME {name} needs CONSISTENCY_COOKIE_PATH=/ and no CONSISTENCY_COOKIE_DOMAIN: "
+                "browsers refuse such a cookie otherwise"
+            )
+        return self
 
     @model_validator(mode="after")
     def _fit_for_production(self) -> Self:

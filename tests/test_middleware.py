@@ -3,6 +3,7 @@
 import asyncio
 import re
 from collections.abc import AsyncIterator
+from urllib.parse import quote
 
 import asyncpg
 import httpx
@@ -275,7 +276,7 @@ async def test_other_scopes_pass_through(service: Service) -> None:
         raise AssertionError(message)
 
     metrics, scope = service.app.state.metrics, {"type": "websocket"}
-    for layer in (Edge(app, metrics, Sampler()), ReadYourWrites(app, metrics)):
+    for layer in (Edge(app, metrics, Sampler()), ReadYourWrites(app, metrics, service.app.state.settings)):
         await layer(scope, receive, send)
 
     assert seen == [{"type": "websocket"}] * 2
@@ -296,6 +297,38 @@ async def test_write_answers_with_its_position(service: Service, database: Datab
     owner = await asyncpg.connect(database.url("app_owner"))
     assert await owner.fetchval("SELECT $1::text::pg_lsn <= pg_current_wal_insert_lsn()", token)
     await owner.close()
+
+
+async def test_two_services_on_one_domain_keep_their_cookies_apart(database: Database) -> None:
+    """Name, path, domain and Secure are settings; a service takes its own cookie and no other's."""
+    other = database.settings(
+        consistency_cookie_name="__Secure-billing",
+        consistency_cookie_path="/billing",
+        consistency_cookie_domain="example.com",
+        consistency_cookie_secure=True,
+    )
+    async with serving(other) as billing:
+        created = await billing.client.post("/users", json={"email": "ada@example.com", "full_name": "Ada"})
+        await billing.client.get("/users", headers={"Cookie": "consistency_token=FFFFFFFF/0"})
+        await billing.client.get("/users", headers={"Cookie": "a=b; __Secure-billing=0/1; x__Secure-billing=z"})
+        accepted = billing.sample("db_consistency_tokens_total", outcome="accepted")
+        malformed = billing.sample("db_consistency_tokens_total", outcome="malformed")
+
+    token = created.headers["x-consistency-token"]
+    assert created.headers["set-cookie"] == (
+        f"__Secure-billing={token}; Max-Age=3600; Path=/billing; Domain=example.com; Secure; HttpOnly; SameSite=Lax"
+    )
+    assert (accepted, malformed) == (1, 0)
+
+
+@pytest.mark.parametrize("root_path", ["/billing", "/a b;c"])
+async def test_cookie_belongs_to_where_the_service_is(service: Service, root_path: str) -> None:
+    """Beneath a prefix it is sent to this service alone, and a prefix cannot write anything else into the header."""
+    transport = httpx.ASGITransport(app=service.app, root_path=root_path)
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        created = await client.post("/patients", json=ADA)
+
+    assert f"; Path={quote(root_path)}; HttpOnly; SameSite=Lax" in created.headers["set-cookie"]
 
 
 @pytest.mark.parametrize("way", ["header", "cookie", "newer header", "newer cookie"])

@@ -473,3 +473,31 @@ def test_folder_of_metrics_must_be_in_the_environment(monkeypatch: pytest.Monkey
 
     assert "export it to the environment" in refusal(monkeypatch)
     assert load(monkeypatch, PROMETHEUS_MULTIPROC_DIR=tmp_path).prometheus_multiproc_dir == tmp_path
+
+
+@pytest.mark.parametrize(
+    ("variables", "sentence"),
+    [
+        ({"NAME": "a b"}, "CONSISTENCY_COOKIE_NAME"),
+        ({"PATH": "billing"}, "CONSISTENCY_COOKIE_PATH"),
+        ({"PATH": "/;x"}, "CONSISTENCY_COOKIE_PATH"),
+        ({"DOMAIN": "a;b"}, "CONSISTENCY_COOKIE_DOMAIN"),
+        ({"NAME": "__Secure-a"}, "CONSISTENCY_COOKIE_SECURE=true"),
+        ({"NAME": "__Host-a", "SECURE": "true"}, "CONSISTENCY_COOKIE_PATH=/"),
+        ({"NAME": "__Host-a", "SECURE": "true", "PATH": "/", "DOMAIN": "a.b"}, "no CONSISTENCY_COOKIE_DOMAIN"),
+        ({"NAME": "__Host-a", "SECURE": "true", "PATH": "/"}, None),
+    ],
+)
+def test_cookie_that_browsers_refuse_is_refused(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], sentence: str | None
+) -> None:
+    """A cookie that no browser would keep is a mistake at the start."""
+    monkeypatch.setenv("DATABASE_URL", "postgresql://a@b/c")
+    for name, value in variables.items():
+        monkeypatch.setenv(f"CONSISTENCY_COOKIE_{name}", value)
+
+    if sentence is None:
+        assert load_settings().consistency_cookie_path == "/"
+        return
+    with pytest.raises(SettingsError, match=sentence):
+        load_settings()
