@@ -16,6 +16,7 @@ from sqlalchemy.orm import configure_mappers
 
 from app import errors, patients, reports, security, users
 from app.db.budget import check_budget
+from app.db.collisions import RunAgain
 from app.db.engines import Databases
 from app.failures import report_failure
 from app.idempotency import keep_house
@@ -69,8 +70,8 @@ def create_app(settings: Settings | None = None, **options: Any) -> FastAPI:
     app.state.shared = {}
     app.state.databases = databases
     errors.install(app, report_failure)
-    # Innermost, inside the exception handlers: a read that is run again meets all that inclusion adds to its route.
-    app.router.middleware_stack = ReadAgain(app.router.middleware_stack, databases)
+    # Innermost, inside the exception handlers: what is run again meets all that inclusion adds to its route.
+    app.router.middleware_stack = ReadAgain(RunAgain(app.router.middleware_stack, databases), databases)
     _add_routes(app, settings)
     if settings.auth_secret is not None:
         security.install(app, settings.auth_secret)

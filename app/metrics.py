@@ -91,6 +91,9 @@ class Metrics:
         self.reads_retried = counter(
             "db_reads_retried_total", "GETs run once more on the primary, by why the replica did not do.", "reason"
         )
+        self.transactions_retried = counter(
+            "db_transactions_retried_total", "Transactions run again because they collided with another one.", "reason"
+        )
         self.replica_lag_seconds = gauge(
             "db_replica_lag_seconds",
             "Seconds the replica is behind; 0 with nothing left to replay.",

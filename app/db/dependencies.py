@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 from fastapi import Depends
 from starlette.requests import HTTPConnection
 
+from app.db.collisions import WRITE, isolation_of
 from app.db.sessions import Consistency, ReadSession, WriteSession
 from app.errors import FAILURE, NotFound, note_failure
 
@@ -28,7 +29,7 @@ SessionT = TypeVar("SessionT", bound=ReadSession)
 Scope = MutableMapping[str, Any]
 SAFE_METHODS = frozenset({"GET", "HEAD"})
 DATABASES = "lifeguard.databases"
-READ, WRITE, REPORT = "lifeguard.read", "lifeguard.write", "lifeguard.report"
+READ, REPORT = "lifeguard.read", "lifeguard.report"
 AUTOCOMMIT, ONE_TRANSACTION = "lifeguard.autocommit", "lifeguard.one_transaction"
 SOCKET = (
     "a WebSocket may stay open for hours, and a session would keep its connection for as long: open one for each "
@@ -122,7 +123,13 @@ def why_read_failed(scope: Scope, status: int) -> BaseException | None:
 
 def _write(connection: HTTPConnection) -> WriteSession:
     scope = connection.scope
-    return _opened(connection, WRITE, lambda databases: databases.writing(consistency_of(scope), label=route_of(scope)))
+    return _opened(
+        connection,
+        WRITE,
+        lambda databases: databases.writing(
+            consistency_of(scope), label=route_of(scope), isolation=isolation_of(scope)
+        ),
+    )
 
 
 def _opened(connection: HTTPConnection, key: str, open_one: Callable[["Databases"], SessionT]) -> SessionT:

@@ -6,15 +6,16 @@ with any of the databases down: readiness says so, and the sentinels notice when
 
 import asyncio
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Literal, Self, TypeVarTuple, cast, get_args
+from typing import Any, Literal, Self, TypeVar, TypeVarTuple, cast, get_args
 
 from sqlalchemy import Row
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from app.db import dialect
 from app.db.autocommit import AutocommitSession
+from app.db.collisions import ATTEMPTS, collision, pause_seconds
 from app.db.connector import Connector
 from app.db.lease import Lease
 from app.db.observe import EngineWatch, PoolWatch
@@ -34,6 +35,7 @@ logger = logging.getLogger(__name__)
 Role = Literal["primary", "replica", "analytics"]
 # Seconds between two rounds of upkeep of the pools: short against every lifetime, long against a round's cost.
 UPKEEP_SECONDS = 1.0
+T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 
 NOT_OPEN = (
@@ -216,6 +218,37 @@ class Databases:
         return WriteSession(
             self.primary, label=label, consistency=self._if_replicated(consistency), isolation=isolation
         )
+
+    async def run_transaction(
+        self,
+        work: Callable[[WriteSession], Awaitable[T]],
+        *,
+        isolation: Isolation = "SERIALIZABLE",
+        label: str = "background",
+    ) -> T:
+        """Run `work(session)` as one transaction, and again when it collided with another one; return what it returns.
+
+        It is tried five times at most, each time from a clean session, with a short random pause between. Not
+        when `work` has committed a part itself. What it does beside the database has to bear a repetition.
+
+        Raises: what `work` raised; at last the collision, a DBAPIError or asyncpg.PostgresError of 40001 or 40P01.
+        """
+        attempt = 0
+        while True:
+            session = self.writing(label=label, isolation=isolation)
+            try:
+                async with session:
+                    return await work(session)
+            except Exception as error:
+                if attempt == ATTEMPTS - 1 or session.committed or collision(error) is None:
+                    raise
+            self.count_collision(session.failure)
+            await asyncio.sleep(pause_seconds(attempt))
+            attempt += 1
+
+    def count_collision(self, failure: BaseException | None) -> None:
+        """Count a transaction that is run again."""
+        self.metrics.transactions_retried.labels(collision(failure)).inc()
 
     def autocommitting(self, consistency: Consistency | None = None, *, label: str = "background") -> AutocommitSession:
         """Open a session on the primary for one query that commits by itself."""

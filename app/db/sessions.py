@@ -334,6 +334,8 @@ class WriteSession(ReadSession):
         self.isolation = isolation
         # Whether something was stored that a repetition would store again.
         self.committed = False
+        # What ended it, if that was not its end: the block's error, or the commit's.
+        self.failure: BaseException | None = None
         self._consistency = consistency
 
     def add(self, instance: object, *, _warn: bool = True) -> None:
@@ -384,11 +386,21 @@ class WriteSession(ReadSession):
         await self._note_commits()
         await super().close()
 
+    async def reset(self) -> None:
+        """Give the connection back; what is not committed is rolled back."""
+        await self._note_commits()
+        await super().reset()
+
+    async def invalidate(self) -> None:
+        """Close the connection, which nobody uses again; what is not committed is rolled back."""
+        await self._note_commits()
+        await super().invalidate()
+
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Commit, or roll back after an error, and give the connection back."""
-        self.pinned = False
+        self.pinned, self.failure = False, error
         try:
             if self._lease is None and "sync_session" not in vars(self):
                 return
@@ -397,6 +409,9 @@ class WriteSession(ReadSession):
             else:
                 # What was committed before the error stands, and the client may look for it.
                 await self._note_commits()
+        except BaseException as late:
+            self.failure = late
+            raise
         finally:
             await super().__aexit__(kind, error, trace)
 

@@ -1,0 +1,137 @@
+"""Collisions: PostgreSQL refuses a transaction because another one was faster, and running it again is the remedy.
+
+Under REPEATABLE READ and SERIALIZABLE that is how correctness is kept (40001); deadlocks (40P01) end alike. All that
+the transaction read has to be read again, so what is run again is the whole: the endpoint with its dependencies, or the
+function given to `Databases.run_transaction`.
+"""
+
+import asyncio
+import random
+from collections.abc import Callable, Coroutine, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import asyncpg
+from sqlalchemy.exc import DBAPIError
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from app.db.sessions import Isolation, WriteSession
+from app.errors import sqlstate
+
+if TYPE_CHECKING:
+    from fastapi.dependencies.models import Dependant
+
+    from app.db.engines import Databases
+
+# By SQLSTATE, with the code that a client is told when no attempt is left.
+COLLISIONS = {"40001": "serialization_failure", "40P01": "deadlock"}
+# Attempts in all. Each pause is drawn between nothing and twice what the last one could be, so that those that collided
+# do not meet again: up to 10, 20, 40 and 80 ms, below what a client notices and above what a transaction takes.
+ATTEMPTS = 5
+FIRST_PAUSE_SECONDS = 0.01
+# Where the request's session that writes is found in its scope.
+WRITE = "lifeguard.write"
+
+
+class Isolated:
+    """A dependency that gives the request's session that writes, at an isolation level."""
+
+    def __init__(self, isolation: Isolation) -> None:
+        self.isolation = isolation
+
+
+def collision(error: BaseException | None) -> str | None:
+    """Name what the database refused a transaction for that may succeed when it is run again; None for another."""
+    while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
+        error = error.exceptions[0]
+    return COLLISIONS.get(sqlstate(error) or "") if isinstance(error, (DBAPIError, asyncpg.PostgresError)) else None
+
+
+def pause_seconds(attempt: int, draw: Callable[[], float] = random.random) -> float:
+    """Return how long to wait after this attempt, the first being 0."""
+    return draw() * FIRST_PAUSE_SECONDS * 2.0**attempt
+
+
+def isolation_of(scope: Mapping[str, Any]) -> Isolation | None:
+    """Return the isolation level that something in this request's route asks for, the strictest; None for the server's.
+
+    Whoever opens the session first, a guard or an Idempotency-Key, opens it at this level.
+    """
+    context = scope.get("fastapi", {}).get("effective_route_context")
+    asked = {
+        call.isolation
+        for route in (context, scope.get("route"))
+        for call in _calls(getattr(route, "dependant", None))
+        if isinstance(call, Isolated)
+    }
+    strictest: tuple[Isolation, ...] = ("SERIALIZABLE", "REPEATABLE READ", "READ COMMITTED")
+    return next((level for level in strictest if level in asked), None)
+
+
+def _calls(dependant: "Dependant | None") -> Iterator[Any]:
+    if dependant is not None:
+        yield dependant.call
+        for inner in dependant.dependencies:
+            yield from _calls(inner)
+
+
+class RunAgain:
+    """Run a request again whose transaction collided, before anything of its answer is sent.
+
+    Only where the route asks for an isolation level (`SerializableDB`), and so says that it may run several times; not
+    when it has committed a part. It stands around the router, so each attempt is routed, has its own dependencies
+    and session, and reads the body again. The last attempt's answer is sent, whatever it is.
+    """
+
+    def __init__(self, app: ASGIApp, databases: "Databases") -> None:
+        self._app = app
+        self._databases = databases
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request; WebSockets pass."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        before = dict(scope)
+        received: list[Message] = []
+
+        async def receive_kept() -> Message:
+            received.append(message := await receive())
+            return message
+
+        def send_unless_collided(message: Message) -> Coroutine[Any, Any, None]:
+            return _dropped() if WRITE in scope and _may_run_again(scope) else send(message)  # type: ignore[return-value]  # It is a coroutine.
+
+        body: Receive = receive_kept
+        for attempt in range(ATTEMPTS - 1):
+            try:
+                await self._app(scope, body, send_unless_collided)
+            except Exception:
+                if not _may_run_again(scope):
+                    raise
+            session = _may_run_again(scope) if WRITE in scope else None
+            if session is None:
+                return
+            self._databases.count_collision(session.failure)
+            await asyncio.sleep(pause_seconds(attempt))
+            scope.clear()
+            scope.update(before)
+            body = _replaying(list(received), receive_kept)
+        await self._app(scope, body, send)
+
+
+def _may_run_again(scope: Scope) -> WriteSession | None:
+    session: WriteSession | None = scope.get(WRITE)
+    if session is None or session.isolation is None or session.committed or not collision(session.failure):
+        return None
+    return session
+
+
+def _replaying(kept: list[Message], receive: Receive) -> Receive:
+    async def replay() -> Message:
+        return kept.pop(0) if kept else await receive()
+
+    return replay
+
+
+async def _dropped() -> None:
+    """Take a message that nobody is to have."""
