@@ -29,7 +29,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from http import HTTPStatus
-from typing import Any
+from typing import Any, TypeAlias
 
 import asyncpg
 from fastapi import FastAPI, Request, Response, WebSocket, WebSocketDisconnect, status
@@ -47,7 +47,13 @@ from starlette.websockets import WebSocketState
 
 # JSONResponse makes itself an encoder for each answer, which takes as long as encoding.
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
-_PHRASES = {status.value: status.phrase for status in HTTPStatus}
+# By the names of RFC 9110, which some versions of Python have and others not.
+_PHRASES = {status.value: status.phrase for status in HTTPStatus} | {
+    413: "Content Too Large",
+    414: "URI Too Long",
+    416: "Range Not Satisfiable",
+    422: "Unprocessable Content",
+}
 MEDIA_TYPE = "application/problem+json"
 # Where a request's scope keeps the failure that its answer was made of.
 FAILURE = "lifeguard.failure"
@@ -332,7 +338,10 @@ def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
     }
 
 
-def install(app: FastAPI, report: Callable[[Request | WebSocket, Failure, BaseException], None]) -> None:
+Report: TypeAlias = Callable[["Request | WebSocket", Failure, BaseException], None]
+
+
+def install(app: FastAPI, report: Report | None = None) -> None:
     """Answer every exception of this service with a problem document, and `report` those that are no client's fault.
 
     Handlers that the application has already stay, and those that it adds later replace these.

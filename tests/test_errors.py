@@ -10,12 +10,16 @@ from typing import Any
 import asyncpg
 import httpx
 import pytest
+from fastapi import HTTPException, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
+from starlette.requests import ClientDisconnect
 
 from app.db.dependencies import ReadDB, WriteDB
 from app.db.sessions import ReadSession, WriteSession
-from app.errors import classify
+from app.errors import DatabaseUnreachable, NotFound, WriteInReadSession, classify, leaves
 from app.settings import Settings
 from local.postgres import free_port
 from local.waiting import eventually
@@ -326,3 +330,92 @@ async def test_websocket_that_leads_nowhere_is_closed(primary: Service) -> None:
     await primary.app({"type": "websocket", "path": "/nothing", "headers": [], "query_string": b""}, receive, send)
 
     assert [message["type"] for message in sent] == ["websocket.close"]
+
+
+# What a TaskGroup raises
+
+
+class Spilled(Exception):  # It is the application's own.
+    """A failure that the application has a handler for."""
+
+
+def group(*failures: BaseException, depth: int = 1) -> BaseExceptionGroup[BaseException]:
+    """Wrap failures as TaskGroups in each other do."""
+    wrapped: BaseExceptionGroup[BaseException] = BaseExceptionGroup("unhandled errors in a TaskGroup", failures)
+    return wrapped if depth == 1 else group(wrapped, depth=depth - 1)
+
+
+AWAY, MISSING = DatabaseUnreachable("Away."), NotFound("Not here.")
+GROUPS = {
+    "not found": (group(MISSING), 404, "not_found"),
+    "not found, deeper": (group(MISSING, depth=3), 404, "not_found"),
+    "away": (group(AWAY), 503, "database_unreachable"),
+    "of Starlette": (group(HTTPException(409, "taken")), 409, "conflict"),
+    "of the application": (group(Spilled()), 418, "spilled"),
+    "invalid": (group(RequestValidationError([])), 422, "invalid_request"),
+    "bug": (group(ValueError("what")), 500, "internal_error"),
+    "bug of the database": (group(WriteInReadSession("what")), 500, "internal_error"),
+    "twice the same": (group(MISSING, NotFound("Nor here.")), 404, "not_found"),
+    "a server's before a client's": (group(MISSING, AWAY, HTTPException(409)), 503, "database_unreachable"),
+    "a bug before all": (group(AWAY, group(ValueError("what")), MISSING), 500, "internal_error"),
+    "two of a server": (group(AWAY, HTTPException(504, "late")), 504, "gateway_timeout"),
+}
+
+
+@pytest.mark.parametrize(("raised", "status", "code"), GROUPS.values(), ids=GROUPS)
+async def test_group_is_answered_as_its_gravest(
+    service: Service, raised: BaseException, status: int, code: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One failure out of a TaskGroup is answered as itself; of several, a bug, else the highest status."""
+
+    @service.app.exception_handler(Spilled)
+    def spill(_request: Request, _error: Exception) -> Response:
+        return JSONResponse({"code": "spilled"}, 418)
+
+    @service.app.get("/fail", dependencies=[])
+    async def fail() -> None:
+        raise raised
+
+    answer = await service.client.get("/fail")
+
+    assert (answer.status_code, answer.json()["code"]) == (status, code)
+    if AWAY in leaves(raised):
+        assert "Away." in caplog.text
+    if status == 500:
+        assert "what" in caplog.text
+
+
+async def test_handler_of_the_status_is_asked(service: Service) -> None:
+    """As Starlette does outside of a group, the handler of an HTTPException's status goes first."""
+    service.app.add_exception_handler(409, lambda _request, _error: Response("mine", 444))
+
+    @service.app.get("/fail")
+    async def fail() -> None:
+        raise group(HTTPException(409))
+
+    assert (await service.client.get("/fail")).status_code == 444
+
+
+async def test_cancellation_out_of_a_group_is_one(service: Service) -> None:
+    """What ends a request from outside ends it in a group, too: it is no failure of the request's."""
+
+    @service.app.post("/cancelled")
+    async def fail() -> None:
+        raise group(MISSING, asyncio.CancelledError("stop"))
+
+    with pytest.raises(asyncio.CancelledError, match="stop"):
+        await service.client.post("/cancelled")
+
+    assert service.sample("http_requests_total", method="POST", route="/cancelled", status="503") == 1
+
+
+async def test_client_that_left_is_one_in_a_group(service: Service) -> None:
+    """A client that leaves while a TaskGroup reads its body is no error."""
+
+    @service.app.post("/upload")
+    async def fail() -> None:
+        raise group(ClientDisconnect())
+
+    await asyncio.gather(service.client.post("/upload"), return_exceptions=True)
+
+    assert service.sample("http_requests_total", method="POST", route="/upload", status="499") == 1

@@ -311,3 +311,24 @@ async def test_one_read_on_the_replica_is_enough(service: Service) -> None:
 
     assert (await service.client.get("/find")).status_code == 200
     assert ran == [1, 1]
+
+
+@pytest.mark.parametrize("nested", [False, True])
+async def test_failure_out_of_a_task_group_is_run_again(service: Service, *, nested: bool) -> None:
+    """What a TaskGroup raises because of a replica is the replica's failure."""
+
+    async def find(session: ReadSession) -> bool:
+        if (await session.execute(ON_REPLICA)).scalar_one():
+            raise NotFound("Not here.")
+        return True
+
+    @service.app.get("/find")
+    async def gather(session: ReadDB) -> bool:
+        async with asyncio.TaskGroup() as outer:
+            if not nested:
+                return await outer.create_task(find(session))
+            async with asyncio.TaskGroup() as inner:
+                return await inner.create_task(find(session))
+
+    assert (await service.client.get("/find")).json() is True
+    assert service.sample("db_reads_retried_total", reason="not_found") == 1
