@@ -29,6 +29,7 @@ TRANSACTION = [
     "set\ttransaction read only",
     "SET CONSTRAINTS ALL DEFERRED",
     "SELECT set_config('a', f.b, true) FROM f",
+    "SELECT set_config('a', 'b', true",
     "SELECT pg_advisory_xact_lock(1)",
     "SAVEPOINT x",
     "ROLLBACK TO SAVEPOINT x",

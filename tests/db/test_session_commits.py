@@ -254,6 +254,40 @@ async def test_request_with_a_key_is_one_transaction(service: Service, execute: 
     assert await execute("SELECT count(*) FROM idempotency_keys") == 0
 
 
+@pytest.mark.parametrize("name", ["commit", "rollback", "close", "reset", "invalidate"])
+async def test_lease_of_a_pinned_session_is_kept(service: Service, execute: Execute, name: str) -> None:
+    """Also while SQLAlchemy's session has not been asked for yet."""
+    async with service.databases.writing() as session:
+        await store(session, "rows", "A-0")
+        session.pinned = True
+        with pytest.raises(RuntimeError, match="the request is one transaction"):
+            await getattr(session, name)()
+
+    assert await execute(MRNS) == "A-0"
+
+
+@pytest.mark.parametrize("name", ["rollback", "close", "reset", "invalidate"])
+@pytest.mark.parametrize("first", ["nothing", "rows", "execute"])
+async def test_session_goes_on_after_it_gave_back(service: Service, execute: Execute, name: str, first: str) -> None:
+    """What was not committed is taken back, and what comes next is stored."""
+    async with service.databases.writing() as session:
+        if first != "nothing":
+            await store(session, first, "A-0")
+        await getattr(session, name)()
+        await session.run_sync(lambda sync: getattr(sync, name)())
+        await store(session, "rows", "A-1")
+
+    assert await execute(MRNS) == "A-1"
+
+
+async def test_options_of_statements_pass(service: Service) -> None:
+    """Those that are no transaction's are SQLAlchemy's business."""
+    async with service.databases.writing() as session:
+        connection = await session.connection(execution_options={"preserve_rowcount": True})
+        assert await connection.execution_options(stream_results=False) is connection
+        assert connection.sync_connection is session.connection_held
+
+
 # By the driver's own connection.
 
 
@@ -268,6 +302,8 @@ async def by_driver(driver: Any, how: str) -> None:
         await driver.execute(INSERT)
     elif how == "fetch":
         await driver.fetch(INSERT)
+    elif how == "arguments":
+        await driver.execute(INSERT.replace("'A-1'", "$1"), "A-1")
     elif how == "copy":
         await driver.copy_to_table("patients", source=records(), columns=COLUMNS)
     elif how == "session lock":
@@ -282,7 +318,7 @@ async def by_driver(driver: Any, how: str) -> None:
 
 
 @pytest.mark.parametrize("first", ["nothing", "rows", "execute", "commit"])
-@pytest.mark.parametrize("how", ["execute", "fetch", "copy", "transaction", "session lock"])
+@pytest.mark.parametrize("how", ["execute", "fetch", "arguments", "copy", "transaction", "session lock"])
 async def test_driver_takes_part_in_the_transaction(service: Service, execute: Execute, first: str, how: str) -> None:
     """What it sends is taken back when the route fails, whatever came before, and stored when it does not."""
 
