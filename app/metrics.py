@@ -106,6 +106,12 @@ class Metrics:
             "pool",
             mode="livemax",
         )
+        self.write_stall_seconds = gauge(
+            "db_write_stall_seconds",
+            "Seconds for which the oldest commit has been waiting for a synchronous standby; 0 when none waits.",
+            "pool",
+            mode="livemax",
+        )
         self.replica_usable = gauge(
             "db_replica_usable", "Whether reads go to this replica: 1 or 0.", "pool", mode="livemin"
         )

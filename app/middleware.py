@@ -18,6 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.db.dependencies import DATABASES, SAFE_METHODS, consistency_of, route_of, why_read_failed
 from app.db.engines import Databases
+from app.db.server import Token
 from app.db.sessions import Consistency
 from app.errors import Failure, answer_unforeseen, gravest, problem
 from app.failures import report_bug
@@ -147,7 +148,7 @@ class ReadYourWrites:
 
         await self._app(scope, receive, send_with_token)
 
-    def _wanted(self, scope: Scope) -> int | None:
+    def _wanted(self, scope: Scope) -> Token | None:
         """Return the newer of the header's and the cookie's token, in bytes of WAL; None without one."""
         found = []
         for name, value in scope["headers"]:
@@ -155,10 +156,10 @@ class ReadYourWrites:
                 found.append(value)
             elif name == b"cookie" and (match := self._cookie.search(value)):
                 found.append(match[1])
-        wanted = None
+        wanted: Token | None = None
         for text in found:
-            if match := _TOKEN.fullmatch(text):
-                wanted = max(wanted or 0, (int(match[1], 16) << 32) + int(match[2], 16))
+            if token := Token.parse(text):
+                wanted = token if token.is_newer(wanted) else wanted
                 self._count_token("accepted").inc()
             else:
                 self._count_token("malformed").inc()
@@ -247,4 +248,3 @@ _CUT = Failure(
     "Read before you try again, or send the request with an Idempotency-Key.",
 )
 _PLAIN_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
-_TOKEN = re.compile(rb"([0-9A-Fa-f]{1,8})/([0-9A-Fa-f]{1,8})")

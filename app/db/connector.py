@@ -13,6 +13,7 @@ from sqlalchemy.exc import DBAPIError, EmulatedDBAPIException
 
 from app.database_url import Host, KeepAlive
 from app.db.host_search import HostSearch
+from app.db.server import lacks
 from app.db.watched import ASYNCPG_FAILURES, WatchedConnection
 from app.settings import DatabaseSettings
 
@@ -27,16 +28,21 @@ KEEPALIVE_PROBES = 3
 UNACKNOWLEDGED_MILLISECONDS = 30_000
 # Two servers that took turns behind one address were not started in the same microsecond.
 WHO = """
-SELECT extract(epoch FROM pg_postmaster_start_time())::float8 AS server,
-       current_setting('transaction_read_only')::boolean AS read_only
+SELECT current_setting('transaction_read_only')::boolean AS read_only,
+       extract(epoch FROM pg_postmaster_start_time())::float8 AS server
 """
+# Of a server that has no such functions.
+WHO_AT_LEAST = "SELECT current_setting('transaction_read_only')::boolean AS read_only"
+# Seconds for which an address that leads to another server than before may lead to both.
+UNSETTLED_SECONDS = 10.0
+SERVERS_KEPT = 100
 
 
 class KeptAliveConnection(WatchedConnection):
     """A connection whose kernel notices a peer that is gone; asyncpg sets neither option.
 
-    `server` says when the server behind it was started, which tells it from the one that takes its place; it is
-    asked of primaries only.
+    `server` says when the server behind it was started, which tells it from the one that takes its place and from
+    others behind the same address; None where it does not say.
     """
 
     __slots__ = ("server", "transport")
@@ -103,6 +109,8 @@ class Connector:
             expected=DRIVER_FAILURES,
             patience_seconds=settings.connect_timeout_seconds,
         )
+        self._servers: dict[float | None, float] = {}
+        self._several = False
 
     @property
     def login_seconds(self) -> float:
@@ -135,21 +143,47 @@ class Connector:
             record_class=AnyRow,
         )
         connection.keep_alive(parameters.keepalive)
-        if self.writable and await _takes_no_writes(connection, deadline) and len(self.hosts) > 1:
+        takes_no_writes = await _takes_no_writes(connection, deadline)
+        if self.writable and takes_no_writes and len(self.hosts) > 1:
             connection.terminate()
             raise ConnectionRefusedError(f"{host} takes no writes")
+        self.note_server(connection.server)
         return connection
+
+    @property
+    def several(self) -> bool:
+        """Whether the addresses lead to several servers at once, as a balancer's does.
+
+        A server that is gone is not met again. Until that can be told from one that is met by turns, it is believed.
+        """
+        since = asyncio.get_running_loop().time() - UNSETTLED_SECONDS
+        return self._several or sum(met_at >= since for met_at in self._servers.values()) > 1
+
+    def note_server(self, server: float | None) -> None:
+        """Note that an address led to this server just now, at a login or at a question through a pooler."""
+        known = server in self._servers
+        if known and next(reversed(self._servers)) != server:
+            self._several = True
+        self._servers.pop(server, None)
+        self._servers[server] = asyncio.get_running_loop().time()
+        if not known and len(self._servers) > SERVERS_KEPT:
+            del self._servers[next(iter(self._servers))]
 
 
 async def _takes_no_writes(connection: KeptAliveConnection, deadline: float) -> bool:
     """Learn which server answers, and whether it is a standby or demoted."""
     timer = asyncio.get_running_loop().call_at(deadline, connection.cut)
     try:
-        who = cast("asyncpg.Record", await connection.fetchrow(WHO))
+        try:
+            who = cast("asyncpg.Record", await connection.fetchrow(WHO))
+        except asyncpg.PostgresError as error:
+            if not lacks(error):
+                raise
+            who = cast("asyncpg.Record", await connection.fetchrow(WHO_AT_LEAST))
     except BaseException:
         connection.terminate()
         raise
     finally:
         timer.cancel()
-    connection.server = who["server"]
+    connection.server = who.get("server")
     return bool(who["read_only"])

@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar, TypeVarTuple, cast, get_args
 
+import asyncpg
 from sqlalchemy import Row
 from sqlalchemy.ext.asyncio import create_async_engine
 
@@ -23,7 +24,8 @@ from app.db.once_more import OnceMore
 from app.db.query import Query
 from app.db.replica import Replica, Router
 from app.db.sentinel import Look, Sentinel
-from app.db.sessions import Consistency, Isolation, ReadSession, Way, WriteSession
+from app.db.server import QUESTIONS, Position, Token, lacks
+from app.db.sessions import Consistency, Demand, Isolation, ReadSession, Way, WriteSession
 from app.db.sqlalchemy_pool import BoundedPool, opened_connection
 from app.errors import DatabaseUnavailable
 from app.metrics import Metrics
@@ -71,7 +73,7 @@ class Database:
             slow_query_seconds=service.slow_query_seconds,
             idle_hold_seconds=service.idle_hold_seconds,
         )
-        connector = Connector(settings, writable=role == "primary")
+        self.connector = connector = Connector(settings, writable=role == "primary")
         self.sentinel = Sentinel(name, connector, service, metrics)
         self.engine = create_async_engine(
             # SQLAlchemy reads the dialect from it; where to connect is the connector's business.
@@ -110,12 +112,13 @@ class Database:
 
     def _follow(self, look: Look) -> None:
         """Leave a server that another one replaced: who waits for its answer would wait until a timeout."""
-        if look.server is None:
+        started = look.position.started
+        if started is None or look.status != "healthy":
             return
-        if self._server not in {None, look.server}:
+        if self._server not in {None, started}:
             logger.warning("database is another server", extra={"database": self.name})
-            self.pool.abandon(keep=look.server)
-        self._server = look.server
+            self.pool.abandon(keep=started)
+        self._server = started
 
     async def fetch(self, query: Query[*Ts], parameters: Mapping[str, Any]) -> Sequence[Row[*Ts]]:
         """Run one query on a connection taken for it alone, outside any transaction.
@@ -127,6 +130,25 @@ class Database:
             return await lease.rows(query, parameters)
         finally:
             lease.give_back()
+
+    @property
+    def leads_to_several(self) -> bool:
+        """Whether the address was seen to lead now to one server and now to another."""
+        return self.connector.several
+
+    async def has_replayed(self, token: Token, lease: Lease) -> bool:
+        """Ask the server behind this connection whether it shows what the token stands for; ask in a transaction.
+
+        A pooler may lead each transaction to another server, and nothing else does so.
+        """
+        try:
+            row = await lease.ask(lease.connection.fetchrow(QUESTIONS[0]))
+        except asyncpg.PostgresError as error:
+            if not lacks(error):
+                raise
+            return False
+        position = Position.of(cast("asyncpg.Record", row))
+        return position.in_recovery is True and position.has_replayed(token)
 
 
 class Databases:
@@ -188,11 +210,19 @@ class Databases:
         """
         self._check_loop()
         wish = Consistency() if consistency is None else consistency
-        database, wish.reason = self.router.route(at_least=wish.wanted_lsn, primary=wish.primary_only)
+        database, wish.reason = self.router.route(at_least=wish.wanted, primary=wish.primary_only)
         if wish.read_from is None or wish.read_from.role != "replica" or wish.primary_only:
             # Of several reads in a request, one on a replica is enough for the whole to be run once more.
             wish.read_from = database
-        return ReadSession(database, database.reads, label=label)
+        demand = None
+        if wish.wanted is not None and database.leads_to_several:
+            # The sentinel has looked at one of the servers; the connection may lead to another.
+            demand = Demand(wish.wanted, lambda: self._leave_replica(wish))
+        return ReadSession(database, database.reads, label=label, demand=demand)
+
+    def _leave_replica(self, wish: Consistency) -> Database:
+        wish.read_from, wish.reason = self.router.leave(), "behind_token"
+        return wish.read_from
 
     def reporting(self, *, label: str = "background") -> ReadSession:
         """Open a session on the analytics pool: REPEATABLE READ, READ ONLY, one snapshot for all its statements."""

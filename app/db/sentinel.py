@@ -9,46 +9,32 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import asyncpg
 
 from app.db.connector import DRIVER_FAILURES, Connector, KeptAliveConnection
 from app.db.pooler import STATEMENTS, WARNING, forgets_statements
+from app.db.server import QUESTIONS, UNKNOWN, WITHOUT_LSN, Position, lacks
 from app.errors import DatabaseUnavailable, DatabaseUnreachable
 from app.metrics import Metrics
 from app.settings import Settings
 
 logger = logging.getLogger(__name__)
 
-# One round trip. The LSNs are bytes from the start of the WAL. A primary says how far it has written; a standby how
-# far it has replayed, and the age in seconds of the last transaction that it replayed.
-LOOK = """
-SELECT in_recovery,
-       CASE WHEN in_recovery THEN pg_last_wal_replay_lsn() ELSE pg_current_wal_insert_lsn() END - '0/0'::pg_lsn AS lsn,
-       CASE WHEN in_recovery
-            THEN extract(epoch FROM clock_timestamp() - pg_last_xact_replay_timestamp())::float8 END AS replay_age,
-       current_setting('transaction_read_only')::boolean AS read_only
-FROM pg_is_in_recovery() AS in_recovery
-"""
-
-
 LOOK_SECONDS = 0.5
 
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """What one look saw. `at` is of time.monotonic(); `lsn` is in bytes; None where the database did not say."""
+    """What one look saw. `at` is of time.monotonic(); `position` is what the server said of itself."""
 
     at: float
     status: Literal["healthy", "timeout", "error", "unknown"]
     latency_seconds: float | None = None
     error: str | None = None
-    in_recovery: bool | None = None
-    lsn: int | None = None
-    replay_age_seconds: float | None = None
-    server: float | None = None
+    position: Position = UNKNOWN
 
 
 class Sentinel:
@@ -57,8 +43,8 @@ class Sentinel:
     def __init__(self, name: str, connector: Connector, settings: Settings, metrics: Metrics) -> None:
         self.name = name
         self.last = Look(at=time.monotonic(), status="unknown")
-        # Bytes written or replayed at the last look that was answered: kept when the database goes away.
-        self.lsn: int | None = None
+        # What the last look that was answered saw: kept when the database goes away.
+        self.position = UNKNOWN
         self.listeners: list[Callable[[Look], None]] = []
         self._misses = 0
         self._pooler_examined = False
@@ -66,6 +52,8 @@ class Sentinel:
         self._settings = settings
         self._metrics = metrics
         self._connection: KeptAliveConnection | None = None
+        # The fullest question that this server answers.
+        self._question = 0
         self._look: asyncio.Task[Look] | None = None
         self._turn = asyncio.Lock()
 
@@ -73,6 +61,11 @@ class Sentinel:
     def healthy(self) -> bool:
         """Whether the database answers. One late answer is forgiven: this process may be the one that was late."""
         return self.last.status == "healthy" or (self.last.status == "timeout" and self._misses == 1)
+
+    @property
+    def lacks_lsn(self) -> bool:
+        """Whether the server was asked how far it has written or replayed, and has no such notion."""
+        return self._question >= WITHOUT_LSN
 
     async def watch(self) -> None:
         """Look for ever, every `monitor_interval_seconds`."""
@@ -92,12 +85,12 @@ class Sentinel:
     async def _look_once(self, seconds: float) -> Look:
         started = time.monotonic()
         try:
-            rows = await self.ask(LOOK, timeout_seconds=seconds)
+            row = await self._ask_position(seconds)
         except DatabaseUnavailable as error:
             late = time.monotonic() - started >= seconds or isinstance(error.__cause__, TimeoutError)
             found = Look(time.monotonic(), "timeout" if late else "error", error=str(error))
         else:
-            found = self._seen(rows[0], started)
+            found = self._seen(Position.of(row), started)
         if found.status != self.last.status:
             level = logging.INFO if found.status == "healthy" else logging.WARNING
             logger.log(level, "database is %s", found.status, extra={"database": self.name, "reason": found.error})
@@ -118,15 +111,33 @@ class Sentinel:
             if self._connection is not None and forgets_statements(self._connection, statements):
                 logger.warning(WARNING, extra={"database": self.name})
 
-    def _seen(self, row: asyncpg.Record, started: float) -> Look:
+    async def _ask_position(self, seconds: float) -> asyncpg.Record:
+        """Ask the server of itself, by the fullest question that it answers; a missing feature is no outage."""
+        while True:
+            try:
+                (row,) = await self.ask(QUESTIONS[self._question], timeout_seconds=seconds)
+            except DatabaseUnavailable as error:
+                if not lacks(error.__cause__) or self._question + 1 == len(QUESTIONS):
+                    raise
+                self._question += 1
+                logger.info("database lacks a feature", extra={"database": self.name, "reason": str(error.__cause__)})
+            else:
+                return row
+
+    def _seen(self, position: Position, started: float) -> Look:
         now = time.monotonic()
-        if row["read_only"] and self._connector.writable:
+        if position.read_only and self._connector.writable:
             # Demoted, or not promoted yet. The address may lead to another server by now: look there next time.
             self._hang_up()
-            return Look(now, "error", now - started, "The server takes no writes.", row["in_recovery"])
-        self.lsn = lsn = None if row["lsn"] is None else int(row["lsn"])
-        server = None if self._connection is None else self._connection.server
-        return Look(now, "healthy", now - started, None, row["in_recovery"], lsn, row["replay_age"], server)
+            return Look(now, "error", now - started, "The server takes no writes.", position)
+        if position.is_same_server(self.position) and position.in_recovery and position.timeline is not None:
+            # The receiver may have known a later timeline than the control file does, and be gone by now.
+            position = replace(position, timeline=max(position.timeline, self.position.timeline or 0))
+        self.position = position
+        if position.stalled is not None or position.in_recovery is False:
+            self._metrics.write_stall_seconds.labels(self.name).set(position.stalled or 0.0)
+        self._connector.note_server(position.started)
+        return Look(now, "healthy", now - started, None, position)
 
     async def ask(self, sql: str, *arguments: Any, timeout_seconds: float) -> Sequence[asyncpg.Record]:
         """Ask one question on the connection beside the pool.
@@ -138,7 +149,7 @@ class Sentinel:
         async with self._turn:
             try:
                 if self._connection is None or self._connection.is_closed():
-                    self._connection = await self._connector.open(deadline)
+                    self._connection, self._question = await self._connector.open(deadline), 0
                 # At the deadline the socket is torn down: no cancel request goes to a server that hangs.
                 timer = loop.call_at(deadline, self._connection.cut)
                 try:
@@ -146,7 +157,8 @@ class Sentinel:
                 finally:
                     timer.cancel()
             except DRIVER_FAILURES as error:
-                self._hang_up()
+                if not lacks(error):
+                    self._hang_up()
                 message = "no answer in time" if loop.time() >= deadline else str(error) or type(error).__name__
                 raise DatabaseUnreachable(f"The database cannot be reached: {message}.") from error
 

@@ -11,7 +11,7 @@ asked where it happened. Only `rows` on a replica, where no transaction binds th
 
 import asyncio
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Never, TypeAlias, TypeVarTuple, cast
@@ -20,15 +20,15 @@ import asyncpg
 from sqlalchemy import Engine, Row
 from sqlalchemy.exc import PendingRollbackError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, AsyncSessionTransaction
-from sqlalchemy.util.concurrency import greenlet_spawn
+from sqlalchemy.util.concurrency import await_, greenlet_spawn
 
 from app.db.connector import DRIVER_FAILURES
 from app.db.effects import effect_of
 from app.db.lease import DriverLane, Lease
-from app.db.observe import PoolWatch
 from app.db.orm import PINNED, HeldConnection, OneConnection, refuse_of_transactions
 from app.db.pool import Tenure, holder
 from app.db.query import Query
+from app.db.server import WRITTEN, Token, lacks
 from app.db.watched import LOST, SWALLOWED
 from app.errors import ConnectionLost, TransactionAborted
 
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
     from app.db.engines import Database
     from app.db.replica import Reason
 
-WRITTEN_LSN = "SELECT pg_current_wal_insert_lsn()::text"
 Ts = TypeVarTuple("Ts")
 Isolation: TypeAlias = Literal["READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE"]
 
@@ -54,11 +53,19 @@ NO_QUERY = (
 class Consistency:
     """What the middleware and the sessions of one request tell each other; it lives in the request's scope."""
 
-    wanted_lsn: int | None = None
+    wanted: Token | None = None
     primary_only: bool = False
     read_from: "Database | None" = None
     reason: "Reason | None" = None
     token: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """What a read asks of the server that answers it: to have replayed `token`. Else it goes where `leave` says."""
+
+    token: Token
+    leave: "Callable[[], Database]"
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,9 +91,10 @@ class ReadSession(AsyncSession):
     sync_session: OneConnection
     reads = True
 
-    def __init__(self, database: "Database", way: Way, *, label: str) -> None:
+    def __init__(self, database: "Database", way: Way, *, label: str, demand: Demand | None = None) -> None:
         self._database = database
         self._way = way
+        self._demand = demand
         self._label = label
         self._lease: Lease | None = None
         self._beginning = False
@@ -113,6 +121,8 @@ class ReadSession(AsyncSession):
         """Give SQLAlchemy's session the connection of this one, or one of the pool. Called in SQLAlchemy's greenlet."""
         holder.set(self._label)
         lease, self._lease = self._lease, None
+        if lease is None and self._demand is not None:
+            lease, engine = await_(self._begin()), self._way.engine.sync_engine
         if lease is not None:
             return lease.adopt(engine)
         self._start()
@@ -148,7 +158,7 @@ class ReadSession(AsyncSession):
             raise RuntimeError(ENDED)
         holder.set(self._label)
         if self._lease is None:
-            if self._way.alone and not effect_of(query.sql):
+            if self._way.alone and self._demand is None and not effect_of(query.sql):
                 return await self._database.fetch(query, parameters)
             self._lease = await self._begin()
         elif not self._lease.begun:
@@ -158,13 +168,23 @@ class ReadSession(AsyncSession):
     async def _begin(self) -> Lease:
         self._start()
         try:
-            lease = Lease(self._database, await self._database.pool.acquire(), readonly=self.reads)
-            await lease.begin(self._way.begin)
+            lease = await self._lease_begun()
+            demand, self._demand = self._demand, None
+            if demand is not None and not await self._database.has_replayed(demand.token, lease):
+                await lease.end()
+                self._database = demand.leave()
+                self._way = self._database.reads
+                lease = await self._lease_begun()
         finally:
             self._beginning = False
         if self._ended:
             await lease.end()
             raise RuntimeError(ENDED)
+        return lease
+
+    async def _lease_begun(self) -> Lease:
+        lease = Lease(self._database, await self._database.pool.acquire(), readonly=self.reads)
+        await lease.begin(self._way.begin)
         return lease
 
     async def _begin_again(self, lease: Lease) -> None:
@@ -435,21 +455,24 @@ class WriteSession(ReadSession):
             # It belongs to the request and to no transaction.
             bound, driver.bound = driver.bound, False
             tenure.asked_at = started = time.perf_counter()
-            self._consistency.token = await _written_lsn(driver, self._database.watch)
+            self._consistency.token = await _written_lsn(driver, self._database)
             tenure.queried, tenure.asked_at = tenure.queried + time.perf_counter() - started, None
             driver.bound = bound
 
 
-async def _written_lsn(driver: "asyncpg.Connection[Any]", watch: PoolWatch) -> str | None:
-    """Ask how far the WAL reaches after COMMIT; before it, the answer would be older than the commit itself."""
+async def _written_lsn(driver: "asyncpg.Connection[Any]", database: "Database") -> str | None:
+    """Ask how far the WAL reaches after COMMIT; None where the server cannot tell."""
+    if database.sentinel.lacks_lsn:
+        return None
     try:
-        return str(await driver.fetchval(WRITTEN_LSN))
+        return str(await driver.fetchval(WRITTEN))
     except asyncio.CancelledError:
         driver.terminate()
         raise
     except DRIVER_FAILURES as error:
-        # Whoever took the connection next would wait for what this one left behind.
-        driver.terminate()
+        if not lacks(error):
+            # Whoever took the connection next would wait for what this one left behind.
+            driver.terminate()
         # The write is committed and must be answered so; only the promise to read it back at once is lost.
-        watch.log("no consistency token", route=holder.get(), reason=str(error) or type(error).__name__)
+        database.watch.log("no consistency token", route=holder.get(), reason=str(error) or type(error).__name__)
         return None

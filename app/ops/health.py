@@ -11,6 +11,8 @@ from app.db.engines import Database, Databases
 from app.ops.shared import shared
 from app.security import OPEN
 
+# A commit that waits for longer than this for a synchronous standby is a stall, and no matter of the network.
+STALLED_SECONDS = 1.0
 router = APIRouter(prefix="/health", tags=["operations"], dependencies=[OPEN])
 DatabasesOfApp = Annotated[Databases, Depends(databases_of)]
 # The same body as with 200, and no problem document: a probe's answer is the description.
@@ -65,6 +67,9 @@ async def _describe(databases: Databases, database: Database) -> dict[str, Any]:
         "checked_out": figures.checked_out,
         "overflow": figures.overflow,
     }
+    if database.role == "primary" and look.status == "healthy":
+        stalled = look.position.stalled or 0.0
+        described |= {"writes": "stalled" if stalled >= STALLED_SECONDS else "flowing", "write_stall_seconds": stalled}
     if look.error is not None:
         described["error"] = look.error
     for replica in databases.router.replicas:

@@ -12,7 +12,8 @@ from fastapi import Depends
 from sqlalchemy import text
 
 from app.db.dependencies import AutocommitDB, ReadDB, WriteDB
-from app.db.sessions import WRITTEN_LSN, Consistency, WriteSession
+from app.db.server import WRITTEN
+from app.db.sessions import Consistency, WriteSession
 from app.errors import NotFound
 from app.patients import queries
 from app.patients.models import Patient
@@ -170,7 +171,7 @@ async def test_look_at_the_lsn_that_fails_spoils_nobody(database: Database, prox
     primary = {"url": proxy.url(database.url()), "pool_size": 1, "max_overflow": 0, "command_timeout_seconds": 0.5}
     async with quiet(database.settings(primary=primary, statement_timeout_seconds=0.4)) as service:
         await service.client.post("/patients", json=AS_JSON)
-        proxy.fates[WRITTEN_LSN] = "hang"
+        proxy.fates[WRITTEN] = "hang"
         asked = asyncio.create_task(_store(service, Consistency(), "A-2"))
 
         async def looking() -> bool:

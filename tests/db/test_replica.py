@@ -11,6 +11,7 @@ import pytest
 from app.db.engines import Databases
 from app.db.replica import BREAK_SECONDS, Replica, State
 from app.db.sentinel import Look
+from app.db.server import UNKNOWN, Position, Token
 from app.errors import ReplicaUnavailable
 from app.metrics import Metrics
 from local.waiting import eventually
@@ -87,7 +88,7 @@ async def test_idle_primary_is_no_lag(database: Database) -> None:
             return (await look(service)).state == "usable" and replica.lag_bytes == 0
 
         assert await eventually(level, 5)
-        age = replica.database.sentinel.last.replay_age_seconds
+        age = replica.position.replay_age
 
         assert age is not None
         assert age > STRICT["replica_max_lag_seconds"]
@@ -139,7 +140,7 @@ async def test_lagging_replica_serves_no_reads(
     ("written", "replayed", "age", "state"),
     [
         (None, 100, 1.0, "unknown"),
-        (100, None, 1.0, "unknown"),
+        (100, None, 1.0, "unmeasured"),
         (100, 100, 3600.0, "usable"),
         (100, 101, 3600.0, "usable"),
         (1100, 100, 3600.0, "usable"),
@@ -156,14 +157,15 @@ async def test_near_is_few_bytes_or_few_seconds(
     async with quiet(database.settings(replica_max_lag_bytes=1000, replica_max_lag_seconds=10)) as service:
         replica = service.databases.router.replicas[0]
         sentinel = replica.database.sentinel
-        service.databases.primary.sentinel.lsn, sentinel.lsn = written, replayed
-        sentinel.last = Look(at=sentinel.last.at, status="healthy", lsn=replayed, replay_age_seconds=age)
+        primary = service.databases.primary.sentinel
+        primary.position = UNKNOWN if written is None else Position(in_recovery=False, lsn=written)
+        sentinel.position = Position(in_recovery=True, lsn=replayed, replay_age=age)
+        sentinel.last = Look(at=sentinel.last.at, status="healthy", position=sentinel.position)
 
         for listener in sentinel.listeners:
             listener(sentinel.last)
 
         assert replica.state == state
-        assert replica.replayed_lsn == (replayed or 0)
 
 
 # The breaker.
@@ -260,10 +262,12 @@ async def test_token_that_is_not_replayed_leads_to_the_primary(database: Databas
     """A reader who knows of a newer position than the replica does is served by the primary."""
     async with quiet(database.settings()) as service:
         assert await becomes(service, "usable")
-        router, replayed = service.databases.router, service.databases.router.replicas[0].replayed_lsn
+        router, position = service.databases.router, service.databases.router.replicas[0].position
+        replayed = int(position.lsn or 0)
 
-        assert router.route(at_least=replayed)[1] == "replica"
-        assert router.route(at_least=replayed + 1) == (service.databases.primary, "behind_token")
+        assert router.route(at_least=Token(1, replayed))[1] == "replica"
+        for ahead in (Token(1, replayed + 1), Token(2, replayed), Token(None, replayed)):
+            assert router.route(at_least=ahead) == (service.databases.primary, "behind_token")
 
 
 async def test_primary_is_had_for_the_asking(database: Database) -> None:
@@ -280,13 +284,13 @@ async def test_absent_replica_is_the_primarys_work(database: Database) -> None:
         assert service.databases.router.route() == (service.databases.primary, "absent")
 
 
-@pytest.mark.parametrize("state", ["unknown", "lagging", "broken"])
+@pytest.mark.parametrize("state", ["unknown", "lagging", "broken", "promoted", "foreign", "diverged", "unmeasured"])
 async def test_falling_back_can_be_switched_off(database: Database, state: State) -> None:
     """Who must not load the primary reads 503 replica_unavailable instead; a token still leads to it."""
     async with quiet(database.settings(replica_fallback=False)) as service:
         assert await becomes(service, "usable")
         router = service.databases.router
-        assert router.route(at_least=2**62)[1] == "behind_token"
+        assert router.route(at_least=Token(1, 2**62))[1] == "behind_token"
         router.replicas[0].state = state
 
         with pytest.raises(ReplicaUnavailable, match=f"The replica is {state}"):
@@ -307,4 +311,4 @@ async def test_order_of_replicas_decides_nothing(database: Database, broken: int
         router = service.databases.router
         router.replicas[broken].trip()
 
-        assert router.route(at_least=2**62) == (service.databases.primary, "behind_token")
+        assert router.route(at_least=Token(1, 2**62)) == (service.databases.primary, "behind_token")

@@ -37,9 +37,11 @@ async def test_look_at_a_primary(database: Database) -> None:
 
         look = await sentinel.look()
 
-        assert (look.status, look.in_recovery, look.replay_age_seconds, look.error) == ("healthy", False, None, None)
-        assert look.lsn == sentinel.lsn
-        assert sentinel.lsn
+        position = look.position
+        assert (look.status, position.in_recovery, position.replay_age, look.error) == ("healthy", False, None, None)
+        assert position == sentinel.position
+        assert position.lsn
+        assert (position.timeline, position.stalled) == (1, None)
         assert look.latency_seconds is not None
         assert sentinel.healthy
 
@@ -49,9 +51,9 @@ async def test_look_at_a_replica(database: Database) -> None:
     async with watching(database.replica_url()) as sentinel:
         look = await sentinel.look()
 
-        assert (look.status, look.in_recovery) == ("healthy", True)
-        assert look.lsn
-        assert look.replay_age_seconds is not None
+        assert (look.status, look.position.in_recovery, look.position.timeline) == ("healthy", True, 1)
+        assert look.position.lsn
+        assert look.position.replay_age is not None
 
 
 async def test_primary_that_takes_no_writes_is_an_error(database: Database) -> None:
@@ -66,7 +68,7 @@ async def test_primary_that_takes_no_writes_is_an_error(database: Database) -> N
 async def test_refusing_database_is_an_error(database: Database, proxy: Proxy) -> None:
     """A database that refuses is not healthy from the first look on, and its last position is kept."""
     async with watching(proxy.url(database.url())) as sentinel:
-        lsn = (await sentinel.look()).lsn
+        position = (await sentinel.look()).position
         proxy.refuse()
         proxy.cut()
 
@@ -76,7 +78,7 @@ async def test_refusing_database_is_an_error(database: Database, proxy: Proxy) -
         assert await eventually(refused, 5)
         assert sentinel.healthy is False
         assert "cannot be reached" in str(sentinel.last.error)
-        assert sentinel.lsn == lsn
+        assert sentinel.position == position
 
 
 async def test_hanging_database_is_a_timeout(database: Database, proxy: Proxy, stopwatch: Stopwatch) -> None:

@@ -515,7 +515,7 @@ def test_route_is_named_by_its_template() -> None:
 
 def test_scope_without_the_middleware_has_no_wishes() -> None:
     """An application that leaves the middleware out reads wherever it may."""
-    assert consistency_of({}).wanted_lsn is None
+    assert consistency_of({}).wanted is None
     assert consistency_of({"state": {"consistency": "?"}}).primary_only is False
 
 
