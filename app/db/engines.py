@@ -6,6 +6,7 @@ with any of the databases down: readiness says so, and the sentinels notice when
 
 import asyncio
 import logging
+import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar, TypeVarTuple, cast, get_args
@@ -37,6 +38,9 @@ logger = logging.getLogger(__name__)
 Role = Literal["primary", "replica", "analytics"]
 # Seconds between two rounds of upkeep of the pools: short against every lifetime, long against a round's cost.
 UPKEEP_SECONDS = 1.0
+# A server that answers nobody for so long is given up. Requests wait half a second for a connection meanwhile, and the
+# statements that are under way have no deadline of the client's (decision 0005).
+MUTE_SECONDS = 2.0
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 
@@ -109,6 +113,16 @@ class Database:
         self._server: float | None = None
         if role == "primary":
             self.sentinel.listeners.append(self._follow)
+        self._answered_at = time.monotonic()
+        if role != "replica":  # A replica's reads are cut sooner: they are run once more on the primary.
+            self.sentinel.listeners.append(self._leave_mute)
+
+    def _leave_mute(self, look: Look) -> None:
+        """Cut what waits on a server that answers nobody: neither looks, nor logins, nor any statement."""
+        if look.status != "timeout":
+            self._answered_at = look.at
+        elif look.at - self._answered_at >= MUTE_SECONDS and (count := self.pool.cut_unanswered(MUTE_SECONDS)):
+            logger.warning("statements cut on a mute server", extra={"database": self.name, "count": count})
 
     def _follow(self, look: Look) -> None:
         """Leave a server that another one replaced: who waits for its answer would wait until a timeout."""

@@ -94,7 +94,7 @@ class DriverLane:
             if self._readonly:
                 raise WriteInReadSession("A read session was asked to write.") from error
             # The address leads to a server that was demoted, and so do all the other connections.
-            self._database.pool.dispose()
+            self._database.pool.leave_demoted()
 
 
 class Lease(DriverLane):

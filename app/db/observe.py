@@ -162,8 +162,7 @@ class EngineWatch:
             if not self._writable or connection is None or _reads_only(connection):
                 raise WriteInReadSession("A read session was asked to write.") from error
             # The address leads to a server that was demoted, and so do all the other connections.
-            failure.is_disconnect = True
-            self._pool.dispose()
+            failure.is_disconnect = self._pool.leave_demoted()
         elif state.startswith("57P"):
             failure.is_disconnect = True
         elif isinstance(error, OSError):

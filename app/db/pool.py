@@ -37,6 +37,8 @@ from app.settings import DatabaseSettings
 # Connections that one pool opens at the same time. Each costs the server a process and both sides a millisecond of
 # hashing; more at once made all of them late on a machine that is short of processors (decision 0015).
 OPENED_AT_ONCE = 3
+# Between two times that connections to a demoted server are given up, each of which costs as many logins.
+RENEW_SECONDS = 0.5
 # What the server answers when it has no room for another connection: those that are open go on working.
 SERVER_FULL = "53"
 # What opening a connection raises when nothing is wrong with the service itself.
@@ -146,6 +148,7 @@ class ConnectionPool(ABC, Generic[S]):
         self._waiters: OrderedDict[asyncio.Future[S], None] = OrderedDict()
         # Why the last connect failed; None since one succeeded.
         self._failure: Exception | None = None
+        self._returned_at = self._renewed_at = float("-inf")
         self._generation = 0
         self._closed = False
         self._drained: asyncio.Event | None = None
@@ -190,7 +193,7 @@ class ConnectionPool(ABC, Generic[S]):
             elif reason := self._expired(tenure, now) or tenure.connection.settle():
                 self._discard(slot, reason)
             else:
-                tenure.idle_since = now
+                tenure.idle_since = self._returned_at = now
                 kept = True
         finally:
             if kept:
@@ -522,6 +525,32 @@ class ConnectionPool(ABC, Generic[S]):
         idle, self._idle = self._idle, []
         for slot in idle:
             self._discard(slot, "disposed")
+
+    def leave_demoted(self) -> bool:
+        """Dispose of connections to a server that takes no writes; say whether that was done.
+
+        Once in a while only: as long as the address leads there, each new connection would be no better.
+        """
+        now = self._clock()
+        if now - self._renewed_at < RENEW_SECONDS:
+            return False
+        self._renewed_at = now
+        self.dispose()
+        return True
+
+    def cut_unanswered(self, seconds: float) -> int:
+        """Close the connections whose statement got no answer for `seconds`, and say how many these were.
+
+        Nothing is closed when another connection came back in good order meanwhile: the server answers, and what takes
+        long there is its business.
+        """
+        if self._clock() - self._returned_at < seconds:
+            return 0
+        now = time.perf_counter()
+        waiting = [t for t in self._out.values() if t.asked_at is not None and now - t.asked_at >= seconds]
+        for tenure in waiting:
+            tenure.connection.cut()
+        return len(waiting)
 
     def close(self) -> None:
         """Admit nobody any more; who waits is refused now. The connections at work stay with their holders."""

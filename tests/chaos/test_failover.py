@@ -70,6 +70,37 @@ async def test_writes_follow_behind_a_fixed_address(
         await order(synchronous_cluster.primary, "ALTER SYSTEM RESET default_transaction_read_only")
 
 
+async def test_nobody_waits_long_for_a_mute_primary(
+    database: Database, synchronous_cluster: Cluster, measured: Callable[[str], None]
+) -> None:
+    """Where nothing takes over from a frozen primary, what it was asked is answered all the same, and within 3 s."""
+    settings = database.settings(replica=False, monitor_interval_seconds=0.5)
+    async with serving(settings) as service, Writers(service.app) as writers:
+        await flowing(writers, time.monotonic())
+
+        synchronous_cluster.primary.freeze()
+        frozen, pool = time.monotonic(), service.databases.primary.pool
+
+        async def stuck() -> bool:
+            return any(holding.held_seconds > 0.5 for holding in pool.holdings())
+
+        assert await eventually(stuck, 5), pool.figures()
+
+        async def all_told() -> bool:
+            return pool.figures().checked_out == 0
+
+        assert await eventually(all_told, 20), writers.outcomes()
+        writers.stopped = True
+
+    slowest = max(answer.seconds for answer in writers.told.values())
+    waited = max(answer.answered_at for answer in writers.told.values()) - frozen
+    measured(f"last answer after {waited:.2f} s, slowest answer {slowest:.2f} s, {tell(writers.outcomes())}")
+    if FULL:
+        assert slowest <= RESUMED_SECONDS
+    synchronous_cluster.primary.thaw()
+    await writers.reconcile(database.url("postgres"))
+
+
 async def take_away(primary: Server, end: str) -> None:
     """Make the primary unable to take writes."""
     if end == "killed":

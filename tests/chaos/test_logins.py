@@ -8,6 +8,7 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import AsyncExitStack
 from typing import Any
 
 from sqlalchemy.engine import make_url
@@ -22,6 +23,10 @@ SECONDS = 10.0 if FULL else 1.5
 WRITES_PER_SECOND = 50
 LOGINS_PER_SECOND = 20
 LIVE_SECONDS = 0.1
+# More than two, in one process with their clients, are an overload of the process and not of the server.
+INSTANCES = 2
+CLIENTS = 22 * INSTANCES
+HERD_SECONDS = 10.0 if FULL else 1.0
 PATIENT = {"full_name": "Ada Example", "birth_date": "1980-05-17"}
 
 
@@ -59,6 +64,33 @@ async def test_no_writable_host_is_no_login_storm(database: Database, measured: 
         assert p99 < LIVE_SECONDS
         assert slowest < settings.primary.pool_timeout + LIVE_SECONDS
         assert slowest_read < LIVE_SECONDS
+
+
+async def test_fresh_instances_are_no_herd(database: Database, measured: Callable[[str], None]) -> None:
+    """Instances that start under load open what they need, and no request is refused because too many log in."""
+    async with Proxy(database.cluster.primary.port) as proxy, AsyncExitStack() as stack:
+        pool: dict[str, Any] = {
+            "url": proxy.url(database.url()),
+            "pool_size": 20,
+            "max_overflow": 0,
+            "pool_min_size": 0,
+        }
+        settings = database.settings(replica=False, primary=pool, monitor_interval_seconds=0.5)
+        running = [await stack.enter_async_context(serving(settings)) for _ in range(INSTANCES)]
+        before, over = proxy.connections, after(HERD_SECONDS)
+
+        async def client(number: int) -> list[Answer]:
+            answers: list[Answer] = []
+            while not over():
+                answers.append(await write(running[number % INSTANCES].app, 10_000 * number + len(answers)))
+            return answers
+
+        answers = [a for told in await asyncio.gather(*map(client, range(CLIENTS))) for a in told]
+        logins = proxy.connections - before
+
+    measured(f"{INSTANCES} instances, {CLIENTS} clients: {logins} logins, {tell(outcomes(answers))}")
+    assert "database_unreachable" not in outcomes(answers), outcomes(answers)
+    assert logins <= INSTANCES * 20
 
 
 async def write(app: Any, number: int) -> Answer:

@@ -7,10 +7,12 @@ from collections.abc import Iterator, Mapping
 from contextlib import AsyncExitStack
 from typing import Any, cast
 
+import asyncpg
 import pytest
-from sqlalchemy import Integer, bindparam, exc, literal, select, text
+from sqlalchemy import Integer, Text, bindparam, exc, func, literal, select, text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from app.db import engines
 from app.db.connector import KeptAliveConnection
 from app.db.query import Query
 from app.errors import DatabaseUnreachable, PoolExhausted, sqlstate
@@ -910,6 +912,66 @@ async def test_abandon_keeps_what_leads_to_the_right_server(database: Database) 
 
         p.pool.abandon(keep=server + 1)
         assert await p.backend() != before
+
+
+async def test_demoted_server_is_logged_in_to_now_and_then(database: Database, clock: Clock) -> None:
+    """As long as an address leads to a server that takes no writes, a write does not cost a login."""
+    url = database.replica_url("app_rw")
+    async with Proxy(database.cluster.replica.port) as demoted, pooled(demoted.url(url), clock=clock) as p:
+        write = text("DELETE FROM patients")
+        for round_ in range(1, 4):
+            for _ in range(5):
+                async with p.database.engine.connect() as connection:
+                    with pytest.raises(exc.DBAPIError, match="read-only transaction"):
+                        await connection.execute(write)
+            # The first write of a round gives its connection up, the second one opens another.
+            assert demoted.connections == round_ + 1
+            clock.now += 1
+
+
+async def test_what_a_mute_server_does_not_answer_is_cut(
+    database: Database, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When neither looks nor statements are answered, who waits is told long before a command times out."""
+    monkeypatch.setattr(engines, "MUTE_SECONDS", 0.2)
+    async with pooled(proxy.url(database.url())) as p:
+        await p.database.sentinel.look()
+        query = asyncio.create_task(p.database.fetch(Query(select(func.pg_sleep(60).cast(Text))), {}))
+
+        async def asked() -> bool:
+            return any(tenure.asked_at is not None for tenure in p.pool._out.values())
+
+        assert await eventually(asked, 5)
+        await p.database.sentinel.look()
+        assert not query.done()
+        proxy.hang()
+
+        async def cut() -> bool:
+            await p.database.sentinel.look(timeout_seconds=0.05)
+            return query.done()
+
+        assert await eventually(cut, 10)
+        with pytest.raises(asyncpg.ConnectionDoesNotExistError):
+            await query
+        proxy.resume()
+
+
+async def test_server_that_answers_somebody_is_not_mute(database: Database, clock: Clock) -> None:
+    """A statement that takes long is not cut while another connection comes back in good order."""
+    async with pooled(database.url(), clock=clock) as p:
+        query = asyncio.create_task(p.database.fetch(Query(select(func.pg_sleep(60).cast(Text))), {}))
+
+        async def asked() -> bool:
+            return any(tenure.asked_at is not None for tenure in p.pool._out.values())
+
+        assert await eventually(asked, 5)
+        await p.backend()
+
+        assert p.pool.cut_unanswered(1e-6) == 0
+        clock.now += 1
+        assert p.pool.cut_unanswered(1e-6) == 1
+        with pytest.raises(asyncpg.ConnectionDoesNotExistError):
+            await query
 
 
 async def test_closed_pool_admits_nobody(database: Database) -> None:
