@@ -1,25 +1,32 @@
 """A POST or PATCH with an `Idempotency-Key` is done once and answered twice alike."""
 
 import asyncio
-from collections.abc import AsyncIterator
-from datetime import date
+from collections.abc import AsyncIterator, Callable
+from datetime import date, timedelta
 from typing import Any
 
 import asyncpg
 import httpx
 import pytest
-from fastapi import APIRouter, Depends, HTTPException
+from fastapi import APIRouter, Depends, HTTPException, Request, Response
+from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, RedirectResponse, StreamingResponse
+from pydantic import SecretStr
 from sqlalchemy import text
+from starlette.background import BackgroundTask
 
-from app.db.dependencies import ReadDB, WriteDB
-from app.errors import NotFound
-from app.idempotency import HEADER, PURGE_ROWS, IdempotentRoute, keep_house, purge_expired
+from app.db.dependencies import AutocommitDB, ReadDB, WriteDB
+from app.errors import NotFound, Unauthorized
+from app.idempotency import HEADER, MAX_BYTES, PURGE_ROWS, IdempotentRoute, _claim, keep_house, purge_expired
 from app.patients import queries
+from app.security import issue_token
 from local.waiting import eventually
 from tests.conftest import Database
 from tests.service import Service, serving
 
 ADA = {"mrn": "K-1", "full_name": "Ada Example", "birth_date": "1980-05-17"}
+ADD_SOMEBODY = text(
+    "INSERT INTO patients (mrn, full_name, birth_date) SELECT gen_random_uuid()::text, 'x', '1980-01-01'::date"
+)
 PATIENT = ADA | {"birth_date": date(1980, 5, 17)}
 
 
@@ -197,3 +204,244 @@ async def test_key_of_a_get_means_nothing(service: Service, database: Database) 
 
     assert (await service.client.get("/either", headers={HEADER: "one"})).status_code == 200
     assert await count(database, "idempotency_keys") == 0
+
+
+# What is kept
+
+
+def answering(service: Service, answer: Callable[[], Response], **options: Any) -> None:
+    """Add a route that stores a patient, once for each call, and gives an answer."""
+    router = APIRouter(route_class=IdempotentRoute)
+
+    @router.post("/work", **options)
+    async def work(session: WriteDB) -> Response:
+        await session.execute(
+            text(
+                "INSERT INTO patients (mrn, full_name, birth_date) VALUES (gen_random_uuid()::text, 'x', '1980-01-01')"
+            )
+        )
+        return answer()
+
+    service.app.include_router(router)
+
+
+async def twice(service: Service, **request: Any) -> list[httpx.Response]:
+    """Send the same request twice."""
+    return [await service.client.post("/work", headers={HEADER: "one"}, **request) for _ in range(2)]
+
+
+def cookies() -> Response:
+    """Give an answer with two cookies and a header of its own."""
+    response = JSONResponse({"a": 1}, 202, {"X-Own": "yes", "ETag": '"1"', "Location": "/there"})
+    response.set_cookie("one", "1")
+    response.set_cookie("two", "2", httponly=True)
+    return response
+
+
+async def lines() -> AsyncIterator[str]:
+    """Give a stream."""
+    for number in range(3):
+        yield f"line {number}\n"
+
+
+ANSWERS: dict[str, Callable[[], Response]] = {
+    "JSON with cookies": cookies,
+    "nothing": lambda: Response(status_code=204),
+    "empty": lambda: Response(status_code=201),
+    "text": lambda: PlainTextResponse("é", 203),
+    "bytes": lambda: Response(b"\x00\xff", media_type="application/octet-stream"),
+    "redirect": lambda: RedirectResponse("/elsewhere", 303),
+    "stream": lambda: StreamingResponse(lines(), 200, {"X-Own": "yes"}, "text/csv"),
+    "stream of a generator": lambda: StreamingResponse(iter(["a", "b"])),
+    "file": lambda: FileResponse(__file__, filename="own.py"),
+}
+
+
+@pytest.mark.parametrize("answer", ANSWERS.values(), ids=ANSWERS)
+async def test_any_answer_is_kept_whole(service: Service, database: Database, answer: Callable[[], Response]) -> None:
+    """Status, body and every header of the first answer, cookies, too, are those of the second."""
+    answering(service, answer)
+
+    first, second = await twice(service)
+
+    ours = {"x-request-id", "x-consistency-token", "set-cookie"}
+    told = [
+        [(n, v) for n, v in a.headers.multi_items() if n not in ours or (n == "set-cookie" and "consistency" not in v)]
+        for a in (first, second)
+    ]
+    assert first.is_success or first.is_redirect
+    assert (first.status_code, first.content) == (second.status_code, second.content)
+    assert sorted(told[0]) == sorted(told[1])
+    assert await count(database, "patients") == 1
+
+
+async def test_stream_and_file_are_sent_as_without_a_key(service: Service) -> None:
+    """The first answer with a key has what it has without one; a part of a file stays that part."""
+    answering(service, ANSWERS["stream"])
+    plain = await service.client.post("/work")
+
+    keyed, _ = await twice(service)
+
+    assert (plain.text, keyed.text) == ("line 0\nline 1\nline 2\n",) * 2
+    assert keyed.headers["content-type"] == plain.headers["content-type"] == "text/csv; charset=utf-8"
+    assert (keyed.headers["x-own"], keyed.headers["content-length"]) == ("yes", "21")
+
+
+async def test_background_task_runs_once_and_afterwards(service: Service, database: Database) -> None:
+    """It begins when the work is committed, whatever kind of answer it hangs on, and not for the second answer."""
+    found: list[int] = []
+
+    async def look() -> None:
+        found.append(await count(database, "patients"))
+
+    answering(service, lambda: StreamingResponse(lines(), background=BackgroundTask(look)))
+
+    await twice(service)
+
+    assert found == [1]
+
+
+@pytest.mark.parametrize(
+    ("answer", "word"),
+    [
+        (lambda: Response(b"x" * (MAX_BYTES + 1)), "longer"),
+        (lambda: StreamingResponse(iter([b"x" * MAX_BYTES, b"x"])), "longer"),
+        (lambda: StreamingResponse(lines(), media_type="text/event-stream"), "stream of events"),
+    ],
+)
+async def test_answer_that_cannot_be_kept_is_refused(
+    service: Service, database: Database, answer: Callable[[], Response], word: str
+) -> None:
+    """Before the commit: nothing is stored, the client learns what to do, and without a key it is served."""
+    answering(service, answer)
+
+    refused = await twice(service)
+    stored = [await count(database, table) for table in ("patients", "idempotency_keys")]
+    served = await service.client.post("/work")
+
+    assert [(a.status_code, a.json()["code"]) for a in refused] == [(422, "idempotency_not_possible")] * 2
+    assert word in refused[0].json()["detail"]
+    assert stored == [0, 0]
+    assert served.status_code == 200
+
+
+@pytest.mark.parametrize(
+    "request_", [{"data": {"a": "1"}}, {"files": {"f": b"\x00"}}, {"content": b"\xff"}, {"json": {"a": 1}}]
+)
+async def test_body_of_any_kind_is_part_of_the_request(service: Service, request_: dict[str, Any]) -> None:
+    """It is read by the key and then by the endpoint; another body with the same key is another request."""
+    router = APIRouter(route_class=IdempotentRoute)
+    read: list[bytes] = []
+
+    @router.post("/work")
+    async def work(request: Request, session: WriteDB) -> int:
+        read.append(b"".join([chunk async for chunk in request.stream()]))
+        return int((await session.execute(text("SELECT 1"))).scalar_one())
+
+    service.app.include_router(router)
+    boundary = {"Content-Type": "multipart/form-data; boundary=b"} if "files" in request_ else {}
+    headers = {HEADER: "one", **boundary}
+
+    answers = [await service.client.post("/work", headers=headers, **request_) for _ in range(2)]
+    other = await service.client.post("/work", headers={HEADER: "one"}, content=b"other")
+
+    assert [answer.json() for answer in answers] == [1, 1]
+    assert len(read) == 1
+    assert read[0]
+    assert (other.status_code, other.json()["code"]) == (422, "idempotency_key_reused")
+
+
+# Whose key it is
+
+
+async def test_key_belongs_to_a_path_and_a_method(service: Service) -> None:
+    """The same key for another path or method is another request, and refused."""
+    answering(service, lambda: Response(b"1"))
+    router = APIRouter(route_class=IdempotentRoute)
+    router.add_api_route("/work", lambda: 1, methods=["PATCH"])
+    router.add_api_route("/other", lambda: 1, methods=["POST"])
+    service.app.include_router(router)
+    key = {HEADER: "one"}
+
+    done = await service.client.post("/work", headers=key)
+    others = [await service.client.patch("/work", headers=key), await service.client.post("/other", headers=key)]
+    others.append(await service.client.post("/work?a=1", headers=key))
+
+    assert done.status_code == 200
+    assert [answer.json()["code"] for answer in others] == ["idempotency_key_reused"] * 3
+
+
+async def test_two_keys_are_none(service: Service) -> None:
+    """A request with two keys says nothing that can be held to."""
+    answer = await service.client.post("/patients", json=ADA, headers=[(HEADER, "one"), (HEADER, "two")])
+
+    assert (answer.status_code, answer.json()["code"]) == (422, "invalid_idempotency_key")
+
+
+async def test_retry_may_come_with_a_new_token(database: Database) -> None:
+    """The caller is the token's subject: its next token has its answers, and another subject's has not."""
+    secret = "0123456789abcdef" * 4
+
+    def bearer(subject: str, seconds: int) -> dict[str, str]:
+        lifetime = timedelta(seconds=seconds)
+        token = issue_token(SecretStr(secret), subject=subject, scopes=["write"], lifetime=lifetime)
+        return {"Authorization": f"Bearer {token}", HEADER: "one"}
+
+    async with serving(database.settings(auth_secret=secret, replica=False)) as service:
+        first = await service.client.post("/patients", json=ADA, headers=bearer("ada", 100))
+        again = await service.client.post("/patients", json=ADA, headers=bearer("ada", 200))
+        other = await service.client.post("/patients", json=ADA, headers=bearer("eve", 100))
+
+    assert (first.status_code, again.content) == (201, first.content)
+    assert (other.status_code, other.json()["code"]) == (409, "mrn_taken")
+
+
+async def test_who_is_refused_gets_no_stored_answer(service: Service) -> None:
+    """The dependencies of the route decide before the key does."""
+    allowed = [True, False]
+
+    def decide() -> None:
+        if not allowed.pop(0):
+            raise Unauthorized("Not any more.")
+
+    answering(service, lambda: Response(b"secret"), dependencies=[Depends(decide)])
+
+    first, second = await twice(service)
+
+    assert (first.status_code, second.status_code) == (200, 401)
+
+
+async def test_query_that_commits_alone_waits_for_the_key(service: Service, database: Database) -> None:
+    """An `AutocommitDB`, opened by a dependency before the key is claimed, is part of the key's transaction."""
+
+    async def touch(session: AutocommitDB) -> None:
+        await session.rows(queries.ADD, **PATIENT)
+
+    def fail() -> Response:
+        raise NotFound("Not here.")
+
+    answering(service, fail, dependencies=[Depends(touch)])
+
+    assert [answer.status_code for answer in await twice(service)] == [404, 404]
+    assert await count(database, "patients") == 0
+
+
+async def test_claim_can_be_overridden(service: Service, database: Database) -> None:
+    """A test of an endpoint alone may leave the key out."""
+    answering(service, lambda: Response(b"1"))
+    service.app.dependency_overrides[_claim] = lambda: None
+
+    assert [answer.status_code for answer in await twice(service)] == [200, 200]
+    assert await count(database, "patients") == 2
+
+
+async def test_row_of_the_version_before_is_answered(service: Service, execute: Any) -> None:
+    """An answer that was kept without its headers has the three that were kept."""
+    first = await post(service, ADA, "one")
+    await execute("UPDATE idempotency_keys SET headers = NULL")
+
+    second = await post(service, ADA, "one")
+
+    told = ("location", "content-type", "content-length")
+    assert [second.headers[name] for name in told] == [first.headers[name] for name in told]
+    assert second.content == first.content
