@@ -17,6 +17,7 @@ from sqlalchemy.orm import configure_mappers
 from app import errors, patients, reports, security, users
 from app.db.budget import check_budget
 from app.db.collisions import RunAgain
+from app.db.dependencies import refuse_plain_functions
 from app.db.engines import Databases
 from app.failures import report_failure
 from app.idempotency import keep_house
@@ -127,6 +128,7 @@ async def _running(app: FastAPI) -> AsyncIterator[dict[str, Any]]:
     """Open what the service needs and close it; a database that is down keeps it neither from starting nor stopping."""
     databases: Databases = app.state.databases
     settings: Settings = app.state.settings
+    refuse_plain_functions(app)
     async with _directory(settings) as app.state.directory:
         await databases.open()
         loop_watch = LoopWatch(

@@ -10,13 +10,16 @@ an `Idempotency-Key`.
 
 from collections.abc import Callable, Mapping, MutableMapping
 from contextlib import AsyncExitStack
-from functools import partial
+from functools import lru_cache, partial
 from http import HTTPStatus
+from inspect import iscoroutinefunction, unwrap
 from types import TracebackType
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
-from fastapi import Depends
+from fastapi import Depends, FastAPI
+from fastapi.routing import APIRoute, iter_route_contexts
 from starlette.requests import HTTPConnection
+from starlette.routing import Mount
 
 from app.db.collisions import WRITE, isolation_of
 from app.db.sessions import Consistency, ReadSession, WriteSession
@@ -34,6 +37,11 @@ AUTOCOMMIT, ONE_TRANSACTION = "lifeguard.autocommit", "lifeguard.one_transaction
 SOCKET = (
     "a WebSocket may stay open for hours, and a session would keep its connection for as long: open one for each "
     "message, `async with databases_of(websocket).reading() as session` or `.writing()`"
+)
+
+SYNC = (
+    "{endpoint} takes a session and is a plain `def`, which runs in a thread and cannot await what the session does: "
+    "write `async def`, and await each call; slow work without the database goes to `run_in_threadpool`"
 )
 
 
@@ -104,6 +112,34 @@ ReadDB = Annotated[ReadSession, Depends(read_session, scope="function")]
 WriteDB = Annotated[WriteSession, Depends(write_session, scope="function")]
 AutocommitDB = Annotated[WriteSession, Depends(autocommit_session, scope="function")]
 AnalyticsDB = Annotated[ReadSession, Depends(analytics_session, scope="function")]
+_SESSIONS = {read_session, write_session, autocommit_session, analytics_session}
+
+
+def refuse_plain_functions(app: FastAPI) -> None:
+    """Refuse endpoints that take a session and could not use it, also in applications mounted beneath.
+
+    Raises: RuntimeError with the endpoint's name and what to write.
+    """
+    for context in iter_route_contexts(app.routes):
+        route = context.original_route
+        if isinstance(route, Mount) and isinstance(route.app, FastAPI):
+            refuse_plain_functions(route.app)
+        elif sentence := _misuse(route):
+            raise RuntimeError(sentence)
+
+
+def _misuse(route: object) -> str | None:
+    """Say why the endpoint of this route cannot use the session that it takes."""
+    if not isinstance(route, APIRoute) or _is_coroutine(route.endpoint):
+        return None
+    if all(dependency.call not in _SESSIONS for dependency in route.dependant.dependencies):
+        return None
+    return SYNC.format(endpoint=getattr(route.endpoint, "__qualname__", route.endpoint))
+
+
+@lru_cache(4096)
+def _is_coroutine(endpoint: Callable[..., Any]) -> bool:
+    return iscoroutinefunction(unwrap(endpoint))
 
 
 def bind_in_one_transaction(scope: Scope) -> None:
@@ -138,6 +174,8 @@ def _opened(connection: HTTPConnection, key: str, open_one: Callable[["Databases
     if session is None:
         if scope["type"] == "websocket":
             raise RuntimeError(SOCKET)
+        if sentence := _misuse(scope.get("route")):
+            raise RuntimeError(sentence)
         session = scope[key] = open_one(databases_of(connection))
         # FastAPI's stack of what ends before the answer is sent. A generator would be put on it for three context
         # managers more, and on the other stack by whoever leaves out `scope="function"`.

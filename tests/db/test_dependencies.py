@@ -52,10 +52,6 @@ async def test_endpoint_has_its_session(service: Service, router: APIRouter) -> 
     async def without() -> str:
         return "nothing"
 
-    @router.get("/in-a-thread")
-    def in_a_thread(session: ReadDB) -> bool:
-        return session.connection_held is None
-
     service.app.include_router(router)
 
     assert (await service.client.get("/alone")).json() is True
@@ -63,7 +59,6 @@ async def test_endpoint_has_its_session(service: Service, router: APIRouter) -> 
     assert (await service.client.get("/beside/seven")).status_code == 422
     assert (await service.client.get("/behind?word=a")).json() == ["a", 1]
     assert (await service.client.get("/without")).json() == "nothing"
-    assert (await service.client.get("/in-a-thread")).json() is True
     assert service.databases.replicas[0].pool.figures().checked_out == 0
 
 
