@@ -359,7 +359,7 @@ async def test_job_that_has_committed_is_not_run_again(colliding: Service, execu
         await session.execute(collide(99))
 
     for number, work in enumerate((by_commit, by_begin, inside), start=1):
-        with pytest.raises(DBAPIError):
+        with pytest.raises(DBAPIError, match="collided"):
             await colliding.databases.run_transaction(work)
         assert await execute("SELECT last_value FROM public.attempts") == number
     assert await execute(COUNT) == 3

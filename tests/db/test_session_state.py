@@ -10,6 +10,7 @@ from sqlalchemy import Boolean, Text, bindparam, func, literal_column, select, t
 from app.db.query import Query
 from app.db.sessions import ReadSession, WriteSession
 from app.errors import ConnectionLost
+from local.waiting import eventually
 from tests.conftest import Database, Execute
 from tests.db.conftest import pooled
 from tests.proxy import Proxy
@@ -174,17 +175,28 @@ async def test_what_the_driver_keeps_ends_the_connection(lonely: Service) -> Non
 
 
 async def test_listener_of_the_driver_hears_nothing_afterwards(lonely: Service, execute: Execute) -> None:
-    """LISTEN ends with the session, and so do its callbacks."""
-    heard = []
-    async with lonely.databases.writing() as session:
-        await (await driver_of(session)).add_listener("channel", lambda *event: heard.append(event))
+    """LISTEN ends with the session, and so do its callbacks; the next one's are its own."""
+    heard: dict[str, list[Any]] = {"first": [], "second": []}
+
+    def listener(name: str) -> Callable[..., None]:
+        return lambda *event: heard[name].append(event)
 
     async with lonely.databases.writing() as session:
-        await execute("NOTIFY channel")
-        await session.execute(text("SELECT 1"))
+        await (await driver_of(session)).add_listener("channel", listener("first"))
+
+    async with lonely.databases.writing() as session:
+        await (await driver_of(session)).add_listener("channel", listener("second"))
         await session.commit()
+        await execute("NOTIFY channel")
 
-    assert heard == []
+        async def noticed() -> bool:
+            await session.execute(text("SELECT 1"))
+            await session.commit()
+            return bool(heard["second"])
+
+        assert await eventually(noticed, 5)
+
+    assert heard["first"] == []
     assert backend(lonely) == 0
 
 
