@@ -21,11 +21,15 @@ async def connected(to: DatabaseSettings, *, writable: bool) -> AsyncIterator[Ke
     """
     connector = Connector(to, writable=writable)
     patience = to.connect_timeout_seconds * len(connector.hosts)
-    connection = await connector.open(asyncio.get_running_loop().time() + patience)
     try:
-        yield connection
+        connection = await connector.open(asyncio.get_running_loop().time() + patience)
+        try:
+            yield connection
+        finally:
+            await connection.close(timeout=CLOSE_SECONDS)
     finally:
-        await connection.close(timeout=CLOSE_SECONDS)
+        # A login at another host may still be under way.
+        await connector.close()
 
 
 async def check_server(connection: KeptAliveConnection, to: DatabaseSettings) -> None:
