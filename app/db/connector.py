@@ -13,6 +13,7 @@ from sqlalchemy.exc import DBAPIError, EmulatedDBAPIException
 
 from app.database_url import Host, KeepAlive
 from app.db.host_search import HostSearch
+from app.db.lookup import Lookups
 from app.db.server import lacks
 from app.db.watched import ASYNCPG_FAILURES, WatchedConnection
 from app.settings import DatabaseSettings
@@ -103,6 +104,7 @@ class Connector:
         self.parameters = settings.parameters
         self.hosts = self.parameters.hosts
         self.writable = writable
+        self._lookups = Lookups()
         self._search = HostSearch(
             self.hosts,
             self._open_host,
@@ -130,12 +132,14 @@ class Connector:
 
     async def _open_host(self, host: Host, seconds: float) -> KeptAliveConnection:
         settings, parameters = self.settings, self.parameters
-        deadline = asyncio.get_running_loop().time() + seconds
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + seconds
+        await self._lookups.wait_for(host, deadline)
         connection: KeptAliveConnection = await asyncpg.connect(
             **parameters.arguments(),
             host=host.name,
             port=host.port,
-            timeout=seconds,
+            timeout=deadline - loop.time(),
             command_timeout=settings.command_timeout_seconds,
             statement_cache_size=settings.statement_cache_size,
             server_settings={**parameters.server_settings, "application_name": settings.application_name},

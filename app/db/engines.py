@@ -40,7 +40,7 @@ Role = Literal["primary", "replica", "analytics"]
 UPKEEP_SECONDS = 1.0
 # A server that answers nobody for so long is given up. Requests wait half a second for a connection meanwhile, and the
 # statements that are under way have no deadline of the client's (decision 0005).
-MUTE_SECONDS = 2.0
+MUTE_SECONDS = 1.5
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 

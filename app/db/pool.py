@@ -38,7 +38,7 @@ from app.settings import DatabaseSettings
 # hashing; more at once made all of them late on a machine that is short of processors (decision 0015).
 OPENED_AT_ONCE = 3
 # Between two times that connections to a demoted server are given up, each of which costs as many logins.
-RENEW_SECONDS = 0.5
+RENEW_SECONDS = 0.2
 # What the server answers when it has no room for another connection: those that are open go on working.
 SERVER_FULL = "53"
 # What opening a connection raises when nothing is wrong with the service itself.
