@@ -108,7 +108,7 @@ class Metrics:
         )
         self.write_stall_seconds = gauge(
             "db_write_stall_seconds",
-            "Seconds for which the oldest commit has been waiting for a synchronous standby; 0 when none waits.",
+            "Seconds for which the oldest commit has been waiting, once it is more than one; else 0.",
             "pool",
             mode="livemax",
         )
@@ -116,7 +116,9 @@ class Metrics:
             "db_replica_usable", "Whether reads go to this replica: 1 or 0.", "pool", mode="livemin"
         )
         self.tokens = counter(
-            "db_consistency_tokens_total", "Consistency tokens received: accepted or malformed.", "outcome"
+            "db_consistency_tokens_total",
+            "Consistency tokens received: accepted, malformed or ahead (of all that the primary wrote).",
+            "outcome",
         )
 
         # HTTP.

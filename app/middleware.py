@@ -149,7 +149,7 @@ class ReadYourWrites:
         await self._app(scope, receive, send_with_token)
 
     def _wanted(self, scope: Scope) -> Token | None:
-        """Return the newer of the header's and the cookie's token, in bytes of WAL; None without one."""
+        """Return the newer of the header's and the cookie's token; None without one."""
         found = []
         for name, value in scope["headers"]:
             if name == b"x-consistency-token":

@@ -312,6 +312,10 @@ class Settings(BaseSettings):
         True,
         description="Reads that the replica cannot serve go to the primary; off: 503 instead, and its 404 stands.",
     )
+    ready_without_primary: bool = Field(
+        False,
+        description="Be ready while a replica serves reads and the primary is away; writes get 503. Off: not ready.",
+    )
     prometheus_multiproc_dir: Path | None = Field(
         None,
         description="Where several workers gather their metrics. `serve` makes it; others name an empty directory.",

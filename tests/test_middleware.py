@@ -291,11 +291,11 @@ async def test_write_answers_with_its_position(service: Service, database: Datab
     read = await service.client.get("/patients")
 
     token = created.headers["x-consistency-token"]
-    assert re.fullmatch(r"[0-9A-F]{1,8}-[0-9A-F]{1,8}/[0-9A-F]{1,8}", token)
+    assert re.fullmatch(r"[0-9a-f]{1,8}-1-[0-9A-F]{1,8}/[0-9A-F]{1,8}", token)
     assert created.headers["set-cookie"] == (f"consistency_token={token}; Max-Age=3600; Path=/; HttpOnly; SameSite=Lax")
     assert "x-consistency-token" not in read.headers
     owner = await asyncpg.connect(database.url("app_owner"))
-    lsn = token.partition("-")[2]
+    lsn = token.rpartition("-")[2]
     assert await owner.fetchval("SELECT $1::text::pg_lsn <= pg_current_wal_insert_lsn()", lsn)
     await owner.close()
 

@@ -29,14 +29,11 @@ KEEPALIVE_PROBES = 3
 UNACKNOWLEDGED_MILLISECONDS = 30_000
 # Two servers that took turns behind one address were not started in the same microsecond.
 WHO = """
-SELECT current_setting('transaction_read_only')::boolean AS read_only,
+SELECT current_setting('transaction_read_only')::boolean AS read_only, pg_backend_pid() AS process,
        extract(epoch FROM pg_postmaster_start_time())::float8 AS server
 """
 # Of a server that has no such functions.
-WHO_AT_LEAST = "SELECT current_setting('transaction_read_only')::boolean AS read_only"
-# Seconds for which an address that leads to another server than before may lead to both.
-UNSETTLED_SECONDS = 10.0
-SERVERS_KEPT = 100
+WHO_AT_LEAST = "SELECT current_setting('transaction_read_only')::boolean AS read_only, pg_backend_pid() AS process"
 
 
 class KeptAliveConnection(WatchedConnection):
@@ -111,8 +108,9 @@ class Connector:
             expected=DRIVER_FAILURES,
             patience_seconds=settings.connect_timeout_seconds,
         )
-        self._servers: dict[float | None, float] = {}
-        self._several = False
+        # Whether the addresses led to more than one server since the start, as a balancer's does.
+        self.several = False
+        self._server: float | None = None
 
     @property
     def login_seconds(self) -> float:
@@ -151,27 +149,9 @@ class Connector:
         if self.writable and takes_no_writes and len(self.hosts) > 1:
             connection.terminate()
             raise ConnectionRefusedError(f"{host} takes no writes")
-        self.note_server(connection.server)
+        self.several = self.several or self._server not in {None, connection.server}
+        self._server = connection.server
         return connection
-
-    @property
-    def several(self) -> bool:
-        """Whether the addresses lead to several servers at once, as a balancer's does.
-
-        A server that is gone is not met again. Until that can be told from one that is met by turns, it is believed.
-        """
-        since = asyncio.get_running_loop().time() - UNSETTLED_SECONDS
-        return self._several or sum(met_at >= since for met_at in self._servers.values()) > 1
-
-    def note_server(self, server: float | None) -> None:
-        """Note that an address led to this server just now, at a login or at a question through a pooler."""
-        known = server in self._servers
-        if known and next(reversed(self._servers)) != server:
-            self._several = True
-        self._servers.pop(server, None)
-        self._servers[server] = asyncio.get_running_loop().time()
-        if not known and len(self._servers) > SERVERS_KEPT:
-            del self._servers[next(iter(self._servers))]
 
 
 async def _takes_no_writes(connection: KeptAliveConnection, deadline: float) -> bool:
@@ -190,4 +170,5 @@ async def _takes_no_writes(connection: KeptAliveConnection, deadline: float) -> 
     finally:
         timer.cancel()
     connection.server = who.get("server")
+    connection.pooled = who["process"] != connection.get_server_pid()
     return bool(who["read_only"])

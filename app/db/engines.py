@@ -8,10 +8,10 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar, TypeVarTuple, cast, get_args
 
-import asyncpg
 from sqlalchemy import Row
 from sqlalchemy.ext.asyncio import create_async_engine
 
@@ -25,8 +25,7 @@ from app.db.once_more import OnceMore
 from app.db.query import Query
 from app.db.replica import Replica, Router
 from app.db.sentinel import Look, Sentinel
-from app.db.server import QUESTIONS, Position, Token, lacks
-from app.db.sessions import Consistency, Demand, Isolation, ReadSession, Way, WriteSession
+from app.db.sessions import Consistency, Isolation, ReadSession, Way, WriteSession
 from app.db.sqlalchemy_pool import BoundedPool, opened_connection
 from app.errors import DatabaseUnavailable
 from app.metrics import Metrics
@@ -126,13 +125,13 @@ class Database:
 
     def _follow(self, look: Look) -> None:
         """Leave a server that another one replaced: who waits for its answer would wait until a timeout."""
-        started = look.position.started
-        if started is None or look.status != "healthy":
+        # By its own connection: behind a pooler those of the pool go on, whichever server answers there.
+        if look.server is None:
             return
-        if self._server not in {None, started}:
+        if self._server not in {None, look.server}:
             logger.warning("database is another server", extra={"database": self.name})
-            self.pool.abandon(keep=started)
-        self._server = started
+            self.pool.abandon(keep=look.server)
+        self._server = look.server
 
     async def fetch(self, query: Query[*Ts], parameters: Mapping[str, Any]) -> Sequence[Row[*Ts]]:
         """Run one query on a connection taken for it alone, outside any transaction.
@@ -144,25 +143,6 @@ class Database:
             return await lease.rows(query, parameters)
         finally:
             lease.give_back()
-
-    @property
-    def leads_to_several(self) -> bool:
-        """Whether the address was seen to lead now to one server and now to another."""
-        return self.connector.several
-
-    async def has_replayed(self, token: Token, lease: Lease) -> bool:
-        """Ask the server behind this connection whether it shows what the token stands for; ask in a transaction.
-
-        A pooler may lead each transaction to another server, and nothing else does so.
-        """
-        try:
-            row = await lease.ask(lease.connection.fetchrow(QUESTIONS[0]))
-        except asyncpg.PostgresError as error:
-            if not lacks(error):
-                raise
-            return False
-        position = Position.of(cast("asyncpg.Record", row))
-        return position.in_recovery is True and position.has_replayed(token)
 
 
 class Databases:
@@ -228,15 +208,11 @@ class Databases:
         if wish.read_from is None or wish.read_from.role != "replica" or wish.primary_only:
             # Of several reads in a request, one on a replica is enough for the whole to be run once more.
             wish.read_from = database
-        demand = None
-        if wish.wanted is not None and database.leads_to_several:
-            # The sentinel has looked at one of the servers; the connection may lead to another.
-            demand = Demand(wish.wanted, lambda: self._leave_replica(wish))
-        return ReadSession(database, database.reads, label=label, demand=demand)
-
-    def _leave_replica(self, wish: Consistency) -> Database:
-        wish.read_from, wish.reason = self.router.leave(), "behind_token"
-        return wish.read_from
+        door = None
+        if database.role == "replica" and (wish.wanted is not None or database.connector.several):
+            # The sentinel looks at one server; the connection may lead to another.
+            door = _Door(self.router, database, wish)
+        return ReadSession(database, database.reads, label=label, door=door)
 
     def reporting(self, *, label: str = "background") -> ReadSession:
         """Open a session on the analytics pool: REPEATABLE READ, READ ONLY, one snapshot for all its statements."""
@@ -388,6 +364,27 @@ class Databases:
                 figures = database.pool.figures()
                 extra = {name: getattr(figures, name) for name in figures.__slots__}
                 logger.info("pool figures", extra={"pool": database.name, **extra})
+
+
+@dataclass(frozen=True, slots=True)
+class _Door:
+    """Keeps a read from a server of a replica's address that may not serve it."""
+
+    router: Router
+    database: Database
+    consistency: Consistency
+
+    async def admits(self, lease: Lease) -> Database | None:
+        """Return the primary when the server that this connection leads to may not serve the read."""
+        consistency = self.consistency
+        replica = next(one for one in self.router.replicas if one.database is self.database)
+        reason = await replica.serves(lease, self.router.believed(consistency.wanted))
+        if reason is None:
+            return None
+        # Other connections of the pool may lead to a server that may.
+        lease.tenure.behind = True
+        consistency.read_from, consistency.reason = self.router.leave(reason), reason
+        return consistency.read_from
 
 
 async def _warm_up(database: Database) -> None:

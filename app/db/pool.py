@@ -67,6 +67,8 @@ class Tenure:
     asked_at: float | None = None
     taken_in: str | None = None
     reported: bool = False
+    # Whether it leads where its holder could not stay: the others are taken first.
+    behind: bool = False
 
     def queried_seconds(self) -> float:
         """Seconds that this checkout spent on statements, the one under way included."""
@@ -244,7 +246,9 @@ class ConnectionPool(ABC, Generic[S]):
                 self._in_hand.add(slot)
                 waiter.set_result(slot)
                 return
-        self._idle.append(slot)
+        tenure = _tenure(slot)
+        self._idle.insert(0 if tenure.behind else len(self._idle), slot)
+        tenure.behind = False
 
     def _hand_out(self, slot: S, tenure: Tenure, started: float) -> S:
         now = self._clock()

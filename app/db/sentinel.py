@@ -16,7 +16,7 @@ import asyncpg
 
 from app.db.connector import DRIVER_FAILURES, Connector, KeptAliveConnection
 from app.db.pooler import STATEMENTS, WARNING, forgets_statements
-from app.db.server import QUESTIONS, UNKNOWN, WITHOUT_LSN, Position, lacks
+from app.db.server import UNKNOWN, Position, Questions, lacks
 from app.errors import DatabaseUnavailable, DatabaseUnreachable
 from app.metrics import Metrics
 from app.settings import Settings
@@ -24,17 +24,23 @@ from app.settings import Settings
 logger = logging.getLogger(__name__)
 
 LOOK_SECONDS = 0.5
+# A commit that waits for longer than this is a stall, and no matter of a slow network or disk.
+STALLED_SECONDS = 1.0
 
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """What one look saw. `at` is of time.monotonic(); `position` is what the server said of itself."""
+    """What one look saw. `at` is of time.monotonic(); `position` is what the server said of itself.
+
+    `server` is the one that the sentinel's connection was opened to: see `KeptAliveConnection`.
+    """
 
     at: float
     status: Literal["healthy", "timeout", "error", "unknown"]
     latency_seconds: float | None = None
     error: str | None = None
     position: Position = UNKNOWN
+    server: float | None = None
 
 
 class Sentinel:
@@ -52,8 +58,8 @@ class Sentinel:
         self._settings = settings
         self._metrics = metrics
         self._connection: KeptAliveConnection | None = None
-        # The fullest question that this server answers.
-        self._question = 0
+        self._questions = Questions()
+        self._missing: frozenset[str] = frozenset()
         self._look: asyncio.Task[Look] | None = None
         self._turn = asyncio.Lock()
 
@@ -64,8 +70,18 @@ class Sentinel:
 
     @property
     def lacks_lsn(self) -> bool:
-        """Whether the server was asked how far it has written or replayed, and has no such notion."""
-        return self._question >= WITHOUT_LSN
+        """Whether the server was asked how far it has written or replayed, and cannot tell, or not to this role."""
+        return "lsn" in self._questions.missing
+
+    @property
+    def question(self) -> str:
+        """What the server is asked at each look, for those who ask it on other connections: see `read_position`."""
+        return self._questions.sql
+
+    @property
+    def stalled(self) -> bool:
+        """Whether commits are under way that have been waiting for long, while the database answers."""
+        return self.healthy and (self.position.stalled or 0.0) >= STALLED_SECONDS
 
     async def watch(self) -> None:
         """Look for ever, every `monitor_interval_seconds`."""
@@ -85,17 +101,21 @@ class Sentinel:
     async def _look_once(self, seconds: float) -> Look:
         started = time.monotonic()
         try:
-            row = await self._ask_position(seconds)
+            position = await self._questions.ask(lambda sql: self.ask(sql, timeout_seconds=seconds))
         except DatabaseUnavailable as error:
             late = time.monotonic() - started >= seconds or isinstance(error.__cause__, TimeoutError)
             found = Look(time.monotonic(), "timeout" if late else "error", error=str(error))
         else:
-            found = self._seen(Position.of(row), started)
+            self._tell_missing()
+            found = self._seen(position, started)
         if found.status != self.last.status:
             level = logging.INFO if found.status == "healthy" else logging.WARNING
             logger.log(level, "database is %s", found.status, extra={"database": self.name, "reason": found.error})
+        stalled = self.stalled
         self._misses = 0 if found.status == "healthy" else self._misses + 1
         self.last = found
+        if self._connector.writable:
+            self._tell_stall(before=stalled)
         for listener in self.listeners:
             listener(found)
         if found.status == "healthy" and not self._pooler_examined:
@@ -111,19 +131,6 @@ class Sentinel:
             if self._connection is not None and forgets_statements(self._connection, statements):
                 logger.warning(WARNING, extra={"database": self.name})
 
-    async def _ask_position(self, seconds: float) -> asyncpg.Record:
-        """Ask the server of itself, by the fullest question that it answers; a missing feature is no outage."""
-        while True:
-            try:
-                (row,) = await self.ask(QUESTIONS[self._question], timeout_seconds=seconds)
-            except DatabaseUnavailable as error:
-                if not lacks(error.__cause__) or self._question + 1 == len(QUESTIONS):
-                    raise
-                self._question += 1
-                logger.info("database lacks a feature", extra={"database": self.name, "reason": str(error.__cause__)})
-            else:
-                return row
-
     def _seen(self, position: Position, started: float) -> Look:
         now = time.monotonic()
         if position.read_only and self._connector.writable:
@@ -134,10 +141,26 @@ class Sentinel:
             # The receiver may have known a later timeline than the control file does, and be gone by now.
             position = replace(position, timeline=max(position.timeline, self.position.timeline or 0))
         self.position = position
-        if position.stalled is not None or position.in_recovery is False:
-            self._metrics.write_stall_seconds.labels(self.name).set(position.stalled or 0.0)
-        self._connector.note_server(position.started)
-        return Look(now, "healthy", now - started, None, position)
+        server = None if self._connection is None else self._connection.server
+        return Look(now, "healthy", now - started, None, position, server)
+
+    def _tell_missing(self) -> None:
+        """Say what the server does not tell, once: nothing fails for it, and some things are not done."""
+        missing, self._missing = self._missing, self._questions.missing
+        if self._missing - missing:
+            logger.warning(
+                "database does not tell all of its position",
+                extra={"database": self.name, "missing": ", ".join(sorted(self._missing))},
+            )
+
+    def _tell_stall(self, *, before: bool) -> None:
+        """Say that writes hang: the database answers, so nothing else would."""
+        seconds = self.position.stalled or 0.0
+        self._metrics.write_stall_seconds.labels(self.name).set(seconds if self.stalled else 0.0)
+        if self.stalled and not before:
+            logger.warning("writes are stalled", extra={"database": self.name, "seconds": round(seconds, 1)})
+        elif before and not self.stalled:
+            logger.info("writes are stalled no more", extra={"database": self.name})
 
     async def ask(self, sql: str, *arguments: Any, timeout_seconds: float) -> Sequence[asyncpg.Record]:
         """Ask one question on the connection beside the pool.
@@ -149,7 +172,9 @@ class Sentinel:
         async with self._turn:
             try:
                 if self._connection is None or self._connection.is_closed():
-                    self._connection, self._question = await self._connector.open(deadline), 0
+                    self._connection = await self._connector.open(deadline)
+                    # The server behind it may be another one, and the role may have been given rights.
+                    self._questions.missing = frozenset()
                 # At the deadline the socket is torn down: no cancel request goes to a server that hangs.
                 timer = loop.call_at(deadline, self._connection.cut)
                 try:

@@ -11,10 +11,10 @@ asked where it happened. Only `rows` on a replica, where no transaction binds th
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Never, TypeAlias, TypeVarTuple, cast
+from typing import TYPE_CHECKING, Any, Literal, Never, Protocol, TypeAlias, TypeVarTuple, cast
 
 import asyncpg
 from sqlalchemy import Engine, Row
@@ -28,7 +28,7 @@ from app.db.lease import DriverLane, Lease
 from app.db.orm import PINNED, HeldConnection, OneConnection, refuse_of_transactions
 from app.db.pool import Tenure, holder
 from app.db.query import Query
-from app.db.server import WRITTEN, Token, lacks
+from app.db.server import WRITTEN, Token, lacks, token_text
 from app.db.watched import LOST, SWALLOWED
 from app.errors import ConnectionLost, TransactionAborted
 
@@ -60,12 +60,11 @@ class Consistency:
     token: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Demand:
-    """What a read asks of the server that answers it: to have replayed `token`. Else it goes where `leave` says."""
+class Door(Protocol):
+    """Who says whether the server that a connection leads to may serve a read: see `Replica.serves`."""
 
-    token: Token
-    leave: "Callable[[], Database]"
+    async def admits(self, lease: Lease) -> "Database | None":
+        """Return the database that serves the read in its place, None when this one may."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,10 +90,10 @@ class ReadSession(AsyncSession):
     sync_session: OneConnection
     reads = True
 
-    def __init__(self, database: "Database", way: Way, *, label: str, demand: Demand | None = None) -> None:
+    def __init__(self, database: "Database", way: Way, *, label: str, door: Door | None = None) -> None:
         self._database = database
         self._way = way
-        self._demand = demand
+        self._door = door
         self._label = label
         self._lease: Lease | None = None
         self._beginning = False
@@ -121,7 +120,7 @@ class ReadSession(AsyncSession):
         """Give SQLAlchemy's session the connection of this one, or one of the pool. Called in SQLAlchemy's greenlet."""
         holder.set(self._label)
         lease, self._lease = self._lease, None
-        if lease is None and self._demand is not None:
+        if lease is None and self._door is not None:
             lease, engine = await_(self._begin()), self._way.engine.sync_engine
         if lease is not None:
             return lease.adopt(engine)
@@ -158,8 +157,8 @@ class ReadSession(AsyncSession):
             raise RuntimeError(ENDED)
         holder.set(self._label)
         if self._lease is None:
-            if self._way.alone and self._demand is None and not effect_of(query.sql):
-                return await self._database.fetch(query, parameters)
+            if self._way.alone and not effect_of(query.sql):
+                return await self._fetch_alone(query, parameters)
             self._lease = await self._begin()
         elif not self._lease.begun:
             await self._begin_again(self._lease)
@@ -169,11 +168,9 @@ class ReadSession(AsyncSession):
         self._start()
         try:
             lease = await self._lease_begun()
-            demand, self._demand = self._demand, None
-            if demand is not None and not await self._database.has_replayed(demand.token, lease):
-                await lease.end()
-                self._database = demand.leave()
-                self._way = self._database.reads
+            # For the rest of the session it is this connection, or the primary.
+            door, self._door = self._door, None
+            if door is not None and not await self._stays(door, lease):
                 lease = await self._lease_begun()
         finally:
             self._beginning = False
@@ -181,6 +178,36 @@ class ReadSession(AsyncSession):
             await lease.end()
             raise RuntimeError(ENDED)
         return lease
+
+    async def _fetch_alone(self, query: Query[*Ts], parameters: dict[str, Any]) -> Sequence[Row[*Ts]]:
+        if self._door is None:
+            return await self._database.fetch(query, parameters)
+        lease = Lease(self._database, await self._database.pool.acquire(), readonly=True)
+        if lease.connection.pooled:
+            # Only in a transaction does the next statement reach the same server.
+            lease.give_back()
+            self._lease = await self._begin()
+            return await self._lease.rows(query, parameters)
+        if await self._stays(self._door, lease):
+            try:
+                return await lease.rows(query, parameters)
+            finally:
+                lease.give_back()
+        self._door = None
+        return await self.rows(query, **parameters)
+
+    async def _stays(self, door: Door, lease: Lease) -> bool:
+        """Tell whether a lease may serve; else end it, and go to the database that serves in its place."""
+        try:
+            other = await door.admits(lease)
+        except BaseException:
+            await lease.end()
+            raise
+        if other is None:
+            return True
+        await lease.end()
+        self._database, self._way = other, other.reads
+        return False
 
     async def _lease_begun(self) -> Lease:
         lease = Lease(self._database, await self._database.pool.acquire(), readonly=self.reads)
@@ -465,7 +492,7 @@ async def _written_lsn(driver: "asyncpg.Connection[Any]", database: "Database") 
     if database.sentinel.lacks_lsn:
         return None
     try:
-        return str(await driver.fetchval(WRITTEN))
+        written = cast("asyncpg.Record", await driver.fetchrow(WRITTEN))
     except asyncio.CancelledError:
         driver.terminate()
         raise
@@ -476,3 +503,4 @@ async def _written_lsn(driver: "asyncpg.Connection[Any]", database: "Database") 
         # The write is committed and must be answered so; only the promise to read it back at once is lost.
         database.watch.log("no consistency token", route=holder.get(), reason=str(error) or type(error).__name__)
         return None
+    return token_text(database.sentinel.position.system, written["timeline"], written["lsn"])

@@ -11,8 +11,6 @@ from app.db.engines import Database, Databases
 from app.ops.shared import shared
 from app.security import OPEN
 
-# A commit that waits for longer than this for a synchronous standby is a stall, and no matter of the network.
-STALLED_SECONDS = 1.0
 router = APIRouter(prefix="/health", tags=["operations"], dependencies=[OPEN])
 DatabasesOfApp = Annotated[Databases, Depends(databases_of)]
 # The same body as with 200, and no problem document: a probe's answer is the description.
@@ -27,10 +25,15 @@ async def get_live() -> dict[str, str]:
 
 @router.get("/ready", responses=UNAVAILABLE)
 async def get_ready(databases: DatabasesOfApp, response: Response) -> dict[str, Any]:
-    """Say whether traffic may come: the primary answered the last look, and no shutdown is under way. No I/O."""
+    """Say whether traffic may come: the primary answered the last look, and no shutdown is under way. No I/O.
+
+    With READY_WITHOUT_PRIMARY a replica that serves reads is enough; writes are then answered by 503.
+    """
     if databases.closing:
         return _unavailable(databases, response, {"status": "closing"})
     if not databases.primary.sentinel.healthy:
+        if databases.settings.ready_without_primary and databases.router.serves_reads:
+            return {"status": "ready", "writes": "primary database is not healthy"}
         return _unavailable(databases, response, {"status": "primary database is not healthy"})
     return {"status": "ready"}
 
@@ -68,17 +71,28 @@ async def _describe(databases: Databases, database: Database) -> dict[str, Any]:
         "overflow": figures.overflow,
     }
     if database.role == "primary" and look.status == "healthy":
-        stalled = look.position.stalled or 0.0
-        described |= {"writes": "stalled" if stalled >= STALLED_SECONDS else "flowing", "write_stall_seconds": stalled}
+        seconds = look.position.stalled
+        described |= {
+            "writes": "unknown" if seconds is None else "stalled" if database.sentinel.stalled else "flowing",
+            "write_stall_seconds": round(seconds or 0.0, 1) if database.sentinel.stalled else 0.0,
+        }
     if look.error is not None:
         described["error"] = look.error
     for replica in databases.router.replicas:
         if replica.database is database:
             described |= {
                 "state": replica.state,
+                # "own": the primary has not been seen since the start, and the lag cannot be measured against it.
+                "judged_by": "own" if replica.state == "alone" else "primary",
+                "replay_age_seconds": replica.position.replay_age,
                 "lag_seconds": replica.lag_seconds,
                 "lag_bytes": replica.lag_bytes,
             }
+            if replica.others:
+                described["other_servers"] = [
+                    {"state": replica.state_of(position), "lag_bytes": replica.lag_of(position)}
+                    for _, position in replica.others.values()
+                ]
     return described
 
 

@@ -265,8 +265,8 @@ async def test_token_that_is_not_replayed_leads_to_the_primary(database: Databas
         router, position = service.databases.router, service.databases.router.replicas[0].position
         replayed = int(position.lsn or 0)
 
-        assert router.route(at_least=Token(1, replayed))[1] == "replica"
-        for ahead in (Token(1, replayed + 1), Token(2, replayed), Token(None, replayed)):
+        assert router.route(at_least=Token(replayed, 1))[1] == "replica"
+        for ahead in (Token(replayed + 1, 1), Token(replayed, 2), Token(replayed)):
             assert router.route(at_least=ahead) == (service.databases.primary, "behind_token")
 
 
@@ -290,7 +290,7 @@ async def test_falling_back_can_be_switched_off(database: Database, state: State
     async with quiet(database.settings(replica_fallback=False)) as service:
         assert await becomes(service, "usable")
         router = service.databases.router
-        assert router.route(at_least=Token(1, 2**62))[1] == "behind_token"
+        assert router.route(at_least=Token(2**62, 1))[1] == "behind_token"
         router.replicas[0].state = state
 
         with pytest.raises(ReplicaUnavailable, match=f"The replica is {state}"):
@@ -311,4 +311,4 @@ async def test_order_of_replicas_decides_nothing(database: Database, broken: int
         router = service.databases.router
         router.replicas[broken].trip()
 
-        assert router.route(at_least=Token(1, 2**62)) == (service.databases.primary, "behind_token")
+        assert router.route(at_least=Token(2**62, 1)) == (service.databases.primary, "behind_token")

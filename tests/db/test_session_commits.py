@@ -12,6 +12,7 @@ from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError, IntegrityError, InvalidRequestError
 
 from app.db.dependencies import AutocommitDB, WriteDB
+from app.db.server import WRITTEN
 from app.db.sessions import Consistency, ReadSession, WriteSession
 from app.errors import ConnectionLost, OutcomeUnknown, TransactionAborted
 from app.idempotency import HEADER, IdempotentRoute
@@ -420,7 +421,7 @@ async def test_token_is_asked_for_once_a_commit(database: Database, proxy: Proxy
             await session.commit()
             first = consistency.token
         assert first is not None
-        assert proxy.statements.count("SELECT pg_current_wal_insert_lsn()::text") == 1
+        assert proxy.statements.count(WRITTEN) == 1
         async with service.databases.writing(consistency) as session:
             await store(session, "execute", "A-1")
             await session.commit()

@@ -13,6 +13,7 @@ from sqlalchemy.exc import DBAPIError, IntegrityError
 
 from app.db.dependencies import AnalyticsDB, ReadDB, WriteDB, consistency_of, databases_of, route_of
 from app.db.engines import Databases
+from app.db.server import WRITTEN
 from app.db.sessions import ReadSession, WriteSession
 from app.patients import queries
 from app.patients.models import Patient
@@ -440,7 +441,7 @@ async def test_token_that_cannot_be_had_does_not_undo_the_write(  # noqa: PLR091
     """A write that is committed is answered so; without its position the client has no token."""
     async with quiet(through(database, proxy, replica_proxy)) as service:
         path = in_transaction(service) if way == "transaction" else "/patients"
-        proxy.fates["SELECT pg_current_wal_insert_lsn()"] = "lose_request"
+        proxy.fates[WRITTEN] = "lose_request"
 
         answer = await service.client.post(path, json=ADA)
 

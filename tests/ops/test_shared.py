@@ -7,7 +7,7 @@ import pytest
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
 
 from app.db.activity import BY_STATE
-from app.db.server import QUESTIONS
+from app.db.server import Questions
 from app.ops.debug import SLICE_SAMPLES, in_slices
 from app.ops.shared import MAX_PAUSE_SECONDS, Shared
 from local.waiting import eventually
@@ -171,7 +171,7 @@ async def ask_at_once(service: Service, path: str, monkeypatch: pytest.MonkeyPat
 
     async def counting_ask(sql: str, *arguments: object, timeout_seconds: float) -> object:
         nonlocal made
-        made += sql in {QUESTIONS[0], BY_STATE}
+        made += sql in {Questions().sql, BY_STATE}
         return await ask(sql, *arguments, timeout_seconds=timeout_seconds)
 
     monkeypatch.setattr(service.databases, "publish", counting_publish)
