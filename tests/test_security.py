@@ -15,6 +15,7 @@ from fastapi import APIRouter, FastAPI, Request, Response, WebSocket
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.routing import APIRoute, iter_route_contexts
 from fastapi.staticfiles import StaticFiles
+from fastapi.testclient import TestClient
 from pydantic import SecretStr
 from starlette.routing import Match
 
@@ -416,3 +417,22 @@ async def test_socket_is_closed_where_it_cannot_be_answered(guarded: Service) ->
     await guarded.app(scope, receive, send)
 
     assert [(message["type"], message["code"]) for message in sent] == [("websocket.close", 1008)]
+
+
+async def test_scopes_of_nested_inclusions_add_up(guarded: Service) -> None:
+    """A router in a router in the application: each may ask for more."""
+    inner, outer = APIRouter(), APIRouter(dependencies=[needs("read")])
+    inner.add_api_route("/deep", lambda: 1, dependencies=[needs("write")])
+    outer.include_router(inner, prefix="/inner")
+    guarded.app.include_router(outer, prefix="/outer", dependencies=[needs("ops")])
+
+    assert await ask(guarded.app, "GET", "/outer/inner/deep", {}) == 401
+    assert await ask(guarded.app, "GET", "/outer/inner/deep", bearer("read", "write")) == 403
+    assert await ask(guarded.app, "GET", "/outer/inner/deep", bearer("read", "write", "ops")) == 200
+
+
+def test_guard_lets_the_lifespan_pass(database: Database) -> None:
+    """A server starts the guarded service, and what it serves is guarded."""
+    with TestClient(create_app(database.settings(auth_secret=SECRET, replica=False))) as client:
+        assert client.get("/health/live").status_code == 200
+        assert client.get("/patients").status_code == 401
