@@ -42,7 +42,7 @@ async def reconnect(settings: MigrationSettings) -> None:
             written = None
     for replica in settings.replicas if written is not None else []:
         await wait_replayed(replica, written)
-    async with connected(console, writable=False) as connection:
+    async with connected(console, writable=False, console=True) as connection:
         await connection.execute("RECONNECT")
     logger.info("PgBouncer replaces its server connections")
 

@@ -14,12 +14,14 @@ WHO_ANSWERS = "SELECT pg_backend_pid()"
 
 
 @asynccontextmanager
-async def connected(to: DatabaseSettings, *, writable: bool) -> AsyncIterator[KeptAliveConnection]:
-    """Give a connection to the first host that will do, and close it.
+async def connected(
+    to: DatabaseSettings, *, writable: bool, console: bool = False
+) -> AsyncIterator[KeptAliveConnection]:
+    """Give a connection to the first host that will do, or to PgBouncer's admin console, and close it.
 
     Raises: DatabaseUnreachable when none of them does within its connect_timeout.
     """
-    connector = Connector(to, writable=writable)
+    connector = Connector(to, writable=writable, console=console)
     patience = to.connect_timeout_seconds * len(connector.hosts)
     try:
         connection = await connector.open(asyncio.get_running_loop().time() + patience)

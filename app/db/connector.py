@@ -96,8 +96,10 @@ class Connector:
     Keep one for each database, and `close` it: logins under way outlive the calls that asked for them.
     """
 
-    def __init__(self, settings: DatabaseSettings, *, writable: bool) -> None:
+    def __init__(self, settings: DatabaseSettings, *, writable: bool, console: bool = False) -> None:
         self.settings = settings
+        # PgBouncer's admin console takes its own commands alone, and hangs up on a query.
+        self.console = console
         self.parameters = settings.parameters
         self.hosts = self.parameters.hosts
         self.writable = writable
@@ -145,7 +147,7 @@ class Connector:
             record_class=AnyRow,
         )
         connection.keep_alive(parameters.keepalive)
-        takes_no_writes = await _takes_no_writes(connection, deadline)
+        takes_no_writes = not self.console and await _takes_no_writes(connection, deadline)
         if self.writable and takes_no_writes and len(self.hosts) > 1:
             connection.terminate()
             raise ConnectionRefusedError(f"{host} takes no writes")
