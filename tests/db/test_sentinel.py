@@ -41,7 +41,7 @@ async def test_look_at_a_primary(database: Database) -> None:
         assert (look.status, position.in_recovery, position.replay_age, look.error) == ("healthy", False, None, None)
         assert position == sentinel.position
         assert position.lsn
-        assert (position.timeline, position.stalled) == (1, None)
+        assert (position.timeline, position.stalled) == (1, 0.0)
         assert look.latency_seconds is not None
         assert sentinel.healthy
 
