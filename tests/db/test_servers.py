@@ -269,6 +269,30 @@ async def test_token_is_honoured_by_the_server_that_answers(database: Database, 
         assert service.sample("db_reads_routed_total", target="primary", reason="behind_token") > 0
 
 
+async def test_behind_a_pooler_a_token_is_asked_for_in_the_transaction(database: Database) -> None:
+    """There the next statement may reach another server, unless it is part of the same transaction."""
+    async with quiet(database.settings()) as service:
+        path, token = (answer := await write(service)).headers["location"], answer.headers["x-consistency-token"]
+        replica = service.databases.router.replicas[0]
+        wanted = Token.parse(token.encode())
+        assert wanted is not None
+
+        async def replayed() -> bool:
+            await replica.database.sentinel.look()
+            return replica.covers(wanted)
+
+        assert await eventually(replayed, 10)
+        for entry in replica.database.pool._idle:
+            entry.info["tenure"].connection.pooled = True
+        before = service.sample("db_reads_routed_total", target="primary", reason="behind_token")
+        async with service.databases.reading(Consistency(wanted)) as session:
+            found = await session.scalar(select(Patient.full_name))
+        read = await service.client.get(path, headers={"X-Consistency-Token": token})
+
+        assert (found, read.json()["full_name"]) == (ADA["full_name"], ADA["full_name"])
+        assert service.sample("db_reads_routed_total", target="primary", reason="behind_token") == before
+
+
 async def test_late_server_behind_a_balancer_serves_no_read(
     database: Database, breakable_cluster: Cluster, execute: Execute
 ) -> None:
