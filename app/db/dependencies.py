@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, MutableMapping
 from contextlib import AsyncExitStack
 from functools import lru_cache, partial
 from http import HTTPStatus
-from inspect import iscoroutinefunction, unwrap
+from inspect import isasyncgenfunction, iscoroutinefunction, unwrap
 from types import TracebackType
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -130,7 +130,7 @@ def refuse_plain_functions(app: FastAPI) -> None:
 
 def _misuse(route: object) -> str | None:
     """Say why the endpoint of this route cannot use the session that it takes."""
-    if not isinstance(route, APIRoute) or _is_coroutine(route.endpoint):
+    if not isinstance(route, APIRoute) or _is_async(route.endpoint):
         return None
     if all(dependency.call not in _SESSIONS for dependency in route.dependant.dependencies):
         return None
@@ -138,8 +138,9 @@ def _misuse(route: object) -> str | None:
 
 
 @lru_cache(4096)
-def _is_coroutine(endpoint: Callable[..., Any]) -> bool:
-    return iscoroutinefunction(unwrap(endpoint))
+def _is_async(endpoint: Callable[..., Any]) -> bool:
+    function = unwrap(endpoint)
+    return iscoroutinefunction(function) or isasyncgenfunction(function)
 
 
 def bind_in_one_transaction(scope: Scope) -> None:
