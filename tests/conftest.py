@@ -26,6 +26,8 @@ from tests.stopwatch import Stopwatch
 # Runs a statement on the primary as its superuser, beside the service, and returns its first value.
 Execute: TypeAlias = Callable[..., Awaitable[Any]]
 
+SLOW_FOLDERS = {"bench", "chaos", "local"}
+
 _numbers = count(1)
 _failed = pytest.StashKey[bool]()
 
@@ -66,6 +68,13 @@ class Database:
             "analytics": {"url": url, "pool_size": 2, "max_overflow": 0, "pool_min_size": 0, **pools},
         }
         return Settings(_env_file=None, **(fields | changes))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what `make test-fast` leaves out by its folder; elsewhere a slow test or file says so itself."""
+    for item in items:
+        if item.path.parent.name in SLOW_FOLDERS:
+            item.add_marker("slow")
 
 
 @pytest.hookimpl(wrapper=True)

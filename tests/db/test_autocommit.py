@@ -306,12 +306,26 @@ async def test_transaction_after_it_is_refused(service: Service, execute: Execut
     """Two sessions that write, in one request, could wait for each other; the author is told."""
 
     @service.app.post("/both")
-    async def both(session: WriteDB, once: AutocommitDB) -> None:
+    async def both(once: AutocommitDB, session: WriteDB) -> None:
         await queries.add_patient(session, ADA)
         await queries.add_patient(once, ADA | {"mrn": "A-2"})
 
     assert (await service.client.post("/both")).status_code == 500
     assert await execute(MRNS) == ""
+
+
+async def test_transaction_before_it_takes_it_in(service: Service, execute: Execute) -> None:
+    """Where a WriteDB is there first, its query is part of that transaction, and is taken back with it."""
+
+    @service.app.post("/both/{number}")
+    async def both(session: WriteDB, once: AutocommitDB, number: int) -> None:
+        await queries.add_patient(session, ADA)
+        await queries.add_patient(once, ADA | {"mrn": f"A-{number}"})
+
+    assert (await service.client.post("/both/1")).status_code == 409
+    assert await execute(MRNS) == ""
+    assert (await service.client.post("/both/2")).status_code == 200
+    assert await execute(MRNS) == "A-1,A-2"
 
 
 async def test_dependency_may_name_it(service: Service, execute: Execute) -> None:
