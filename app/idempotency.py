@@ -167,8 +167,8 @@ class _Replayed(Exception):  # It carries an answer.
         self.response = response
 
 
-async def _session_of(session: WriteDB) -> WriteSession:
-    return session
+async def _session_of(session: WriteDB) -> None:
+    """Name the session; it is solved for, and never called."""
 
 
 _SESSION_OF = get_dependant(path="", call=_session_of, scope="function")
@@ -284,7 +284,8 @@ async def _whole(request: Request, response: Response) -> Response:
 
     # Without extensions, or a server could be handed the file's name in place of its content. And a client that leaves
     # ends no answer that is to be kept.
-    await response({**request.scope, "extensions": {}}, _nothing, collect)
+    asgi = {"version": "3.0", "spec_version": "2.4"}  # Of which Starlette watches for a client that leaves by `send`.
+    await response({**request.scope, "asgi": asgi, "extensions": {}}, _nothing, collect)
     whole.body = bytes(body)
     if "content-length" not in whole.headers:
         whole.headers["content-length"] = str(len(body))
