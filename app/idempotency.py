@@ -285,16 +285,11 @@ async def _whole(request: Request, response: Response) -> Response:
     # Without extensions, or a server could be handed the file's name in place of its content. And a client that leaves
     # ends no answer that is to be kept.
     asgi = {"version": "3.0", "spec_version": "2.4"}  # Of which Starlette watches for a client that leaves by `send`.
-    await response({**request.scope, "asgi": asgi, "extensions": {}}, _nothing, collect)
+    await response({**request.scope, "asgi": asgi, "extensions": {}}, request.receive, collect)
     whole.body = bytes(body)
     if "content-length" not in whole.headers:
         whole.headers["content-length"] = str(len(body))
     return whole
-
-
-async def _nothing() -> Message:
-    nothing: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
-    return await nothing
 
 
 def _parsed(headers: bytes) -> list[tuple[bytes, bytes]]:
