@@ -53,3 +53,5 @@ async def check_server(connection: KeptAliveConnection, to: DatabaseSettings) ->
                 f"{to.server} is a pooler in transaction mode, which spreads a session over connections: "
                 "MIGRATIONS_URL has to name the primary itself, or a pooler in session mode."
             )
+    # In session mode the session is this client's own, whatever it leaves there.
+    connection.pooled = False
