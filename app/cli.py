@@ -40,6 +40,9 @@ IDLE_SECONDS = 600
 QUERY_CHARACTERS = 60
 # Sessions that wait for a lock, shown at most.
 MAX_BLOCKED = 50
+# A worker answers its parent once it has imported the service, and is replaced if it does not. On a busy machine none
+# would get through within uvicorn's own 5 s.
+WORKER_ANSWERS_SECONDS = 60
 
 
 @cli.command()
@@ -68,6 +71,7 @@ def serve(host: HostOption = None, port: PortOption = None, workers: WorkersOpti
             forwarded_allow_ips=settings.trusted_proxies,
             # Longer than any statement, so that none in flight is cut; the pools are drained after that.
             timeout_graceful_shutdown=settings.graceful_timeout_seconds,
+            timeout_worker_healthcheck=WORKER_ANSWERS_SECONDS,
             access_log=settings.access_log,
             server_header=False,
             log_config=log_config(settings.log_level, as_json=as_json, access_log=settings.access_log),

@@ -26,6 +26,8 @@ from local.waiting import eventually
 from tests.conftest import Database
 
 SECRET = "0123456789abcdef0123456789abcdef"
+# Long, for a machine that is busy: whoever is ready is not waited for.
+START_SECONDS = 60
 NAME = "told-apart"
 # A single process of uvicorn sends itself the signal again once it has ended in good order.
 ENDED = {0, -signal.SIGTERM}
@@ -67,7 +69,7 @@ async def served(directory: Path, environment: dict[str, str], *arguments: str) 
                 return process.returncode is not None
 
         try:
-            ready = await eventually(ready_or_ended, 15)
+            ready = await eventually(ready_or_ended, START_SECONDS)
             assert ready, log.read_text(encoding="utf-8")
             assert process.returncode is None, log.read_text(encoding="utf-8")
             yield Process(url, client, process, log)
@@ -157,6 +159,18 @@ async def test_workers_share_a_port_and_end_together(database: Database, tmp_pat
         assert (await server.client.get("/users")).status_code == 200
         assert await server.stop() == 0
     assert await sessions(database) == 0
+
+
+async def test_worker_may_take_its_time_to_start(database: Database, tmp_path: Path) -> None:
+    """On a machine on which importing takes longer than uvicorn waits by itself, workers start all the same."""
+    slow = "import sys, time\nif '--multiprocessing-fork' in sys.argv:\n    time.sleep(7)\n"
+    (tmp_path / "sitecustomize.py").write_text(slow, encoding="utf-8")
+    environment = database.environment() | {"PYTHONPATH": str(tmp_path)}
+
+    async with served(tmp_path, environment, *MODULE, "--workers", "2") as server:
+        assert (await server.client.get("/users")).status_code == 200
+        assert "died" not in server.log.read_text(encoding="utf-8")
+        assert await server.stop() == 0
 
 
 async def test_uvicorn_serves_the_factory(database: Database, tmp_path: Path) -> None:
