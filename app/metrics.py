@@ -66,7 +66,8 @@ class Metrics:
         )
         self.invalidations = counter(
             "db_connection_invalidations_total",
-            "Connections replaced: age, uses, idle, surplus, closed, unresponsive, error, disposed or session_state.",
+            "Connections replaced: age, uses, idle, surplus, closed, unresponsive, error, disposed, superseded "
+            "(another server has taken over meanwhile) or session_state.",
             "pool",
             "reason",
         )

@@ -145,6 +145,16 @@ def test_metrics_are_documented() -> None:
         assert " ".join(f"{bound:g}" for bound in buckets) in text
 
 
+def test_reasons_of_replaced_connections_are_documented() -> None:
+    """The help of db_connection_invalidations_total names every reason for which the pool gives a connection up."""
+    code = read("app/db/pool.py") + read("app/db/watched.py")
+    given = set(re.findall(r'(?:_discard\(slot, |replaced\(|^ +return |reason = .*)"([a-z_]+)"', code, re.MULTILINE))
+    (family,) = Metrics().invalidations.describe()
+
+    assert {"age", "superseded", "session_state", "surplus", "unresponsive"} <= given
+    assert [reason for reason in sorted(given) if not re.search(rf"\b{reason}\b", family.documentation)] == []
+
+
 def test_every_histogram_has_documented_buckets() -> None:
     """No third set of buckets has crept in."""
     histograms = [metric for metric in vars(Metrics()).values() if isinstance(metric, Histogram)]
