@@ -147,8 +147,8 @@ def read_position(said: Any) -> Position:
 class Token:
     """How far the write-ahead log reached after a commit: "5f3a91c0-2-0/307CD08", cluster, timeline and LSN.
 
-    The cluster is the low half of its system identifier. Tokens of versions before 0.2 are an LSN alone ("0/307CD08"):
-    no replica can say that it has replayed them, so they lead to the primary until they expire.
+    The cluster is the low half of its system identifier. Tokens of earlier versions are an LSN alone ("0/307CD08"): no
+    replica can say that it has replayed them, so they lead to the primary until they expire.
     """
 
     lsn: int
