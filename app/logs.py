@@ -17,6 +17,9 @@ _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", 
 
 def configure_logs(level: str, log_format: Literal["auto", "json", "console"], *, access_log: bool) -> None:
     """Send every logger, uvicorn's too, to standard error in one format."""
+    for name in ("asyncio", "uvicorn.error", "uvicorn.access"):
+        # dictConfig takes an earlier configuration's handlers off, and leaves its filters on.
+        logging.getLogger(name).filters.clear()
     logging.config.dictConfig(log_config(level, as_json=wants_json(log_format), access_log=access_log))
 
 

@@ -191,3 +191,13 @@ async def test_lines_of_a_request_carry_its_id(service: Service, caplog: pytest.
     assert line["route"] == "/fail"
     assert "RuntimeError: a bug" in line["exception"]
     assert "unforeseen failure" in caplog.text
+
+
+def test_logs_are_set_up_again(root: logging.Logger) -> None:
+    """A second configuration takes the place of the first: what that one was counting keeps nobody's lines back."""
+    for _ in range(3):
+        configure_logs("INFO", "json", access_log=False)
+
+    assert root.handlers
+    for name in ("asyncio", "uvicorn.error", "uvicorn.access"):
+        assert len(logging.getLogger(name).filters) == 1

@@ -99,7 +99,7 @@ class Sentinel:
         return await asyncio.shield(self._look)
 
     async def _look_once(self, seconds: float) -> Look:
-        started = time.monotonic()
+        started, stalled = time.monotonic(), self.stalled
         try:
             position = await self._questions.ask(lambda sql: self.ask(sql, timeout_seconds=seconds))
         except DatabaseUnavailable as error:
@@ -111,7 +111,6 @@ class Sentinel:
         if found.status != self.last.status:
             level = logging.INFO if found.status == "healthy" else logging.WARNING
             logger.log(level, "database is %s", found.status, extra={"database": self.name, "reason": found.error})
-        stalled = self.stalled
         self._misses = 0 if found.status == "healthy" else self._misses + 1
         self.last = found
         if self._connector.writable:

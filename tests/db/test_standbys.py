@@ -1,6 +1,7 @@
 """What is not this primary's standby serves no reads, and a token is honoured by the server that answers."""
 
 import asyncio
+import logging
 
 import pytest
 from sqlalchemy import select
@@ -223,8 +224,11 @@ async def test_missing_feature_is_no_outage(database: Database, execute: Execute
         assert replica.state == ("unmeasured" if missing in {"lsn", "all"} else "usable")
 
 
-async def test_write_stall_shows(database: Database, breakable_cluster: Cluster) -> None:
-    """While a synchronous standby does not answer, health and a metric say that writes wait, and for how long."""
+async def test_write_stall_shows(
+    database: Database, breakable_cluster: Cluster, caplog: pytest.LogCaptureFixture
+) -> None:
+    """While a synchronous standby does not answer, health, log and a metric say that writes wait, and for how long."""
+    caplog.set_level(logging.INFO, "app.db.sentinel")
     primary = breakable_cluster.primary
     primary.settings["synchronous_standby_names"] = "replica"
     await primary.restart()
@@ -252,4 +256,6 @@ async def test_write_stall_shows(database: Database, breakable_cluster: Cluster)
             return service.sample("db_write_stall_seconds", pool="primary") == 0
 
         assert await eventually(flows, 5)
+    said = [record.getMessage() for record in caplog.records if "stalled" in record.getMessage()]
+    assert said == ["writes are stalled", "writes are stalled no more"]
     assert (flowing["writes"], flowing["write_stall_seconds"]) == ("flowing", 0)
