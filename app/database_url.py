@@ -33,6 +33,13 @@ _OF_THE_DRIVER = {
     "passfile", "sslmode", "sslnegotiation", "sslcert", "sslkey", "sslrootcert", "sslcrl", "sslpassword",
     "ssl_min_protocol_version", "ssl_max_protocol_version",
 }  # fmt: skip
+# What Linux takes for a socket: with more, every login would fail after it had succeeded.
+_LARGEST = {
+    "keepalives_idle": 32_767,
+    "keepalives_interval": 32_767,
+    "keepalives_count": 127,
+    "tcp_user_timeout": 2**31 - 1,
+}
 _TLS_VERSIONS = {"TLSv1", "TLSv1.1", "TLSv1.2", "TLSv1.3"}
 _CHOICES: Mapping[str, set[str]] = {
     "sslmode": {"disable", "allow", "prefer", "require", "verify-ca", "verify-full"},
@@ -314,11 +321,24 @@ def _host_and_port(entry: str) -> tuple[str, int | None]:
     if _is_ipv6(entry):  # libpq takes one without brackets in `host=`.
         return entry, None
     match = _HOST_AND_PORT.fullmatch(entry)
-    if match is None or (match["bracketed"] is not None and not _is_ipv6(match["bracketed"])):
+    if (
+        match is None
+        or (match["bracketed"] is not None and not _is_ipv6(match["bracketed"]))
+        or (match["name"] and not _can_be_looked_up(match["name"]))
+    ):
         raise ValueError(
             f"is not a URL: one of its hosts is no name and no address, or its port no number; write {SHAPE}"
         )
     return match["bracketed"] or match["name"], _port(match["port"])
+
+
+def _can_be_looked_up(name: str) -> bool:
+    """Tell a name that a resolver may be asked for: "db..example" would fail in Python, and not as a name unknown."""
+    try:
+        name.encode("idna")
+    except UnicodeError:
+        return name.startswith("/")  # A directory has no labels.
+    return True
 
 
 def _is_ipv6(text: str) -> bool:
@@ -356,8 +376,8 @@ def _connect_timeout(text: str | None) -> float | None:
 def _keepalive(given: Mapping[str, str]) -> KeepAlive:
     def number(name: str) -> int | None:
         text = given.get(name, "0")
-        if not text.isdecimal():
-            raise ValueError(f"has {name}={text}; it is a whole number")
+        if not text.isdecimal() or int(text) > _LARGEST[name]:
+            raise ValueError(f"has {name}={text}; it is a whole number up to {_LARGEST[name]}")
         # As libpq, where 0 is the system's default: here it is the service's.
         return int(text) or None
 

@@ -150,6 +150,9 @@ def test_authorities_of_the_system_go_with_files_of_ones_own(name: str, tmp_path
         ("connect_timeout=soon", "from 1 to 60 seconds"),
         ("keepalives=2", "it is one of 0, 1"),
         ("keepalives_idle=long", "it is a whole number"),
+        ("keepalives_idle=32768", "up to 32767"),
+        ("keepalives_count=128", "up to 127"),
+        ("tcp_user_timeout=2147483648", "up to 2147483647"),
         (f"application_name={'n' * 64}", "64 characters; PostgreSQL keeps 63"),
         ("host=a&hostaddr=127.0.0.1", "has both host and hostaddr"),
         ("host=a,b&port=1,2,3", "has 3 ports for 2 hosts"),
@@ -247,6 +250,8 @@ def test_credentials_are_decoded_once(url: str, user: str | None, password: str 
         ("postgresql://db:99999/x", "from 1 to 65535"),
         ("host=db dbname=x password=hunter2", "is not a URL"),
         ("jdbc:postgresql://db/x", "is not a URL"),
+        ("postgresql://db..example/x", "one of its hosts is no name"),
+        (f"postgresql://db,{'a' * 64}.example/x", "one of its hosts is no name"),
         ("postgresql+psycopg://db/x", "has the scheme 'postgresql+psycopg'"),
     ],
 )
