@@ -61,7 +61,8 @@ class _Body:
         self._max_values = max_values
         self._seconds = seconds
         self._deadline = asyncio.get_running_loop().time() + seconds
-        self._is_json = b"json" in headers.get(b"content-type", b"")
+        # Of several such headers FastAPI reads the first one, and upper case is lower case to it.
+        self._is_json = any(name == b"content-type" and b"json" in value.lower() for name, value in scope["headers"])
         self._bytes = 0
         self._commas = 0
         self._complete = False

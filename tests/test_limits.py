@@ -148,6 +148,23 @@ async def test_values_are_counted_before_they_are_parsed(small: Service) -> None
     assert (prose.status_code, prose.json()["code"]) == (422, "invalid_request")
 
 
+@pytest.mark.parametrize(
+    "headers",
+    [
+        [("Content-Type", "Application/JSON")],
+        [("Content-Type", "application/problem+Json; charset=utf-8")],
+        [("Content-Type", "application/json"), ("Content-Type", "text/plain")],
+    ],
+)
+async def test_values_are_counted_however_json_is_spelt(small: Service, headers: list[tuple[str, str]]) -> None:
+    """What FastAPI takes for JSON is counted as JSON."""
+    body = json.dumps(dict.fromkeys("abcdefghijk"))
+
+    answer = await small.client.post("/patients", content=body, headers=headers)
+
+    assert (answer.status_code, answer.json()["code"]) == (413, "body_too_large")
+
+
 async def test_route_may_take_more(small: Service) -> None:
     """FastAPI's own `max_body_size` of a route goes before the setting, either way."""
 
