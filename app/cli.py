@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from app.db import budget
-from app.db.activity import BLOCKED, CLOSE_IDLE, EACH, MAX_CONNECTIONS
+from app.db.activity import BLOCKED, CAPACITY, CLOSE_IDLE, EACH
 from app.db.connector import Connector
 from app.db.sentinel import Sentinel
 from app.errors import DatabaseUnavailable
@@ -88,13 +88,16 @@ def doctor() -> None:
     for prefix, database in settings.databases:
         started, granted = time.perf_counter(), None
         try:
-            granted = _ask(settings, database, MAX_CONNECTIONS)[0]["granted"]
+            (said,) = _ask(settings, database, CAPACITY)
         except DatabaseUnavailable as error:
             ok = False
             status, latency, limit = f"[red]{escape(str(error))}[/red]", "", ""
         else:
-            status, latency = "[green]healthy[/green]", f"{(time.perf_counter() - started) * 1000:.0f} ms"
-            limit = str(granted)
+            granted, latency = said["granted"], f"{(time.perf_counter() - started) * 1000:.0f} ms"
+            status, limit = "[green]healthy[/green]", str(granted)
+            if database is settings.primary and said["read_only"]:
+                # A standby, a server that was demoted, or a role that may only read.
+                ok, status = False, "[red]The server takes no writes.[/red]"
         pool = f"{database.pool_size} + {database.max_overflow}"
         table.add_row(f"{prefix}URL", escape(database.location), status, latency, pool, limit)
         if granted is not None and (sentence := budget.over_budget(settings, servers[database.server], granted)):
@@ -218,7 +221,9 @@ def _presets() -> Table:
 
 def _ask(settings: Settings, database: DatabaseSettings, sql: str, *arguments: Any) -> Sequence[Any]:
     async def ask() -> Sequence[Any]:
-        sentinel = Sentinel("cli", Connector(database, writable=False), settings, Metrics())
+        # As the service does: of several hosts the primary is the one that takes writes.
+        connector = Connector(database, writable=database is settings.primary)
+        sentinel = Sentinel("cli", connector, settings, Metrics())
         try:
             return await sentinel.ask(sql, *arguments, timeout_seconds=settings.health_timeout_seconds)
         finally:

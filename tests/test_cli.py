@@ -17,6 +17,7 @@ import httpx
 import jwt
 import pytest
 import uvicorn
+from sqlalchemy.engine import make_url
 from typer.testing import CliRunner, Result
 
 from app.cli import cli
@@ -266,6 +267,31 @@ async def test_doctor_fails_when_a_database_does_not_answer(database: Database) 
     assert result.exit_code == 1
     assert "cannot be reached" in result.output
     assert "hunter2" not in result.output
+
+
+async def test_doctor_fails_when_the_primary_takes_no_writes(database: Database) -> None:
+    """A standby answers every question, and no write of the service would succeed there."""
+    result = await run("doctor", DATABASE_URL=database.replica_url("app_rw"))
+
+    assert result.exit_code == 1
+    assert "takes no writes" in result.output
+
+
+@pytest.mark.parametrize("command", ["doctor", "connections"])
+async def test_of_several_hosts_the_primary_is_asked(database: Database, command: str) -> None:
+    """The standby comes first in the URL, and is passed by as the service passes it by."""
+    standby, primary = (make_url(url) for url in (database.replica_url("app_rw"), database.url()))
+    hosts = f"{standby.host}:{standby.port},{primary.host}:{primary.port}"
+    url = database.url().replace(f"{primary.host}:{primary.port}", hosts)
+    here = await asyncpg.connect(database.url(), server_settings={"application_name": "on-the-primary"})
+
+    result = await run(command, DATABASE_URL=url)
+    await here.close()
+
+    assert result.exit_code == 0, result.output
+    assert "no writes" not in result.output
+    if command == "connections":
+        assert "on-the-primary" in result.output
 
 
 async def test_connections_are_listed_and_closed_when_idle(database: Database) -> None:

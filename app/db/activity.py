@@ -58,4 +58,7 @@ WHERE backend_type = 'client backend' AND pid <> pg_backend_pid() AND state = 'i
   AND state_change < clock_timestamp() - make_interval(secs => $1) AND application_name = $2
   AND usename = current_user
 """
-MAX_CONNECTIONS = "SELECT current_setting('max_connections')::int AS granted"
+CAPACITY = """
+SELECT current_setting('max_connections')::int AS granted,
+       current_setting('transaction_read_only')::boolean AS read_only
+"""
