@@ -150,7 +150,8 @@ def bind_in_one_transaction(scope: Scope) -> None:
 
 def why_read_failed(scope: Scope, status: int) -> BaseException | None:
     """Return what a read that is answered with `status` failed with, if it changed nothing and may be run again."""
-    if consistency_of(scope).token is not None or (AUTOCOMMIT in scope and scope[AUTOCOMMIT].spent):
+    written = (WRITE in scope and scope[WRITE].committed) or (AUTOCOMMIT in scope and scope[AUTOCOMMIT].spent)
+    if written or consistency_of(scope).token is not None:
         return None  # What it wrote stands, and would be written twice.
     failure: BaseException | None = scope.get(FAILURE)
     if failure is None and status == HTTPStatus.NOT_FOUND and WRITE not in scope:
