@@ -25,6 +25,9 @@ ONE_QUERY = (
     "an autocommit session runs one query by `rows`, and a first one is stored by now; what needs more than that takes "
     "`WriteDB`"
 )
+STORED = (
+    "an autocommit session cannot take its query back, which is stored by now; what may be taken back takes `WriteDB`"
+)
 
 
 class AutocommitSession(WriteSession):
@@ -64,6 +67,15 @@ class AutocommitSession(WriteSession):
             else:
                 lease.give_back()
         return rows
+
+    async def rollback(self) -> None:
+        """Do nothing before the query.
+
+        Raises: RuntimeError after it, for it is stored.
+        """
+        if self.spent:
+            raise RuntimeError(STORED)
+        await super().rollback()
 
     async def copy_records(self, *_arguments: Any, **_options: Any) -> Never:
         """Refuse: COPY is part of a transaction."""

@@ -33,6 +33,7 @@ USER = {"email": "ada@example.com", "full_name": "Ada Lovelace"}
 END_WAITING = """
 SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'
 """
+ADD_SOMEBODY = text("INSERT INTO patients (mrn, full_name, birth_date) VALUES (gen_random_uuid()::text, 'x', now())")
 MRNS = "SELECT coalesce(string_agg(mrn, ',' ORDER BY mrn), '') FROM patients"
 
 
@@ -283,6 +284,22 @@ async def test_what_comes_after_it_takes_nothing_back(service: Service, execute:
     assert await execute(MRNS) == "A-1"
 
 
+async def test_query_that_is_stored_cannot_be_rolled_back(service: Service, execute: Execute) -> None:
+    """Who asks for that is told, and not left to believe that it was done; before the query it does no harm."""
+
+    async def misuse() -> None:
+        async with service.databases.autocommitting() as session:
+            await session.rollback()
+            await queries.add_patient(session, ADA)
+            await session.rollback()
+
+    with pytest.raises(RuntimeError, match="cannot take its query back"):
+        await misuse()
+
+    assert await execute(MRNS) == "A-1"
+    assert service.databases.primary.pool.figures().checked_out == 0
+
+
 async def test_query_joins_a_transaction_that_is_open(service: Service, execute: Execute) -> None:
     """Where a dependency names `WriteDB`, the query is part of its transaction, and is taken back with it."""
 
@@ -356,6 +373,24 @@ async def test_get_that_wrote_is_not_run_once_more(service: Service, execute: Ex
     assert answer.status_code == 404
     assert await execute(MRNS) == "A-1"
     assert service.sample("db_query_seconds_count", pool="primary") == 1
+
+
+async def test_get_that_committed_is_not_run_once_more(database: Database, proxy: Proxy, execute: Execute) -> None:
+    """Nor when the position of its commit could not be asked, so that there is no token to tell."""
+    primary = {"url": proxy.url(database.url()), "command_timeout_seconds": 0.5}
+    async with quiet(database.settings(primary=primary, statement_timeout_seconds=0.4)) as service:
+
+        @service.app.get("/visited")
+        async def visited(session: ReadDB, log: WriteDB) -> None:
+            await log.execute(ADD_SOMEBODY)
+            await log.commit()
+            await queries.get_patient(session, 999)
+
+        proxy.fates[WRITTEN] = "hang"
+        answer = await service.client.get("/visited")
+
+    assert (answer.status_code, "X-Consistency-Token" in answer.headers) == (404, False)
+    assert await execute("SELECT count(*) FROM patients") == 1
 
 
 async def test_get_that_has_not_written_yet_is_run_once_more(behind: Service, execute: Execute) -> None:
