@@ -11,6 +11,7 @@ from collections.abc import Callable, Coroutine, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import asyncpg
+from fastapi.routing import APIRoute
 from sqlalchemy.exc import DBAPIError
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -95,7 +96,10 @@ class RunAgain:
         received: list[Message] = []
 
         async def receive_kept() -> Message:
-            received.append(message := await receive())
+            message = await receive()
+            # What comes in one piece is small; of an upload nothing is kept but where it may be asked for again.
+            if not (message.get("more_body") and _runs_once(scope)):
+                received.append(message)
             return message
 
         def send_unless_collided(message: Message) -> Coroutine[Any, Any, None]:
@@ -117,6 +121,11 @@ class RunAgain:
             scope.update(before)
             body = _replaying(list(received), receive_kept)
         await self._app(scope, body, send)
+
+
+def _runs_once(scope: Scope) -> bool:
+    """Tell that the request has reached a route that asks for no isolation level: nobody needs its body again."""
+    return isinstance(scope.get("route"), APIRoute) and isolation_of(scope) is None
 
 
 def _may_run_again(scope: Scope) -> WriteSession | None:

@@ -1,6 +1,7 @@
 """A transaction that collides is run again, whole, a few times; nothing is answered twice and nothing stored twice."""
 
 import asyncio
+import tracemalloc
 from collections.abc import AsyncIterator
 from typing import Annotated, Any
 
@@ -213,6 +214,28 @@ async def test_body_that_is_read_in_pieces_is_read_again(colliding: Service) -> 
             yield b"x" * 1000
 
     assert (await colliding.client.post("/pieces", content=body())).json() == 10_000
+
+
+async def test_body_of_a_route_that_runs_once_is_not_kept(service: Service) -> None:
+    """An upload that is read in pieces takes the memory of a piece, however large the route lets it be."""
+    megabyte = 1024 * 1024
+
+    @service.app.post("/upload", max_body_size=100 * megabyte)
+    async def upload(session: WriteDB, request: Request) -> int:
+        await session.execute(LEVEL)
+        tracemalloc.start()
+        try:
+            async for _ in request.stream():
+                pass
+            return tracemalloc.get_traced_memory()[0]
+        finally:
+            tracemalloc.stop()
+
+    async def body() -> AsyncIterator[bytes]:
+        for _ in range(20):
+            yield bytes(megabyte)
+
+    assert (await service.client.post("/upload", content=body())).json() < 5 * megabyte
 
 
 async def test_failure_in_a_group_is_a_collision(colliding: Service) -> None:
