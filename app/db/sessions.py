@@ -227,8 +227,10 @@ class ReadSession(AsyncSession):
     def begin(self) -> AsyncSessionTransaction:
         """Begin a transaction that is committed when its block ends: `async with session.begin():`.
 
-        Raises, when entered: sqlalchemy.exc.InvalidRequestError when one has begun, as the first statement does.
+        Raises, when entered: sqlalchemy.exc.InvalidRequestError when one has begun, as the first statement does. With
+        an Idempotency-Key, RuntimeError with what to write instead.
         """
+        self._refuse_if_pinned("begin")
         self._join()
         return super().begin()
 

@@ -255,7 +255,7 @@ async def test_request_with_a_key_is_one_transaction(service: Service, execute: 
     assert await execute("SELECT count(*) FROM idempotency_keys") == 0
 
 
-@pytest.mark.parametrize("name", ["commit", "rollback", "close", "reset", "invalidate"])
+@pytest.mark.parametrize("name", ["begin", "commit", "rollback", "close", "reset", "invalidate"])
 async def test_lease_of_a_pinned_session_is_kept(service: Service, execute: Execute, name: str) -> None:
     """Also while SQLAlchemy's session has not been asked for yet."""
     async with service.databases.writing() as session:
