@@ -15,6 +15,7 @@ from alembic import command
 from alembic.config import Config
 from alembic.util import CommandError
 
+from app.db.server import lacks
 from app.errors import DatabaseUnavailable
 from app.settings import DatabaseSettings, MigrationSettings, SettingsError, load_migration_settings
 from migrations.connection import connected
@@ -29,7 +30,7 @@ REPLAY_SECONDS = 30.0
 async def reconnect(settings: MigrationSettings) -> None:
     """Have PgBouncer replace its server connections, each after its transaction; do nothing without a PgBouncer.
 
-    Raises: DatabaseUnavailable when the primary or the console cannot be reached.
+    Raises: DatabaseUnavailable when the primary or the console cannot be reached; CommandError when it is no console.
     """
     console = settings.console
     if console is None:
@@ -37,13 +38,21 @@ async def reconnect(settings: MigrationSettings) -> None:
     async with connected(settings.primary, writable=True) as primary:
         try:
             written = await primary.fetchval("SELECT pg_current_wal_insert_lsn()::text")
-        except asyncpg.FeatureNotSupportedError as error:  # Aurora's replicas read the primary's own storage.
+        except asyncpg.PostgresError as error:  # Aurora's replicas read the primary's own storage.
+            if not lacks(error):
+                raise
             logger.warning("the replicas are not waited for: %s", error)
             written = None
     for replica in settings.replicas if written is not None else []:
         await wait_replayed(replica, written)
-    async with connected(console, writable=False, console=True) as connection:
-        await connection.execute("RECONNECT")
+    try:
+        async with connected(console, writable=False, console=True) as connection:
+            await connection.execute("RECONNECT")
+    except asyncpg.PostgresError as error:
+        raise CommandError(
+            f"The schema is migrated, but {console.location} does not take RECONNECT ({error}): PGBOUNCER_ADMIN_URL "
+            "has to name PgBouncer's own database, pgbouncer, and a user of its admin_users."
+        ) from error
     logger.info("PgBouncer replaces its server connections")
 
 

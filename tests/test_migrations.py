@@ -12,6 +12,7 @@ import asyncpg
 import pytest
 from alembic.config import Config
 from alembic.script import ScriptDirectory
+from alembic.util import CommandError
 
 from app.db.base import Base
 from app.settings import MigrationSettings, load_migration_settings
@@ -263,6 +264,32 @@ async def test_without_a_pooler_there_is_nobody_to_tell(monkeypatch: pytest.Monk
     monkeypatch.setenv("MIGRATIONS_URL", f"postgresql://nobody@127.0.0.1:{free_port()}/nowhere")
 
     await reconnect(load_migration_settings())
+
+
+async def test_console_that_is_none_is_said(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A URL that ends in the service's database leads through PgBouncer to a server, which knows no RECONNECT."""
+    monkeypatch.setenv("MIGRATIONS_URL", database.url("app_owner"))
+    monkeypatch.setenv("PGBOUNCER_ADMIN_URL", database.url("app_owner"))
+
+    with pytest.raises(CommandError, match=r"does not take RECONNECT .* PgBouncer's own database, pgbouncer"):
+        await reconnect(load_migration_settings())
+
+
+async def test_job_goes_on_where_the_position_is_not_told(
+    database: Database,
+    owner: "asyncpg.Connection[Any]",
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A server that forbids the function is like one that has none: the replicas are not waited for, and it is said."""
+    monkeypatch.setenv("MIGRATIONS_URL", database.url("app_owner"))
+    monkeypatch.setenv("PGBOUNCER_ADMIN_URL", database.url("app_owner"))
+    await owner.execute("REVOKE EXECUTE ON FUNCTION pg_current_wal_insert_lsn() FROM PUBLIC")
+
+    with pytest.raises(CommandError, match="RECONNECT"):
+        await reconnect(load_migration_settings())
+
+    assert "the replicas are not waited for: permission denied" in caplog.text
 
 
 def replicas(monkeypatch: pytest.MonkeyPatch, url: str) -> MigrationSettings:
