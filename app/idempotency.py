@@ -108,7 +108,9 @@ class Claim:
 class IdempotentRoute(APIRoute):
     """A route that honours the header on POST and PATCH.
 
-    The key is claimed by the last of the route's dependencies: who they refuse gets no stored answer either.
+    The key is claimed by the last of the `dependencies=` of application, inclusion, router and route: who they refuse
+    gets no stored answer either. What the endpoint's signature names is part of the work and comes after the key: a
+    repetition is answered without it, so a guard does not belong there.
     """
 
     def __init__(
