@@ -14,6 +14,7 @@ from uvicorn.config import LOGGING_CONFIG
 
 from app.db.dependencies import WriteDB
 from app.logs import ConsoleFormatter, JsonFormatter, configure_logs, log_config, request_id, wants_json
+from app.main import create_app
 from app.patients import queries
 from tests.service import Service, listening
 
@@ -201,3 +202,17 @@ def test_logs_are_set_up_again(root: logging.Logger) -> None:
     assert root.handlers
     for name in ("asyncio", "uvicorn.error", "uvicorn.access"):
         assert len(logging.getLogger(name).filters) == 1
+
+
+def test_variables_that_are_not_ours_are_told(
+    root: logging.Logger, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What a platform injects beside the settings is named once, at the start."""
+    for name, value in {"URL": "postgresql://a:b@db/x", "PORT": "tcp://10.0.0.1:5432"}.items():
+        monkeypatch.setenv(f"DATABASE_{name}", value)
+    monkeypatch.setenv("LOG_FORMAT", "json")
+
+    create_app()
+
+    assert root.handlers
+    assert "DATABASE_PORT" in capsys.readouterr().err

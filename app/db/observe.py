@@ -16,7 +16,6 @@ from prometheus_client import Counter, Histogram
 from sqlalchemy import event
 from sqlalchemy.engine import Connection, ExceptionContext
 from sqlalchemy.ext.asyncio import AsyncEngine
-from sqlalchemy.util.concurrency import await_
 
 from app.db.effects import effect_of
 from app.errors import (
@@ -139,7 +138,7 @@ class EngineWatch:
         # cursor, statement, parameters, context, executemany
         if effect_of(rest[1]):
             # The dialect keeps prepared statements, so the connection itself sees a text once.
-            await_(connection.info["tenure"].connection.watch(rest[1]))
+            connection.info["tenure"].connection.watch(rest[1])
         connection.info["tenure"].asked_at = rest[3].started_at = time.perf_counter()
 
     def _succeeded(self, connection: Connection, *rest: Any) -> None:

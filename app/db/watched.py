@@ -52,7 +52,6 @@ REPORTED = (
     "application_name",
     "session_authorization",
 )
-BACKEND = "SELECT pg_backend_pid()"
 
 SWALLOWED = "A statement failed, its error was swallowed, and nothing can be committed."
 UNKNOWN = (
@@ -88,7 +87,8 @@ class WatchedConnection(_Connection):
         super().__init__(*arguments, **options)
         self.bound = False
         self.committed = False
-        self.pooled: bool | None = None
+        # Whether a pooler stands in between; whoever opens the connection finds out.
+        self.pooled = False
         self.opened()
 
     def opened(self) -> None:
@@ -158,7 +158,7 @@ class WatchedConnection(_Connection):
         Raises: RuntimeError for what must not be sent from here, with what to do instead.
         """
         if not args:
-            await self.watch(query)
+            self.watch(query)
         return await super().execute(query, *args, timeout=timeout)
 
     def _get_statement(self, query: str, *rest: Any, **options: Any) -> Coroutine[Any, Any, Any]:
@@ -168,18 +168,18 @@ class WatchedConnection(_Connection):
         return super()._get_statement(query, *rest, **options)
 
     async def _get_watched(self, query: str, *rest: Any, **options: Any) -> Any:
-        await self.watch(query)
+        self.watch(query)
         return await super()._get_statement(query, *rest, **options)
 
     async def _copy_in(self, copy_stmt: str, source: Any, timeout: float | None) -> str:  # noqa: ASYNC109  # asyncpg's.
-        await self.watch(copy_stmt)
+        self.watch(copy_stmt)
         return await super()._copy_in(copy_stmt, source, timeout)
 
     async def _copy_out(self, copy_stmt: str, output: Any, timeout: float | None) -> str:  # noqa: ASYNC109  # asyncpg's.
-        await self.watch(copy_stmt)
+        self.watch(copy_stmt)
         return await super()._copy_out(copy_stmt, output, timeout)
 
-    async def watch(self, query: str) -> None:
+    def watch(self, query: str) -> None:
         """Keep account of a text that is about to be sent.
 
         Raises: RuntimeError when it must not be: it ends the session's transaction, would be outside of one, or leaves
@@ -190,20 +190,9 @@ class WatchedConnection(_Connection):
             raise RuntimeError(CONTROL)
         if self.bound and not self.is_closed() and not self.is_in_transaction():
             raise RuntimeError(OUTSIDE)
-        if effect >= Effect.SESSION and await self._is_pooled():
+        if effect >= Effect.SESSION and self.pooled:
             raise RuntimeError(POOLED)
         self.left = max(self.left, effect)
-
-    async def _is_pooled(self) -> bool:
-        """Tell whether a pooler answers: the process at work is then not the one that the login named."""
-        if self.pooled is None:
-            # Below `fetchval`, which is in the middle of another statement here.
-            statement = await super()._get_statement(BACKEND, None)
-            ((process,),) = await self._protocol.bind_execute(
-                state=statement, args=(), portal_name="", limit=0, return_extra=False, timeout=None
-            )
-            self.pooled = process != self.get_server_pid()
-        return self.pooled
 
     # What asyncpg keeps on this side of the connection, and has no way to list.
 

@@ -9,9 +9,10 @@ from typing import Annotated, Any
 import asyncpg
 import pytest
 from fastapi import Depends
-from sqlalchemy import text
+from sqlalchemy import func, literal, select, text
 
 from app.db.dependencies import AutocommitDB, ReadDB, WriteDB
+from app.db.query import Query
 from app.db.server import WRITTEN
 from app.db.sessions import Consistency, WriteSession
 from app.errors import NotFound
@@ -414,3 +415,15 @@ async def test_get_that_has_not_written_yet_is_run_once_more(behind: Service, ex
 async def _store(service: Service, consistency: Consistency, mrn: str) -> None:
     async with service.databases.autocommitting(consistency) as session:
         await queries.add_patient(session, ADA | {"mrn": mrn})
+
+
+async def test_what_its_query_left_behind_is_undone(database: Database) -> None:
+    """A parameter that the query set for the session is not there for the next one on its connection."""
+    set_one = Query(select(func.set_config("app.tenant", "a", literal(False)).label("tenant")))
+    get_one = Query(select(func.current_setting("app.tenant", literal(True)).label("tenant")))
+    one = {"pool_size": 1, "max_overflow": 0}
+    async with serving(database.settings(replica=False, **one)) as service:
+        async with service.databases.autocommitting() as session:
+            assert (await session.rows(set_one))[0].tenant == "a"
+        async with service.databases.writing() as session:
+            assert not (await session.rows(get_one))[0].tenant

@@ -11,7 +11,7 @@ from fastapi import BackgroundTasks, Depends, HTTPException, Request, Response
 from sqlalchemy import Integer, func, literal_column, select, text
 from sqlalchemy.exc import DBAPIError
 
-from app.db.collisions import ATTEMPTS, FIRST_PAUSE_SECONDS, pause_seconds
+from app.db.collisions import ATTEMPTS, FIRST_PAUSE_SECONDS, WRITE, RunAgain, pause_seconds
 from app.db.dependencies import WriteDB
 from app.db.isolation import RepeatableReadDB, SerializableDB, serializable_session
 from app.db.query import Query
@@ -408,3 +408,27 @@ def test_pauses_are_random_and_grow() -> None:
     assert longest == [FIRST_PAUSE_SECONDS * factor for factor in (1, 2, 4, 8)]
     assert pause_seconds(3, lambda: 0.0) == 0.0
     assert pause_seconds(3) <= longest[3]
+
+
+async def test_collision_that_no_handler_answers_is_run_again(service: Service) -> None:
+    """Where an exception passes everything inside, as where a handler raises it again, it is a collision still."""
+    sent: list[str] = []
+    attempts: list[int] = []
+
+    async def inner(scope: Any, _receive: Any, send: Any) -> None:
+        session = scope[WRITE] = service.databases.writing(isolation="SERIALIZABLE")
+        attempts.append(1)
+        if len(attempts) == 1:
+            session.failure = asyncpg.SerializationError("collided")
+            raise session.failure
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    async def receive() -> Any:
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    async def send(message: Any) -> None:
+        sent.append(message["type"])
+
+    await RunAgain(inner, service.databases)({"type": "http"}, receive, send)
+
+    assert (len(attempts), sent) == (2, ["http.response.start"])

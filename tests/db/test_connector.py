@@ -229,3 +229,18 @@ async def test_unreachable_says_why(database: Database, proxy: Proxy) -> None:
         await connector(proxy.url(database.url())).open(asyncio.get_running_loop().time() + 5)
 
     assert isinstance(refused.value.__cause__, ConnectionRefusedError)
+
+
+async def test_server_that_fails_to_say_who_it_is_is_left(database: Database, execute: Execute) -> None:
+    """A failure that is no missing feature is a failure of the login, and no session stays there."""
+    await execute("CREATE SCHEMA shadow")
+    await execute("GRANT USAGE ON SCHEMA shadow TO PUBLIC")
+    body = "BEGIN RAISE EXCEPTION 'broken' USING ERRCODE = '58000'; END"
+    await execute(
+        f"CREATE FUNCTION shadow.pg_postmaster_start_time() RETURNS timestamptz LANGUAGE plpgsql AS $${body}$$"
+    )
+    await execute(f"ALTER DATABASE {database.name} SET search_path = shadow, pg_catalog, public")
+
+    with pytest.raises(DatabaseUnreachable, match="broken"):
+        async with opened(connector(database.url())):
+            pass

@@ -13,9 +13,13 @@ import asyncpg
 import pytest
 from sqlalchemy import select
 
+from app.db import replica as replica_module
+from app.db.lease import Lease
 from app.db.replica import State
-from app.db.server import Position, Token
+from app.db.sentinel import Sentinel
+from app.db.server import UNKNOWN, Position, Token
 from app.db.sessions import Consistency
+from app.errors import ConnectionLost
 from app.patients.models import Patient
 from local.cluster import Cluster
 from local.postgres import Server, free_port
@@ -454,3 +458,60 @@ async def _ask(server: Server, statement: str, *arguments: Any) -> Any:
         return await connection.fetchval(statement, *arguments)
     finally:
         await connection.close()
+
+
+async def test_server_that_lacks_what_it_is_asked_is_unknown(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server that cannot answer is told apart from a question that is wrong."""
+    async with serving(database.settings()) as service:
+        (replica,) = service.databases.router.replicas
+        answers: list[Any] = []
+        for question in ("SELECT no_such_function()", "SELECT 1 / 0"):
+            monkeypatch.setattr(Sentinel, "question", question)
+            lease = Lease(replica.database, await replica.database.pool.acquire(), readonly=True)
+            try:
+                answers.append(await replica._ask(lease))
+            except asyncpg.PostgresError as error:
+                answers.append(error)
+            finally:
+                lease.give_back()
+
+        assert answers[0] == UNKNOWN
+        assert isinstance(answers[1], asyncpg.DivisionByZeroError)
+        assert replica._state_by_lag(UNKNOWN) == "unmeasured"
+
+
+async def test_what_is_kept_of_others_is_bounded(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Servers and tokens that were met are forgotten for newer ones: whoever sends them fills no memory."""
+    monkeypatch.setattr(replica_module, "SERVERS_KEPT", 2)
+    monkeypatch.setattr(replica_module, "TOKENS_KEPT", 2)
+    async with quiet(database.settings()) as service:
+        router = service.databases.router
+        (replica,) = router.replicas
+        for number in range(5):
+            replica._keep(float(number), UNKNOWN)
+            router.believed(Token(2**62 + number, 1))
+
+        assert list(replica.others) == [3.0, 4.0]
+        assert len(router._ahead) == 2
+
+
+class ShutDoor:
+    """Fails when it is asked whether a connection may serve, as a server does that goes away meanwhile."""
+
+    async def admits(self, _lease: Lease) -> None:
+        """Fail."""
+        raise ConnectionLost("Gone.")
+
+
+async def test_failure_of_the_question_gives_the_connection_back(database: Database) -> None:
+    """A read whose server cannot be asked fails, and holds nothing."""
+    async with serving(database.settings()) as service:
+        async with service.databases.reading() as session:
+            session._door = ShutDoor()
+            with pytest.raises(ConnectionLost, match="Gone"):
+                await session.execute(select(Patient.id))
+
+        for each in service.databases.all():
+            assert each.pool.figures().checked_out == 0
