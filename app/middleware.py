@@ -182,7 +182,6 @@ class ReadAgain:
     def __init__(self, app: ASGIApp, databases: Databases) -> None:
         self._app = app
         self._databases = databases
-        self._once_more = databases.once_more
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request or WebSocket."""
@@ -199,6 +198,8 @@ class ReadAgain:
 
     async def _read(self, scope: Scope, receive: Receive, send: Send) -> None:
         before = dict(scope)
+        # Databases that were closed and opened again have another one.
+        once_more = self._databases.once_more
         consistency = consistency_of(scope)
         received: list[Message] = []
         reason: str | None = None
@@ -215,7 +216,7 @@ class ReadAgain:
             if message["type"] == "http.response.start":
                 failure = why_read_failed(scope, message["status"])
                 if failure is not None:
-                    reason = self._once_more.reason(consistency, gravest(failure))
+                    reason = once_more.reason(consistency, gravest(failure))
             if reason is not None:
                 raise _Abandoned
             await send(message)
@@ -230,7 +231,7 @@ class ReadAgain:
             # Routing, mounts and dependencies have left their traces.
             scope.clear()
             scope.update(before)
-            await self._once_more.run(reason, consistency, lambda: self._app(scope, receive_again, send))
+            await once_more.run(reason, consistency, lambda: self._app(scope, receive_again, send))
 
 
 class _Abandoned(BaseException):

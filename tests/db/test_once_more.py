@@ -7,13 +7,14 @@ from collections.abc import AsyncIterator
 from typing import Annotated
 
 import asyncpg
+import httpx
 import pytest
 from fastapi import Depends, HTTPException, Request, Response
 from sqlalchemy import text
 
 from app.db.dependencies import AnalyticsDB, ReadDB, consistency_of
 from app.db.sessions import ReadSession
-from app.errors import NotFound
+from app.errors import DatabaseUnreachable, NotFound
 from local.postgres import free_port
 from local.waiting import eventually
 from tests.conftest import Database
@@ -332,3 +333,29 @@ async def test_failure_out_of_a_task_group_is_run_again(service: Service, *, nes
 
     assert (await service.client.get("/find")).json() is True
     assert service.sample("db_reads_retried_total", reason="not_found") == 1
+
+
+async def test_service_that_was_opened_again_accuses_its_own_replica(database: Database) -> None:
+    """Databases that are opened anew have a new router, and it is that one which is told of a replica that is away."""
+
+    async def away(session: ReadDB) -> None:
+        if (await session.execute(ON_REPLICA)).scalar_one():
+            raise DatabaseUnreachable("It is away.", database="replica")
+
+    async with serving(database.settings()) as before:
+        pass
+    before.app.add_api_route("/away", away)
+    transport = httpx.ASGITransport(app=before.app)
+    async with (
+        before.app.router.lifespan_context(before.app),
+        httpx.AsyncClient(transport=transport, base_url="http://test") as client,
+    ):
+        replica = before.databases.router.replicas[0]
+
+        async def usable() -> bool:
+            return replica.state == "usable"
+
+        assert await eventually(usable, 10)
+        answer = await client.get("/away")
+
+        assert (answer.status_code, replica.state) == (200, "broken")
