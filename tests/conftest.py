@@ -26,7 +26,22 @@ from tests.stopwatch import Stopwatch
 # Runs a statement on the primary as its superuser, beside the service, and returns its first value.
 Execute: TypeAlias = Callable[..., Awaitable[Any]]
 
+# What `make test-fast` leaves out: what starts programs, breaks servers, or does something a hundred times.
 SLOW_FOLDERS = {"bench", "chaos", "local"}
+SLOW_FILES = {
+    "db": {
+        "test_autocommit", "test_collisions", "test_engines", "test_host_search", "test_once_more", "test_pool",
+        "test_pool_storms", "test_replica", "test_servers", "test_session_commits", "test_session_names",
+        "test_session_state", "test_standbys",
+    },
+    "ops": {"test_protocol", "test_workers"},
+    "tests": {
+        "test_alerts", "test_balancer", "test_cli", "test_concurrently", "test_cost", "test_errors", "test_extending",
+        "test_idempotency", "test_limits", "test_middleware", "test_migrations", "test_openapi", "test_sampling",
+        "test_security", "test_servers", "test_tls",
+    },
+    "users": {"test_sync"},
+}  # fmt: skip
 
 _numbers = count(1)
 _failed = pytest.StashKey[bool]()
@@ -71,9 +86,10 @@ class Database:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what `make test-fast` leaves out by its folder; elsewhere a slow test or file says so itself."""
+    """Mark what `make test-fast` leaves out."""
     for item in items:
-        if item.path.parent.name in SLOW_FOLDERS:
+        folder = item.path.parent.name
+        if folder in SLOW_FOLDERS or item.path.stem in SLOW_FILES.get(folder, ()):
             item.add_marker("slow")
 
 

@@ -546,12 +546,14 @@ class ConnectionPool(ABC, Generic[S]):
         """Close the connections whose statement got no answer for `seconds`, and say how many these were.
 
         Nothing is closed when another connection came back in good order meanwhile: the server answers, and what takes
-        long there is its business.
+        long there is its business. Nor is anything behind a pooler: there whoever looks may have waited in its queue,
+        behind statements that wait for a lock, and the server is well.
         """
         if self._clock() - self._returned_at < seconds:
             return 0
         now = time.perf_counter()
-        waiting = [t for t in self._out.values() if t.asked_at is not None and now - t.asked_at >= seconds]
+        direct = [t for t in self._out.values() if not t.connection.pooled]
+        waiting = [t for t in direct if t.asked_at is not None and now - t.asked_at >= seconds]
         for tenure in waiting:
             tenure.connection.cut()
         return len(waiting)

@@ -76,11 +76,10 @@ async def test_resolver_that_answers_again_serves_who_waits(database: Database, 
 
 
 async def test_name_that_is_not_known_is_said(database: Database) -> None:
-    """What the resolver says reaches whoever waits, also of a name that it cannot even be asked for."""
-    for name, said in (("no.such.host.invalid", r"\[Errno"), ("a" * 64, "too long")):
-        async with connecting(database.url().replace("127.0.0.1", name)) as to:
-            with pytest.raises((DatabaseUnreachable, UnicodeError), match=said):
-                await opening(to)
+    """What the resolver says reaches whoever waits."""
+    async with connecting(database.url().replace("127.0.0.1", "no.such.host.invalid")) as to:
+        with pytest.raises(DatabaseUnreachable, match=r"\[Errno"):
+            await opening(to)
 
 
 async def test_lookup_of_a_loop_that_ended_tells_nobody(resolver: Resolver) -> None:

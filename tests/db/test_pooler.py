@@ -1,17 +1,20 @@
 """Behind a pooler that does not keep prepared statements the service says so, at its start and in its answers."""
 
+import asyncio
 import logging
+import time
 from pathlib import Path
 
 import asyncpg
 import pytest
 from sqlalchemy.engine import make_url
 
+from app.db.engines import MUTE_SECONDS
 from app.db.pooler import WARNING
 from local.waiting import eventually
 from tests.chaos.pooler import pooling, program, statement_cache_size
 from tests.conftest import Database, Execute
-from tests.service import serving
+from tests.service import ADA, serving
 
 needs_pgbouncer = pytest.mark.skipif(program() is None, reason="PgBouncer is not installed: apt-get install pgbouncer")
 
@@ -65,6 +68,27 @@ async def test_pooler_that_is_told_of_needs_no_word(
 
     assert answers == [200] * 5
     assert not warnings(caplog)
+
+
+@needs_pgbouncer
+async def test_queue_of_a_pooler_is_no_mute_server(database: Database, open_directory: Path, execute: Execute) -> None:
+    """When statements that wait for a lock hold all of PgBouncer's connections, no look is answered; nothing is cut."""
+    async with pooling(database.cluster, open_directory, size=2) as port:
+        url = through(database, port)
+        one = {"url": url, "statement_cache_size": statement_cache_size(), "pool_min_size": 0}
+        async with serving(database.settings(replica=False, primary=one, analytics=one)) as service:
+            path = (await service.client.post("/patients", json=ADA)).headers["location"]
+            await execute("BEGIN")
+            await execute("SELECT 1 FROM patients FOR UPDATE")
+            changes = [asyncio.create_task(service.client.patch(path, json={"full_name": "Ada"})) for _ in range(2)]
+
+            async def mute() -> bool:
+                return time.monotonic() - service.databases.primary._answered_at > 1.5 * MUTE_SECONDS
+
+            assert await eventually(mute, 30)
+            await execute("COMMIT")
+
+            assert [(await change).status_code for change in changes] == [200, 200]
 
 
 async def test_server_itself_needs_no_word(database: Database, caplog: pytest.LogCaptureFixture) -> None:
