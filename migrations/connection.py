@@ -11,6 +11,8 @@ from app.settings import DatabaseSettings
 
 CLOSE_SECONDS = 5.0
 WHO_ANSWERS = "SELECT pg_backend_pid()"
+POOLER_QUESTIONS = 10
+POOLER_PAUSE_SECONDS = 0.03
 
 
 @asynccontextmanager
@@ -46,12 +48,15 @@ async def check_server(connection: KeptAliveConnection, to: DatabaseSettings) ->
     process = await connection.fetchval(WHO_ANSWERS)
     if process == connection.get_server_pid():
         return
-    # Somebody stands in between. In transaction mode the next client is served by the process that is free again.
+    # Somebody stands in between. In transaction mode the next client is served by the process that is free again, and
+    # this one by another; asked several times, for other clients may take turns with both.
     async with connected(to, writable=True) as other:
-        if await other.fetchval(WHO_ANSWERS) == process:
-            raise CommandError(
-                f"{to.server} is a pooler in transaction mode, which spreads a session over connections: "
-                "MIGRATIONS_URL has to name the primary itself, or a pooler in session mode."
-            )
+        for _ in range(POOLER_QUESTIONS):
+            if await other.fetchval(WHO_ANSWERS) == process or await connection.fetchval(WHO_ANSWERS) != process:
+                raise CommandError(
+                    f"{to.server} is a pooler in transaction mode, which spreads a session over connections: "
+                    "MIGRATIONS_URL has to name the primary itself, or a pooler in session mode."
+                )
+            await asyncio.sleep(POOLER_PAUSE_SECONDS)
     # In session mode the session is this client's own, whatever it leaves there.
     connection.pooled = False
