@@ -30,15 +30,16 @@ Execute: TypeAlias = Callable[..., Awaitable[Any]]
 SLOW_FOLDERS = {"bench", "chaos", "local"}
 SLOW_FILES = {
     "db": {
-        "test_autocommit", "test_collisions", "test_engines", "test_host_search", "test_once_more", "test_pool",
-        "test_pool_storms", "test_replica", "test_servers", "test_session_commits", "test_session_names",
-        "test_session_state", "test_standbys",
+        "test_autocommit", "test_collisions", "test_engines", "test_host_search", "test_lazy", "test_lease",
+        "test_observe", "test_once_more", "test_pool", "test_pool_storms", "test_pooler", "test_replica",
+        "test_servers", "test_session_commits", "test_session_names", "test_session_state", "test_session_use",
+        "test_standbys",
     },
-    "ops": {"test_protocol", "test_workers"},
+    "ops": {"test_health", "test_protocol", "test_shared", "test_workers"},
     "tests": {
         "test_alerts", "test_balancer", "test_cli", "test_concurrently", "test_cost", "test_errors", "test_extending",
-        "test_idempotency", "test_limits", "test_middleware", "test_migrations", "test_openapi", "test_sampling",
-        "test_security", "test_servers", "test_tls",
+        "test_failures", "test_idempotency", "test_limits", "test_main", "test_middleware", "test_migrations",
+        "test_openapi", "test_sampling", "test_security", "test_servers", "test_tls",
     },
     "users": {"test_sync"},
 }  # fmt: skip

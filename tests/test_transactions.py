@@ -83,6 +83,10 @@ async def test_overlap_is_refused(service: Service, database: Database, execute:
 
     async def book(room: int, first: str, last: str) -> str:
         answer = await service.client.post(f"/book/{room}", params={"first": first, "last": last})
+        if answer.status_code == 503:
+            # Two that are checked against each other at the same moment may deadlock, and one of them goes again.
+            assert answer.json()["code"] == "deadlock"
+            answer = await service.client.post(f"/book/{room}", params={"first": first, "last": last})
         return str(answer.json())
 
     both = await asyncio.gather(book(1, "2026-01-01", "2026-01-05"), book(1, "2026-01-05", "2026-01-09"))
