@@ -12,6 +12,7 @@ RUN --mount=type=cache,target=/root/.cache/pip \
 RUN find /opt/venv -depth -type d \( -name tests -o -name test \) -exec rm -r {} + \
  && find /opt/venv -type f \( -name '*.[ch]' -o -name '*.[ch]pp' -o -name '*.px[di]' -o -name '*.pyx' \) -delete \
  && python -m compileall -q --invalidation-mode unchecked-hash /opt/venv
+COPY pglifeguard /srv/pglifeguard
 COPY app /srv/app
 COPY migrations /srv/migrations
 COPY alembic.ini /srv/alembic.ini

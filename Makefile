@@ -24,7 +24,7 @@ test: install  ## Run the tests on real PostgreSQL, with branch coverage
 	$(BIN)/python -m coverage run -m pytest $(ARGS)
 	$(BIN)/python -m coverage report
 
-test-fast: install  ## Run what takes less than a minute, for the inner loop (ARGS=tests/db)
+test-fast: install  ## Run what takes less than a minute, for the inner loop (ARGS=tests/pglifeguard)
 	$(BIN)/python -m pytest -q -x -m "not slow" $(ARGS)
 
 test-compose: install  ## Build and start the compose stack, break it, and take it down (needs Docker)

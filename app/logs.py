@@ -5,12 +5,10 @@ import logging
 import logging.config
 import sys
 from collections.abc import Mapping
-from contextvars import ContextVar
 from datetime import UTC, datetime
 from typing import Any, Literal, cast
 
-# Set by the middleware, read by every line logged while the request runs.
-request_id: ContextVar[str | None] = ContextVar("request_id", default=None)
+from pglifeguard.fastapi import request_id
 
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "color_message", "taskName"}
 
@@ -40,7 +38,7 @@ def log_config(level: str, *, as_json: bool, access_log: bool) -> dict[str, Any]
         # httpx logs each request with its URL at INFO, and a URL may hold what is nobody's business.
         # SQLAlchemy writes a line for each connection that the pool closes; the pool's own lines say why.
         "loggers": {
-            "app.db.pool.BoundedPool": {"level": "WARNING"},
+            "pglifeguard.sqlalchemy.BoundedPool": {"level": "WARNING"},
             "httpx": {"level": "WARNING"},
             "asyncio": {"filters": ["repeats"]},
             # `uvicorn --factory` has given them handlers of its own by now.
@@ -53,7 +51,7 @@ def log_config(level: str, *, as_json: bool, access_log: bool) -> dict[str, Any]
                 "propagate": True,
             },
         },
-        "filters": {"path_only": {"()": "app.logs.PathOnly"}, "repeats": {"()": "app.sampling.Repeats"}},
+        "filters": {"path_only": {"()": "app.logs.PathOnly"}, "repeats": {"()": "pglifeguard.Repeats"}},
     }
 
 

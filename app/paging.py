@@ -10,8 +10,8 @@ from typing import Annotated, Any, TypeVar, cast
 
 from fastapi import Query, Request, Response
 
-from app.errors import ServiceError
-from app.routing import public_path
+from pglifeguard import ServiceError
+from pglifeguard.fastapi import public_path
 
 PAGE_LIMIT = 200
 # A name of 200 characters, each of four bytes, in base64, and an id.

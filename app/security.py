@@ -17,12 +17,26 @@ from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Receive, Send
 from starlette.types import Scope as ASGIScope
 
-from app.errors import Forbidden, Unauthorized
-from app.routing import selected_route
+from pglifeguard import ServiceError
+from pglifeguard.fastapi import selected_route
 
 Scope = Literal["read", "write", "ops"]
 ALGORITHM = "HS256"
 _GRANTED = "lifeguard.granted"
+
+
+class Unauthorized(ServiceError):
+    """No bearer token, or not one of ours."""
+
+    status = 401
+    code = "unauthorized"
+
+
+class Forbidden(ServiceError):
+    """The token lacks the scope."""
+
+    status = 403
+    code = "forbidden"
 
 
 class Needs:

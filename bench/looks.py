@@ -17,7 +17,7 @@ QUIET_SECONDS = 30.0
 BACKENDS = (
     "SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'client backend' AND application_name IN ($1, '')"
 )
-# Whoever looks shares a core with the server and comes on when that is idle, so idle means for a while. Sentinels of
+# Whoever looks shares a core with the server and comes on when that is idle, so idle means for a while. Monitors of
 # ours ask this function, and go on asking.
 BUSY = """
 SELECT EXISTS (

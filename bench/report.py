@@ -20,7 +20,7 @@ PAGE = PROJECT / "docs" / "benchmarks.md"
 PACKAGES = ("fastapi", "starlette", "uvicorn", "sqlalchemy", "asyncpg", "pydantic", "psycopg", "uvloop")
 # More than this before the run, and something else wants the cores too. (A load average would tell of the last minute.)
 QUIET_PERCENT = 10
-LOOK_SECONDS = 1.0
+PROBE_SECONDS = 1.0
 HEAD = """# Benchmarks
 Written by `make bench`; do not edit. What the figures mean for the code is in [performance.md](performance.md).
 
@@ -71,7 +71,7 @@ class Section:
 
 def others() -> float:
     """Return the percentage of the processors that other work takes; ask before anything is started."""
-    return float(psutil.cpu_percent(interval=LOOK_SECONDS))
+    return float(psutil.cpu_percent(interval=PROBE_SECONDS))
 
 
 def describe(stage: Stage, busy: float, *, quick: bool) -> str:

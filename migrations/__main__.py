@@ -15,10 +15,11 @@ from alembic import command
 from alembic.config import Config
 from alembic.util import CommandError
 
-from app.db.server import lacks
-from app.errors import DatabaseUnavailable
-from app.settings import DatabaseSettings, MigrationSettings, SettingsError, load_migration_settings
 from migrations.connection import connected
+from migrations.settings import MigrationSettings, load_migration_settings
+from pglifeguard import DatabaseSettings, SettingsError
+from pglifeguard.errors import DatabaseUnavailable
+from pglifeguard.server import lacks
 
 logger = logging.getLogger("migrations")
 

@@ -6,8 +6,8 @@ from contextlib import asynccontextmanager
 
 from alembic.util import CommandError
 
-from app.db.connector import Connector, KeptAliveConnection
-from app.settings import DatabaseSettings
+from pglifeguard import DatabaseSettings
+from pglifeguard.connector import Connector, KeptAliveConnection
 
 CLOSE_SECONDS = 5.0
 WHO_ANSWERS = "SELECT pg_backend_pid()"

@@ -14,18 +14,21 @@ from alembic.util import CommandError
 from sqlalchemy import Connection, pool
 from sqlalchemy.ext.asyncio import create_async_engine
 
-import app.idempotency
-import app.patients.models
-import app.users.models
-from app.db.base import Base
-from app.db.connector import KeptAliveConnection
-from app.errors import DatabaseUnreachable
-from app.settings import SettingsError, load_migration_settings
+from app.models import Base, load_models
 from migrations.concurrently import LOCK_TIMEOUT, invalid_indexes, watch
 from migrations.connection import check_server, connected
+from migrations.settings import load_migration_settings
 from migrations.turn import take_turn
+from pglifeguard import SettingsError
+from pglifeguard.connector import KeptAliveConnection
+from pglifeguard.errors import DatabaseUnreachable
+from pglifeguard.fastapi import IDEMPOTENCY_TABLE
 
 logger = logging.getLogger("migrations")
+
+load_models()
+# The tables of the domains, and the library's for Idempotency-Key: what is in neither would be dropped.
+TABLES = [Base.metadata, IDEMPOTENCY_TABLE.metadata]
 
 # The role's limits are for requests: an index takes as long as its table is large, and a runner may wait for another.
 SESSION = """
@@ -48,7 +51,7 @@ def run(connection: Connection) -> None:
     watch(connection)
     context.configure(
         connection=connection,
-        target_metadata=Base.metadata,
+        target_metadata=TABLES,
         compare_server_default=True,
         include_object=is_comparable,
         transaction_per_migration=True,
@@ -104,7 +107,7 @@ async def tell_invalid_indexes(connection: KeptAliveConnection) -> None:
 # `alembic upgrade head` brings no handlers, and a runner that waits would say nothing; one that has some keeps them.
 logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
 if context.is_offline_mode():
-    context.configure(url="postgresql://", target_metadata=Base.metadata, literal_binds=True)
+    context.configure(url="postgresql://", target_metadata=TABLES, literal_binds=True)
     with context.begin_transaction():
         context.run_migrations()
 else:

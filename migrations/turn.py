@@ -11,7 +11,7 @@ import logging
 import asyncpg
 from alembic.util import CommandError
 
-from app.db.connector import KeptAliveConnection
+from pglifeguard.connector import KeptAliveConnection
 
 logger = logging.getLogger("migrations")
 

@@ -16,8 +16,9 @@ from typing import Any, TypeAlias
 import asyncpg
 import pytest
 
-from app.settings import DatabaseSettings, Settings
+from app.settings import Settings
 from local.cluster import Cluster
+from pglifeguard.settings import DatabaseSettings
 from tests.proxy import Proxy
 from tests.servers import TEMPLATE, Servers, open_directory
 from tests.service import Service, serving
@@ -27,19 +28,22 @@ from tests.stopwatch import Stopwatch
 Execute: TypeAlias = Callable[..., Awaitable[Any]]
 
 # What `make test-fast` leaves out: what starts programs, breaks servers, or does something a hundred times.
-SLOW_FOLDERS = {"bench", "chaos", "local"}
+SLOW_FOLDERS = {"bench", "chaos", "examples", "local"}
 SLOW_FILES = {
-    "db": {
-        "test_autocommit", "test_collisions", "test_engines", "test_host_search", "test_lazy", "test_lease",
-        "test_observe", "test_once_more", "test_pool", "test_pool_storms", "test_pooler", "test_replica",
-        "test_servers", "test_session_commits", "test_session_names", "test_session_state", "test_session_use",
-        "test_standbys",
+    "pglifeguard": {
+        "test_collisions", "test_databases", "test_host_search", "test_lazy", "test_lease", "test_observe", "test_pool",
+        "test_pool_storms", "test_pooler", "test_primary_retry", "test_replica", "test_sampling", "test_servers",
+        "test_session_commits", "test_session_names", "test_session_state", "test_session_use", "test_standbys",
+        "test_tls", "test_write_once", "test_errors",
     },
-    "ops": {"test_health", "test_protocol", "test_shared", "test_workers"},
+    "fastapi": {
+        "test_failures", "test_health", "test_idempotency", "test_limits", "test_middleware", "test_shared",
+    },
+    "serving": {"test_protocol", "test_workers"},
+    "app": {"test_cli", "test_main", "test_openapi", "test_security"},
     "tests": {
-        "test_alerts", "test_balancer", "test_cli", "test_concurrently", "test_cost", "test_errors", "test_extending",
-        "test_failures", "test_idempotency", "test_limits", "test_main", "test_middleware", "test_migrations",
-        "test_openapi", "test_sampling", "test_security", "test_servers", "test_tls",
+        "test_alerts", "test_balancer", "test_concurrently", "test_cost", "test_extending", "test_migrations",
+        "test_servers",
     },
     "users": {"test_sync"},
 }  # fmt: skip

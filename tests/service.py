@@ -14,10 +14,11 @@ import httpx
 import uvicorn
 from fastapi import FastAPI
 
-from app.db.engines import Database, Databases
 from app.main import create_app
 from app.settings import Settings
 from local.waiting import eventually
+from pglifeguard.database import Database
+from pglifeguard.databases import Databases
 
 ADA = {"mrn": "A-1", "full_name": "Ada", "birth_date": "1980-01-01"}
 
@@ -32,7 +33,7 @@ class Service:
 
     def sample(self, name: str, **labels: str) -> float:
         """Return a figure of /metrics, 0.0 when there is no such series yet."""
-        value = self.app.state.metrics.registry.get_sample_value(name, labels)
+        value = self.databases.metrics.registry.get_sample_value(name, labels)
         return 0.0 if value is None else value
 
 
@@ -49,7 +50,7 @@ async def serving(settings: Settings, *, settled: bool = True) -> AsyncIterator[
 
         async def all_usable() -> bool:
             replicas = all(replica.state == "usable" for replica in databases.router.replicas)
-            return replicas and databases.primary.sentinel.healthy
+            return replicas and databases.primary.monitor.healthy
 
         if settled and not await eventually(all_usable, 10):
             raise TimeoutError("the service does not find its databases usable")
@@ -58,11 +59,11 @@ async def serving(settings: Settings, *, settled: bool = True) -> AsyncIterator[
 
 @asynccontextmanager
 async def quiet(settings: Settings) -> AsyncIterator[Service]:
-    """Run the service with sentinels that look once, so that every round trip on the wire is a request's."""
+    """Run the service with monitors that look once, so that every round trip on the wire is a request's."""
     silent = settings.model_copy(update={"monitor_interval_seconds": 3600.0})
     async with serving(silent, settled=False) as service:
         for database in service.databases.all():
-            await database.sentinel.look()
+            await database.monitor.probe()
         yield service
 
 

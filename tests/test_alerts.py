@@ -15,8 +15,8 @@ import pytest
 import yaml
 from prometheus_client import Histogram
 
-from app.metrics import Metrics
 from local.waiting import eventually
+from pglifeguard.metrics import Metrics
 from tests.conftest import Database
 from tests.service import exhausted, listening, serving
 from tests.watching import needs_prometheus, running_prometheus
@@ -125,7 +125,7 @@ def _served() -> dict[str, set[str]]:
 
 @pytest.mark.parametrize("expression", [rule["expr"] for rule in (*RULES, *RECORDED.values())])
 def test_rule_asks_for_series_that_the_service_serves(expression: str) -> None:
-    """Every series of ours in a rule exists in app/metrics.py, with the labels that the rule groups or selects by.
+    """Every series of ours in a rule exists in metrics.py, with the labels that the rule groups or selects by.
 
     The exporters' series are compared with a live scrape, in tests/compose.
     """

@@ -12,15 +12,18 @@ from prometheus_client import Histogram
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from app import errors, middleware
 from app.main import create_app
-from app.metrics import ACQUIRE_BUCKETS, SECONDS_BUCKETS, Metrics
-from app.settings import DatabaseSettings, MigrationSettings, Settings
+from app.settings import Settings
+from migrations.settings import MigrationSettings
+from pglifeguard import errors
+from pglifeguard.fastapi import middleware
+from pglifeguard.metrics import ACQUIRE_BUCKETS, SECONDS_BUCKETS, Metrics
+from pglifeguard.settings import DatabaseSettings
 
 ROOT = Path(__file__).parent.parent
 URL: Any = {"url": "postgresql://a@b/c"}
 NONE = "–"  # noqa: RUF001  # A dash, as people write one.
-OWN_CLASSES = {"primary", "replicas", "analytics"}
+OWN_CLASSES = {"primary", "replicas", "analytics", "ignored_variables"}
 
 
 def read(name: str) -> str:
@@ -147,7 +150,7 @@ def test_metrics_are_documented() -> None:
 
 def test_reasons_of_replaced_connections_are_documented() -> None:
     """The help of db_connection_invalidations_total names every reason for which the pool gives a connection up."""
-    code = read("app/db/pool.py") + read("app/db/watched.py")
+    code = read("pglifeguard/pool.py") + read("pglifeguard/watched.py")
     given = set(re.findall(r'(?:_discard\(slot, |replaced\(|^ +return |reason = .*)"([a-z_]+)"', code, re.MULTILINE))
     (family,) = Metrics().invalidations.describe()
 

@@ -17,20 +17,19 @@ from starlette.middleware.gzip import GZipMiddleware
 from starlette.testclient import WebSocketDenialResponse
 from starlette.websockets import WebSocketDisconnect
 
-from app import errors, patients
-from app.db.dependencies import (
+from app import patients
+from app.main import create_app
+from pglifeguard.errors import DatabaseUnreachable, NotFound
+from pglifeguard.fastapi import problems
+from pglifeguard.fastapi.scope import databases_of
+from pglifeguard.fastapi.sessions import (
     AnalyticsDB,
-    AutocommitDB,
     ReadDB,
     WriteDB,
     analytics_session,
-    autocommit_session,
-    databases_of,
     read_session,
     write_session,
 )
-from app.errors import DatabaseUnreachable, NotFound
-from app.main import create_app
 from tests.conftest import Database, Execute
 from tests.service import ADA, Service
 
@@ -76,28 +75,27 @@ async def test_sessions_can_be_overridden(service: Service) -> None:
     async def names(read: ReadDB, write: WriteDB, report: AnalyticsDB) -> list[Any]:
         return [read, write, report]
 
-    async def autocommit(session: AutocommitDB) -> Any:
+    async def alone(session: WriteDB) -> Any:
         return [session]
 
     router = APIRouter()
-    router.add_api_route("/alone", autocommit)
+    router.add_api_route("/alone", alone)
     service.app.include_router(router, prefix="/v1")
     overrides: dict[Any, Any] = {
         read_session: lambda: "read",
         write_session: lambda: "write",
-        autocommit_session: lambda: "autocommit",
         analytics_session: lambda: "report",
     }
     service.app.dependency_overrides |= overrides
 
     assert (await service.client.get("/names")).json() == ["read", "write", "report"]
-    assert (await service.client.get("/v1/alone")).json() == ["autocommit"]
+    assert (await service.client.get("/v1/alone")).json() == ["write"]
 
 
 async def test_overridden_session_serves_the_routes_of_the_service(service: Service, execute: Execute) -> None:
     """A test that rolls everything back gives its session to the service, an Idempotency-Key's work included."""
     async with service.databases.writing() as session:
-        overrides: dict[Any, Any] = dict.fromkeys((read_session, write_session, autocommit_session), lambda: session)
+        overrides: dict[Any, Any] = dict.fromkeys((read_session, write_session), lambda: session)
         service.app.dependency_overrides |= overrides
 
         created = await service.client.post("/patients", json=ADA)
@@ -217,7 +215,7 @@ async def test_service_is_mounted_in_another(service: Service) -> None:
 async def test_application_beneath_the_service_has_its_sessions(service: Service) -> None:
     """One that is mounted uses the databases of the service, is run once more, and may answer by its handlers."""
     beneath, ran = FastAPI(), []
-    errors.install(beneath)
+    problems.install(beneath)
 
     @beneath.exception_handler(Exception)
     def unforeseen(_request: Request, _error: Exception) -> Response:

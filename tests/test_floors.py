@@ -1,4 +1,4 @@
-"""The rules of the house, checked on the syntax trees of app/; each rule is shown to see what it forbids."""
+"""The rules of the house, checked on the syntax trees of both packages; each rule is shown to see what it forbids."""
 
 import ast
 from collections.abc import Callable, Iterator
@@ -6,17 +6,47 @@ from pathlib import Path
 
 import pytest
 
-APP = Path(__file__).parent.parent / "app"
-DOMAINS = ("users", "patients", "reports")
-FLOORS = {
-    **dict.fromkeys(("database_url", "sampling", "variables"), -1),
-    **dict.fromkeys(("settings", "errors", "metrics", "logs", "routing"), 0),
-    **dict.fromkeys(("db", "limits"), 1),
-    **dict.fromkeys(("security", "fields", "paging", "idempotency", "failures"), 2),
-    **dict.fromkeys(DOMAINS, 3),
-    **dict.fromkeys(("ops", "middleware"), 4),
-    **dict.fromkeys(("main", "cli"), 5),
-}
+ROOT = Path(__file__).parent.parent
+DOMAINS = sorted(path.parent.name for path in (ROOT / "app").glob("*/routes.py"))
+# A module imports from lower floors only. `TYPE_CHECKING` is no way around: no two modules import each other.
+LIBRARY = (
+    {"activity", "builtin_functions", "database_url", "dialect", "errors", "metrics", "pooler", "query", "sampling",
+     "variables"},
+    {"collisions", "effects", "environment", "host_search", "lookup", "server"},
+    {"settings", "watched"},
+    {"budget", "connector"},
+    {"checkout", "monitor"},
+    {"cli", "observe", "orm"},
+    {"pool"},
+    {"sqlalchemy"},
+    {"database"},
+    {"consistency", "lease"},
+    {"replica", "write_once"},
+    {"primary_retry", "sessions"},
+    {"databases"},
+    {"", "__main__"},
+    {"serving.limits", "serving.loop", "serving.shutdown", "serving.workers"},
+    {"serving.protocol"},
+    {"serving.server"},
+    {"serving"},
+    {"fastapi.body_limit", "fastapi.routing", "fastapi.scope", "fastapi.shared"},
+    {"fastapi.collision_retry", "fastapi.failures", "fastapi.health", "fastapi.problems"},
+    {"fastapi.debug", "fastapi.exposition", "fastapi.sessions"},
+    {"fastapi.idempotency", "fastapi.middleware"},
+    {"fastapi.lifeguard"},
+    {"fastapi"},
+)  # fmt: skip
+SERVICE = (
+    {"settings", "models", "logs", "security", "fields"},
+    {"paging"},
+    set(DOMAINS),
+    {"main", "cli"},
+)
+FLOORS = {f"pglifeguard.{name}".rstrip("."): floor for floor, names in enumerate(LIBRARY) for name in names}
+# What the service may know of the library: its public packages.
+PUBLIC = {"pglifeguard", "pglifeguard.cli", "pglifeguard.fastapi", "pglifeguard.serving"}
+# The pool and what it stands on: asyncio and asyncpg alone.
+POOL = {"pool", "checkout", "connector", "host_search", "lookup", "watched", "effects", "builtin_functions", "server"}
 # What opens something or reads the environment, and so must not be called when a module is imported.
 OPENERS = {
     "AsyncClient",
@@ -41,26 +71,64 @@ def imported(tree: ast.Module) -> Iterator[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, "imports are absolute"
             module = str(node.module)
-            yield from (f"app.{alias.name}" for alias in node.names) if module == "app" else (module,)
+            names = [f"{module}.{alias.name}" for alias in node.names]
+            yield from (name if name in FLOORS or module == "app" else module for name in names)
 
 
 def room(module: str) -> str:
-    """Return the part of a module's name that has a floor: "app.db.pool" is in "db"."""
+    """Return the part of a module's name in app/ that has a floor: "app.users.queries" is in "users"."""
     return module.removeprefix("app.").split(".")[0]
 
 
+def floor_of(module: str) -> int:
+    """Return the floor of a module of app/."""
+    return next(floor for floor, names in enumerate(SERVICE) if room(module) in names)
+
+
 def imports_point_down(module: str, tree: ast.Module) -> Iterator[str]:
-    """Allow a module to import from lower floors and from its own package only."""
+    """Allow a module to import from lower floors only, in app/ also from its own package."""
     for name in imported(tree):
-        own, other = room(module), room(name)
-        if name.startswith("app.") and other != own and FLOORS[other] >= FLOORS[own]:
-            yield f"{module} (floor {FLOORS[own]}) imports {name} (floor {FLOORS[other]})"
+        if name in FLOORS and module in FLOORS and FLOORS[name] >= FLOORS[module] and name != module:
+            yield f"{module} (floor {FLOORS[module]}) imports {name} (floor {FLOORS[name]})"
+        inside = name.startswith("app.") and module.startswith("app.")
+        if inside and room(name) != room(module) and floor_of(name) >= floor_of(module):
+            yield f"{module} imports {name}, which is not beneath it"
+
+
+def the_library_knows_no_service(module: str, tree: ast.Module) -> Iterator[str]:
+    """Keep app, local, migrations and tests out of the library."""
+    for name in imported(tree):
+        if module.startswith("pglifeguard") and name.split(".")[0] in {"app", "local", "migrations", "tests"}:
+            yield f"{module} imports {name}"
+
+
+def the_service_takes_public_names(module: str, tree: ast.Module) -> Iterator[str]:
+    """Let app/ import from the library's packages, and nothing with an underscore."""
+    for node in ast.walk(tree):
+        names = [alias.name for alias in node.names] if isinstance(node, (ast.Import, ast.ImportFrom)) else []
+        found = [str(node.module)] if isinstance(node, ast.ImportFrom) else names
+        for name in found if module.startswith("app") else []:
+            if name.split(".")[0] == "pglifeguard" and name not in PUBLIC:
+                yield f"{module} imports {name}"
+
+
+def frameworks_have_their_place(module: str, tree: ast.Module) -> Iterator[str]:
+    """Keep FastAPI in fastapi/, uvicorn in serving/, and SQLAlchemy out of the pool's own code."""
+    own = module.removeprefix("pglifeguard").removeprefix(".")
+    for name in imported(tree) if module.startswith("pglifeguard") else ():
+        framework = name.split(".")[0]
+        if framework in {"fastapi", "starlette"} and own.split(".")[0] != "fastapi":
+            yield f"{module} imports {name}"
+        if framework == "uvicorn" and own.split(".")[0] != "serving":
+            yield f"{module} imports {name}"
+        if framework in {"sqlalchemy", "greenlet"} and own in POOL:
+            yield f"{module} imports {name}"
 
 
 def only_sessions_commit(module: str, tree: ast.Module) -> Iterator[str]:
-    """Allow commit() in db/sessions.py alone, and in what it commits by."""
+    """Allow commit() in sessions.py alone, and in what it commits by."""
     for node in ast.walk(tree):
-        if module in {"app.db.sessions", "app.db.lease", "app.db.orm", "app.db.watched"}:
+        if module in {"pglifeguard.sessions", "pglifeguard.lease", "pglifeguard.orm", "pglifeguard.watched"}:
             return
         if isinstance(node, ast.Attribute) and node.attr == "commit":
             yield f"{module}:{node.lineno} commits"
@@ -74,9 +142,9 @@ def queries_speak_sql_only(module: str, tree: ast.Module) -> Iterator[str]:
                 yield f"{module} imports {name}"
 
 
-def db_names_no_domain(module: str, tree: ast.Module) -> Iterator[str]:
-    """Keep the tables of domains out of db/."""
-    if room(module) != "db":
+def the_library_names_no_domain(module: str, tree: ast.Module) -> Iterator[str]:
+    """Keep the tables of domains out of the library."""
+    if not module.startswith("pglifeguard"):
         return
     words = {part for name in imported(tree) for part in name.split(".")}
     for node in ast.walk(tree):
@@ -108,7 +176,7 @@ def at_import(node: ast.AST) -> Iterator[ast.AST]:
 
 def only_settings_read_the_environment(module: str, tree: ast.Module) -> Iterator[str]:
     """Allow os.environ to the settings and to those who hand it on to worker processes, and nobody else."""
-    if module in {"app.cli", "app.ops.workers", "app.settings"}:
+    if module in {"app.cli", "pglifeguard.serving.workers", "pglifeguard.settings"}:
         return
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and node.attr in {"environ", "environb", "getenv"}:
@@ -118,10 +186,10 @@ def only_settings_read_the_environment(module: str, tree: ast.Module) -> Iterato
 
 
 def errors_are_our_own(module: str, tree: ast.Module) -> Iterator[str]:
-    """Keep HTTPException out: errors.py alone knows it, and raises it nowhere."""
+    """Keep HTTPException out: problems.py alone knows it, and raises it nowhere."""
     for node in ast.walk(tree):
         names = {alias.name for alias in node.names} if isinstance(node, ast.ImportFrom) else set()
-        if "HTTPException" in names and module != "app.errors":
+        if "HTTPException" in names and module != "pglifeguard.fastapi.problems":
             yield f"{module} imports HTTPException"
         if isinstance(node, ast.Raise) and "HTTPException" in ast.dump(node):
             yield f"{module}:{node.lineno} raises HTTPException"
@@ -145,7 +213,10 @@ RULES: tuple[Rule, ...] = (
     imports_point_down,
     only_sessions_commit,
     queries_speak_sql_only,
-    db_names_no_domain,
+    the_library_names_no_domain,
+    the_library_knows_no_service,
+    the_service_takes_public_names,
+    frameworks_have_their_place,
     nothing_is_opened_by_importing,
     only_settings_read_the_environment,
     errors_are_our_own,
@@ -155,9 +226,9 @@ RULES: tuple[Rule, ...] = (
 
 
 def modules() -> Iterator[tuple[str, ast.Module]]:
-    """Parse every module of app/ that has a floor."""
-    for path in sorted(APP.rglob("*.py")):
-        parts = path.relative_to(APP.parent).with_suffix("").parts
+    """Parse every module of both packages that has a floor."""
+    for path in sorted([*(ROOT / "app").rglob("*.py"), *(ROOT / "pglifeguard").rglob("*.py")]):
+        parts = path.relative_to(ROOT).with_suffix("").parts
         module = ".".join(part for part in parts if part != "__init__")
         if module not in {"app", "app.__main__"}:
             yield module, ast.parse(path.read_text(encoding="utf-8"))
@@ -165,38 +236,53 @@ def modules() -> Iterator[tuple[str, ast.Module]]:
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
 def test_rule_holds(rule: Rule) -> None:
-    """No module of app/ breaks the rule."""
+    """No module breaks the rule."""
     assert [violation for module, tree in modules() for violation in rule(module, tree)] == []
 
 
 def test_every_module_has_a_floor() -> None:
-    """A new module at the top of app/ has to be given its floor here."""
-    assert {room(module) for module, _ in modules()} == set(FLOORS)
+    """A new module has to be given its floor here; a new domain finds its own."""
+    assert {module for module, _ in modules() if module.startswith("pglifeguard")} == set(FLOORS)
+    assert {room(module) for module, _ in modules() if module.startswith("app")} == set[str]().union(*SERVICE)
 
 
 BROKEN = [
     (imports_point_down, "app.patients.routes", "from app.users import queries"),
     (imports_point_down, "app.patients.routes", "def f():\n    from app.users.queries import get_user"),
-    (imports_point_down, "app.db.pool", "from app import security"),
-    (imports_point_down, "app.errors", "import app.settings"),
-    (imports_point_down, "app.middleware", "from app.ops.health import router"),
+    (imports_point_down, "pglifeguard.lease", "from pglifeguard.sessions import WriteSession"),
+    (imports_point_down, "pglifeguard.lease", "if TYPE_CHECKING:\n    from pglifeguard.sessions import WriteSession"),
+    (imports_point_down, "pglifeguard.database", "import pglifeguard.databases"),
+    (imports_point_down, "pglifeguard.errors", "from pglifeguard import errors, pool"),
+    (imports_point_down, "pglifeguard.fastapi.scope", "from pglifeguard.fastapi import ReadDB"),
+    (the_library_knows_no_service, "pglifeguard.pool", "from app import security"),
+    (the_library_knows_no_service, "pglifeguard.errors", "import app.settings"),
+    (the_service_takes_public_names, "app.patients.queries", "from pglifeguard.sessions import ReadSession"),
+    (the_service_takes_public_names, "app.main", "import pglifeguard.lease"),
+    (frameworks_have_their_place, "pglifeguard.databases", "from fastapi import FastAPI"),
+    (frameworks_have_their_place, "pglifeguard.sessions", "if TYPE_CHECKING:\n    from starlette.types import Scope"),
+    (frameworks_have_their_place, "pglifeguard.pool", "from sqlalchemy.pool import Pool"),
+    (frameworks_have_their_place, "pglifeguard.fastapi.lifeguard", "import uvicorn"),
     (only_sessions_commit, "app.patients.queries", "async def f(session):\n    await session.commit()"),
-    (only_sessions_commit, "app.db.pool", "finish = session.commit"),
+    (only_sessions_commit, "pglifeguard.pool", "finish = session.commit"),
     (queries_speak_sql_only, "app.users.queries", "from fastapi import Request"),
     (queries_speak_sql_only, "app.users.queries", "import pydantic"),
     (queries_speak_sql_only, "app.reports.queries", "from app.reports.schemas import Summary"),
-    (db_names_no_domain, "app.db.pool", "from app.patients.models import Patient"),
-    (db_names_no_domain, "app.db.pool", "table = 'users'"),
-    (nothing_is_opened_by_importing, "app.main", "settings = load_settings()"),
+    (the_library_names_no_domain, "pglifeguard.pool", "from app.patients.models import Patient"),
+    (the_library_names_no_domain, "pglifeguard.pool", "table = 'users'"),
+    (nothing_is_opened_by_importing, "app.main", "settings = Settings()"),
     (nothing_is_opened_by_importing, "app.main", "app = main.create_app()"),
-    (nothing_is_opened_by_importing, "app.db.engines", "class A:\n    engine = create_async_engine('x')"),
-    (nothing_is_opened_by_importing, "app.db.engines", "if True:\n    engine = sqlalchemy.create_engine('x')"),
+    (nothing_is_opened_by_importing, "pglifeguard.databases", "class A:\n    engine = create_async_engine('x')"),
+    (nothing_is_opened_by_importing, "pglifeguard.databases", "if True:\n    engine = sqlalchemy.create_engine('x')"),
     (only_settings_read_the_environment, "app.main", "import os\nport = os.environ['PORT']"),
     (only_settings_read_the_environment, "app.main", "import os\ndef f():\n    return os.getenv('PORT')"),
     (only_settings_read_the_environment, "app.main", "from os import environ"),
     (errors_are_our_own, "app.users.routes", "from fastapi import HTTPException"),
-    (errors_are_our_own, "app.errors", "raise HTTPException(404)"),
-    (middleware_is_pure_asgi, "app.middleware", "from starlette.middleware.base import BaseHTTPMiddleware"),
+    (errors_are_our_own, "pglifeguard.fastapi.problems", "raise HTTPException(404)"),
+    (
+        middleware_is_pure_asgi,
+        "pglifeguard.fastapi.middleware",
+        "from starlette.middleware.base import BaseHTTPMiddleware",
+    ),
     (nothing_is_printed, "app.main", "print('here')"),
 ]
 
@@ -211,12 +297,14 @@ ALLOWED = [
     (
         imports_point_down,
         "app.patients.routes",
-        "from app.patients import queries\nfrom app.db.sessions import ReadSession",
+        "from app.patients import queries\nfrom pglifeguard import ReadSession",
     ),
-    (only_sessions_commit, "app.db.sessions", "await_(session.commit())"),
+    (frameworks_have_their_place, "pglifeguard.sqlalchemy", "from sqlalchemy.pool import Pool"),
+    (the_service_takes_public_names, "app.patients.queries", "from pglifeguard import ReadSession"),
+    (only_sessions_commit, "pglifeguard.sessions", "await_(session.commit())"),
     (nothing_is_opened_by_importing, "app.main", "def create(): return Settings()"),
     (only_settings_read_the_environment, "app.cli", "import os\nos.environ['PORT'] = '1'"),
-    (errors_are_our_own, "app.errors", "from starlette.exceptions import HTTPException"),
+    (errors_are_our_own, "pglifeguard.fastapi.problems", "from starlette.exceptions import HTTPException"),
 ]
 
 

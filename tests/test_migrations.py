@@ -14,15 +14,18 @@ from alembic.config import Config
 from alembic.script import ScriptDirectory
 from alembic.util import CommandError
 
-from app.db.base import Base
-from app.settings import MigrationSettings, load_migration_settings
+from app.models import Base, load_models
 from local.postgres import free_port
 from local.waiting import eventually
 from migrations.__main__ import INI, reconnect, wait_replayed
+from migrations.settings import MigrationSettings, load_migration_settings
 from migrations.turn import ADVISORY_LOCK
+from pglifeguard.fastapi import IDEMPOTENCY_TABLE
 from tests.conftest import Database
 
+load_models()
 TABLES = "SELECT count(*) FROM pg_tables WHERE schemaname = 'public' AND tablename <> 'alembic_version'"
+TABLES_OF_MODELS = len(Base.metadata.tables) + len(IDEMPOTENCY_TABLE.metadata.tables)
 
 
 @pytest.fixture
@@ -66,7 +69,7 @@ async def test_down_and_up_again(database: Database, owner: "asyncpg.Connection[
 
     assert (checked[0], down[0], up[0], again[0]) == (0, 0, 0, 0), (checked, down, up, again)
     assert left == 0
-    assert await owner.fetchval(TABLES) == len(Base.metadata.tables)
+    assert await owner.fetchval(TABLES) == TABLES_OF_MODELS
 
 
 async def test_check_notices_a_difference(database: Database, owner: "asyncpg.Connection[Any]") -> None:
@@ -178,7 +181,7 @@ async def test_runners_take_turns(database: Database, owner: "asyncpg.Connection
     results = await asyncio.gather(*(alembic("upgrade", "head", **url) for _ in range(3)))
 
     assert [status for status, _ in results] == [0, 0, 0], results
-    assert await owner.fetchval(TABLES) == len(Base.metadata.tables)
+    assert await owner.fetchval(TABLES) == TABLES_OF_MODELS
 
 
 WAITING = (
@@ -207,7 +210,7 @@ async def test_runner_waits_for_the_one_before_it(database: Database, owner: "as
     await owner.execute("SELECT pg_advisory_unlock($1)", ADVISORY_LOCK)
 
     assert (await run)[0] == 0, await run
-    assert meanwhile == len(Base.metadata.tables)
+    assert meanwhile == TABLES_OF_MODELS
     assert await owner.fetchval(TABLES) == 0
 
 

@@ -5,7 +5,7 @@ from datetime import date, datetime
 from sqlalchemy import Identity, Index, UniqueConstraint, func
 from sqlalchemy.orm import Mapped, mapped_column
 
-from app.db.base import Base
+from app.models import Base
 
 
 class Patient(Base):

@@ -10,10 +10,8 @@ from typing import Any, TypeAlias
 from sqlalchemy import Row, bindparam, delete, func, insert, select, tuple_, update
 from sqlalchemy.exc import IntegrityError
 
-from app.db.query import Query
-from app.db.sessions import ReadSession, WriteSession
-from app.errors import Conflict, NotFound, constraint
 from app.patients.models import Patient
+from pglifeguard import Conflict, NotFound, Query, ReadSession, WriteSession, constraint
 
 COLUMNS = (
     Patient.id,

@@ -5,14 +5,11 @@ from typing import Annotated
 
 from fastapi import APIRouter, Query, Request, Response, status
 
-from app.db.dependencies import AutocommitDB, ReadDB, WriteDB
-from app.errors import documented
 from app.fields import Id, Line
-from app.idempotency import OPENAPI, IdempotentRoute
 from app.paging import After, Limit, cut_page, decode_cursor
 from app.patients import queries
 from app.patients.schemas import Mrn, PatientChange, PatientIn, PatientOut
-from app.routing import public_path
+from pglifeguard.fastapi import IdempotentRoute, ReadDB, WriteDB, documented, public_path
 
 router = APIRouter(
     prefix="/patients",
@@ -27,13 +24,9 @@ router = APIRouter(
     status_code=status.HTTP_201_CREATED,
     response_model=PatientOut,
     responses=documented(400, 409),
-    openapi_extra=OPENAPI,
 )
-async def create_patient(
-    session: AutocommitDB, new: PatientIn, request: Request, response: Response
-) -> queries.PatientRow:
+async def create_patient(session: WriteDB, new: PatientIn, request: Request, response: Response) -> queries.PatientRow:
     """Store a patient; the Location header names it."""
-    # Stored when it is answered: nothing that could fail may come after it (docs/decisions, 0012).
     patient = await queries.add_patient(session, vars(new))
     response.headers["Location"] = f"{public_path(request)}/{patient.id}"
     return patient
@@ -69,7 +62,7 @@ async def get_patient(session: ReadDB, patient_id: Id) -> queries.PatientRow:
     return await queries.get_patient(session, patient_id)
 
 
-@router.patch("/{patient_id}", response_model=PatientOut, responses=documented(400, 404, 409), openapi_extra=OPENAPI)
+@router.patch("/{patient_id}", response_model=PatientOut, responses=documented(400, 404, 409))
 async def change_patient(session: WriteDB, patient_id: Id, change: PatientChange) -> queries.PatientRow:
     """Change some fields of a patient."""
     return await queries.change_patient(session, patient_id, change.changes())

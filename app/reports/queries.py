@@ -6,7 +6,7 @@ from datetime import date, datetime
 
 from sqlalchemy import Row, text
 
-from app.db.sessions import ReadSession
+from pglifeguard import ReadSession
 
 # Oldest first; days without a patient are left out.
 BY_DECADE = text("""

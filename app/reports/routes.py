@@ -2,10 +2,9 @@
 
 from fastapi import APIRouter
 
-from app.db.dependencies import AnalyticsDB
-from app.errors import documented
 from app.reports import queries
 from app.reports.schemas import Day, Decade, Summary
+from pglifeguard.fastapi import AnalyticsDB, documented
 
 router = APIRouter(prefix="/reports", tags=["reports"], responses=documented(401, 403, 503, 504))
 

@@ -6,9 +6,9 @@ from urllib.parse import quote
 import httpx
 from pydantic import BaseModel, ValidationError
 
-from app.errors import DirectoryFailed
 from app.fields import Line
 from app.settings import Settings
+from pglifeguard import ServiceError
 
 
 def open_directory(settings: Settings) -> httpx.AsyncClient:
@@ -16,6 +16,13 @@ def open_directory(settings: Settings) -> httpx.AsyncClient:
     return httpx.AsyncClient(
         base_url=settings.directory_url or "", timeout=settings.directory_timeout_seconds, trust_env=False
     )
+
+
+class DirectoryFailed(ServiceError):
+    """The user directory did not give a usable answer."""
+
+    status = 502
+    code = "directory_failed"
 
 
 class Profile(BaseModel):

@@ -5,7 +5,7 @@ from datetime import datetime
 from sqlalchemy import Identity, Index, func, true
 from sqlalchemy.orm import Mapped, mapped_column
 
-from app.db.base import Base
+from app.models import Base
 
 
 class User(Base):

@@ -10,10 +10,8 @@ from typing import Any, TypeAlias
 from sqlalchemy import Row, bindparam, delete, insert, select, update
 from sqlalchemy.exc import IntegrityError
 
-from app.db.query import Query
-from app.db.sessions import ReadSession, WriteSession
-from app.errors import Conflict, NotFound, constraint
 from app.users.models import User
+from pglifeguard import Conflict, NotFound, Query, ReadSession, WriteSession, constraint
 
 COLUMNS = (User.id, User.email, User.full_name, User.is_active, User.created_at)
 

@@ -4,14 +4,11 @@ from collections.abc import Sequence
 
 from fastapi import APIRouter, Request, Response, status
 
-from app.db.dependencies import AutocommitDB, ReadDB, WriteDB
-from app.errors import documented
 from app.fields import Id
-from app.idempotency import OPENAPI, IdempotentRoute
 from app.paging import After, Limit, cut_page, decode_cursor
-from app.routing import public_path
 from app.users import queries
 from app.users.schemas import UserChange, UserIn, UserOut
+from pglifeguard.fastapi import IdempotentRoute, ReadDB, WriteDB, documented, public_path
 
 router = APIRouter(
     prefix="/users",
@@ -26,11 +23,9 @@ router = APIRouter(
     status_code=status.HTTP_201_CREATED,
     response_model=UserOut,
     responses=documented(400, 409),
-    openapi_extra=OPENAPI,
 )
-async def create_user(session: AutocommitDB, new: UserIn, request: Request, response: Response) -> queries.UserRow:
+async def create_user(session: WriteDB, new: UserIn, request: Request, response: Response) -> queries.UserRow:
     """Store a user; the Location header names it."""
-    # Stored when it is answered: nothing that could fail may come after it (docs/decisions, 0012).
     user = await queries.add_user(session, vars(new))
     response.headers["Location"] = f"{public_path(request)}/{user.id}"
     return user
@@ -52,7 +47,7 @@ async def get_user(session: ReadDB, user_id: Id) -> queries.UserRow:
     return await queries.get_user(session, user_id)
 
 
-@router.patch("/{user_id}", response_model=UserOut, responses=documented(400, 404, 409), openapi_extra=OPENAPI)
+@router.patch("/{user_id}", response_model=UserOut, responses=documented(400, 404, 409))
 async def change_user(session: WriteDB, user_id: Id, change: UserChange) -> queries.UserRow:
     """Change some fields of a user."""
     return await queries.change_user(session, user_id, change.changes())

@@ -4,13 +4,13 @@ from collections.abc import Callable
 
 import httpx
 
-from app.db import budget
 from bench import plots
 from bench.load import BenchError, closed_loop, open_loop
 from bench.measure import Plan, Series
 from bench.report import Section
 from bench.served import Served
 from bench.stage import Stage
+from pglifeguard import budget
 
 SIZES = (1, 2, 4, 8, 16, 32, 64)
 PATHS = {"/wait": "waits 20 ms", "/compute": "computes"}

@@ -101,5 +101,5 @@ async def _trips(stage: Stage, way: str, through: Mapping[str, str]) -> float:
             for _ in range(TRIP_REQUESTS):
                 await client.get(server.url + "/patients/7")
                 counts.append(trips.count)
-    # The first ones prepare statements, and the sentinel of ours looks at the replica over the same wire at times.
+    # The first ones prepare statements, and the monitor of ours looks at the replica over the same wire at times.
     return median(after - before for before, after in pairwise(counts))

@@ -3,10 +3,10 @@
 from fastapi import FastAPI, Request
 from sqlalchemy import text
 
-from app.db.dependencies import ReadDB
-from app.db.engines import Databases
 from app.main import create_app as create_service
 from bench.variants.patients import COMPUTE, WAIT
+from pglifeguard.databases import Databases
+from pglifeguard.fastapi.sessions import ReadDB
 
 
 def create_app() -> FastAPI:

@@ -12,13 +12,13 @@ import asyncpg
 import pytest
 
 from local.waiting import eventually
+from tests.app.test_cli import MODULE, NAME, Process, served
 from tests.balancer import Balancer, balanced, needs_haproxy
 from tests.bench.generators import needs_wrk
 from tests.chaos import FULL
 from tests.chaos.load import Answer, after, offer, tell
 from tests.chaos.wire import Client
 from tests.conftest import Database
-from tests.test_cli import MODULE, NAME, Process, served
 
 pytestmark = needs_haproxy
 

@@ -81,12 +81,12 @@ async def test_reads_follow_writes(
     async with serving(database.settings()) as service, late_replay(breakable_cluster):
         await asyncio.gather(*(work(service.app) for _ in range(CLIENTS)))
         on_replica = service.sample("db_reads_routed_total", target="replica", reason="replica")
-        once_more = service.sample("db_reads_retried_total", reason="not_found")
+        retried = service.sample("db_reads_retried_total", reason="not_found")
 
-    measured(f"{PAIRS} pairs: {tell(counts)}; {on_replica:.0f} reads went to the replica, {once_more:.0f} once more")
+    measured(f"{PAIRS} pairs: {tell(counts)}; {on_replica:.0f} reads went to the replica, {retried:.0f} once more")
     assert counts["with token: fresh"] == PAIRS
     assert set(counts) == {"with token: fresh", "without token: fresh", "without token: stale"}
-    assert once_more > 0
+    assert retried > 0
 
 
 async def test_a_token_that_is_never_reached_does_not_block(database: Database) -> None:

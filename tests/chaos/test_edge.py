@@ -10,13 +10,13 @@ from pathlib import Path
 import psutil  # type: ignore[import-untyped]  # See local/waiting.py.
 import pytest
 
+from tests.app.test_cli import MODULE, Process, served
 from tests.balancer import balanced, needs_haproxy
 from tests.chaos import FULL
 from tests.chaos.load import Answer, after, offer, quantile
 from tests.chaos.wire import Client
 from tests.conftest import Database
 from tests.crowd import crowd
-from tests.test_cli import MODULE, Process, served
 
 CLIENTS = 4200 if FULL else 200
 SECONDS = 10.0 if FULL else 2.0

@@ -8,7 +8,7 @@ from itertools import count
 
 import asyncpg
 
-from app.idempotency import HEADER
+from pglifeguard.fastapi.idempotency import HEADER
 from tests.chaos import FULL
 from tests.chaos.load import Answer, ask, tell
 from tests.conftest import Database

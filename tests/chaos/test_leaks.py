@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from sqlalchemy import text
 
-from app.db.dependencies import WriteDB
 from local.waiting import eventually
+from pglifeguard.fastapi.sessions import WriteDB
 from tests.chaos import FULL, in_time
 from tests.chaos.load import ask
 from tests.conftest import Database

@@ -13,12 +13,12 @@ import asyncpg
 import pytest
 
 from local.waiting import eventually
+from tests.app.test_cli import MODULE, NAME, Process, served
 from tests.chaos import FULL, in_time
 from tests.chaos.load import Answer, after, ask, offer, quantile, tell
 from tests.chaos.wire import Client
 from tests.conftest import Database
 from tests.service import exhausted, serving
-from tests.test_cli import MODULE, NAME, Process, served
 
 SERVICE_SECONDS = 0.02  # As in `slow_down`.
 POOL_TIMEOUT_SECONDS = 0.5

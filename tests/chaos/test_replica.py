@@ -86,7 +86,7 @@ async def test_reads_hang_where_nobody_looks(database: Database, breakable_clust
     settings = database.settings(monitor_interval_seconds=60)
     async with serving(settings, settled=False) as service:
         for one in service.databases.all():
-            await one.sentinel.look()
+            await one.monitor.probe()
         path = await a_patient(service, breakable_cluster)
         breakable_cluster.replica.freeze()
         hanging = [asyncio.create_task(ask(service.app, "GET", path)) for _ in range(3)]

@@ -13,11 +13,11 @@ import asyncpg
 import pytest
 
 from local.waiting import eventually
+from tests.app.test_cli import MODULE, NAME, Process, served, sessions
 from tests.chaos import FULL, in_time
 from tests.chaos.load import Answer, offer, tell
 from tests.chaos.wire import Client
 from tests.conftest import Database
-from tests.test_cli import MODULE, NAME, Process, served, sessions
 
 REQUESTS_PER_SECOND = 100 if FULL else 50
 DRAIN_SECONDS = 1.0

@@ -1,1 +1,0 @@
-"""Engines, pools and sessions: the subject of this service. Names no domain, imports no route."""

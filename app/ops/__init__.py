@@ -1,1 +1,0 @@
-"""What operators look at: health, pool figures, metrics."""

@@ -1,0 +1,5 @@
+"""`python -m pglifeguard`."""
+
+from pglifeguard.cli import cli
+
+cli()

@@ -1,0 +1,176 @@
+"""Opening one connection to PostgreSQL: several hosts, a deadline, keepalive. No pool in here.
+
+asyncpg's own list of hosts tries the next one when a connect is *refused*, but a black hole eats the whole timeout.
+Which host is tried when is decided in `host_search`; here is one login.
+"""
+
+import asyncio
+import socket
+from typing import Any, cast
+
+import asyncpg
+
+from pglifeguard.database_url import Host, KeepAlive
+from pglifeguard.host_search import HostSearch
+from pglifeguard.lookup import Lookups
+from pglifeguard.server import lacks
+from pglifeguard.settings import DatabaseSettings
+from pglifeguard.watched import ASYNCPG_FAILURES, WatchedConnection
+
+# What opening or asking a connection raises. A TimeoutError is an OSError.
+DRIVER_FAILURES = ASYNCPG_FAILURES
+
+KEEPALIVE_IDLE_SECONDS = 30
+KEEPALIVE_INTERVAL_SECONDS = 5
+KEEPALIVE_PROBES = 3
+# Data that the peer's kernel does not acknowledge for this long ends the connection: 30 s, as a statement may take.
+UNACKNOWLEDGED_MILLISECONDS = 30_000
+# Two servers that took turns behind one address were not started in the same microsecond.
+SERVER_IDENTITY = """
+SELECT current_setting('transaction_read_only')::boolean AS read_only, pg_backend_pid() AS process,
+       extract(epoch FROM pg_postmaster_start_time())::float8 AS server
+"""
+# Of a server that has no such functions.
+SERVER_IDENTITY_MINIMAL = (
+    "SELECT current_setting('transaction_read_only')::boolean AS read_only, pg_backend_pid() AS process"
+)
+
+
+class KeptAliveConnection(WatchedConnection):
+    """A connection whose kernel notices a peer that is gone; asyncpg sets neither option.
+
+    `server` says when the server behind it was started, which tells it from the one that takes its place and from
+    others behind the same address; None where it does not say.
+    """
+
+    __slots__ = ("server", "transport")
+
+    def __init__(self, protocol: Any, transport: asyncio.Transport, *rest: Any) -> None:
+        super().__init__(protocol, transport, *rest)
+        self.server: float | None = None
+        self.transport = transport
+
+    def keep_alive(self, wanted: KeepAlive) -> None:
+        """Set the socket's options: what the URL says, else what suits a service."""
+        sock: socket.socket = self.transport.get_extra_info("socket")
+        if sock.family not in (socket.AF_INET, socket.AF_INET6):
+            return
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, wanted.enabled)
+        for name, value in (
+            ("TCP_KEEPIDLE", wanted.idle_seconds or KEEPALIVE_IDLE_SECONDS),
+            ("TCP_KEEPINTVL", wanted.interval_seconds or KEEPALIVE_INTERVAL_SECONDS),
+            ("TCP_KEEPCNT", wanted.probes or KEEPALIVE_PROBES),
+            ("TCP_USER_TIMEOUT", wanted.unacknowledged_milliseconds or UNACKNOWLEDGED_MILLISECONDS),
+        ):
+            if hasattr(socket, name):  # Linux has them all, macOS some.
+                sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+
+    def cut(self) -> None:
+        """Close the socket under whoever is at work with it and now waits in vain.
+
+        `terminate` takes the protocol away as well: a statement between two of its steps then meets None, an
+        AttributeError that nobody takes for weather.
+        """
+        self.transport.abort()
+
+
+class AnyRow(asyncpg.Record):
+    """A row whose columns are attributes too, whatever query it is of.
+
+    When a migration has made a statement's plan stale, asyncpg runs it once more, and forgets of which class its rows
+    were to be (0.32, `Connection._do_execute`).
+    """
+
+    __slots__ = ()
+
+    def __getattr__(self, column: str) -> Any:
+        try:
+            return self[column]
+        except KeyError:
+            raise AttributeError(column) from None
+
+
+class Connector:
+    """Opens connections to the first of several hosts that will do.
+
+    Keep one for each database, and `close` it: logins under way outlive the calls that asked for them.
+    """
+
+    def __init__(self, settings: DatabaseSettings, *, writable: bool, console: bool = False) -> None:
+        self.settings = settings
+        # PgBouncer's admin console takes its own commands alone, and hangs up on a query.
+        self.console = console
+        self.parameters = settings.parameters
+        self.hosts = self.parameters.hosts
+        self.writable = writable
+        self._lookups = Lookups()
+        self._search = HostSearch(
+            self.hosts,
+            self._open_host,
+            expected=DRIVER_FAILURES,
+            patience_seconds=settings.connect_timeout_seconds,
+        )
+        # Whether the addresses led to more than one server since the start, as a balancer's does.
+        self.several = False
+        self._server: float | None = None
+
+    @property
+    def login_seconds(self) -> float:
+        """Seconds after which a login is given up, whoever still waits for it."""
+        return self._search.login_seconds
+
+    async def open(self, deadline: float) -> KeptAliveConnection:
+        """Open a connection by `deadline` (the event loop's time).
+
+        Raises: DatabaseUnreachable, caused by what the hosts said.
+        """
+        return await self._search.connect(deadline)
+
+    async def close(self) -> None:
+        """Give up the logins that are under way."""
+        await self._search.close()
+
+    async def _open_host(self, host: Host, seconds: float) -> KeptAliveConnection:
+        settings, parameters = self.settings, self.parameters
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + seconds
+        await self._lookups.wait_for(host, deadline)
+        connection: KeptAliveConnection = await asyncpg.connect(
+            **parameters.arguments(),
+            host=host.name,
+            port=host.port,
+            timeout=deadline - loop.time(),
+            command_timeout=settings.command_timeout_seconds,
+            statement_cache_size=settings.statement_cache_size,
+            server_settings={**parameters.server_settings, "application_name": settings.application_name},
+            connection_class=KeptAliveConnection,
+            record_class=AnyRow,
+        )
+        connection.keep_alive(parameters.keepalive)
+        takes_no_writes = not self.console and await _takes_no_writes(connection, deadline)
+        if self.writable and takes_no_writes and len(self.hosts) > 1:
+            connection.terminate()
+            raise ConnectionRefusedError(f"{host} takes no writes")
+        self.several = self.several or self._server not in {None, connection.server}
+        self._server = connection.server
+        return connection
+
+
+async def _takes_no_writes(connection: KeptAliveConnection, deadline: float) -> bool:
+    """Learn which server answers, and whether it is a standby or demoted."""
+    timer = asyncio.get_running_loop().call_at(deadline, connection.cut)
+    try:
+        try:
+            who = cast("asyncpg.Record", await connection.fetchrow(SERVER_IDENTITY))
+        except asyncpg.PostgresError as error:
+            if not lacks(error):
+                raise
+            who = cast("asyncpg.Record", await connection.fetchrow(SERVER_IDENTITY_MINIMAL))
+    except BaseException:
+        connection.terminate()
+        raise
+    finally:
+        timer.cancel()
+    connection.server = who.get("server")
+    connection.pooled = who["process"] != connection.get_server_pid()
+    return bool(who["read_only"])

@@ -1,0 +1,35 @@
+"""What a request, or a job, asks of its reads: which database may serve them, and what they have to show."""
+
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Literal
+
+from pglifeguard.database import Database
+from pglifeguard.server import Token
+
+# Why a read goes where it goes; the metrics' label.
+Reason = Literal[
+    "replica", "absent", "unknown", "lagging", "broken", "promoted", "foreign", "diverged", "unmeasured",
+    "behind_token", "primary_only",
+]  # fmt: skip
+
+
+@dataclass(slots=True)
+class Consistency:
+    """What the middleware and the sessions of one request tell each other; it lives in the request's scope."""
+
+    wanted: Token | None = None
+    primary_only: bool = False
+    read_from: Database | None = None
+    reason: Reason | None = None
+    token: str | None = None
+    # Whether `write_once` has stored something, which a second attempt would store again.
+    committed: bool = False
+    # Who its sessions are counted for, once the route is known.
+    label: str | None = None
+    # Whether an Idempotency-Key makes one transaction of the request.
+    keyed: bool = False
+
+
+# The record of the request that is being served in this context; None outside requests.
+current_consistency: ContextVar[Consistency | None] = ContextVar("consistency", default=None)

@@ -1,0 +1,120 @@
+"""One database: its engine, the pool in front, the monitor beside, and the kinds of transaction that sessions begin."""
+
+import logging
+import time
+from dataclasses import dataclass
+from typing import Literal, TypeAlias, cast, get_args
+
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+
+from pglifeguard import dialect
+from pglifeguard.connector import Connector
+from pglifeguard.metrics import Metrics
+from pglifeguard.monitor import Monitor, Probe
+from pglifeguard.observe import PoolWatch
+from pglifeguard.pool import OnConnect
+from pglifeguard.sampling import Sampler
+from pglifeguard.settings import DatabaseSettings, DatabasesSettings
+from pglifeguard.sqlalchemy import BoundedPool, EngineWatch, opened_connection
+
+logger = logging.getLogger(__name__)
+
+Role = Literal["primary", "replica", "analytics"]
+Isolation: TypeAlias = Literal["READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE"]
+# A server that answers nobody for so long is given up. Requests wait half a second for a connection meanwhile, and the
+# statements that are under way have no deadline of the client's (decision 0005).
+MUTE_SECONDS = 1.5
+
+
+@dataclass(frozen=True, slots=True)
+class TransactionMode:
+    """A kind of transaction: the engine with its options for SQLAlchemy, and the words that begin the same by hand.
+
+    With `alone`, queries of `rows` need no transaction until there is one: each stands for itself.
+    """
+
+    engine: AsyncEngine
+    begin: str
+    alone: bool = False
+
+
+class Database:
+    """One database: its engine, the pool in front, the monitor beside, and the kinds of transaction."""
+
+    def __init__(  # noqa: PLR0913, PLR0917  # What it is, and five things that it shares with its siblings.
+        self,
+        name: str,
+        role: Role,
+        settings: DatabaseSettings,
+        service: DatabasesSettings,
+        metrics: Metrics,
+        sampler: Sampler,
+        on_connect: OnConnect | None = None,
+    ) -> None:
+        self.name = name
+        self.role = role
+        self.settings = settings
+        self.watch = watch = PoolWatch(
+            metrics,
+            name,
+            sampler,
+            slow_query_seconds=service.slow_query_seconds,
+            idle_hold_seconds=service.idle_hold_seconds,
+        )
+        self.connector = connector = Connector(settings, writable=role == "primary")
+        self.monitor = Monitor(name, connector, service, metrics)
+        self.engine = create_async_engine(
+            # SQLAlchemy reads the dialect from it; where to connect is the connector's business.
+            dialect.URL,
+            poolclass=BoundedPool,
+            settings=settings,
+            watch=watch,
+            connector=connector,
+            # Where each connection was taken costs a walk over the stack: for development.
+            trace=service.trace_checkouts,
+            on_connect=on_connect,
+            connect_args={
+                "async_creator_fn": opened_connection,
+                "prepared_statement_cache_size": settings.statement_cache_size,
+            },
+            echo=settings.echo,
+            hide_parameters=True,
+        )
+        self.pool = cast("BoundedPool", self.engine.pool)
+        EngineWatch(self.engine, self.pool, watch, writable=role == "primary")
+        read_only = self.engine.execution_options(postgresql_readonly=True)
+        # A standby is read-only by nature: what `rows` reads there needs no transaction, and is one round trip, not 3.
+        self.reads = TransactionMode(read_only, "BEGIN READ ONLY;", alone=role == "replica")
+        # None is what the server takes for its default.
+        self.writes: dict[Isolation | None, TransactionMode] = {None: TransactionMode(self.engine, "BEGIN;")}
+        for level in get_args(Isolation):
+            engine = self.engine.execution_options(isolation_level=level)
+            self.writes[level] = TransactionMode(engine, f"BEGIN ISOLATION LEVEL {level};")
+        # For reports: all statements of a session see one snapshot.
+        self.snapshots = TransactionMode(
+            read_only.execution_options(isolation_level="REPEATABLE READ"),
+            "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY;",
+        )
+        self._server: float | None = None
+        if role == "primary":
+            self.monitor.listeners.append(self._follow)
+        self._answered_at = time.monotonic()
+        if role != "replica":  # A replica's reads are cut sooner: they are run once more on the primary.
+            self.monitor.listeners.append(self._leave_mute)
+
+    def _leave_mute(self, probe: Probe) -> None:
+        """Cut what waits on a server that answers nobody: neither looks, nor logins, nor any statement."""
+        if probe.status != "timeout":
+            self._answered_at = probe.at
+        elif probe.at - self._answered_at >= MUTE_SECONDS and (count := self.pool.cut_unanswered(MUTE_SECONDS)):
+            logger.warning("statements cut on a mute server", extra={"database": self.name, "count": count})
+
+    def _follow(self, probe: Probe) -> None:
+        """Leave a server that another one replaced: who waits for its answer would wait until a timeout."""
+        # By its own connection: behind a pooler those of the pool go on, whichever server answers there.
+        if probe.server is None:
+            return
+        if self._server not in {None, probe.server}:
+            logger.warning("database is another server", extra={"database": self.name})
+            self.pool.abandon(keep=probe.server)
+        self._server = probe.server

@@ -1,0 +1,305 @@
+"""The databases of the service: each an engine, its pool and its monitor, opened and closed together.
+
+`Databases` is opened by whoever owns the event loop: the lifespan of an application, a worker, a script. It opens with
+any of the databases down: readiness says so, and the monitors notice when they are back.
+"""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+from types import TracebackType
+from typing import Any, Self, TypeVar, TypeVarTuple
+
+from sqlalchemy import Row
+
+from pglifeguard.checkout import holder
+from pglifeguard.collisions import ATTEMPTS, collision, pause_seconds
+from pglifeguard.consistency import Consistency, current_consistency
+from pglifeguard.database import Database, Isolation, Role
+from pglifeguard.errors import DatabaseUnavailable
+from pglifeguard.metrics import Metrics
+from pglifeguard.pool import OnConnect
+from pglifeguard.primary_retry import PrimaryRetry
+from pglifeguard.query import Query
+from pglifeguard.replica import Replica, Router, ServerCheck
+from pglifeguard.sampling import Sampler
+from pglifeguard.sessions import ReadSession, WriteSession
+from pglifeguard.settings import DatabaseSettings, DatabasesSettings
+from pglifeguard.write_once import write_once
+
+logger = logging.getLogger(__name__)
+
+# Seconds between two rounds of upkeep of the pools: short against every lifetime, long against a round's cost.
+UPKEEP_SECONDS = 1.0
+T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
+
+NO_QUERY = (
+    "write_once() takes a Query, a constant of the module: `ADD = Query(insert(…).values(…).returning(…))`; a "
+    "statement that is made for the call runs in a session: `async with databases.writing() as session`"
+)
+NOT_OPEN = (
+    "the databases are not open: `async with Databases(…) as databases:` opens them, and the lifespan of the service "
+    "does; a test that calls the service runs that by `with TestClient(app) as client:`"
+)
+OTHER_LOOP = (
+    "the databases are open in another event loop, to which their connections belong; each asyncio.run has its own, "
+    "and each call of a TestClient without `with`: open them in the loop that uses them, or use one loop for all"
+)
+STILL_OPEN = "the databases are open already; close them first, in the event loop in which they were opened"
+
+
+class Databases:
+    """The primary, its replicas and the analytics database, as one thing to open and close.
+
+    `async with Databases(settings) as databases:` opens and closes them. They belong to the event loop in
+    which they were opened: a session in another one, or before, is a RuntimeError. Closed, they refuse (PoolExhausted),
+    and may be opened again.
+    """
+
+    def __init__(
+        self, settings: DatabasesSettings, metrics: Metrics | None = None, *, on_connect: OnConnect | None = None
+    ) -> None:
+        self.settings = settings
+        self._on_connect = on_connect
+        self.metrics = Metrics() if metrics is None else metrics
+        self.sampler = Sampler()
+        # The loop in which they are open; None before that and afterwards.
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._make()
+
+    async def __aenter__(self) -> Self:
+        await self.open()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    def _make(self) -> None:
+        settings, metrics, sampler = self.settings, self.metrics, self.sampler
+
+        def database(name: str, role: Role, chosen: DatabaseSettings) -> Database:
+            return Database(name, role, chosen, settings, metrics, sampler, self._on_connect)
+
+        self.primary = database("primary", "primary", settings.primary)
+        self.analytics = database("analytics", "analytics", settings.analytics)
+        self.replicas = [
+            # One replica is plainly "replica"; several are numbered.
+            database("replica" if len(settings.replicas) == 1 else f"replica-{number}", "replica", chosen)
+            for number, chosen in enumerate(settings.replicas, 1)
+        ]
+        self.router = Router(
+            self.primary,
+            [Replica(database, self.primary.monitor, settings, metrics) for database in self.replicas],
+            metrics,
+            fallback=settings.replica_fallback,
+        )
+        self.primary_retry = PrimaryRetry(settings, self.router, metrics)
+        self.closing = False
+        self._tasks: list[asyncio.Task[None]] = []
+
+    def all(self) -> list[Database]:
+        """List the databases: primary, replicas, analytics."""
+        return [self.primary, *self.replicas, self.analytics]
+
+    def reading(self, consistency: Consistency | None = None, *, label: str | None = None) -> ReadSession:
+        """Open a session that reads from a replica that is near enough, else from the primary.
+
+        In a request it shows what the client wrote before, and counts for the route; `label` names another holder.
+        Each statement sees what is committed when it starts; for one snapshot over several, see `reporting`.
+        """
+        self._check_loop()
+        consistency = consistency or current_consistency.get() or Consistency()
+        database, consistency.reason = self.router.route(at_least=consistency.wanted, primary=consistency.primary_only)
+        if consistency.read_from is None or consistency.read_from.role != "replica" or consistency.primary_only:
+            # Of several reads in a request, one on a replica is enough for the whole to be run once more.
+            consistency.read_from = database
+        check = None
+        if database.role == "replica" and (consistency.wanted is not None or database.connector.several):
+            # The monitor looks at one server; the connection may lead to another.
+            check = ServerCheck(self.router, database, consistency)
+        return ReadSession(database, database.reads, label=_label(label), server_check=check)
+
+    def reporting(self, *, label: str | None = None) -> ReadSession:
+        """Open a session on the analytics pool: REPEATABLE READ, READ ONLY, one snapshot for all its statements."""
+        self._check_loop()
+        return ReadSession(self.analytics, self.analytics.snapshots, label=_label(label))
+
+    def writing(
+        self,
+        consistency: Consistency | None = None,
+        *,
+        label: str | None = None,
+        isolation: Isolation | None = None,
+    ) -> WriteSession:
+        """Open a session on the primary; it commits when its block ends, and rolls back when that raises.
+
+        Under "REPEATABLE READ" and "SERIALIZABLE" PostgreSQL may refuse what collides with another transaction, by
+        40001: `run_transaction` then runs the whole once more.
+
+        Raises, at the end of the block: OutcomeUnknown when the connection dies during COMMIT, ConnectionLost when
+        before.
+        """
+        self._check_loop()
+        consistency = consistency or current_consistency.get()
+        return WriteSession(
+            self.primary, label=_label(label), consistency=self._if_replicated(consistency), isolation=isolation
+        )
+
+    async def run_transaction(
+        self,
+        work: Callable[[WriteSession], Awaitable[T]],
+        *,
+        isolation: Isolation = "SERIALIZABLE",
+        label: str | None = None,
+    ) -> T:
+        """Run `work(session)` as one transaction, and again when it collided with another one; return what it returns.
+
+        It is tried five times at most, each time from a clean session, with a short random pause between. Not
+        when `work` has committed a part itself. What it does beside the database has to bear a repetition.
+
+        Raises: what `work` raised; at last the collision, a DBAPIError or asyncpg.PostgresError of 40001 or 40P01.
+        """
+        attempt = 0
+        while True:
+            session = self.writing(label=label, isolation=isolation)
+            try:
+                async with session:
+                    return await work(session)
+            except Exception as error:
+                if attempt == ATTEMPTS - 1 or session.committed or collision(error) is None:
+                    raise
+            self.count_collision(session.failure)
+            await asyncio.sleep(pause_seconds(attempt))
+            attempt += 1
+
+    def count_collision(self, failure: BaseException | None) -> None:
+        """Count a transaction that is run again."""
+        self.metrics.transactions_retried.labels(collision(failure)).inc()
+
+    async def write_once(self, query: Query[*Ts], **parameters: Any) -> Sequence[Row[*Ts]]:
+        """Run one query that writes, in one round trip; return its rows. What it changed is stored when this returns.
+
+        Nothing takes it back: what may still fail, or takes two statements, belongs into `writing()` or `WriteDB`. In
+        a request with replicas it costs a second round trip, for the consistency token that the answer carries.
+
+        Raises: PoolExhausted, DatabaseUnreachable: nothing was stored. OutcomeUnknown when the connection was lost or
+        the answer did not come in time. sqlalchemy.exc.IntegrityError; any other asyncpg.PostgresError as it comes.
+        TypeError for anything but a Query. RuntimeError in a request with an Idempotency-Key, which needs `WriteDB`.
+        """
+        self._check_loop()
+        given: object = query
+        if not isinstance(given, Query):
+            raise TypeError(NO_QUERY)
+        current = current_consistency.get()
+        holder.set(_label(None))
+        token = current is not None and bool(self.replicas)
+        return await write_once(self.primary, query, parameters, current or Consistency(), token=token)
+
+    async def open(self) -> None:
+        """Warm the pools and start the monitors. A database that is down does not keep the service from starting.
+
+        Raises: RuntimeError when they are open already.
+        """
+        if self._loop is not None and not self._loop.is_closed():
+            raise RuntimeError(STILL_OPEN)
+        if self.closing or self._loop is not None:
+            # Pools and monitors end with their loop, which may have ended before anybody closed them.
+            self._make()
+        self._loop = asyncio.get_running_loop()
+        await asyncio.gather(*(_warm_up(database) for database in self.all()))
+        self._tasks = [asyncio.create_task(database.monitor.watch()) for database in self.all()]
+        self._tasks += [asyncio.create_task(self._upkeep()), asyncio.create_task(self._log_figures())]
+
+    async def close(self, *, grace_seconds: float = 5.0) -> None:
+        """Admit nobody, let what is at work finish for `grace_seconds`, close every connection."""
+        self.closing = True
+        for database in self.all():
+            database.pool.close()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        deadline = asyncio.get_running_loop().time() + grace_seconds
+        for database in self.all():
+            await database.pool.drained(deadline - asyncio.get_running_loop().time())
+        for database in self.all():
+            if holdings := database.pool.holdings():
+                logger.error("connections cut at shutdown", extra={"pool": database.name, "count": len(holdings)})
+            database.pool.abandon()
+            await database.engine.dispose()
+            await database.monitor.close()
+        self.sampler.flush(everything=True)
+        self._loop = None
+
+    def publish(self) -> None:
+        """Set the gauges to what the pools are now; called for each scrape."""
+        metrics = self.metrics
+        for database in self.all():
+            figures, name = database.pool.figures(), database.name
+            metrics.pool_total.labels(name).set(figures.total)
+            metrics.pool_available.labels(name).set(figures.available)
+            metrics.pool_checked_out.labels(name).set(figures.checked_out)
+            metrics.pool_open.labels(name).set(figures.checked_out + figures.checked_in)
+            metrics.pool_waiting.labels(name).set(figures.waiting)
+            metrics.up.labels(name).set(database.monitor.healthy)
+
+    def _check_loop(self) -> None:
+        # Once they close, the pools refuse whoever still comes: that is a 503 of the shutdown, and no mistake.
+        if asyncio.get_running_loop() is not self._loop and not self.closing:
+            raise RuntimeError(NOT_OPEN if self._loop is None else OTHER_LOOP)
+
+    def _if_replicated(self, consistency: Consistency | None) -> Consistency | None:
+        # Without a replica nobody reads elsewhere, and a token would be a round trip for nothing.
+        return consistency if self.replicas else None
+
+    async def _upkeep(self) -> None:
+        while True:
+            await asyncio.sleep(UPKEEP_SECONDS)
+            self.sampler.flush()
+            for database in self.all():
+                database.pool.tend()
+                self._report_long_held(database)
+                if database.monitor.healthy:
+                    await _warm_up(database)
+            # With several workers a scrape reaches one of them and reads what the others published last.
+            self.publish()
+
+    def _report_long_held(self, database: Database) -> None:
+        for holding in database.pool.newly_long_held(self.settings.leak_after_seconds):
+            self.metrics.long_held.labels(database.name, holding.holder).inc()
+            logger.warning(
+                "connection held for long",
+                extra={
+                    "pool": database.name,
+                    "route": holding.holder,
+                    "held_seconds": round(holding.held_seconds, 1),
+                    "idle_seconds": round(holding.idle_seconds, 1),
+                    "taken_in": holding.taken_in,
+                },
+            )
+
+    async def _log_figures(self) -> None:
+        while True:
+            await asyncio.sleep(self.settings.pool_log_interval_seconds)
+            for database in self.all():
+                figures = database.pool.figures()
+                extra = {name: getattr(figures, name) for name in figures.__slots__}
+                logger.info("pool figures", extra={"pool": database.name, **extra})
+
+
+def _label(given: str | None) -> str:
+    """Say whom a session is counted for: the one given, else the route of the request, else "background"."""
+    if given is not None:
+        return given
+    current = current_consistency.get()
+    return "background" if current is None or current.label is None else current.label
+
+
+async def _warm_up(database: Database) -> None:
+    try:
+        await database.pool.warm_up()
+    except DatabaseUnavailable as error:
+        # Each second, as long as it lasts.
+        database.watch.log("pool not warmed", reason=str(error))

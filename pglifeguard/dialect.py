@@ -1,0 +1,66 @@
+"""SQLAlchemy's dialect for asyncpg, which begins a transaction when SQLAlchemy says so, and not at its first statement.
+
+What goes to the driver past SQLAlchemy, a COPY for example, is then in the transaction too, whatever came before it.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from sqlalchemy.dialects import registry
+from sqlalchemy.dialects.postgresql.asyncpg import PGDialect_asyncpg
+from sqlalchemy.util.concurrency import await_
+
+# The URL that stands for this dialect.
+URL = "postgresql+lifeguard://"
+registry.register("postgresql.lifeguard", __name__, "Dialect")
+
+
+class Dialect(PGDialect_asyncpg):
+    """PostgreSQL by asyncpg; BEGIN, COMMIT and ROLLBACK count as time in which the connection is at work."""
+
+    supports_statement_cache = True
+
+    def do_begin(self, dbapi_connection: Any) -> None:
+        """Begin, unless the transaction of a lease is going on."""
+        adapter = dbapi_connection.dbapi_connection
+        if adapter._transaction is None:  # noqa: SLF001  # The adapter has no public word for it.
+            with _queried(dbapi_connection):
+                await_(adapter._start_transaction())  # noqa: SLF001
+
+    def do_commit(self, dbapi_connection: Any) -> None:
+        """Commit."""
+        with _queried(dbapi_connection):
+            super().do_commit(dbapi_connection)  # type: ignore[no-untyped-call]  # SQLAlchemy leaves its dialects bare.
+
+    def do_rollback(self, dbapi_connection: Any) -> None:
+        """Roll back."""
+        with _queried(dbapi_connection):
+            super().do_rollback(dbapi_connection)  # type: ignore[no-untyped-call]  # As above.
+
+    def on_connect(self) -> Callable[[Any], None]:
+        """Set a new connection up; what that leaves on it is not for a reset to undo."""
+        set_up = super().on_connect()  # type: ignore[no-untyped-call]  # As above.
+
+        def connect(adapter: Any) -> None:
+            set_up(adapter)
+            adapter.driver_connection.opened()
+
+        return connect
+
+
+@contextmanager
+def _queried(dbapi_connection: Any) -> Iterator[None]:
+    try:
+        checkout = dbapi_connection.info["checkout"]
+    except (NotImplementedError, KeyError):
+        # The connection is being opened: nobody holds it, and SQLAlchemy looks at the first one's server.
+        yield
+        return
+    checkout.asked_at = started = time.perf_counter()
+    try:
+        yield
+    finally:
+        checkout.queried += time.perf_counter() - started
+        checkout.asked_at = None

@@ -1,0 +1,102 @@
+"""Reading the environment: the process's over `.env`, secrets from files, and DATABASE_* sorted by database."""
+
+import re
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_settings import BaseSettings, DotEnvSettingsSource, EnvSettingsSource, PydanticBaseSettingsSource
+
+from pglifeguard.variables import PREFIX
+
+# The shortest prefix comes last, so that DATABASE_REPLICA_URL is the replica's and not the primary's REPLICA_URL.
+PREFIXES = {"replicas": f"{PREFIX}replica_", "analytics": f"{PREFIX}analytics_", "primary": PREFIX}
+
+
+class SettingsError(ValueError):
+    """A setting is missing, unknown, out of bounds or at odds with another; the text says which and what to do."""
+
+
+class Variables(PydanticBaseSettingsSource):
+    """The environment over `.env`, by lower-case name; NAME_FILE is read from its file for every known NAME."""
+
+    def __init__(
+        self,
+        settings_cls: type[BaseSettings],
+        environment: PydanticBaseSettingsSource | None = None,
+        dotenv: PydanticBaseSettingsSource | None = None,
+    ) -> None:
+        super().__init__(settings_cls)
+        sources = (dotenv or DotEnvSettingsSource(settings_cls), environment or EnvSettingsSource(settings_cls))
+        self.variables: dict[str, str] = {}
+        for source in cast("tuple[EnvSettingsSource, ...]", sources):
+            self.variables |= {name.lower(): value for name, value in source.env_vars.items() if value}
+
+    def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:
+        """Not called: the fields are not looked up one by one."""
+        raise NotImplementedError
+
+    def __call__(self) -> dict[str, Any]:
+        """Return what the environment says of the fields."""
+        names = self.settings_cls.model_fields
+        variables = with_secret_files(self.variables, lambda name: name in names)
+        return {name: variables[name] for name in names if name in variables}
+
+
+def with_secret_files(variables: Mapping[str, str], is_known: Callable[[str], bool]) -> dict[str, str]:
+    """Read NAME_FILE from its file, for each known NAME.
+
+    Raises: SettingsError when both are set, or the file cannot be read.
+    """
+    resolved = dict(variables)
+    for name, value in variables.items():
+        target = name.removesuffix("_file")
+        if target == name or not is_known(target):
+            continue
+        if target in variables:
+            raise SettingsError(f"Both {target.upper()} and {name.upper()} are set; keep one.")
+        try:
+            resolved[target] = Path(value).read_text(encoding="utf-8").strip()
+        except OSError as error:
+            raise SettingsError(f"{name.upper()} names {value}, which cannot be read: {error.strerror}.") from None
+        del resolved[name]
+    return resolved
+
+
+def grouped(variables: Mapping[str, str], fields: Collection[str]) -> dict[str, dict[str, str]]:
+    """Sort DATABASE_* by database; the prefixes are taken off."""
+    groups: dict[str, dict[str, str]] = {group: {} for group in PREFIXES}
+    for name in variables.keys() & names_by_database(fields):
+        group = next(g for g, prefix in PREFIXES.items() if name.startswith(prefix))
+        groups[group][name.removeprefix(PREFIXES[group])] = variables[name]
+    return groups
+
+
+def names_by_database(fields: Collection[str]) -> set[str]:
+    """List the variables of all databases, each of which may set these fields."""
+    return {f"{prefix}{name}" for prefix in PREFIXES.values() for name in fields}
+
+
+def split_urls(text: str) -> list[str]:
+    """Split "postgresql://a/x, postgresql://b/x" without splitting a comma inside one URL's query."""
+    return [url for url in re.split(r"\s*,\s*(?=[\w+.-]+://|$)", text.strip()) if url]
+
+
+def sentences(error: ValidationError, *, hint: str = "") -> str:
+    """Write one sentence for each mistake, with the name of its variable."""
+    lines: dict[tuple[str, str], str] = {}
+    for mistake in error.errors(include_url=False, include_input=False, include_context=False):
+        group, *path = [part for part in mistake["loc"] if isinstance(part, str)] or [""]
+        field = path[-1] if path else "url" if group in PREFIXES else group
+        name, text = f"{PREFIXES.get(group, '')}{field}".upper(), mistake["msg"].removeprefix("Value error, ")
+        if mistake["type"] == "missing":
+            name = "DATABASE_URL"
+            text = (
+                "is not set: the service needs its primary database. Set it to "
+                f"postgresql://user:password@host:5432/database{hint}"
+            )
+        # What the others inherit is wrong once, under the name by which it was set.
+        lines.setdefault((field, text), f"{name}: {text}.".removeprefix(": "))
+    return "\n".join(lines.values())

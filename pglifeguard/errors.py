@@ -1,0 +1,266 @@
+"""What can go wrong, and what a client is told: RFC 9457 problem documents with a stable `code`.
+
+    ServiceError                      code                   status
+    ├── NotFound                      not_found              404    (each domain names its own)
+    ├── Conflict                      conflict               409    (each domain names its own)
+    ├── BodyTooSlow                   body_too_slow          408
+    ├── BodyTooLarge                  body_too_large         413
+    ├── WriteInReadSession            internal_error         500    a bug: a read session was asked to write
+    ├── TransactionAborted            internal_error         500    a bug: a statement's failure was swallowed
+    └── DatabaseUnavailable           database_unavailable   503    a transient failure: the same request may work soon
+        ├── PoolExhausted             pool_exhausted
+        ├── DatabaseUnreachable       database_unreachable
+        ├── ConnectionLost            connection_lost
+        ├── CommandTimeout            database_timeout
+        ├── ReplicaUnavailable        replica_unavailable
+        └── OutcomeUnknown            outcome_unknown        the connection died during COMMIT or a lone write
+
+Failures that the server reports stay SQLAlchemy's exceptions; `classify` is the one table that turns their SQLSTATE
+into an answer. An OSError or a TimeoutError becomes one of ours where it leaves the driver, so that a bug
+elsewhere that raises one is not mistaken for a transient failure.
+"""
+
+import json
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import Any
+
+import asyncpg
+from sqlalchemy.exc import DBAPIError
+
+# JSONResponse makes itself an encoder for each answer, which takes as long as encoding.
+_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+# By the names of RFC 9110, which some versions of Python have and others not.
+PHRASES = {status.value: status.phrase for status in HTTPStatus} | {
+    413: "Content Too Large",
+    414: "URI Too Long",
+    416: "Range Not Satisfiable",
+    422: "Unprocessable Content",
+}
+MEDIA_TYPE = "application/problem+json"
+
+
+class ServiceError(Exception):
+    """Root of the tree. `str(error)` is the sentence that the client reads: no health data, no secrets."""
+
+    status = 500
+    code = "internal_error"
+
+
+class NotFound(ServiceError):
+    """The thing that the path names does not exist."""
+
+    status = 404
+    code = "not_found"
+
+
+class Conflict(ServiceError):
+    """The request contradicts what is stored."""
+
+    status = 409
+    code = "conflict"
+
+
+class BodyTooSlow(ServiceError):
+    """The body was not there in time."""
+
+    status = 408
+    code = "body_too_slow"
+
+
+class BodyTooLarge(ServiceError):
+    """The body has too many bytes or values."""
+
+    status = 413
+    code = "body_too_large"
+
+
+class WriteInReadSession(ServiceError):
+    """A statement that writes was sent through a read session: a bug of ours, never a transient failure."""
+
+
+class TransactionAborted(ServiceError):
+    """A statement failed, somebody swallowed its error, and COMMIT would be a silent ROLLBACK: a bug of ours."""
+
+
+class DatabaseUnavailable(ServiceError):
+    """The database cannot serve this request now; a retry may help."""
+
+    status = 503
+    code = "database_unavailable"
+
+    def __init__(self, detail: str, *, database: str | None = None, reason: str | None = None) -> None:
+        super().__init__(detail)
+        # The database that it is about, where that is known: a request may use several.
+        self.database = database
+        # Why, in the word that the metrics have for it, where the code says less.
+        self.reason = reason
+
+
+class PoolExhausted(DatabaseUnavailable):
+    """Every connection is at work, and the queue is full or the wait was too long."""
+
+    code = "pool_exhausted"
+
+
+class DatabaseUnreachable(DatabaseUnavailable):
+    """No connection could be opened."""
+
+    code = "database_unreachable"
+
+
+class ConnectionLost(DatabaseUnavailable):
+    """The connection went away, and nothing of the request was committed."""
+
+    code = "connection_lost"
+
+
+class CommandTimeout(DatabaseUnavailable):
+    """The server did not answer within command_timeout_seconds; the connection was dropped."""
+
+    code = "database_timeout"
+
+
+class ReplicaUnavailable(DatabaseUnavailable):
+    """The replica cannot serve this read, and the primary may not or is too busy to step in."""
+
+    code = "replica_unavailable"
+
+
+class OutcomeUnknown(DatabaseUnavailable):
+    """The connection died or gave no answer during COMMIT or a write of one query, which may or may not be stored."""
+
+    code = "outcome_unknown"
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """What a client is told about a failure that the database reported."""
+
+    status: int
+    code: str
+    # A sentence; what the author of an HTTPException gives is left as it is.
+    detail: Any
+
+
+# What is answered before there is a request.
+MALFORMED = Failure(400, "malformed_request", "This is no HTTP request.")
+HEAD_TOO_SLOW = Failure(408, "head_too_slow", "The headers of the request were not there in time.")
+HEAD_TOO_LARGE = Failure(431, "head_too_large", "The URL and headers of the request are too long, or too many.")
+_LOST = Failure(503, "connection_lost", "The connection to the database was lost; nothing was committed.")
+_UNSTORABLE = Failure(
+    422, "unstorable_value", "A value is too long or too large for the database, or holds a character it cannot store."
+)
+_BUSY = Failure(503, "database_overloaded", "The database is out of a resource.")
+_NOT_KEPT = Failure(
+    500,
+    "statements_not_kept",
+    "The pooler in front of the database does not keep prepared statements: set max_prepared_statements there "
+    "(PgBouncer 1.21 or later), or DATABASE_STATEMENT_CACHE_SIZE=0 here.",
+)
+# The first five, three or two characters of an SQLSTATE; the longest match wins.
+_FAILURES = {
+    "08": _LOST,
+    "22001": _UNSTORABLE,
+    "22003": _UNSTORABLE,
+    "22021": _UNSTORABLE,
+    "22P05": _UNSTORABLE,
+    "23503": Failure(409, "conflict", "The request refers to something that does not exist or is still in use."),
+    "23505": Failure(409, "conflict", "Something with the same unique value exists already."),
+    "23P01": Failure(409, "conflict", "The request overlaps something that exists already."),
+    "25006": Failure(503, "database_read_only", "The database takes no writes at the moment."),
+    "25P03": _LOST,
+    "25P04": Failure(504, "statement_timeout", "The transaction took longer than the database allows."),
+    "26000": _NOT_KEPT,
+    "28": Failure(503, "database_unreachable", "The database did not let the service in."),
+    "3D000": Failure(503, "database_unreachable", "The database does not exist."),
+    "40001": Failure(503, "serialization_failure", "The transaction collided with another one."),
+    "40P01": Failure(503, "deadlock", "The transaction ran into a deadlock and was rolled back."),
+    "42P05": _NOT_KEPT,
+    "53": _BUSY,
+    "53300": Failure(503, "too_many_connections", "The database has no connection left."),
+    "55P03": Failure(503, "lock_timeout", "The rows are locked by another transaction."),
+    "57014": Failure(504, "statement_timeout", "The statement took longer than the database allows."),
+    "57P": _LOST,
+    "58": Failure(503, "database_failed", "The database has trouble with its own system."),
+}
+
+
+# Its SQLSTATE, 0A000, stands for bugs as well: only asyncpg's class tells it apart.
+_STALE = Failure(503, "schema_changed", "The schema has just changed, and prepared statements are being renewed.")
+
+
+# What stops the driver from sending a value of the right type: half a surrogate pair, a number too large for it.
+_UNSENDABLE = (OverflowError, UnicodeEncodeError)
+
+
+def sqlstate(error: BaseException | None) -> str | None:
+    """Return the five characters with which PostgreSQL names a failure, of SQLAlchemy's or asyncpg's exception."""
+    state = None
+    cause = error.orig if isinstance(error, DBAPIError) else error
+    while cause is not None:
+        # The innermost is the server's own: asyncpg wraps its last words into "connection was closed", a 08003.
+        state = getattr(cause, "sqlstate", None) or state
+        cause = cause.__cause__
+    return state
+
+
+def constraint(error: BaseException) -> str | None:
+    """Return the name of the constraint or unique index that a change broke, of SQLAlchemy's or asyncpg's exception."""
+    cause = error.orig if isinstance(error, DBAPIError) else error
+    while cause is not None and getattr(cause, "constraint_name", None) is None:
+        cause = cause.__cause__
+    name: str | None = getattr(cause, "constraint_name", None)
+    return name
+
+
+def name_database(error: BaseException, database: str) -> None:
+    """Remember with a failure of the driver which of the databases it came from."""
+    vars(error).setdefault("database", database)
+
+
+def database_of(error: BaseException) -> str | None:
+    """Return the name of the database that a failure came from, None where nobody knows."""
+    cause: BaseException | None = error.orig if isinstance(error, DBAPIError) else error
+    while cause is not None:
+        if (name := vars(cause).get("database")) is not None:
+            return str(name)
+        cause = cause.__cause__
+    return None
+
+
+def classify(error: BaseException) -> Failure | None:
+    """Say what a client is told about a failure of the database; None is a bug, and a 500."""
+    if isinstance(error, (WriteInReadSession, TransactionAborted)):
+        return None
+    driver_failure = _driver_failure(error)
+    if isinstance(driver_failure, asyncpg.InvalidCachedStatementError):
+        return _STALE
+    if isinstance(driver_failure, asyncpg.DataError) and isinstance(driver_failure.__cause__, _UNSENDABLE):
+        return _UNSTORABLE
+    state = sqlstate(error) or ""
+    if isinstance(error, (DBAPIError, asyncpg.PostgresError, DatabaseUnreachable)):
+        for length in (5, 3, 2):
+            if failure := _FAILURES.get(state[:length]):
+                return failure
+    if isinstance(error, ServiceError):
+        return Failure(error.status, error.code, str(error))
+    return _LOST if isinstance(error, DBAPIError) and error.connection_invalidated else None
+
+
+def _driver_failure(error: BaseException) -> BaseException | None:
+    """Return what asyncpg raised, from inside SQLAlchemy's two layers around it."""
+    return error.orig.__cause__ if isinstance(error, DBAPIError) and error.orig is not None else error
+
+
+def document(failure: Failure, **more: Any) -> bytes:
+    """Write a problem document."""
+    body = {
+        "type": "about:blank",
+        "title": PHRASES.get(failure.status, f"Status {failure.status}"),
+        "status": failure.status,
+        "detail": failure.detail,
+        "code": failure.code,
+        **more,
+    }
+    return _encode(body).encode()

@@ -1,0 +1,39 @@
+"""The databases of a FastAPI application: sessions as dependencies, error answers, health, metrics, idempotency."""
+
+from pglifeguard.fastapi.idempotency import IDEMPOTENCY_TABLE, IdempotentRoute
+from pglifeguard.fastapi.lifeguard import Lifeguard
+from pglifeguard.fastapi.middleware import request_id
+from pglifeguard.fastapi.problems import documented
+from pglifeguard.fastapi.routing import public_path, selected_route
+from pglifeguard.fastapi.scope import databases_of
+from pglifeguard.fastapi.sessions import (
+    AnalyticsDB,
+    ReadDB,
+    RepeatableReadDB,
+    RequestDatabases,
+    SerializableDB,
+    WriteDB,
+    analytics_session,
+    read_session,
+    write_session,
+)
+
+__all__ = [
+    "IDEMPOTENCY_TABLE",
+    "AnalyticsDB",
+    "IdempotentRoute",
+    "Lifeguard",
+    "ReadDB",
+    "RepeatableReadDB",
+    "RequestDatabases",
+    "SerializableDB",
+    "WriteDB",
+    "analytics_session",
+    "databases_of",
+    "documented",
+    "public_path",
+    "read_session",
+    "request_id",
+    "selected_route",
+    "write_session",
+]

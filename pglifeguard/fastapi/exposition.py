@@ -1,0 +1,63 @@
+"""`/metrics`, as Prometheus reads it, written down without holding the event loop up."""
+
+import asyncio
+from copy import copy
+from dataclasses import dataclass
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import PlainTextResponse
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Metric, generate_latest
+
+from pglifeguard.databases import Databases
+from pglifeguard.fastapi.health import DatabasesOfApp
+from pglifeguard.fastapi.problems import documented
+from pglifeguard.fastapi.shared import shared
+from pglifeguard.serving.workers import exposition
+
+# Lines written in one go.
+SLICE_SAMPLES = 200
+router = APIRouter(tags=["operations"], responses=documented(401, 403))
+
+
+@router.get("/metrics", response_class=PlainTextResponse)
+async def get_metrics(databases: DatabasesOfApp, request: Request) -> Response:
+    """Expose the metrics to Prometheus; with several workers, those of all of them."""
+    content = await shared(request.app, "metrics", lambda: _expose(databases)).get()
+    return Response(content, headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+
+async def _expose(databases: Databases) -> bytes:
+    databases.publish()
+    folder = databases.settings.prometheus_multiproc_dir
+    if folder is not None:
+        # It reads the files of all workers, and waits for their lock.
+        return await asyncio.to_thread(exposition, folder)
+    return await in_slices(databases.metrics.registry)
+
+
+async def in_slices(registry: CollectorRegistry) -> bytes:
+    """Write the exposition down in slices of a millisecond or two, and let others have the event loop in between.
+
+    In a thread it would take the interpreter's lock for 5 ms at a time, as often as another request wanted it.
+    """
+    parts = []
+    for family in registry.collect():
+        # An empty family has a help text too.
+        for start in range(0, max(1, len(family.samples)), SLICE_SAMPLES):
+            part = copy(family)
+            part.samples = family.samples[start : start + SLICE_SAMPLES]
+            text = generate_latest(_One(part))
+            parts.append(text if start == 0 else text.split(b"\n", 2)[2])  # Without HELP and TYPE once more.
+            await asyncio.sleep(0)
+    return b"".join(parts)
+
+
+@dataclass(frozen=True, slots=True)
+class _One:
+    """A single family in the place of a registry."""
+
+    family: Metric
+
+    def collect(self) -> list[Metric]:
+        """Return the family."""
+        return [self.family]

@@ -1,0 +1,102 @@
+"""Is it alive, may traffic come, and how are the databases? None of it waits behind requests."""
+
+import asyncio
+import time
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, Request, Response, status
+
+from pglifeguard.database import Database
+from pglifeguard.databases import Databases
+from pglifeguard.fastapi.scope import databases_of
+from pglifeguard.fastapi.shared import shared
+
+router = APIRouter(prefix="/health", tags=["operations"])
+DatabasesOfApp = Annotated[Databases, Depends(databases_of)]
+# The same body as with 200, and no problem document: a probe's answer is the description.
+UNAVAILABLE: dict[int | str, dict[str, Any]] = {503: {"description": "Service Unavailable", "model": dict[str, Any]}}
+
+
+@router.get("/live")
+async def get_live() -> dict[str, str]:
+    """Say that the process runs; touches nothing."""
+    return {"status": "alive"}
+
+
+@router.get("/ready", responses=UNAVAILABLE)
+async def get_ready(databases: DatabasesOfApp, response: Response) -> dict[str, Any]:
+    """Say whether traffic may come: the primary answered the last probe, and no shutdown is under way. No I/O.
+
+    With READY_WITHOUT_PRIMARY a replica that serves reads is enough; writes are then answered by 503.
+    """
+    if databases.closing:
+        return _unavailable(databases, response, {"status": "closing"})
+    if not databases.primary.monitor.healthy:
+        if databases.settings.ready_without_primary and databases.router.serves_reads:
+            return {"status": "ready", "writes": "primary database is not healthy"}
+        return _unavailable(databases, response, {"status": "primary database is not healthy"})
+    return {"status": "ready"}
+
+
+@router.get("/db", responses=UNAVAILABLE)
+async def get_databases(databases: DatabasesOfApp, request: Request, response: Response) -> dict[str, Any]:
+    """Look at each database now, for at most HEALTH_TIMEOUT_SECONDS, and tell its pool's figures."""
+    asked = shared(request.app, "health", lambda: _describe_all(databases), min_pause_seconds=0.05)
+    body = await asked.get()
+    return body if body["status"] == "healthy" else _unavailable(databases, response, body)
+
+
+async def _describe_all(databases: Databases) -> dict[str, Any]:
+    found = await asyncio.gather(*(_describe(databases, database) for database in databases.all()))
+    healthy = found[0]["status"] == "healthy"
+    return {
+        "status": "healthy" if healthy else "unhealthy",
+        "databases": {database.name: one for database, one in zip(databases.all(), found, strict=True)},
+    }
+
+
+async def _describe(databases: Databases, database: Database) -> dict[str, Any]:
+    asked_at = time.monotonic()
+    probe = await database.monitor.probe()
+    if probe.latency_seconds is not None and probe.at - probe.latency_seconds < asked_at:
+        # It was under way already, and may have been answered by a server that has stopped since.
+        probe = await database.monitor.probe()
+    figures = database.pool.figures()
+    described: dict[str, Any] = {
+        "status": probe.status,
+        "latency_ms": None if probe.latency_seconds is None else round(probe.latency_seconds * 1000, 2),
+        "pool_size": figures.pool_size,
+        "checked_in": figures.checked_in,
+        "checked_out": figures.checked_out,
+        "overflow": figures.overflow,
+    }
+    if database.role == "primary" and probe.status == "healthy":
+        seconds = probe.position.stalled
+        described |= {
+            "writes": "unknown" if seconds is None else "stalled" if database.monitor.stalled else "flowing",
+            "write_stall_seconds": round(seconds or 0.0, 1) if database.monitor.stalled else 0.0,
+        }
+    if probe.error is not None:
+        described["error"] = probe.error
+    for replica in databases.router.replicas:
+        if replica.database is database:
+            described |= {
+                "state": replica.state,
+                # "own": the primary has not been seen since the start, and the lag cannot be measured against it.
+                "judged_by": "own" if replica.state == "alone" else "primary",
+                "replay_age_seconds": replica.position.replay_age,
+                "lag_seconds": replica.lag_seconds,
+                "lag_bytes": replica.lag_bytes,
+            }
+            if replica.others:
+                described["other_servers"] = [
+                    {"state": replica.state_of(position), "lag_bytes": replica.lag_of(position)}
+                    for _, position in replica.others.values()
+                ]
+    return described
+
+
+def _unavailable(databases: Databases, response: Response, body: dict[str, Any]) -> dict[str, Any]:
+    response.status_code = status.HTTP_503_SERVICE_UNAVAILABLE
+    response.headers["Retry-After"] = str(databases.settings.retry_after_seconds)
+    return body

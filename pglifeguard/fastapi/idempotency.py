@@ -1,0 +1,344 @@
+"""`Idempotency-Key`: a POST or PATCH that is sent twice is done once, and answered twice alike.
+
+The key is claimed, the work done and the answer stored in one transaction, so a COMMIT that was lost or never known is
+safe to repeat: either all of it happened or nothing. A twin that comes while the first is at work waits for it on the
+claim. Only an answer that was committed is stored; an error rolls the claim back with the work.
+
+Routers opt in by `APIRouter(route_class=IdempotentRoute)`; their routes take `WriteDB` as ever.
+"""
+
+import asyncio
+import hashlib
+import logging
+import re
+from collections.abc import Callable, Collection, Coroutine, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, ClassVar, cast
+
+from fastapi import Request, Response, params
+from fastapi.dependencies.utils import get_dependant, solve_dependencies
+from fastapi.routing import APIRoute
+from sqlalchemy import LargeBinary, MetaData, Row, SmallInteger, Table, Text, func, select, text, update
+from sqlalchemy.dialects.postgresql import TIMESTAMP, insert
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from starlette.types import Message
+
+from pglifeguard.databases import Databases
+from pglifeguard.errors import DatabaseUnavailable, ServiceError
+from pglifeguard.fastapi.scope import consistency_of, databases_of
+from pglifeguard.fastapi.sessions import WriteDB
+from pglifeguard.sessions import WriteSession
+
+logger = logging.getLogger(__name__)
+
+HEADER = "Idempotency-Key"
+METHODS = frozenset({"POST", "PATCH"})
+MAX_CHARACTERS = 255
+# Rows deleted by one round of housekeeping: few enough not to be felt.
+PURGE_ROWS = 1000
+# An answer is kept in memory and in a row of the database, inside the transaction.
+MAX_BYTES = 1_048_576
+_TOO_LONG = (
+    f"The answer is longer than {MAX_BYTES} bytes, which cannot be kept with an {HEADER}; send the request without one."
+)
+_HEADERS_APART = frozenset({b"location", b"content-type"})
+_ASKED, _CLAIMED = "lifeguard.idempotency_key", "lifeguard.claimed"
+_PARAMETER = {
+    "name": HEADER,
+    "in": "header",
+    "required": False,
+    "schema": {"type": "string", "minLength": 1, "maxLength": MAX_CHARACTERS, "pattern": "^[!-~]+$"},
+    "description": "Sent again with the same key and body, the request is done once and answered alike.",
+}
+
+
+class InvalidIdempotencyKey(ServiceError):
+    """The key is empty, too long or not plain ASCII."""
+
+    status = 422
+    code = "invalid_idempotency_key"
+
+
+class IdempotencyKeyReused(ServiceError):
+    """The key was used for another request."""
+
+    status = 422
+    code = "idempotency_key_reused"
+
+
+class AnswerNotKept(ServiceError):
+    """The route's answer cannot be kept with the key; nothing was changed."""
+
+    status = 422
+    code = "idempotency_not_possible"
+
+
+class _Base(DeclarativeBase):
+    """A table of the library's, apart from those of the application."""
+
+    metadata = MetaData(naming_convention={"pk": "pk_%(table_name)s", "ix": "ix_%(table_name)s_%(column_0_N_name)s"})
+    type_annotation_map: ClassVar = {str: Text, datetime: TIMESTAMP(timezone=True)}
+
+
+class IdempotencyKey(_Base):
+    """A key that was used, the request that used it, and its answer."""
+
+    __tablename__ = "idempotency_keys"
+
+    # SHA-256 of caller and key: nobody meets another caller's answer, and no key can be read from the table.
+    digest: Mapped[bytes] = mapped_column(LargeBinary, primary_key=True)
+    fingerprint: Mapped[bytes] = mapped_column(LargeBinary)
+    status: Mapped[int | None] = mapped_column(SmallInteger)
+    location: Mapped[str | None]
+    media_type: Mapped[str | None]
+    # The other headers of the answer, "name:value" on a line each; cookies have one line each.
+    headers: Mapped[bytes | None] = mapped_column(LargeBinary)
+    body: Mapped[bytes | None] = mapped_column(LargeBinary)
+    created_at: Mapped[datetime] = mapped_column(server_default=func.now(), index=True)
+
+
+# For migrations: Alembic's target_metadata is a list of the application's metadata and this table's.
+IDEMPOTENCY_TABLE = cast("Table", IdempotencyKey.__table__)
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """One request's key: whose and which (digest), and what was asked (fingerprint)."""
+
+    digest: bytes
+    fingerprint: bytes
+
+
+class IdempotentRoute(APIRoute):
+    """A route that honours the header on POST and PATCH.
+
+    The key is claimed by the last of the `dependencies=` of application, inclusion, router and route: who they refuse
+    gets no stored answer either. What the endpoint's signature names is part of the work and comes after the key: a
+    repetition is answered without it, so a guard does not belong there.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        endpoint: Callable[..., Any],
+        *,
+        methods: Collection[str] | None = None,
+        dependencies: Sequence[params.Depends] | None = None,
+        **options: Any,
+    ) -> None:
+        if not METHODS.isdisjoint(methods or ()):
+            dependencies = [*(dependencies or ()), params.Depends(_claim)]
+            extra = options.get("openapi_extra") or {}
+            parameters = [known for known in extra.get("parameters", ()) if known.get("name") != HEADER]
+            options["openapi_extra"] = {**extra, "parameters": [*parameters, _PARAMETER]}
+        super().__init__(
+            path, endpoint, methods=None if methods is None else list(methods), dependencies=dependencies, **options
+        )
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """Wrap the route's handler."""
+        handler = super().get_route_handler()
+        if METHODS.isdisjoint(self.methods or ()):
+            return handler
+
+        async def handle(request: Request) -> Response:
+            keys = request.headers.getlist(HEADER)
+            if not keys or request.method not in METHODS:
+                return await handler(request)
+            # The body is kept by it, for a form too, which FastAPI would read from the socket.
+            request.scope[_ASKED] = await _claim_of(request, keys)
+            consistency_of(request.scope).keyed = True
+            try:
+                response = await handler(request)
+            except _Replayed as replayed:
+                return replayed.response
+            claimed: _Claimed | None = request.scope.get(_CLAIMED)
+            if claimed is None:
+                return response  # Somebody overrode the claim.
+            return await _kept(claimed, request, response)
+
+        return handle
+
+
+@dataclass(frozen=True, slots=True)
+class _Claimed:
+    """A key that this request has, and the session whose transaction holds it."""
+
+    session: WriteSession
+    claim: Claim
+
+
+class _Replayed(Exception):  # It carries an answer.
+    """Ends a request whose answer is stored, before its endpoint."""
+
+    def __init__(self, response: Response) -> None:
+        super().__init__()
+        self.response = response
+
+
+async def _session_of(session: WriteDB) -> None:
+    """Name the session; it is solved for, and never called."""
+
+
+_SESSION_OF = get_dependant(path="", call=_session_of, scope="function")
+
+
+async def _claim(request: Request) -> None:
+    """Claim the request's key, if it has one, in the transaction of its `WriteDB`. The commit is that session's."""
+    claim: Claim | None = request.scope.get(_ASKED)
+    if claim is None:
+        return
+    # As FastAPI would, `dependency_overrides` included, but only where there is a key: nobody else asked for a session.
+    stack: AsyncExitStack = request.scope["fastapi_inner_astack"]
+    solved = await solve_dependencies(
+        request=request,
+        dependant=_SESSION_OF,
+        dependency_overrides_provider=request.app,
+        async_exit_stack=stack,
+        embed_body_fields=False,
+    )
+    session: WriteSession = solved.values["session"]
+    session.pinned = True  # A commit in the middle would keep a key without its answer.
+    stored = await claim_key(session, claim, hours=databases_of(request).settings.idempotency_hours)
+    if stored is not None:
+        raise _Replayed(replay(claim, stored))
+    request.scope[_CLAIMED] = _Claimed(session, claim)
+
+
+async def claim_key(session: WriteSession, claim: Claim, *, hours: float) -> Row[*tuple[Any, ...]] | None:
+    """Take the key for this transaction: None when it is ours, else the row of the request that had it.
+
+    Waits for a twin that is at work with it. A key older than `hours` is as good as new.
+    """
+    keys = IdempotencyKey
+    statement = (
+        insert(keys)
+        .values(digest=claim.digest, fingerprint=claim.fingerprint)
+        .on_conflict_do_update(
+            index_elements=[keys.digest],
+            set_={"fingerprint": claim.fingerprint, "status": None, "created_at": func.now()},
+            where=keys.created_at < func.now() - func.make_interval(0, 0, 0, 0, 0, 0, hours * 3600),
+        )
+        .returning(keys.digest)
+    )
+    if (await session.execute(statement)).one_or_none() is not None:
+        return None
+    columns = (keys.fingerprint, keys.status, keys.location, keys.media_type, keys.headers, keys.body)
+    return (await session.execute(select(*columns).where(keys.digest == claim.digest))).one()
+
+
+def replay(claim: Claim, stored: Row[*tuple[Any, ...]]) -> Response:
+    """Answer as the first time.
+
+    Raises: IdempotencyKeyReused when the key belongs to another request.
+    """
+    if stored.fingerprint != claim.fingerprint:
+        raise IdempotencyKeyReused(f"This {HEADER} was used for another request.")
+    # Rows of a version before this one hold no further headers.
+    headers = [(b"content-length", b"%d" % len(stored.body))] if stored.headers is None else _parsed(stored.headers)
+    if stored.location is not None:
+        headers.append((b"location", stored.location.encode("latin-1")))
+    if stored.media_type is not None:
+        headers.append((b"content-type", stored.media_type.encode("latin-1")))
+    response = Response(stored.body, stored.status)
+    response.raw_headers = headers
+    return response
+
+
+async def store_answer(session: WriteSession, claim: Claim, response: Response) -> None:
+    """Keep the answer with the key, in the transaction of the work: status, body, and every header of the route's."""
+    others = [(name, value) for name, value in response.raw_headers if name.lower() not in _HEADERS_APART]
+    await session.execute(
+        update(IdempotencyKey)
+        .where(IdempotencyKey.digest == claim.digest)
+        .values(
+            status=response.status_code,
+            location=response.headers.get("location"),
+            media_type=response.headers.get("content-type"),
+            headers=b"\n".join(name + b":" + value for name, value in others),
+            body=bytes(response.body),
+        )
+    )
+
+
+async def _kept(claimed: _Claimed, request: Request, response: Response) -> Response:
+    """Store the answer, and return it as one that is whole."""
+    if type(response).__call__ is not Response.__call__:
+        response = await _whole(request, response)
+    if len(response.body) > MAX_BYTES:
+        raise AnswerNotKept(_TOO_LONG)
+    await store_answer(claimed.session, claimed.claim, response)
+    return response
+
+
+async def _whole(request: Request, response: Response) -> Response:
+    """Run an answer that makes its body while it is sent, a stream or a file, and return what it would have sent.
+
+    Raises: AnswerNotKept when it is too long, or a stream of events, which may never end.
+    """
+    if (response.media_type or "").startswith("text/event-stream"):
+        raise AnswerNotKept("A stream of events cannot be kept with an Idempotency-Key; send the request without one.")
+    whole = Response(background=response.background)
+    response.background = None  # It begins when the answer was sent.
+    body = bytearray()
+
+    async def collect(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            whole.status_code = message["status"]
+            whole.raw_headers = list(message["headers"])
+        body.extend(message.get("body", b""))
+        if len(body) > MAX_BYTES:
+            raise AnswerNotKept(_TOO_LONG)
+
+    # Without extensions, or a server could be handed the file's name in place of its content. And a client that leaves
+    # ends no answer that is to be kept.
+    asgi = {"version": "3.0", "spec_version": "2.4"}  # Of which Starlette watches for a client that leaves by `send`.
+    await response({**request.scope, "asgi": asgi, "extensions": {}}, request.receive, collect)
+    whole.body = bytes(body)
+    if "content-length" not in whole.headers:
+        whole.headers["content-length"] = str(len(body))
+    return whole
+
+
+def _parsed(headers: bytes) -> list[tuple[bytes, bytes]]:
+    pairs = (line.partition(b":") for line in headers.split(b"\n") if line)
+    return [(name, value) for name, _, value in pairs]
+
+
+async def purge_expired_keys(databases: Databases, *, hours: float, interval_seconds: float = 3600) -> None:
+    """Delete expired keys, every `interval_seconds`, until cancelled."""
+    while True:
+        await asyncio.sleep(interval_seconds)
+        try:
+            while await purge_expired(databases, hours=hours) == PURGE_ROWS:
+                pass
+        except (DatabaseUnavailable, DBAPIError) as error:
+            # Nothing is lost: the next round deletes what this one left.
+            logger.warning("idempotency keys not purged", extra={"reason": str(error)})
+
+
+async def purge_expired(databases: Databases, *, hours: float) -> int:
+    """Delete a batch of keys older than `hours`, skipping rows that others hold; return how many."""
+    statement = text("""
+        DELETE FROM idempotency_keys WHERE digest IN (
+            SELECT digest FROM idempotency_keys WHERE created_at < now() - make_interval(secs => :seconds)
+            LIMIT :rows FOR UPDATE SKIP LOCKED)
+        RETURNING digest
+    """)
+    async with databases.writing(label="idempotency") as session:
+        result = await session.execute(statement, {"seconds": hours * 3600, "rows": PURGE_ROWS})
+        return len(result.all())
+
+
+async def _claim_of(request: Request, keys: list[str]) -> Claim:
+    if len(keys) > 1 or re.fullmatch(rf"[!-~]{{1,{MAX_CHARACTERS}}}", keys[0]) is None:
+        raise InvalidIdempotencyKey(
+            f"{HEADER} must be one of 1 to {MAX_CHARACTERS} printable ASCII characters, no spaces."
+        )
+    # A new token of the same caller, after a retry that took an hour, is no other caller.
+    caller = request.scope.get("state", {}).get("caller") or request.headers.get("authorization", "")
+    asked = f"{request.method} {request.url.path}?{request.url.query}\n".encode() + await request.body()
+    return Claim(hashlib.sha256(f"{caller}\n{keys[0]}".encode()).digest(), hashlib.sha256(asked).digest())

@@ -1,0 +1,105 @@
+"""`Lifeguard`: what a FastAPI application adds to have all of this, in two lines."""
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import FastAPI, params
+from fastapi.routing import iter_route_contexts
+
+from pglifeguard.budget import check_budget
+from pglifeguard.databases import Databases
+from pglifeguard.fastapi import debug, exposition, health, problems
+from pglifeguard.fastapi.body_limit import BodyLimit
+from pglifeguard.fastapi.collision_retry import RunAgain
+from pglifeguard.fastapi.failures import report_failure
+from pglifeguard.fastapi.idempotency import IdempotentRoute, purge_expired_keys
+from pglifeguard.fastapi.middleware import Edge, ReadAgain, ReadYourWrites
+from pglifeguard.fastapi.sessions import refuse_plain_functions
+from pglifeguard.metrics import Metrics
+from pglifeguard.pool import OnConnect
+from pglifeguard.serving.limits import LIMITS, ConnectionLimits
+from pglifeguard.serving.loop import LoopWatch
+from pglifeguard.serving.shutdown import draining_first, ending_with_parent
+from pglifeguard.settings import DatabasesSettings
+
+
+class Lifeguard:
+    """The databases of one FastAPI application, with the middleware, the error answers and the routes around them.
+
+        lifeguard = Lifeguard(DatabasesSettings())
+        app = FastAPI(lifespan=lifeguard.lifespan)
+        lifeguard.install(app)
+
+    `on_connect` is awaited with each new connection of a pool (asyncpg's), before anybody has it: for codecs and
+    session settings. What it sets stays; it counts into the time of a login.
+
+    Raises: SettingsError when the settings ask for more connections than CONNECTION_LIMIT grants.
+    """
+
+    def __init__(self, settings: DatabasesSettings, *, on_connect: OnConnect | None = None) -> None:
+        check_budget(settings)
+        self.settings = settings
+        self.metrics = Metrics()
+        self.databases = Databases(settings, self.metrics, on_connect=on_connect)
+
+    def install(
+        self,
+        app: FastAPI,
+        *,
+        open_dependencies: Sequence[params.Depends] = (),
+        debug_dependencies: Sequence[params.Depends] = (),
+    ) -> None:
+        """Add sessions, error answers, middleware, and the routes /health/*, /debug/* and /metrics. Call it once.
+
+        Routes and exception handlers of the application may be added before or after; its handlers win. Middleware
+        that is added afterwards is outside of this. `open_dependencies` go to /health/* and /metrics, which probes and
+        Prometheus call without a token; `debug_dependencies` to /debug/*, which tells who holds connections: give it a
+        guard where strangers can reach it.
+        """
+        app.state.databases = self.databases
+        app.state.shared = {}
+        problems.install(app, report_failure)
+        # Innermost, inside the exception handlers: what is run again meets all that inclusion adds to its route.
+        app.router.middleware_stack = ReadAgain(RunAgain(app.router.middleware_stack, self.databases), self.databases)
+        for router in (health.router, exposition.router):
+            app.include_router(router, dependencies=list(open_dependencies))
+        app.include_router(debug.router, dependencies=list(debug_dependencies))
+        # The last one added is the outermost.
+        app.add_middleware(BodyLimit, settings=self.settings)
+        app.add_middleware(ReadYourWrites, metrics=self.metrics, settings=self.settings)
+        app.add_middleware(Edge, metrics=self.metrics, sampler=self.databases.sampler)
+
+    @asynccontextmanager
+    async def lifespan(self, app: FastAPI) -> AsyncIterator[dict[str, Any]]:
+        """Open the databases, and close them at the end; one that is down keeps nobody from starting or stopping.
+
+        An application that has a lifespan of its own enters this one in it, and yields what it gives:
+        `async with lifeguard.lifespan(app) as state: yield state`.
+
+        Raises: RuntimeError, with a sentence, when an endpoint takes a session and cannot use it.
+        """
+        settings, databases = self.settings, self.databases
+        refuse_plain_functions(app)
+        await databases.open()
+        loop_watch = LoopWatch(
+            self.metrics.event_loop_lag_seconds,
+            blocked_seconds=settings.blocked_after_seconds,
+            accuse=settings.trace_checkouts,
+        )
+        tasks = [asyncio.create_task(loop_watch.run())]
+        if _keeps_keys(app):
+            tasks.append(asyncio.create_task(purge_expired_keys(databases, hours=settings.idempotency_hours)))
+        try:
+            with draining_first(databases, delay_seconds=settings.drain_delay_seconds), ending_with_parent():
+                yield {LIMITS: ConnectionLimits.of(settings, self.metrics)}
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            await databases.close()
+
+
+def _keeps_keys(app: FastAPI) -> bool:
+    return any(isinstance(context.original_route, IdempotentRoute) for context in iter_route_contexts(app.routes))

@@ -1,0 +1,260 @@
+"""Pure ASGI middleware, outermost first: the edge (request id, HTTP metrics, last resort) and consistency.
+
+Each passes other scope types through. What a request's layers tell each other lives in `scope["state"]`.
+"""
+
+import asyncio
+import logging
+import random
+import re
+import time
+from contextvars import ContextVar
+from functools import lru_cache
+from http import HTTPStatus
+from urllib.parse import quote
+
+from fastapi import Request
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from pglifeguard.consistency import Consistency, current_consistency
+from pglifeguard.databases import Databases
+from pglifeguard.errors import Failure
+from pglifeguard.fastapi.failures import report_bug
+from pglifeguard.fastapi.problems import answer_unforeseen, gravest, problem
+from pglifeguard.fastapi.scope import DATABASES, SAFE_METHODS, consistency_of, route_of
+from pglifeguard.fastapi.sessions import why_read_failed
+from pglifeguard.metrics import Metrics
+from pglifeguard.sampling import Sampler
+from pglifeguard.server import Token
+from pglifeguard.settings import DatabasesSettings
+
+logger = logging.getLogger(__name__)
+
+# The id of the request that is being served in this context; for log lines.
+request_id: ContextVar[str | None] = ContextVar("request_id", default=None)
+
+# What the field counts for a client that did not wait for its answer; nobody gets to see it.
+CLIENT_LEFT = 499
+METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+# Longer than a replica that replays nothing stays unnoticed: while few bytes are missing, it goes on serving.
+TOKEN_SECONDS = 3600
+
+
+class Edge:
+    """Give each request an id, count and time it, and let no failure leave unanswered.
+
+    The id is the client's own if it is a plain one; it goes into the log and X-Request-ID. Three duties in one layer:
+    with layers of their own they took a twelfth of a short read's calls (docs/performance.md).
+    """
+
+    def __init__(self, app: ASGIApp, metrics: Metrics, sampler: Sampler) -> None:
+        self._app = app
+        self._sampler = sampler
+        self._in_progress = metrics.http_in_progress
+        self._counter = lru_cache(4096)(lambda *labels: metrics.http_requests.labels(*labels))
+        self._timer = lru_cache(1024)(lambda *labels: metrics.http_seconds.labels(*labels))
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        given = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"")
+        # It need not be unguessable, and random bytes of the kernel would cost ten times as much.
+        chosen = given if _PLAIN_ID.fullmatch(given) else b"%016x" % random.getrandbits(64)
+        request_id.set(chosen.decode())
+        status: int | None = None
+        complete = left = False
+
+        async def send_marked(message: Message) -> None:
+            nonlocal status, complete
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message.get("headers", ()), (b"x-request-id", chosen)]
+            elif not message.get("more_body"):
+                complete = True
+            await send(message)
+
+        started = time.perf_counter()
+        self._in_progress.inc()
+        try:
+            await self._app(scope, receive, send_marked)
+            # Servers drop what is sent to a client that has left, and Starlette ends a stream to it, without a word.
+            left = not complete
+        except ClientDisconnect:
+            left = True
+        except asyncio.CancelledError:
+            # uvicorn cancels what outlasts the grace at shutdown, and would answer 500 in plain text.
+            if status is None:
+                failure = _CUT_SAFELY if scope["method"] in SAFE_METHODS else _CUT
+                await problem(Request(scope), failure)(scope, receive, send_marked)
+            raise
+        except Exception as error:
+            # The edge of the request: whatever comes here is a bug, and the next request must not suffer from it.
+            report_bug(self._sampler, scope, error)
+            if status is not None or scope["app"].debug:
+                raise
+            answer = await answer_unforeseen(Request(scope), error)
+            await answer(scope, receive, send_marked)
+        finally:
+            # The protocol of `serve` knows of the others, which the application has no way to see.
+            left = left or scope.get("state", {}).get("client_left", False)
+            self._count(scope, CLIENT_LEFT if left else status or 500, time.perf_counter() - started)
+
+    def _count(self, scope: Scope, status: int, seconds: float) -> None:
+        self._in_progress.dec()
+        # A client may send any word as its method; the label may not.
+        method = scope["method"] if scope["method"] in METHODS else "other"
+        # A method that a route does not have is not the route's: anybody could make a series for each.
+        route = "unmatched" if status == HTTPStatus.METHOD_NOT_ALLOWED else route_of(scope)
+        if status == CLIENT_LEFT:
+            logger.debug("client left", extra={"route": route})
+        self._counter(method, route, str(status)).inc()
+        self._timer(method, route).observe(seconds)
+
+
+class ReadYourWrites:
+    """What a client wrote, it reads, whichever database serves it.
+
+    A write answers with the LSN after its COMMIT, the consistency token, in a header and a cookie; a request that sends
+    either back is read from a replica only when that has replayed as much. What changes something reads on the primary.
+    """
+
+    def __init__(self, app: ASGIApp, metrics: Metrics, settings: DatabasesSettings) -> None:
+        self._app = app
+        # Two services on one domain are told apart by its name or its path: a browser sends each what is its own.
+        self._cookie_name = name = settings.consistency_cookie_name
+        self._cookie = re.compile(rb"(?:^|;\s*)" + re.escape(name.encode()) + rb"=([^;]*)")
+        self._cookie_path = settings.consistency_cookie_path
+        domain = settings.consistency_cookie_domain
+        self._cookie_rest = (
+            ("" if domain is None else f"; Domain={domain}")
+            + ("; Secure" if settings.consistency_cookie_secure else "")
+            + "; HttpOnly; SameSite=Lax"
+        )
+        self._count_token = lru_cache(lambda outcome: metrics.tokens.labels(outcome))
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        # POST, PUT, PATCH and DELETE are never retried, so their reads go to the primary from the start.
+        consistency = Consistency(self._wanted(scope), primary_only=scope["method"] not in SAFE_METHODS)
+        scope.setdefault("state", {})["consistency"] = consistency
+        # Read before mounts make it longer.
+        path = self._cookie_path or quote(scope.get("root_path", "")) or "/"
+
+        async def send_with_token(message: Message) -> None:
+            if consistency.token is not None and message["type"] == "http.response.start":
+                message["headers"] = [*message.get("headers", ()), *self._token_headers(consistency.token, path)]
+            await send(message)
+
+        current = current_consistency.set(consistency)
+        try:
+            await self._app(scope, receive, send_with_token)
+        finally:
+            current_consistency.reset(current)
+
+    def _wanted(self, scope: Scope) -> Token | None:
+        """Return the newer of the header's and the cookie's token; None without one."""
+        found = []
+        for name, value in scope["headers"]:
+            if name == b"x-consistency-token":
+                found.append(value)
+            elif name == b"cookie" and (match := self._cookie.search(value)):
+                found.append(match[1])
+        wanted: Token | None = None
+        for text in found:
+            if token := Token.parse(text):
+                wanted = token if token.is_newer(wanted) else wanted
+                self._count_token("accepted").inc()
+            else:
+                self._count_token("malformed").inc()
+        return wanted
+
+    def _token_headers(self, token: str, path: str) -> tuple[tuple[bytes, bytes], ...]:
+        cookie = f"{self._cookie_name}={token}; Max-Age={TOKEN_SECONDS}; Path={path}{self._cookie_rest}"
+        return (b"x-consistency-token", token.encode()), (b"set-cookie", cookie.encode())
+
+
+class ReadAgain:
+    """Run a read once more, on the primary, that its replica failed or whose subject it did not find there.
+
+    It stands around the router, inside the exception handlers, so it serves every kind of route: plain ones, included
+    and mounted ones. When the first answer is about to start it is thrown away, and the dependencies of the first
+    attempt are ended as those of a request that was cancelled; then the request is routed again. It also tells the
+    sessions of a request, in mounted applications too, which databases are theirs.
+    """
+
+    def __init__(self, app: ASGIApp, databases: Databases) -> None:
+        self._app = app
+        self._databases = databases
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request or WebSocket."""
+        scope[DATABASES] = self._databases
+        try:
+            if scope["type"] == "http" and scope["method"] in SAFE_METHODS:
+                await self._read(scope, receive, send)
+            else:
+                await self._app(scope, receive, send)
+        except BaseExceptionGroup as group:
+            if isinstance(group, Exception):
+                raise
+            raise gravest(group) from None  # A cancellation: servers and the edge look for nothing but itself.
+
+    async def _read(self, scope: Scope, receive: Receive, send: Send) -> None:
+        before = dict(scope)
+        # Databases that were closed and opened again have another one.
+        primary_retry = self._databases.primary_retry
+        consistency = consistency_of(scope)
+        received: list[Message] = []
+        reason: str | None = None
+
+        async def receive_kept() -> Message:
+            received.append(await receive())
+            return received[-1]
+
+        async def receive_again() -> Message:
+            return received.pop(0) if received else await receive()
+
+        async def send_unless_failed(message: Message) -> None:
+            nonlocal reason
+            if message["type"] == "http.response.start":
+                failure = why_read_failed(scope, message["status"])
+                if failure is not None:
+                    reason = primary_retry.reason(consistency, gravest(failure))
+            if reason is not None:
+                raise _Abandoned
+            await send(message)
+
+        try:
+            await self._app(scope, receive_kept, send_unless_failed)
+        except BaseException as error:
+            if reason is None or isinstance(error, asyncio.CancelledError):
+                raise
+            # Errors of the dependencies' cleanup are dropped: the client gets the answer of the second attempt.
+        if reason is not None:
+            # Routing, mounts and dependencies have left their traces.
+            scope.clear()
+            scope.update(before)
+            await primary_retry.run(reason, consistency, lambda: self._app(scope, receive_again, send))
+
+
+class _Abandoned(BaseException):
+    """Ends a first attempt whose answer nobody wants, so that its background tasks never begin.
+
+    No `except Exception` of a dependency or of a mounted application may take it for a failure.
+    """
+
+
+_CUT_SAFELY = Failure(503, "closing", "The service shut down before the answer was there.")
+_CUT = Failure(
+    503,
+    "outcome_unknown",
+    "The service shut down during the change, so it may or may not have been made. "
+    "Read before you try again, or send the request with an Idempotency-Key.",
+)
+_PLAIN_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")

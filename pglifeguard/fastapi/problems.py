@@ -1,0 +1,227 @@
+"""Failures as answers: RFC 9457 problem documents with a stable `code`, for every exception that a route may raise."""
+
+import re
+from collections.abc import Callable
+from contextlib import suppress
+from http import HTTPStatus
+from typing import Any, TypeAlias
+
+import asyncpg
+from fastapi import FastAPI, Request, Response, WebSocket, WebSocketDisconnect, status
+from fastapi.concurrency import run_in_threadpool
+from fastapi.exception_handlers import http_exception_handler, request_validation_exception_handler
+from fastapi.exceptions import RequestValidationError
+from fastapi.routing import RouteContext, iter_route_contexts
+from sqlalchemy.exc import DBAPIError
+from starlette._utils import is_async_callable
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.routing import Match
+from starlette.websockets import WebSocketState
+
+from pglifeguard.errors import MEDIA_TYPE, PHRASES, BodyTooLarge, BodyTooSlow, Failure, ServiceError, classify, document
+from pglifeguard.fastapi.scope import note_failure
+
+# Of a 422: enough for a person to mend what was sent, and never more than what was sent took.
+ERRORS_TOLD = 20
+LOC_PARTS = 20
+LOC_CHARACTERS = 100
+MESSAGE_CHARACTERS = 300
+
+
+def problem(request: Request | WebSocket, failure: Failure, **more: Any) -> Response:
+    """Build the answer: application/problem+json, with Retry-After on every 503."""
+    headers = {}
+    if failure.status == 503:  # noqa: PLR2004
+        # An application that is mounted beneath this one has no databases of its own.
+        databases = getattr(request.app.state, "databases", None)
+        headers["Retry-After"] = "1" if databases is None else str(databases.settings.retry_after_seconds)
+    if failure.status == 408 or (failure.status == 413 and "expect" in request.headers):  # noqa: PLR2004
+        # The rest of the body will not come. After another 413 it does, and a connection that is closed before it has
+        # been read past is reset, which takes the answer from the client.
+        headers["Connection"] = "close"
+    if failure.status == 401:  # noqa: PLR2004
+        headers["WWW-Authenticate"] = "Bearer"
+    return Response(document(failure, **more), failure.status, headers, MEDIA_TYPE)
+
+
+def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """Describe error answers for OpenAPI: `APIRouter(responses=documented(404, 409))`."""
+    text = {"type": "string"}
+    properties = {"type": text, "title": text, "status": {"type": "integer"}, "detail": text, "code": text}
+    schema = {"type": "object", "properties": properties, "required": list(properties)}
+    return {
+        status: {"description": HTTPStatus(status).phrase, "content": {MEDIA_TYPE: {"schema": schema}}}
+        for status in statuses
+    }
+
+
+Report: TypeAlias = Callable[["Request | WebSocket", Failure, BaseException], None]
+
+
+def install(app: FastAPI, report: Report | None = None) -> None:
+    """Answer every exception of this service with a problem document, and `report` those that are no client's fault.
+
+    Handlers that the application has already stay, and those that it adds later replace these.
+    """
+    app.state.report_failure = report
+    # To mypy a handler answers requests or WebSockets; these answer both.
+    handlers: dict[type[Exception], Any] = {
+        ServiceError: _answer_failure,
+        DBAPIError: _answer_failure,
+        asyncpg.PostgresError: _answer_failure,
+        RequestValidationError: _answer_invalid,
+        HTTPException: _answer_http,
+        ExceptionGroup: _answer_group,
+    }
+    for kind, handler in handlers.items():
+        if app.exception_handlers.get(kind) in {None, http_exception_handler, request_validation_exception_handler}:
+            app.add_exception_handler(kind, handler)
+
+
+async def answer_unforeseen(request: Request, error: Exception) -> Response:
+    """Answer a bug by the application's own handler for `Exception` or 500, else by `internal_error`."""
+    handlers = request.app.exception_handlers
+    handler = handlers.get(HTTPStatus.INTERNAL_SERVER_ERROR) or handlers.get(Exception)
+    answer = None if handler is None else await _call(handler, request, error)
+    return problem(request, _UNFORESEEN) if answer is None else answer
+
+
+_UNFORESEEN = Failure(500, "internal_error", "The service failed. The log has the reason by X-Request-ID.")
+
+
+async def _answer_failure(connection: Request | WebSocket, error: Exception) -> Response | None:
+    failure = classify(error)
+    if failure is None:
+        raise error  # A bug: the last resort in middleware.py logs it and answers 500.
+    note_failure(connection.scope, error)
+    if failure.status >= HTTPStatus.INTERNAL_SERVER_ERROR:
+        _report(connection, failure, error)
+    return await _send_back(connection, problem(connection, failure))
+
+
+def _report(connection: Request | WebSocket, failure: Failure, error: BaseException) -> None:
+    # An application that is mounted beneath may be answered by these handlers and be nothing else of ours.
+    report = getattr(connection.app.state, "report_failure", None)
+    if report is not None:
+        report(connection, failure, error)
+
+
+async def _send_back(connection: Request | WebSocket, answer: Response) -> Response | None:
+    """Refuse a WebSocket with the answer where the server can, else close it; answer a request."""
+    if not isinstance(connection, WebSocket):
+        return answer
+    if connection.application_state is WebSocketState.CONNECTING:
+        if "websocket.http.response" in connection.scope.get("extensions", {}):
+            return answer
+    elif connection.application_state is WebSocketState.DISCONNECTED:
+        return None
+    if answer.status_code == HTTPStatus.SERVICE_UNAVAILABLE:
+        code = status.WS_1013_TRY_AGAIN_LATER
+    elif answer.status_code >= HTTPStatus.INTERNAL_SERVER_ERROR:
+        code = status.WS_1011_INTERNAL_ERROR
+    else:
+        code = status.WS_1008_POLICY_VIOLATION
+    with suppress(WebSocketDisconnect):  # The client may have left meanwhile.
+        await connection.close(code)
+    return None
+
+
+async def _answer_group(connection: Request | WebSocket, group: Exception) -> Response | None:
+    """Answer what came out of a TaskGroup as its gravest failure would be, by whoever handles that one."""
+    failures = [failure for failure in leaves(group) if isinstance(failure, Exception)]
+    handlers = [_handler_of(connection, failure) for failure in failures]
+    if None in handlers:
+        # A bug. Of several failures the log has to name each.
+        raise failures[0] if len(failures) == 1 else group
+    chosen = gravest(group)
+    for failure in failures:
+        known = classify(failure)
+        if failure is not chosen and known is not None and known.status >= HTTPStatus.INTERNAL_SERVER_ERROR:
+            _report(connection, known, failure)
+    return await _call(_handler_of(connection, chosen), connection, chosen)
+
+
+def leaves(error: BaseException) -> list[BaseException]:
+    """Return the failures of a group, of the groups in it too; what is no group is its own only one."""
+    if isinstance(error, BaseExceptionGroup):
+        return [leaf for one in error.exceptions for leaf in leaves(one)]
+    return [error]
+
+
+def gravest(error: BaseException) -> BaseException:
+    """Return the failure that stands for a group: a cancellation, else a bug, else the highest status; else the first.
+
+    A group of one is that one.
+    """
+    return max(leaves(error), key=_severity)
+
+
+def _severity(error: BaseException) -> int:
+    if not isinstance(error, Exception):
+        return 2000
+    if isinstance(error, RequestValidationError):
+        return HTTPStatus.UNPROCESSABLE_ENTITY
+    if isinstance(error, HTTPException):
+        return error.status_code
+    known = classify(error)
+    return 1000 if known is None else known.status
+
+
+def _handler_of(connection: Request | WebSocket, error: BaseException) -> Any:
+    # As Starlette looks for it: first by the status of an HTTPException, then by the classes of the error.
+    by_class, by_status = connection.scope["starlette.exception_handlers"]
+    handler = by_status.get(error.status_code) if isinstance(error, HTTPException) else None
+    return handler or next((by_class[kind] for kind in type(error).__mro__ if kind in by_class), None)
+
+
+async def _call(handler: Any, connection: Request | WebSocket, error: BaseException) -> Response | None:
+    if is_async_callable(handler):
+        found = await handler(connection, error)
+    else:
+        found = await run_in_threadpool(handler, connection, error)
+    answer: Response | None = found
+    return answer
+
+
+async def _answer_invalid(request: Request, error: Exception) -> Response:
+    # What was sent stays out of the answer and the log: it is health data.
+    mistakes = error.errors() if isinstance(error, RequestValidationError) else []
+    errors = [
+        {
+            "loc": [part[:LOC_CHARACTERS] if isinstance(part, str) else part for part in mistake["loc"][:LOC_PARTS]],
+            "msg": mistake["msg"][:MESSAGE_CHARACTERS],
+            "type": mistake["type"],
+        }
+        for mistake in mistakes[:ERRORS_TOLD]
+    ]
+    more = {"omitted": len(mistakes) - ERRORS_TOLD} if len(mistakes) > ERRORS_TOLD else {}
+    failure = Failure(422, "invalid_request", "The request does not fit its schema.")
+    return problem(request, failure, errors=errors, **more)
+
+
+async def _answer_http(connection: Request | WebSocket, error: HTTPException) -> Response | None:
+    # FastAPI wraps whatever keeps it from reading a body into a 400.
+    if isinstance(error.__cause__, ClientDisconnect):
+        raise error.__cause__
+    if isinstance(error.__cause__, (BodyTooLarge, BodyTooSlow)):
+        return await _answer_failure(connection, error.__cause__)
+    note_failure(connection.scope, error)
+    if error.status_code < HTTPStatus.OK or error.status_code in {204, 205, 304}:
+        return Response(status_code=error.status_code, headers=error.headers)  # These have no body.
+    # Status, detail and headers are its author's. FastAPI's own exception takes details that are no text.
+    phrase = PHRASES.get(error.status_code)
+    code = f"http_{error.status_code}" if phrase is None else re.sub("[^a-z]+", "_", phrase.lower())
+    answer = problem(connection, Failure(error.status_code, code, error.detail))
+    answer.headers.update(error.headers or {})
+    if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED and isinstance(connection, Request):
+        # Starlette lists the methods of the first route of the path only.
+        methods = {m for route in _routes_of_path(connection) for m in route.methods or ()}
+        if connection.method not in methods:
+            answer.headers["Allow"] = ", ".join(sorted(methods))
+    return await _send_back(connection, answer)
+
+
+def _routes_of_path(request: Request) -> list[RouteContext]:
+    routes = iter_route_contexts(request.app.routes)
+    return [route for route in routes if route.matches(request.scope)[0] is not Match.NONE]

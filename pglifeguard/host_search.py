@@ -1,0 +1,310 @@
+"""Finding the host that lets the service in: one search for all who wait, logins that are few and paced.
+
+While a host is known to be good, everybody connects to it. When it fails, the first one to notice starts a search, and
+everybody else waits for what it finds, each until a deadline of its own. A search tries the hosts in the URL's order,
+the last good one first, and does not wait for one that is silent: the next is tried beside it. What was found ends the
+search for all. When nothing was found those who wait are told why, and the next round comes after a pause, so that an
+outage costs a handful of logins a second, however many requests ask for one.
+
+A login is not bound to the request that asked for it. It goes on when the request has gone away, and serves whoever
+asks next: on a server that takes two seconds to log in, a deadline of half a second would never get a connection.
+"""
+
+import asyncio
+import logging
+import random
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Sequence
+from contextvars import Context
+from dataclasses import dataclass, field
+from typing import Generic, Protocol, TypeVar, cast
+
+from pglifeguard.database_url import Host
+from pglifeguard.errors import DatabaseUnreachable
+
+logger = logging.getLogger(__name__)
+
+# A login may take so many times the seconds after which a host counts as silent.
+LATE_FACTOR = 8
+# A silent host keeps the next one waiting for so long at most, and for this share of those seconds.
+STAGGER_SECONDS = 0.25
+STAGGER_SHARE = 0.2
+# Pauses between two rounds in which no host let us in, in seconds for each host: they double from the first to the
+# last, and half of each is left to chance. At most twenty logins a second, and ten once an outage lasts.
+FIRST_PAUSE_SECONDS = 0.05
+LAST_PAUSE_SECONDS = 0.2
+# Nobody waited for what came: the next one who asks has it, if that is soon.
+SPARE_SECONDS = 2.0
+
+
+class Connection(Protocol):
+    """What is searched for."""
+
+    def terminate(self) -> None:
+        """Close it without waiting for an answer."""
+
+    def is_closed(self) -> bool:
+        """Say whether it is closed."""
+
+
+C = TypeVar("C", bound=Connection)
+
+
+@dataclass(slots=True, eq=False)
+class _Attempt:
+    """One login under way; `late` once it counts no more as an answer to come."""
+
+    host: int
+    started_at: float
+    late: bool = False
+    task: asyncio.Task[None] = field(init=False)
+    timer: asyncio.TimerHandle = field(init=False)
+
+
+class HostSearch(Generic[C]):
+    """Connects to the host that works; see above. All of it runs on one event loop."""
+
+    def __init__(
+        self,
+        hosts: Sequence[Host],
+        log_in: Callable[[Host, float], Awaitable[C]],
+        *,
+        expected: tuple[type[Exception], ...],
+        patience_seconds: float,
+    ) -> None:
+        """Search `hosts` by `log_in(host, seconds)`; `expected` are its failures that another host may not have.
+
+        A host that has not answered after `patience_seconds` counts as silent; its login goes on for a while.
+        """
+        self.hosts = hosts
+        self.login_seconds = patience_seconds * LATE_FACTOR
+        self._log_in = log_in
+        self._expected = expected
+        self._patience = patience_seconds
+        # The host that let us in, None while it is searched for.
+        self._good: int | None = None
+        self._last_good = 0
+        self._succeeded_at = float("-inf")
+        self._callers: OrderedDict[asyncio.Future[C], None] = OrderedDict()
+        self._attempts: set[_Attempt] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._spares: dict[C, asyncio.TimerHandle] = {}
+        # The round of a search: hosts still to be tried, and what the others said.
+        self._untried: list[int] | None = None
+        self._failures: dict[int, Exception] = {}
+        self._pause = 0.0
+        self._next_round_at = 0.0
+        self._timer: asyncio.TimerHandle | None = None
+
+    async def connect(self, deadline: float) -> C:
+        """Return a connection to the good host by `deadline` (the event loop's time).
+
+        Raises: DatabaseUnreachable, caused by what the hosts said; whatever else `log_in` raises, as it is.
+        """
+        loop = asyncio.get_running_loop()
+        if deadline <= loop.time():
+            raise DatabaseUnreachable("The database cannot be reached: no time was left.")
+        while self._spares:
+            spare, timer = self._spares.popitem()
+            timer.cancel()
+            if not spare.is_closed():
+                return spare
+        if self._failures and not self._attempts and self._next_round_at >= deadline:
+            raise self._unreachable()
+        caller: asyncio.Future[C] = loop.create_future()
+        self._callers[caller] = None
+        ending = loop.call_at(deadline, self._expire, caller)
+        self._advance()
+        try:
+            return await caller
+        except asyncio.CancelledError:
+            if caller.done() and not caller.cancelled() and caller.exception() is None:
+                self._deliver(caller.result())
+            raise
+        finally:
+            ending.cancel()
+            self._callers.pop(caller, None)
+
+    async def close(self) -> None:
+        """Give up the logins under way and what nobody took."""
+        for caller in self._waiting():
+            caller.set_exception(DatabaseUnreachable("The database cannot be reached: the service is shutting down."))
+        self._end_round()
+        for spare, timer in self._spares.items():
+            timer.cancel()
+            spare.terminate()
+        self._spares.clear()
+        for attempt in list(self._attempts):
+            self._cancel(attempt)
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    # The search. `_advance` is called whenever something has happened, and starts what is to be tried now.
+
+    def _advance(self) -> None:
+        waiting = len(self._waiting())
+        pending = [attempt for attempt in self._attempts if not attempt.late]
+        if self._good is None and self._untried is not None and not pending:
+            # What was tried has failed, or is silent for too long.
+            if self._untried and waiting:
+                self._try_next()
+            else:
+                self._finish_round()
+        elif not waiting:
+            return
+        elif self._good is not None:
+            for _ in range(waiting - len(pending)):
+                self._start(self._good)
+        elif self._untried is None:
+            self._begin_round(pending)
+        elif self._untried and self._timer is None:
+            self._try_next()
+
+    def _begin_round(self, pending: list[_Attempt]) -> None:
+        loop = asyncio.get_running_loop()
+        if loop.time() < self._next_round_at:
+            if self._timer is None:
+                self._timer = loop.call_at(self._next_round_at, self._tick)
+            return
+        count = len(self.hosts)
+        order = [(self._last_good + offset) % count for offset in range(count)]
+        # Several connect to the good host at once: what is still under way there speaks for it.
+        self._untried = [host for host in order if all(attempt.host != host for attempt in pending)]
+        self._failures.clear()
+        if self._untried:
+            self._try_next()
+
+    def _try_next(self) -> None:
+        untried = cast("list[int]", self._untried)
+        self._start(untried.pop(0))
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if untried:
+            self._timer = asyncio.get_running_loop().call_later(
+                min(STAGGER_SECONDS, self._patience * STAGGER_SHARE), self._tick
+            )
+
+    def _tick(self) -> None:
+        """Go on after a pause, or beside a host that is silent."""
+        self._timer = None
+        if self._untried and self._waiting():
+            self._try_next()
+        else:
+            self._advance()
+
+    def _finish_round(self) -> None:
+        """Tell those who wait, unless a login that is late may still serve them; and pause before the next round."""
+        loop, count = asyncio.get_running_loop(), len(self.hosts)
+        self._end_round()
+        self._pause = min(max(2 * self._pause, FIRST_PAUSE_SECONDS * count), LAST_PAUSE_SECONDS * count)
+        self._next_round_at = loop.time() + self._pause * random.uniform(0.5, 1.0)  # noqa: S311  # Not a secret.
+        if not self._attempts:
+            for caller in self._waiting():
+                del self._callers[caller]
+                caller.set_exception(self._unreachable())
+        self._advance()
+
+    def _end_round(self) -> None:
+        self._untried = None
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    # One login.
+
+    def _start(self, host: int) -> None:
+        loop = asyncio.get_running_loop()
+        attempt = _Attempt(host, loop.time())
+        self._attempts.add(attempt)
+        attempt.timer = loop.call_later(self._patience, self._doubt, attempt)
+        # In a context of its own: it belongs to no request.
+        attempt.task = loop.create_task(self._try_host(attempt), context=Context())
+        self._tasks.add(attempt.task)
+        attempt.task.add_done_callback(self._tasks.discard)
+
+    def _cancel(self, attempt: _Attempt) -> None:
+        self._end(attempt)
+        attempt.task.cancel()
+
+    def _end(self, attempt: _Attempt) -> None:
+        self._attempts.discard(attempt)
+        attempt.timer.cancel()
+
+    async def _try_host(self, attempt: _Attempt) -> None:
+        try:
+            connection = await self._log_in(self.hosts[attempt.host], self.login_seconds)
+        except Exception as error:  # noqa: BLE001  # The edge of a task: whoever waits is told.
+            self._end(attempt)
+            self._failed(attempt, error)
+        else:
+            self._end(attempt)
+            self._succeeded(attempt, connection)
+
+    def _succeeded(self, attempt: _Attempt, connection: C) -> None:
+        if attempt.host != self._last_good:
+            logger.warning("database host changed", extra={"host": str(self.hosts[attempt.host])})
+        self._good = self._last_good = attempt.host
+        self._succeeded_at = asyncio.get_running_loop().time()
+        self._failures.clear()
+        self._pause = self._next_round_at = 0.0
+        self._end_round()
+        # A login that ends later must not move everybody away from the host that was found.
+        for other in [other for other in self._attempts if other.host != attempt.host]:
+            self._cancel(other)
+        self._deliver(connection)
+        self._advance()
+
+    def _failed(self, attempt: _Attempt, error: Exception) -> None:
+        self._failures[attempt.host] = error
+        if not isinstance(error, self._expected):
+            for caller in self._waiting():
+                del self._callers[caller]
+                caller.set_exception(error)
+        if attempt.host == self._good and not attempt.late:
+            self._good = None
+        self._advance()
+
+    def _doubt(self, attempt: _Attempt) -> None:
+        """Take a host for silent that has let nobody in since this login began; else give it more time."""
+        loop = asyncio.get_running_loop()
+        if self._good == attempt.host and self._succeeded_at > attempt.started_at:
+            # It is slow, and more logins would make it slower.
+            attempt.started_at = loop.time()
+            attempt.timer = loop.call_later(self._patience, self._doubt, attempt)
+            return
+        attempt.late = True
+        silence = f"{self.hosts[attempt.host]} has not let the service in within {self._patience:g} s"
+        self._failures[attempt.host] = TimeoutError(silence)
+        if self._good == attempt.host:
+            self._good = None
+        self._advance()
+
+    # Those who wait.
+
+    def _waiting(self) -> list[asyncio.Future[C]]:
+        return [caller for caller in self._callers if not caller.done()]
+
+    def _deliver(self, connection: C) -> None:
+        """Give a connection to the one who has waited longest, else keep it for a moment."""
+        for caller in self._waiting():
+            del self._callers[caller]
+            caller.set_result(connection)
+            return
+        loop = asyncio.get_running_loop()
+        self._spares[connection] = loop.call_later(SPARE_SECONDS, self._drop, connection)
+
+    def _drop(self, spare: C) -> None:
+        del self._spares[spare]
+        spare.terminate()
+
+    def _expire(self, caller: asyncio.Future[C]) -> None:
+        if not caller.done():
+            del self._callers[caller]
+            caller.set_exception(self._unreachable())
+
+    def _unreachable(self) -> DatabaseUnreachable:
+        said = list(self._failures.values()) or [TimeoutError("no host has let the service in in time")]
+        message = "; ".join(dict.fromkeys(str(error) or type(error).__name__ for error in said))
+        failure = DatabaseUnreachable(f"The database cannot be reached: {message}.")
+        failure.__cause__ = said[-1]
+        return failure

@@ -1,0 +1,201 @@
+"""One connection beside each pool that looks at the database: is it up, how fast, how far has it written or replayed.
+
+Health, readiness, lag and the operators' questions use it, so that none of them ever waits behind requests, and a full
+pool does not look like a dead database. It looks every `monitor_interval_seconds`, and at once when asked.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import asyncpg
+
+from pglifeguard.connector import DRIVER_FAILURES, Connector, KeptAliveConnection
+from pglifeguard.errors import DatabaseUnavailable, DatabaseUnreachable
+from pglifeguard.metrics import Metrics
+from pglifeguard.pooler import STATEMENTS, WARNING, forgets_statements
+from pglifeguard.server import UNKNOWN, Position, Questions, lacks
+from pglifeguard.settings import DatabasesSettings
+
+logger = logging.getLogger(__name__)
+
+PROBE_SECONDS = 0.5
+# A commit that waits for longer than this is a stall, and no matter of a slow network or disk.
+STALLED_SECONDS = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """What one look saw. `at` is of time.monotonic(); `position` is what the server said of itself.
+
+    `server` is the one that the monitor's connection was opened to: see `KeptAliveConnection`.
+    """
+
+    at: float
+    status: Literal["healthy", "timeout", "error", "unknown"]
+    latency_seconds: float | None = None
+    error: str | None = None
+    position: Position = UNKNOWN
+    server: float | None = None
+
+
+class Monitor:
+    """Looks at one database through a connection of its own."""
+
+    def __init__(self, name: str, connector: Connector, settings: DatabasesSettings, metrics: Metrics) -> None:
+        self.name = name
+        self.last = Probe(at=time.monotonic(), status="unknown")
+        # What the last look that was answered saw: kept when the database goes away.
+        self.position = UNKNOWN
+        self.listeners: list[Callable[[Probe], None]] = []
+        self._misses = 0
+        self._pooler_examined = False
+        self._connector = connector
+        self._settings = settings
+        self._metrics = metrics
+        self._connection: KeptAliveConnection | None = None
+        self._questions = Questions()
+        self._missing: frozenset[str] = frozenset()
+        self._probe: asyncio.Task[Probe] | None = None
+        self._turn = asyncio.Lock()
+
+    @property
+    def healthy(self) -> bool:
+        """Whether the database answers. One late answer is forgiven: this process may be the one that was late."""
+        return self.last.status == "healthy" or (self.last.status == "timeout" and self._misses == 1)
+
+    @property
+    def lacks_lsn(self) -> bool:
+        """Whether the server was asked how far it has written or replayed, and cannot tell, or not to this role."""
+        return "lsn" in self._questions.missing
+
+    @property
+    def question(self) -> str:
+        """What the server is asked at each probe, for those who ask it on other connections: see `read_position`."""
+        return self._questions.sql
+
+    @property
+    def stalled(self) -> bool:
+        """Whether commits are under way that have been waiting for long, while the database answers."""
+        return self.healthy and (self.position.stalled or 0.0) >= STALLED_SECONDS
+
+    async def watch(self) -> None:
+        """Look for ever, every `monitor_interval_seconds`."""
+        while True:
+            # Short, so that a database that hangs is found within a second.
+            await self.probe(timeout_seconds=min(PROBE_SECONDS, self._settings.health_timeout_seconds))
+            await asyncio.sleep(self._settings.monitor_interval_seconds)
+
+    async def probe(self, *, timeout_seconds: float | None = None) -> Probe:
+        """Look now. Those who ask at the same time share one probe. Never raises: the answer says what was wrong."""
+        if self._probe is None or self._probe.done():
+            seconds = self._settings.health_timeout_seconds if timeout_seconds is None else timeout_seconds
+            self._probe = asyncio.create_task(self._look_once(seconds))
+        # Shielded: one who goes away does not take the look from the others.
+        return await asyncio.shield(self._probe)
+
+    async def _look_once(self, seconds: float) -> Probe:
+        started, stalled = time.monotonic(), self.stalled
+        try:
+            position = await self._questions.ask(lambda sql: self.ask(sql, timeout_seconds=seconds))
+        except DatabaseUnavailable as error:
+            late = time.monotonic() - started >= seconds or isinstance(error.__cause__, TimeoutError)
+            found = Probe(time.monotonic(), "timeout" if late else "error", error=str(error))
+        else:
+            self._tell_missing()
+            found = self._seen(position, started)
+        if found.status != self.last.status:
+            level = logging.INFO if found.status == "healthy" else logging.WARNING
+            logger.log(level, "database is %s", found.status, extra={"database": self.name, "reason": found.error})
+        self._misses = 0 if found.status == "healthy" else self._misses + 1
+        self.last = found
+        if self._connector.writable:
+            self._tell_stall(before=stalled)
+        for listener in self.listeners:
+            listener(found)
+        if found.status == "healthy" and not self._pooler_examined:
+            await self._examine_pooler(seconds)
+        return found
+
+    async def _examine_pooler(self, seconds: float) -> None:
+        """Say once, at the start, that a pooler will break prepared statements; the answers say it too."""
+        # Once only, whatever comes of it: a server that has no such view is no less healthy.
+        self._pooler_examined = True
+        with suppress(DatabaseUnavailable):
+            (statements,) = await self.ask(STATEMENTS, timeout_seconds=seconds)
+            if self._connection is not None and forgets_statements(self._connection, statements):
+                logger.warning(WARNING, extra={"database": self.name})
+
+    def _seen(self, position: Position, started: float) -> Probe:
+        now = time.monotonic()
+        if position.read_only and self._connector.writable:
+            # Demoted, or not promoted yet. The address may lead to another server by now: look there next time.
+            self._hang_up()
+            return Probe(now, "error", now - started, "The server takes no writes.", position)
+        if position.is_same_server(self.position) and position.in_recovery and position.timeline is not None:
+            # The receiver may have known a later timeline than the control file does, and be gone by now.
+            position = replace(position, timeline=max(position.timeline, self.position.timeline or 0))
+        self.position = position
+        server = None if self._connection is None else self._connection.server
+        return Probe(now, "healthy", now - started, None, position, server)
+
+    def _tell_missing(self) -> None:
+        """Say what the server does not tell, once: nothing fails for it, and some things are not done."""
+        missing, self._missing = self._missing, self._questions.missing
+        if self._missing - missing:
+            logger.warning(
+                "database does not tell all of its position",
+                extra={"database": self.name, "missing": ", ".join(sorted(self._missing))},
+            )
+
+    def _tell_stall(self, *, before: bool) -> None:
+        """Say that writes hang: the database answers, so nothing else would."""
+        seconds = self.position.stalled or 0.0
+        self._metrics.write_stall_seconds.labels(self.name).set(seconds if self.stalled else 0.0)
+        if self.stalled and not before:
+            logger.warning("writes are stalled", extra={"database": self.name, "seconds": round(seconds, 1)})
+        elif before and not self.stalled:
+            logger.info("writes are stalled no more", extra={"database": self.name})
+
+    async def ask(self, sql: str, *arguments: Any, timeout_seconds: float) -> Sequence[asyncpg.Record]:
+        """Ask one question on the connection beside the pool.
+
+        Raises: DatabaseUnavailable when there is no answer within `timeout_seconds`; the connection is then replaced.
+        """
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + timeout_seconds
+        async with self._turn:
+            try:
+                if self._connection is None or self._connection.is_closed():
+                    self._connection = await self._connector.open(deadline)
+                    # The server behind it may be another one, and the role may have been given rights.
+                    self._questions.missing = frozenset()
+                # At the deadline the socket is torn down: no cancel request goes to a server that hangs.
+                timer = loop.call_at(deadline, self._connection.cut)
+                try:
+                    return await self._connection.fetch(sql, *arguments)
+                finally:
+                    timer.cancel()
+            except DRIVER_FAILURES as error:
+                if not lacks(error):
+                    self._hang_up()
+                message = "no answer in time" if loop.time() >= deadline else str(error) or type(error).__name__
+                raise DatabaseUnreachable(f"The database cannot be reached: {message}.") from error
+
+    async def close(self) -> None:
+        """Look no more, and give the connection up."""
+        if self._probe is not None:
+            # It may be connecting right now, and would leave a session behind.
+            self._probe.cancel()
+            await asyncio.gather(self._probe, return_exceptions=True)
+        self._hang_up()
+        await self._connector.close()
+
+    def _hang_up(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.terminate()

@@ -1,0 +1,227 @@
+"""SQLAlchemy's session and connection inside one of ours: its owner gives it the connection, and takes it back.
+
+Everything is SQLAlchemy's own but for three things: there is one connection, taken at the first statement and kept
+until the session is closed; the transaction is the session's, and no other handle ends it; a session that reads refuses
+objects that would be written.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Never, Protocol, TypeVarTuple, cast
+
+from sqlalchemy import Connection, Engine, Row
+from sqlalchemy.exc import MissingGreenlet
+from sqlalchemy.orm import Session
+from sqlalchemy.sql.selectable import TypedReturnsRows
+from sqlalchemy.util.concurrency import await_, in_greenlet
+
+from pglifeguard.checkout import Checkout
+
+Ts = TypeVarTuple("Ts")
+
+# Options of an execution that would begin another kind of transaction than the session's.
+OF_TRANSACTIONS = frozenset({"isolation_level", "postgresql_readonly", "postgresql_deferrable"})
+ISOLATION = (
+    "a session has its isolation level from the start: `databases.writing(isolation=…)`, or `SerializableDB` in an "
+    "endpoint; what runs outside transactions, as VACUUM does, takes a connection of its own"
+)
+NOT_THE_CONNECTION = (
+    "the transaction is the session's and not its connection's: write `await session.commit()`, `.rollback()` or "
+    "`.close()`"
+)
+NOT_LOADED = (
+    "an attribute was read that is not loaded, and reading it cannot wait for the database: load it with its query, "
+    '`.options(selectinload(Parent.children))`, or by `await session.refresh(instance, ["children"])`'
+)
+PINNED = (
+    "with an Idempotency-Key the request is one transaction, the answer included, and it ends with the endpoint: leave "
+    "`{name}()` out, and undo a part by `session.begin_nested()`"
+)
+ONE_DATABASE = "a session of this service has one database: open a second session for another one"
+
+
+class Owner(Protocol):
+    """What SQLAlchemy's session asks of the one that it is part of."""
+
+    pinned: bool
+    reads: bool
+
+    def hand_over(self, engine: Engine) -> "HeldConnection":
+        """Give the connection that the session is to work on."""
+
+
+class HeldConnection(Connection):
+    """The connection of a session, which alone may end its transaction."""
+
+    def __init__(self, engine: Engine) -> None:
+        super().__init__(engine)
+        self.checkout: Checkout = self.info["checkout"]
+        self.checkout.connection.bound = True
+
+    def release(self) -> None:
+        """Give it back to the pool, as it was found."""
+        driver = self.checkout.connection
+        driver.bound = False
+        if driver.needs_reset and not driver.is_closed():
+            await_(driver.reset())
+        super().close()
+
+    def execution_options(self, **opt: Any) -> Connection:
+        """Set options that concern statements; those of transactions are the session's."""
+        refuse_of_transactions(opt)
+        return super().execution_options(**opt)
+
+    def execute(self, statement: Any, parameters: Any = None, *, execution_options: Any = None) -> Any:
+        """Execute a statement in the session's transaction."""
+        if execution_options:
+            refuse_of_transactions(execution_options)
+        return super().execute(statement, parameters, execution_options=execution_options)
+
+    def commit(self) -> Never:
+        """Refuse: the session would go on with a transaction that is over."""
+        raise RuntimeError(NOT_THE_CONNECTION)
+
+    rollback = close = detach = get_transaction = commit
+
+
+class OneConnection(Session):
+    """A session that has its connection from its owner at the first statement, and keeps it until it is closed."""
+
+    owner: Owner
+    held: HeldConnection | None = None
+    _joining = False
+
+    def get_bind(self, *_arguments: Any, bind: Any = None, **_options: Any) -> Connection:
+        """Return the one connection, taken at the first call."""
+        if bind is not None and bind is not self.held:
+            raise RuntimeError(ONE_DATABASE)
+        if not in_greenlet() and not self._joining:
+            raise MissingGreenlet(NOT_LOADED)
+        if self.held is None:
+            self.held = self.owner.hand_over(cast("Engine", self.bind))
+        return self.held
+
+    def read_rows(self, statement: TypedReturnsRows[*Ts], parameters: Mapping[str, Any]) -> Sequence[Row[*Ts]]:
+        """Run a query of `rows` in the transaction, savepoints included: it is the session that sends a SAVEPOINT."""
+        return list(self.connection().execute(statement, parameters).all())
+
+    def join(self) -> None:
+        """Take part in the transaction that the owner has begun; nothing is sent for that, and nobody waits."""
+        self._joining = True
+        try:
+            self.connection()
+        finally:
+            self._joining = False
+
+    def connection(self, bind_arguments: Any = None, execution_options: Any = None) -> Connection:
+        """Return the connection, in the session's transaction."""
+        refuse_of_transactions(execution_options or {})
+        return super().connection(bind_arguments, execution_options)
+
+    def commit(self) -> None:
+        """Commit what was done so far; what comes next is another transaction on the same connection."""
+        self._refuse_if_pinned("commit")
+        super().commit()
+
+    def rollback(self) -> None:
+        """Take back what was done since the last commit."""
+        self._refuse_if_pinned("rollback")
+        super().rollback()
+
+    def close(self) -> None:
+        """Give the connection back; what is not committed is rolled back."""
+        self._end("close", super().close)
+
+    def reset(self) -> None:
+        """Give the connection back; what is not committed is rolled back."""
+        self._end("reset", super().reset)
+
+    def invalidate(self) -> None:
+        """Close the connection, which nobody uses again."""
+        self._refuse_if_pinned("invalidate")
+        if self.held is not None:
+            self.held.checkout.connection.terminate()
+        self._end("invalidate", super().invalidate)
+
+    def bind_mapper(self, *_arguments: Any) -> Never:
+        """Refuse: there is one database."""
+        raise RuntimeError(ONE_DATABASE)
+
+    def bind_table(self, *_arguments: Any) -> Never:
+        """Refuse: there is one database."""
+        raise RuntimeError(ONE_DATABASE)
+
+    # What a session that reads refuses at once; cascades are found when they are to be flushed.
+
+    def add(self, instance: object, *, _warn: bool = True) -> None:
+        """Put an object into the session."""
+        self._refuse_if_reading(instance)
+        super().add(instance, _warn=_warn)
+
+    def delete(self, instance: object) -> None:
+        """Mark an object to be deleted with the next flush."""
+        self._refuse_if_reading(instance)
+        super().delete(instance)
+
+    def delete_all(self, instances: Iterable[object]) -> None:
+        """Mark objects to be deleted with the next flush."""
+        self._refuse_if_reading(instances)
+        super().delete_all(instances)
+
+    def merge(self, instance: Any, **options: Any) -> Any:
+        """Copy the state of an object into the session's own."""
+        self._refuse_if_reading(instance)
+        return super().merge(instance, **options)
+
+    def merge_all(self, instances: Iterable[Any], **options: Any) -> Sequence[Any]:
+        """Copy the state of objects into the session's own."""
+        self._refuse_if_reading(instances)
+        return super().merge_all(instances, **options)
+
+    def bulk_save_objects(self, objects: Iterable[object], *rest: Any, **options: Any) -> None:
+        """Store objects past the unit of work."""
+        self._refuse_if_reading(objects)
+        super().bulk_save_objects(objects, *rest, **options)
+
+    def bulk_insert_mappings(self, mapper: Any, *rest: Any, **options: Any) -> None:
+        """Insert rows past the unit of work."""
+        self._refuse_if_reading(mapper)
+        super().bulk_insert_mappings(mapper, *rest, **options)
+
+    def bulk_update_mappings(self, mapper: Any, mappings: Iterable[dict[str, Any]]) -> None:
+        """Update rows past the unit of work."""
+        self._refuse_if_reading(mapper)
+        super().bulk_update_mappings(mapper, mappings)
+
+    def flush(self, objects: Sequence[Any] | None = None) -> None:
+        """Send what the objects owe."""
+        if self.owner.reads:
+            for instance in (*self.new, *self.deleted, *self.dirty):
+                self._refuse_if_reading(instance)
+        super().flush(objects)
+
+    def _refuse_if_reading(self, instance: object) -> None:
+        if self.owner.reads:
+            name = instance.__name__ if isinstance(instance, type) else type(instance).__name__
+            raise TypeError(f"a ReadSession does not write: {name}")
+
+    def _refuse_if_pinned(self, name: str) -> None:
+        if self.owner.pinned:
+            raise RuntimeError(PINNED.format(name=name))
+
+    def _end(self, name: str, end: Callable[[], None]) -> None:
+        self._refuse_if_pinned(name)
+        try:
+            end()
+        finally:
+            held, self.held = self.held, None
+            if held is not None:
+                held.release()
+
+
+def refuse_of_transactions(options: Mapping[str, Any]) -> None:
+    """Refuse options that change a transaction which has begun.
+
+    Raises: RuntimeError.
+    """
+    if not OF_TRANSACTIONS.isdisjoint(options):
+        raise RuntimeError(ISOLATION)

@@ -1,0 +1,193 @@
+"""A statement that is built and compiled once, and sent past SQLAlchemy's execution where nothing else needs that.
+
+SQLAlchemy writes the SQL and says how values are bound; asyncpg runs it on a connection of our pool. That saves what
+costs most of a short read: building the statement, the engine's connection, its cursor and its result, and two switches
+of greenlet. `docs/performance.md` has the figures; `Lease` runs it, and decision 0003 says when SQLAlchemy does.
+
+What only SQLAlchemy's execution can do is refused with a sentence: as soon as the `Query` is made where that can be
+seen, else when it is compiled. `tests/app/test_queries.py` compiles every constant of the service.
+"""
+
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from functools import cached_property
+from operator import itemgetter
+from typing import Any, Generic, TypeVarTuple, cast
+
+import asyncpg
+from sqlalchemy import Float, Row, TextClause
+from sqlalchemy.dialects.postgresql.asyncpg import dialect
+from sqlalchemy.engine.interfaces import Dialect
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.sql.compiler import ExpandedState, SQLCompiler
+from sqlalchemy.sql.selectable import TextualSelect, TypedReturnsRows
+
+Ts = TypeVarTuple("Ts")
+
+# PostgreSQL's numbers for two of its types.
+FLOAT8, NUMERIC = 701, 1700
+
+# Types of ranges and bit strings look into the driver when they are asked how they are read.
+_DIALECT: Dialect = dialect(dbapi=dialect.import_dbapi())  # type: ignore[no-untyped-call]  # SQLAlchemy leaves its dialects bare.
+
+
+class Query(Generic[*Ts]):
+    """One statement with `bindparam`s for what changes: `BY_ID = Query(select(...).where(... == bindparam("id")))`.
+
+    Make it a constant of the module: its worth is that it is compiled once. Its rows have the columns of the statement,
+    by position and by name, as SQLAlchemy's rows have them.
+
+    Raises: TypeError when the statement needs SQLAlchemy's own execution: entities, loader options, execution options,
+    columns whose values SQLAlchemy converts, Python-side defaults, lists of changing length. Some of these are found
+    at the first use only, when the statement is compiled.
+    """
+
+    def __init__(self, statement: TypedReturnsRows[*Ts]) -> None:
+        self.statement = statement
+        for reason in _reasons_against(statement):
+            raise TypeError(f"a Query cannot send this statement: {reason}\n{_shortened(statement)}")
+
+    @cached_property
+    def sql(self) -> str:
+        """The statement in asyncpg's notation, with $1 for the first parameter."""
+        return self._expanded.statement
+
+    def arguments(self, parameters: Mapping[str, Any]) -> list[Any]:
+        """Return the values in the order of the statement, bound as their types say.
+
+        Raises: TypeError when a parameter is missing, or is none of the statement's.
+        """
+        values = {**self._constants, **parameters} if self._constants else parameters
+        if len(values) != self._count or not self._names.issuperset(values):
+            raise TypeError(self._mismatch(parameters))
+        return [values[name] if bind is None else bind(values[name]) for name, bind in self._binds]
+
+    def fetch(self, connection: asyncpg.Connection, parameters: Mapping[str, Any]) -> Awaitable[Sequence[Row[*Ts]]]:
+        """Run it by the driver: one round trip once the connection knows the statement."""
+        rows = connection.fetch(self.sql, *self.arguments(parameters), record_class=self._row_class)
+        return cast("Awaitable[Sequence[Row[*Ts]]]", rows)
+
+    @cached_property
+    def _row_class(self) -> type[asyncpg.Record]:
+        """A record whose columns are attributes too, as those of SQLAlchemy's rows are."""
+        names = tuple(self.statement.exported_columns.keys())
+        # Columns that a text names in any order are found by their names in the answer.
+        by_name = isinstance(self.statement, TextualSelect) and not self.statement.positional
+        columns = {name: property(itemgetter(name if by_name else number)) for number, name in enumerate(names)}
+        return type("Row", (QueryRow,), {"__slots__": (), "_fields": names, **columns})
+
+    @cached_property
+    def _compiled(self) -> SQLCompiler:
+        compiled = self.statement.compile(dialect=_DIALECT)
+        for reason in _reasons_when_compiled(compiled):
+            raise TypeError(f"a Query cannot send this statement: {reason}\n{_shortened(compiled)}")
+        return compiled
+
+    @cached_property
+    def _expanded(self) -> ExpandedState:
+        """The statement with the lists that it holds, as of `in_([1, 2])`, written out."""
+        required = [name for name, bind in self._compiled.binds.items() if bind.required]
+        return self._compiled.construct_expanded_state(dict.fromkeys(required))
+
+    @cached_property
+    def _constants(self) -> dict[str, Any]:
+        """What the statement itself holds, also the values of `bindparam("name", value)`, which a call may replace."""
+        binds, values = self._compiled.binds, self._expanded.parameters
+        return {n: values[n] for n in self._expanded.positiontup or () if n not in binds or not binds[n].required}
+
+    @cached_property
+    def _names(self) -> frozenset[str]:
+        return frozenset(self._expanded.positiontup or ())
+
+    @cached_property
+    def _count(self) -> int:
+        return len(self._names)
+
+    @cached_property
+    def _binds(self) -> list[tuple[str, Callable[[Any], Any] | None]]:
+        binds, processors = self._compiled.binds, self._expanded.processors
+        return [
+            (name, _processor(binds[name]) if name in binds else cast("Any", processors.get(name)))
+            for name in self._expanded.positiontup or ()
+        ]
+
+    def _mismatch(self, parameters: Mapping[str, Any]) -> str:
+        required = self._names - set(self._constants)
+        missing, unknown = sorted(required - set(parameters)), sorted(set(parameters) - self._names)
+        parts = [
+            f"{word} {', '.join(names)}" for word, names in (("lacks", missing), ("does not know", unknown)) if names
+        ]
+        return f"the call {' and '.join(parts)}: the Query takes {', '.join(sorted(required)) or 'no parameters'}"
+
+
+class QueryRow(asyncpg.Record):
+    """A row of a Query, with the attributes of SQLAlchemy's `Row` beside its columns."""
+
+    __slots__ = ()
+    _fields: tuple[str, ...] = ()
+
+    @property
+    def _mapping(self) -> Mapping[str, Any]:
+        return dict(zip(self._fields, self, strict=True))
+
+    def _asdict(self) -> dict[str, Any]:
+        return dict(zip(self._fields, self, strict=True))
+
+
+def _reasons_against(statement: Any) -> Iterator[str]:
+    """Say what of a statement a Query cannot do; found without compiling it, since models may not be complete yet."""
+    if isinstance(statement, TextClause):
+        yield "its columns are not known; say text(…).columns(…), or use session.execute."
+    elif not getattr(statement, "exported_columns", ()):
+        yield "it returns no rows; add .returning(…), or use session.execute."
+    else:
+        yield from _reasons_of_parts(statement)
+
+
+def _reasons_of_parts(statement: Any) -> Iterator[str]:
+    if statement.get_execution_options():
+        yield "its execution options would be ignored; use session.execute."
+    if getattr(statement, "_with_options", ()):
+        yield "its loader options would be ignored; use session.execute."
+    for selected in getattr(statement, "_raw_columns", ()) or getattr(statement, "_returning", ()):
+        if isinstance(selected, TextClause):
+            yield f"it selects the text {str(selected)!r}, whose columns are not known; use literal_column(…)."
+        elif _is_entity(selected):
+            yield "it selects an entity, which only a session can make; name its columns, or use session.scalars."
+    for column in statement.exported_columns:
+        # Numbers are asked what the server will send: a double for floats, else a numeric.
+        sent = FLOAT8 if isinstance(column.type, Float) else NUMERIC
+        if column.type.dialect_impl(_DIALECT).result_processor(_DIALECT, sent) is not None:
+            yield f"{column} is a {column.type!r}, which needs SQLAlchemy to read it; use session.execute."
+
+
+def _is_entity(selected: Any) -> bool:
+    """Tell an entity, plain, aliased or a bundle, from a column or a table, by what the ORM notes on it."""
+    noted = getattr(selected, "_annotations", {})
+    return ("parententity" in noted and "proxy_key" not in noted) or "bundle" in noted
+
+
+def _reasons_when_compiled(compiled: SQLCompiler) -> Iterator[str]:
+    """Say what a Query cannot do, as far as only the compiled statement shows it."""
+    if compiled.prefetch:
+        names = ", ".join(sorted({str(column.key) for column in compiled.prefetch}))
+        yield f"the default of {names} is made in Python; use server_default, bind the value, or use session.execute."
+    for name, bind in compiled.binds.items():
+        if bind.callable is not None:
+            yield f"the value of {name} is a function's, which would be called once for all; bind it."
+        elif bind in compiled.post_compile_params and bind.required:
+            yield (
+                f"the list {name} has another length at each call; write == any_(bindparam({name!r}, "
+                "type_=ARRAY(…))), or use session.execute."
+            )
+
+
+def _processor(bind: Any) -> Callable[[Any], Any] | None:
+    processor: Callable[[Any], Any] | None = bind.type.dialect_impl(_DIALECT).bind_processor(_DIALECT)
+    return processor
+
+
+def _shortened(statement: object) -> str:
+    try:
+        return " ".join(str(statement).split())[:200]
+    except SQLAlchemyError as error:  # Loader options that do not fit are noticed when the SQL is written.
+        return f"{type(statement).__name__}: {error}"

@@ -1,0 +1,345 @@
+"""Which database serves a read: a replica that is near enough, else the primary; and why.
+
+Lag has two traps. On an idle primary the age of the last replayed transaction grows though nothing is behind; with a
+dead WAL receiver, received equals replayed and nothing seems behind. So a replica is measured against the *primary's*
+LSN: it is near enough when few bytes behind, or few seconds; and unknown is not near.
+
+A replica breaks on a look that fails, or on a request's connect or command that gets no answer, and is let in again by
+the first good look after `BREAK_SECONDS`: the monitor is the half-open probe, no request is.
+
+A server that is no standby of this primary serves nothing, however healthy it is: one that was promoted, one of another
+cluster, one that follows another timeline. Its positions run ahead of every token, and its rows are nobody's truth.
+
+Where the primary was never seen since the start, a standby serves reads without being compared (`alone`): there is no
+newer answer to be had. Tokens are honoured there as elsewhere.
+"""
+
+import asyncio
+import logging
+import time
+from collections import OrderedDict
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal, cast
+
+import asyncpg
+
+from pglifeguard.consistency import Consistency, Reason
+from pglifeguard.database import Database
+from pglifeguard.errors import ReplicaUnavailable
+from pglifeguard.lease import Lease
+from pglifeguard.metrics import Metrics
+from pglifeguard.monitor import Monitor, Probe
+from pglifeguard.server import UNKNOWN, Position, Token, lacks, read_position
+from pglifeguard.settings import DatabasesSettings
+
+logger = logging.getLogger(__name__)
+
+# What a replica is. `alone`: a standby whose primary was never seen, which nothing can be compared with; `promoted`: no
+# standby; `foreign`: of another cluster; `diverged`: on another timeline; `unmeasured`: its server tells no position.
+State = Literal["usable", "alone", "unknown", "lagging", "broken", "promoted", "foreign", "diverged", "unmeasured"]
+# These states serve reads.
+SERVING: frozenset[State] = frozenset({"usable", "alone"})
+# The server is not this primary's standby, and reads that are under way there may be wrong.
+NO_STANDBY: frozenset[State] = frozenset({"promoted", "foreign", "diverged"})
+# Reads go to the primary for these, and for "behind_token", which is the design at work.
+FALLING_BACK: tuple[Reason, ...] = ("unknown", "lagging", "broken", "promoted", "foreign", "diverged", "unmeasured")
+# The primary had not been seen, or told no position, when these were found.
+UNCOMPARED: frozenset[State] = frozenset({"unknown", "alone", "unmeasured"})
+BREAK_SECONDS = 1.0
+# A server that does not say within this how far it has replayed serves no read that asks for it: the primary does.
+ASK_SECONDS = 0.25
+SERVERS_KEPT = 100
+TOKENS_KEPT = 1000
+
+
+class Replica:
+    """One replica and what is known of it.
+
+    Behind its address may be several servers, by turns: the monitor looks at one of them, and `serves` judges each of
+    the others by what it says on the connections that lead to it.
+    """
+
+    def __init__(self, database: Database, primary: Monitor, settings: DatabasesSettings, metrics: Metrics) -> None:
+        self.database = database
+        self.state: State = "unknown"
+        self._primary = primary
+        self._settings = settings
+        self._metrics = metrics
+        self._broken_at = float("-inf")
+        # How far the primary had written when it was first seen on a timeline, by timeline.
+        self._floors: dict[int, int] = {}
+        # The servers behind the address that the monitor does not look at: what each said, and when.
+        self.others: OrderedDict[float, tuple[float, Position]] = OrderedDict()
+        database.monitor.listeners.append(self._judge)
+        primary.listeners.append(self._judge_again)
+
+    @property
+    def position(self) -> Position:
+        """What its server last said of itself; nothing at all before the first probe."""
+        return self.database.monitor.position
+
+    @property
+    def lag_bytes(self) -> int | None:
+        """Bytes between what the primary wrote and what this replica replayed; None when either is unknown.
+
+        None, too, where the two cannot be compared: on different timelines, or of different clusters.
+        """
+        return self._lag(self.position)[0]
+
+    @property
+    def lag_seconds(self) -> float | None:
+        """Seconds behind; 0.0 when nothing is left to replay, however long ago the last transaction was."""
+        return self._lag(self.position)[1]
+
+    def lag_of(self, position: Position) -> int | None:
+        """Bytes behind of another server of the address; None as `lag_bytes`."""
+        return self._lag(position)[0]
+
+    def trip(self) -> None:
+        """Send reads elsewhere: a request found that the replica does not let it in or does not answer."""
+        self._broken_at = time.monotonic()
+        self._become("broken")
+
+    def covers(self, token: Token, position: Position | None = None) -> bool:
+        """Whether what the token stands for is to be seen at a position; not known is no.
+
+        On the token's own timeline the LSN tells. On a later one of the primary's, nothing of the older is missing
+        from whoever has replayed what the primary had written when it was first seen there.
+        """
+        at = self.position if position is None else position
+        if at.lsn is None or at.timeline is None or token.timeline is None or token.is_foreign_to(at.system):
+            return False
+        if token.timeline == at.timeline:
+            return at.lsn >= token.lsn
+        floor = self._floors.get(at.timeline)
+        return token.timeline < at.timeline and floor is not None and at.lsn >= floor
+
+    async def serves(self, lease: Lease, token: Token | None) -> Reason | None:
+        """Say why the server that this connection leads to may not serve a read; None when it may.
+
+        Asks it, in the transaction that is open there, when it is not the one that the monitor looks at, and was not
+        asked since two looks; and when it is not known to have replayed what the token stands for. Behind a pooler a
+        connection leads to any server, transaction by transaction: there every token is asked for.
+        """
+        connection = lease.connection
+        if connection.pooled:
+            return None if token is None else self._fails(await self._ask(lease), token)
+        known: Position | None
+        if connection.server is None:
+            known = self.position if token is None else None
+        elif connection.server == self.position.started:
+            known = self.position
+        else:
+            at, known = self.others.get(connection.server, (0.0, None))
+            if time.monotonic() - at > 2 * self._settings.monitor_interval_seconds:
+                known = None
+        if known is None or (token is not None and not self.covers(token, known)):
+            known = await self._ask(lease)
+            if known.started is not None and known.started != self.position.started:
+                self._keep(known.started, known)
+        return self._fails(known, token)
+
+    def state_of(self, position: Position) -> State:
+        """Judge a server by what it said."""
+        written = self._primary.position
+        if position.lsn is None:
+            return "unmeasured"
+        if position.is_foreign(written):
+            return "foreign"
+        if position.in_recovery is False:
+            # A primary may be named as its own replica; any other server that takes writes goes its own way.
+            return "usable" if position.is_same_server(written) else "promoted"
+        if written == UNKNOWN:
+            return "alone" if self._primary.last.status in {"error", "timeout"} else "unknown"
+        return "diverged" if position.is_diverged(written) else self._state_by_lag(position)
+
+    def _fails(self, position: Position, token: Token | None) -> Reason | None:
+        state = self.state_of(position)
+        if state not in SERVING:
+            return cast("Reason", state)
+        return None if token is None or self.covers(token, position) else "behind_token"
+
+    async def _ask(self, lease: Lease) -> Position:
+        """Ask the server of a connection, for `ASK_SECONDS` at most; unknown when it lacks what it is asked."""
+        timer = asyncio.get_running_loop().call_later(ASK_SECONDS, lease.connection.cut)
+        # The question leaves nothing behind.
+        left = lease.connection.left
+        try:
+            row = await lease.ask(lease.connection.fetchrow(self.database.monitor.question))
+        except asyncpg.PostgresError as error:
+            if not lacks(error):
+                raise
+            return UNKNOWN
+        finally:
+            timer.cancel()
+            lease.connection.left = left
+        return read_position(row)
+
+    def _keep(self, server: float, position: Position) -> None:
+        self.others[server] = time.monotonic(), position
+        self.others.move_to_end(server)
+        if len(self.others) > SERVERS_KEPT:
+            self.others.popitem(last=False)
+
+    def _judge(self, probe: Probe) -> None:
+        if probe.status != "healthy":
+            self._broken_at = probe.at
+            self._become("broken")
+            if not self.database.monitor.healthy:
+                # Reads that wait for an answer on it would wait for long; cut, they are run once more on the primary.
+                # Not for one late look or one failed connect: where the processor is short, those are not the
+                # replica's fault, and opening every connection anew would make it shorter still.
+                self.database.pool.abandon()
+        elif probe.at - self._broken_at >= BREAK_SECONDS:
+            self._note_lag()
+            self._become(self.state_of(self.position))
+
+    def _judge_again(self, probe: Probe) -> None:
+        """Judge anew, without waiting for the next probe, what the look at the primary may have changed."""
+        written = self._primary.position
+        if probe.status == "healthy" and written.timeline is not None and written.lsn is not None:
+            self._floors.setdefault(written.timeline, written.lsn)
+        unjudged = self.state in UNCOMPARED or written.is_diverged(self.position)
+        if unjudged and self.database.monitor.last.status == "healthy":
+            self._judge(self.database.monitor.last)
+
+    def _lag(self, position: Position) -> tuple[int | None, float | None]:
+        written = self._primary.position
+        comparable = not position.is_foreign(written) and not position.is_diverged(written)
+        if written.lsn is None or position.lsn is None or not comparable:
+            return None, None
+        behind = max(0, written.lsn - position.lsn)
+        return behind, 0.0 if behind == 0 else position.replay_age
+
+    def _note_lag(self) -> None:
+        behind, seconds = self._lag(self.position)
+        if behind is not None:
+            self._metrics.replica_lag_bytes.labels(self.database.name).set(behind)
+        if seconds is not None:
+            self._metrics.replica_lag_seconds.labels(self.database.name).set(seconds)
+
+    def _state_by_lag(self, position: Position) -> State:
+        behind, seconds = self._lag(position)
+        if behind is None:
+            return "unmeasured"  # The primary is the one that tells no position.
+        # A standby that has replayed no transaction since it was started cannot tell its seconds.
+        near = seconds is not None and seconds <= self._settings.replica_max_lag_seconds
+        return "usable" if near or behind <= self._settings.replica_max_lag_bytes else "lagging"
+
+    def _become(self, state: State) -> None:
+        self._metrics.replica_usable.labels(self.database.name).set(state in SERVING)
+        if state == self.state:
+            return
+        level = logging.INFO if state == "usable" else logging.WARNING
+        logger.log(level, "replica is %s", state, extra={"database": self.database.name, "lag_bytes": self.lag_bytes})
+        self.state = state
+        if state in NO_STANDBY:
+            # Reads that are under way there may be wrong; cut, they are run once more on the primary.
+            self.database.pool.abandon()
+
+
+class Router:
+    """Chooses the database for each read."""
+
+    def __init__(self, primary: Database, replicas: list[Replica], metrics: Metrics, *, fallback: bool) -> None:
+        self.replicas = replicas
+        self._primary = primary
+        self._count = lru_cache(lambda target, reason: metrics.reads_routed.labels(target, reason))
+        self._fallback = fallback
+        # When a token ahead of the primary was first seen.
+        self._ahead: OrderedDict[Token, float] = OrderedDict()
+        self._count_ahead = metrics.tokens.labels("ahead").inc
+        for reason in FALLING_BACK if replicas else ():
+            # A rate needs a zero to start from: without it the first reads that fall back would not show.
+            self._count("primary", reason)
+
+    def route(self, *, at_least: Token | None = None, primary: bool = False) -> tuple[Database, Reason]:
+        """Choose the serving replica with the fewest requests that has replayed `at_least`, else the primary.
+
+        Raises: ReplicaUnavailable when no replica is usable and falling back is switched off.
+        """
+        reason: Reason = "primary_only" if primary else "absent"
+        wanted = self.believed(at_least)
+        best: Replica | None = None
+        for replica in () if primary else self.replicas:
+            if replica.state not in SERVING:
+                # `behind_token` wins: it tells that a replica is well but has not replayed this client's write.
+                reason = reason if reason == "behind_token" else cast("Reason", replica.state)
+            elif wanted is not None and not (replica.database.connector.several or replica.covers(wanted)):
+                # Behind one address of several servers the connection decides: see `serves`.
+                reason = "behind_token"
+            elif best is None or replica.database.pool.load < best.database.pool.load:
+                best = replica
+        if best is not None:
+            self._count(best.database.name, "replica").inc()
+            return best.database, "replica"
+        return self._fall_back(reason), reason
+
+    @property
+    def serves_reads(self) -> bool:
+        """Whether a replica takes reads now."""
+        return any(replica.state in SERVING for replica in self.replicas)
+
+    def believed(self, token: Token | None) -> Token | None:
+        """Return a token, or None for one that is ahead of all that the primary has written.
+
+        A primary that was restored from a backup has not written what its clients' tokens stand for; they would read
+        from it alone until it has. Such a token is believed until a look that began after it was first sent.
+        """
+        written, probe = self._primary.monitor.position, self._primary.monitor.last
+        if token is None or token.timeline is None or token.is_foreign_to(written.system):
+            return token
+        if written.timeline is None or written.lsn is None:
+            return token
+        if (token.timeline, token.lsn) <= (written.timeline, written.lsn):
+            return token
+        first = self._ahead.setdefault(token, time.monotonic())
+        if len(self._ahead) > TOKENS_KEPT:
+            self._ahead.popitem(last=False)
+        if probe.status != "healthy" or probe.latency_seconds is None or probe.at - probe.latency_seconds < first:
+            return token
+        self._count_ahead()
+        return None
+
+    def leave(self, reason: Reason) -> Database:
+        """Return the primary, for a read that the server behind its connection may not serve.
+
+        Raises: ReplicaUnavailable as `route` does.
+        """
+        return self._fall_back(reason)
+
+    def trip(self, name: str) -> None:
+        """Break the replica of this name."""
+        for replica in self.replicas:
+            if replica.database.name == name:
+                replica.trip()
+
+    def _fall_back(self, reason: Reason) -> Database:
+        if not self._fallback and reason in FALLING_BACK:
+            raise ReplicaUnavailable(
+                f"The replica is {reason} and falling back to the primary is switched off.", reason=reason
+            )
+        self._count("primary", reason).inc()
+        return self._primary
+
+
+@dataclass(frozen=True, slots=True)
+class ServerCheck:
+    """Keeps a read from a server of a replica's address that may not serve it."""
+
+    router: Router
+    database: Database
+    consistency: Consistency
+
+    async def redirect(self, lease: Lease) -> Database | None:
+        """Return the primary when the server that this connection leads to may not serve the read; None when it may."""
+        consistency = self.consistency
+        replica = next(one for one in self.router.replicas if one.database is self.database)
+        reason = await replica.serves(lease, self.router.believed(consistency.wanted))
+        if reason is None:
+            return None
+        # Other connections of the pool may lead to a server that may.
+        lease.checkout.behind = True
+        consistency.read_from, consistency.reason = self.router.leave(reason), reason
+        return consistency.read_from

@@ -1,0 +1,193 @@
+"""What a server says of itself: which one it is, whether it is a standby, on which timeline and how far.
+
+Positions (LSN) are bytes from the start of the write-ahead log. They mean something on one timeline of one cluster
+only: a standby that is promoted begins another timeline, whose positions soon run ahead of all that was written before.
+A server is told from the one that takes its place behind an address by the time of its start, and from another
+cluster's by its system identifier.
+
+Not every server that speaks PostgreSQL's protocol has these functions, and not every role may call them. What was not
+told is None, "unknown"; `Questions` finds out once what a server can tell.
+"""
+
+import re
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from asyncpg import Record
+
+from pglifeguard.errors import sqlstate
+
+RECOVERY = "in_recovery"
+# What is asked of a server, by name; `r.in_recovery` is what it said of its recovery, false where it cannot tell.
+PARTS = {
+    "read_only": "current_setting('transaction_read_only')::boolean",
+    "started": "extract(epoch FROM pg_postmaster_start_time())::float8",
+    "system": "(SELECT system_identifier FROM pg_control_system())",
+    "lsn": "(CASE WHEN r.in_recovery THEN pg_last_wal_replay_lsn() ELSE pg_current_wal_insert_lsn() END"
+    " - '0/0'::pg_lsn)::bigint",
+    "replay_age": "CASE WHEN r.in_recovery"
+    " THEN extract(epoch FROM clock_timestamp() - pg_last_xact_replay_timestamp())::float8 END",
+    # A primary knows its timeline. Of a standby's three sources the receiver is the first to know a new one, and tells
+    # it to those in pg_read_all_stats; the control file may know it a checkpoint later. Timelines only rise.
+    "written_timeline": "CASE WHEN NOT r.in_recovery"
+    " THEN ('x' || left(pg_walfile_name(pg_current_wal_insert_lsn()), 8))::bit(32)::int END",
+    "checkpoint_timeline": "CASE WHEN r.in_recovery THEN (SELECT timeline_id FROM pg_control_checkpoint()) END",
+    "recovery_timeline": "CASE WHEN r.in_recovery"
+    " THEN (SELECT min_recovery_end_timeline FROM pg_control_recovery()) END",
+    "received_timeline": "CASE WHEN r.in_recovery THEN (SELECT received_tli FROM pg_stat_wal_receiver) END",
+    # A role sees the sessions of itself, or of all when it is in pg_read_all_stats. A commit that waits for a
+    # synchronous standby or for the disk of the log is one that its client waits for.
+    "stalled": "CASE WHEN NOT r.in_recovery THEN coalesce((SELECT extract(epoch FROM max(clock_timestamp() -"
+    " query_start))::float8 FROM pg_stat_activity WHERE state = 'active' AND pid <> pg_backend_pid()"
+    " AND (wait_event IN ('SyncRep', 'WALSync', 'WalSync', 'WALWrite', 'WalWrite') OR query ILIKE 'commit%')), 0.0)"
+    " END",
+}
+TIMELINES = ("written_timeline", "checkpoint_timeline", "recovery_timeline", "received_timeline")
+RECOVERY_KNOWN = "pg_is_in_recovery() AS r(in_recovery)"
+RECOVERY_UNKNOWN = "(SELECT false) AS r(in_recovery)"
+LSN_BITS = 32
+Ask = Callable[[str], Awaitable[Sequence[Record]]]
+
+
+def lacks(error: BaseException | None) -> bool:
+    """Tell a server that is well and lacks what it was asked for from one that fails.
+
+    0A000 is feature_not_supported, as Aurora's LSN functions say. Class 42 is a function, a view, a column or a right
+    that is missing, or words that are not understood; 42P05 is about prepared statements, and a pooler's.
+    """
+    state = sqlstate(error) or ""
+    return state == "0A000" or (state.startswith("42") and state != "42P05")
+
+
+@dataclass(frozen=True, slots=True)
+class Position:
+    """What a server said. Times are in seconds, `lsn` in bytes; None where it did not say.
+
+    `stalled` is for how long the oldest commit under way has been waiting; 0.0 when none does.
+    """
+
+    in_recovery: bool | None = None
+    read_only: bool | None = None
+    system: int | None = None
+    started: float | None = None
+    timeline: int | None = None
+    lsn: int | None = None
+    replay_age: float | None = None
+    stalled: float | None = None
+
+    def is_same_server(self, other: "Position") -> bool:
+        """Whether both were said by one server, between its start and its end."""
+        return self.started is not None and (self.system, self.started) == (other.system, other.started)
+
+    def is_foreign(self, other: "Position") -> bool:
+        """Whether the two are known to be servers of different clusters."""
+        return None not in {self.system, other.system} and self.system != other.system
+
+    def is_diverged(self, other: "Position") -> bool:
+        """Whether the two are known to be on different timelines, so that their positions cannot be compared."""
+        return None not in {self.timeline, other.timeline} and self.timeline != other.timeline
+
+
+UNKNOWN = Position()
+
+
+class Questions:
+    """Asks servers behind one address for their positions, and remembers what they do not tell."""
+
+    def __init__(self) -> None:
+        self.missing: frozenset[str] = frozenset()
+
+    @property
+    def sql(self) -> str:
+        """Ask all that the server is not known to lack, in one round trip."""
+        return self._select([name for name in (RECOVERY, *PARTS) if name not in self.missing])
+
+    async def ask(self, ask: Ask) -> Position:
+        """Ask for a position; raises what `ask` raises for any other reason than a missing feature."""
+        try:
+            (row,) = await ask(self.sql)
+        except Exception as error:
+            if not lacks(error):
+                raise
+        else:
+            return read_position(row)
+        return await self._ask_one_by_one(ask)
+
+    async def _ask_one_by_one(self, ask: Ask) -> Position:
+        told: dict[str, Any] = {}
+        missing = set()
+        for name in (RECOVERY, *PARTS):
+            recovery_known = RECOVERY not in missing
+            try:
+                (row,) = await ask(self._select([name], recovery_known=recovery_known))
+            except Exception as error:
+                if not lacks(error):
+                    raise
+                missing.add(name)
+            else:
+                told |= dict(row.items())
+        self.missing = frozenset(missing)
+        return read_position(told)
+
+    def _select(self, names: Sequence[str], *, recovery_known: bool | None = None) -> str:
+        known = RECOVERY not in self.missing if recovery_known is None else recovery_known
+        columns = ", ".join(f"r.in_recovery AS {RECOVERY}" if n == RECOVERY else f"{PARTS[n]} AS {n}" for n in names)
+        return f"SELECT {columns} FROM {RECOVERY_KNOWN if known or names == [RECOVERY] else RECOVERY_UNKNOWN}"  # noqa: S608  # Constants.
+
+
+def read_position(said: Any) -> Position:
+    """Read the answer to `Questions.sql`."""
+    timelines = [said[name] for name in TIMELINES if said.get(name)]
+    kept = {name: said.get(name) for name in Position.__slots__ if name != "timeline"}
+    return Position(timeline=max(timelines, default=None), **kept)
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """How far the write-ahead log reached after a commit: "5f3a91c0-2-0/307CD08", cluster, timeline and LSN.
+
+    The cluster is the low half of its system identifier. Tokens of earlier versions are an LSN alone ("0/307CD08"): no
+    replica can say that it has replayed them, so they lead to the primary until they expire.
+    """
+
+    lsn: int
+    timeline: int | None = None
+    system: int | None = None
+
+    @classmethod
+    def parse(cls, text: bytes) -> "Token | None":
+        """Read a client's token; None when it is none."""
+        match = _TOKEN.fullmatch(text)
+        if match is None:
+            return None
+        system, timeline, high, low = (None if part is None else int(part, 16) for part in match.groups())
+        return cls(((high or 0) << LSN_BITS) + (low or 0), timeline, system or None)
+
+    def is_newer(self, other: "Token | None") -> bool:
+        """Whether it was written after the other one: a later timeline, or further on the same.
+
+        One that cannot be compared is the newer one, since it leads to the primary.
+        """
+        if other is None or other.timeline is None or self.timeline is None or self.is_foreign_to(other.system):
+            return other is None or other.timeline is not None
+        return (self.timeline, self.lsn) > (other.timeline, other.lsn)
+
+    def is_foreign_to(self, system: int | None) -> bool:
+        """Whether it is known to come from another cluster than the one of this identifier."""
+        return None not in {self.system, system} and self.system != _half(system)
+
+
+def token_text(system: int | None, timeline: str, lsn: str) -> str:
+    """Write a token as it is sent to a client; `timeline` is in hexadecimal."""
+    return f"{_half(system):x}-{timeline.lstrip('0')}-{lsn}"
+
+
+def _half(system: int | None) -> int:
+    return (system or 0) & 0xFFFF_FFFF
+
+
+_HEX = rb"([0-9A-Fa-f]{1,8})"
+_TOKEN = re.compile(rb"(?:%b-%b-)?%b/%b" % (_HEX, _HEX, _HEX, _HEX))
+# Asked after COMMIT; before it, the answer would be older than the commit itself.
+WRITTEN = "SELECT left(pg_walfile_name(lsn), 8) AS timeline, lsn::text FROM pg_current_wal_insert_lsn() AS lsn"

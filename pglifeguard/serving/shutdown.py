@@ -1,0 +1,74 @@
+"""SIGTERM in two steps: readiness says no, and after a delay the listener closes; a second signal ends at once.
+
+A balancer that still believes in this instance would otherwise meet a closed port. uvicorn's own handler does the
+second step; this one goes in front of it for as long as the lifespan runs.
+
+A worker whose parent was killed would serve on, with its connections, and nobody could end it: it ends itself.
+"""
+
+import asyncio
+import logging
+import multiprocessing
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from uvicorn import Server
+
+from pglifeguard.databases import Databases
+
+logger = logging.getLogger(__name__)
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+@contextmanager
+def draining_first(databases: Databases, *, delay_seconds: float) -> Iterator[None]:
+    """Put the drain in front of uvicorn's signal handlers; served by something else, change nothing."""
+    loop = asyncio.get_running_loop()
+    handlers = {sig: signal.getsignal(sig) for sig in SIGNALS}
+    servers = {sig: owner for sig, handler in handlers.items() if isinstance(owner := _owner(handler), Server)}
+
+    def drain(sig: int, frame: FrameType | None) -> None:
+        server = servers[signal.Signals(sig)]
+        if databases.closing:
+            logger.warning("second signal: ending at once")
+            server.should_exit = server.force_exit = True
+            return
+        databases.closing = True
+        logger.info("draining", extra={"seconds": delay_seconds})
+        loop.call_soon_threadsafe(loop.call_later, delay_seconds, server.handle_exit, sig, frame)
+
+    for sig in servers:
+        signal.signal(sig, drain)
+    try:
+        yield
+    finally:
+        for sig in servers:
+            signal.signal(sig, handlers[sig])
+
+
+@contextmanager
+def ending_with_parent() -> Iterator[None]:
+    """End this worker process as SIGTERM would when its parent is gone; in a process of its own, change nothing."""
+    parent, loop = multiprocessing.parent_process(), asyncio.get_running_loop()
+    if parent is None:
+        yield
+        return
+
+    def end() -> None:
+        loop.remove_reader(parent.sentinel)
+        logger.error("parent process is gone: ending", extra={"parent": parent.pid})
+        signal.raise_signal(signal.SIGTERM)
+
+    loop.add_reader(parent.sentinel, end)
+    try:
+        yield
+    finally:
+        loop.remove_reader(parent.sentinel)
+
+
+def _owner(handler: object) -> object:
+    """Return the object whose bound method this is."""
+    return getattr(handler, "__self__", None)

@@ -1,0 +1,447 @@
+"""Sessions: the only way to the databases, and the only place that commits.
+
+    one request = one session = one connection = one transaction
+
+The session's type says what may be done: `ReadSession` or `WriteSession`. Routes name those of their request
+(`pglifeguard.fastapi`); code outside a request says `async with
+databases.reading()` (or `.writing()`). A session is lazy: until its first statement it holds nothing. It keeps its one
+connection until it is closed, so what was read is read at one place, and what the commit left behind (its LSN) can be
+asked where it happened. Only `rows` on a replica, where no transaction binds them, take a connection each.
+"""
+
+from collections.abc import Iterable, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Never, TypeVarTuple, cast
+
+from sqlalchemy import Engine, Row
+from sqlalchemy.exc import PendingRollbackError
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, AsyncSessionTransaction
+from sqlalchemy.util.concurrency import await_, greenlet_spawn
+
+from pglifeguard.checkout import Checkout, holder
+from pglifeguard.consistency import Consistency
+from pglifeguard.database import Database, Isolation, TransactionMode
+from pglifeguard.effects import effect_of
+from pglifeguard.errors import ConnectionLost, TransactionAborted
+from pglifeguard.lease import DriverLane, Lease, fetch_alone
+from pglifeguard.orm import PINNED, HeldConnection, OneConnection, refuse_of_transactions
+from pglifeguard.query import Query
+from pglifeguard.replica import ServerCheck
+from pglifeguard.watched import LOST, SWALLOWED
+
+Ts = TypeVarTuple("Ts")
+
+ENDED = (
+    "this session ended with its request or its block; what comes after it, a stream or a background task, opens its "
+    "own: `async with databases.reading()` or `.writing()`"
+)
+NO_QUERY = (
+    'rows() takes a Query, a constant of the module: `BY_ID = Query(select(…).where(… == bindparam("id")))`; a '
+    "statement that is made for the call is run by `await session.execute(…)`"
+)
+
+
+class ReadSession(AsyncSession):
+    """A session that reads. The database refuses its writes; mypy refuses them before.
+
+    It asks by the driver (`rows`) until SQLAlchemy's own session is needed, which then goes on with the same connection
+    in the same transaction.
+    """
+
+    sync_session_class = OneConnection
+    sync_session: OneConnection
+    reads = True
+
+    def __init__(
+        self, database: Database, mode: TransactionMode, *, label: str, server_check: ServerCheck | None = None
+    ) -> None:
+        self._database = database
+        self._mode = mode
+        self._server_check = server_check
+        self._label = label
+        self._lease: Lease | None = None
+        self._beginning = False
+        self._ended = False
+        # Whether somebody else ends the transaction: then nothing here may.
+        self.pinned = False
+
+    if not TYPE_CHECKING:  # pragma: no branch  # To mypy a session has AsyncSession's attributes and no others.
+
+        def __getattr__(self, name: str) -> Any:
+            # SQLAlchemy's own session is made when it is first asked for; a session that reads by `rows` never asks.
+            if name not in {"sync_session", "_proxied", "bind", "binds"}:
+                raise AttributeError(name)
+            super().__init__(self._mode.engine, expire_on_commit=False)
+            self.sync_session.owner = self
+            return getattr(self, name)
+
+    @property
+    def connection_held(self) -> HeldConnection | None:
+        """The connection that SQLAlchemy's session has, if it has one."""
+        return self.sync_session.held if "sync_session" in vars(self) else None
+
+    def hand_over(self, engine: Engine) -> HeldConnection:
+        """Give SQLAlchemy's session the connection of this one, or one of the pool. Called in SQLAlchemy's greenlet."""
+        holder.set(self._label)
+        lease, self._lease = self._lease, None
+        if lease is None and self._server_check is not None:
+            lease, engine = await_(self._begin()), self._mode.engine.sync_engine
+        if lease is not None:
+            return lease.adopt(engine)
+        self._start()
+        try:
+            connection = HeldConnection(engine)
+        finally:
+            self._beginning = False
+        if self._ended:
+            connection.release()
+            raise RuntimeError(ENDED)
+        return connection
+
+    def _start(self) -> None:
+        """Begin to get a connection; nobody would give one back that comes after the end, or beside another."""
+        if self._ended:
+            raise RuntimeError(ENDED)
+        if self._beginning:
+            raise RuntimeError("a session does one thing at a time: this one is still getting its connection")
+        self._beginning = True
+
+    async def rows(self, query: Query[*Ts], **parameters: Any) -> Sequence[Row[*Ts]]:
+        """Return all rows of a query, past the unit of work: flush before, if objects were changed.
+
+        It runs in the session's transaction. On a replica, while there is none, each call takes a connection for
+        itself, one round trip, and gives it back; a query that means something to a transaction begins one.
+        """
+        given: object = query
+        if not isinstance(given, Query):
+            raise TypeError(NO_QUERY)
+        if "sync_session" in vars(self) and (self.sync_session.held is not None or self.sync_session.in_transaction()):
+            return await greenlet_spawn(self.sync_session.read_rows, query.statement, parameters)
+        if self._ended:
+            raise RuntimeError(ENDED)
+        holder.set(self._label)
+        if self._lease is None:
+            if self._mode.alone and not effect_of(query.sql):
+                return await self._fetch_alone(query, parameters)
+            self._lease = await self._begin()
+        elif not self._lease.begun:
+            await self._begin_again(self._lease)
+        return await self._lease.rows(query, parameters)
+
+    async def _begin(self) -> Lease:
+        self._start()
+        try:
+            lease = await self._lease_begun()
+            # For the rest of the session it is this connection, or the primary.
+            check, self._server_check = self._server_check, None
+            if check is not None and not await self._stays(check, lease):
+                lease = await self._lease_begun()
+        finally:
+            self._beginning = False
+        if self._ended:
+            await lease.end()
+            raise RuntimeError(ENDED)
+        return lease
+
+    async def _fetch_alone(self, query: Query[*Ts], parameters: dict[str, Any]) -> Sequence[Row[*Ts]]:
+        if self._server_check is None:
+            return await fetch_alone(self._database, query, parameters)
+        lease = Lease(self._database, await self._database.pool.acquire(), readonly=True)
+        if lease.connection.pooled:
+            # Only in a transaction does the next statement reach the same server.
+            lease.give_back()
+            self._lease = await self._begin()
+            return await self._lease.rows(query, parameters)
+        if await self._stays(self._server_check, lease):
+            try:
+                return await lease.rows(query, parameters)
+            finally:
+                lease.give_back()
+        self._server_check = None
+        return await self.rows(query, **parameters)
+
+    async def _stays(self, check: ServerCheck, lease: Lease) -> bool:
+        """Tell whether a lease may serve; else end it, and go to the database that serves in its place."""
+        try:
+            other = await check.redirect(lease)
+        except BaseException:
+            await lease.end()
+            raise
+        if other is None:
+            return True
+        await lease.end()
+        self._database, self._mode = other, other.reads
+        return False
+
+    async def _lease_begun(self) -> Lease:
+        lease = Lease(self._database, await self._database.pool.acquire(), readonly=self.reads)
+        await lease.begin(self._mode.begin)
+        return lease
+
+    async def _begin_again(self, lease: Lease) -> None:
+        try:
+            await lease.begin(self._mode.begin)
+        except BaseException:
+            self._lease = None  # It has given its connection back.
+            raise
+
+    # Transactions. What SQLAlchemy's session does not know of is the transaction of the driver's lane, until it takes
+    # that over.
+
+    def begin(self) -> AsyncSessionTransaction:
+        """Begin a transaction that is committed when its block ends: `async with session.begin():`.
+
+        Raises, when entered: sqlalchemy.exc.InvalidRequestError when one has begun, as the first statement does. With
+        an Idempotency-Key, RuntimeError with what to write instead.
+        """
+        self._refuse_if_pinned("begin")
+        self._join()
+        return super().begin()
+
+    def in_transaction(self) -> bool:
+        """Whether a transaction has begun."""
+        return self._lease is not None or ("sync_session" in vars(self) and self.sync_session.in_transaction())
+
+    def get_transaction(self) -> AsyncSessionTransaction | None:
+        """Return the transaction, None before the first statement."""
+        self._join()
+        return super().get_transaction() if "sync_session" in vars(self) else None
+
+    def _join(self) -> None:
+        """Let SQLAlchemy's session take over what `rows` has begun; nothing is sent for that."""
+        if self._lease is not None:
+            self.sync_session.join()
+
+    async def connection(self, *arguments: Any, **options: Any) -> AsyncConnection:
+        """Return the connection, in the session's transaction: for what SQLAlchemy's session has no method for.
+
+        The driver's own is `(await connection.get_raw_connection()).driver_connection`; what it sends is part of the
+        transaction too.
+        """
+        refuse_of_transactions(options.get("execution_options") or {})
+        return await super().connection(*arguments, **options)
+
+    def get_bind(self, *_arguments: Any, **_options: Any) -> Engine:
+        """Return the engine of the session's database."""
+        return self._mode.engine.sync_engine
+
+    def get_async_bind(self, *_arguments: Any, **_options: Any) -> AsyncEngine:
+        """Return the engine of the session's database."""
+        return self._mode.engine
+
+    async def commit(self) -> None:
+        """Commit what was done so far; what comes next is another transaction, on the same connection.
+
+        A session commits by itself when its block ends, so this is for jobs that store their work in steps.
+
+        Raises: OutcomeUnknown when the connection dies during COMMIT, ConnectionLost when before; TransactionAborted
+        when a statement failed and its error was swallowed.
+        """
+        if "sync_session" in vars(self) and (self.sync_session.in_transaction() or self._owes()):
+            await self._commit_objects()
+        if self._lease is not None and self._lease.begun:
+            self._refuse_if_pinned("commit")
+            await self._lease.commit()
+
+    def _owes(self) -> bool:
+        return bool(self.new or self.deleted or self.dirty)
+
+    async def _commit_objects(self) -> None:
+        held = self.sync_session.held
+        try:
+            await super().commit()
+        except PendingRollbackError as error:
+            # A flush or the connection failed, and somebody went on as if it had not.
+            if held is not None and held.invalidated:
+                raise ConnectionLost(LOST) from error
+            raise TransactionAborted(SWALLOWED) from error
+
+    async def rollback(self) -> None:
+        """Take back what the session did since its last commit; what comes next is another transaction."""
+        await self._end_lease("rollback")
+        if "sync_session" in vars(self):
+            await super().rollback()
+
+    async def close(self) -> None:
+        """Give the connection back; what is not committed is rolled back."""
+        await self._end_lease("close")
+        if "sync_session" in vars(self):
+            await super().close()
+
+    async def reset(self) -> None:
+        """Give the connection back; what is not committed is rolled back."""
+        await self._end_lease("reset")
+        if "sync_session" in vars(self):
+            await super().reset()
+
+    async def invalidate(self) -> None:
+        """Close the connection, which nobody uses again; what is not committed is rolled back."""
+        if self._lease is not None:
+            self._refuse_if_pinned("invalidate")
+            self._lease.connection.terminate()
+        await self._end_lease("invalidate")
+        if "sync_session" in vars(self):
+            await super().invalidate()
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Give the connection back; what is not committed is rolled back.
+
+        Raises: TypeError when objects were changed, which nobody would store.
+        """
+        self._ended, self.pinned = True, False
+        if self._lease is not None:
+            await self._end_lease("close")
+        if "sync_session" not in vars(self):
+            return
+        try:
+            if error is None and self.reads:
+                self.sync_session.flush()
+        finally:
+            held = self.sync_session.held
+            if held is None or (not self.sync_session.in_transaction() and not held.checkout.connection.needs_reset):
+                # There is nothing to undo on the server, and so nothing to wait for.
+                self.sync_session.close()
+            else:
+                await super().__aexit__(kind, error, trace)
+
+    async def _end_lease(self, name: str) -> None:
+        if self._lease is not None:
+            self._refuse_if_pinned(name)
+            lease, self._lease = self._lease, None
+            await lease.end()
+
+    def _refuse_if_pinned(self, name: str) -> None:
+        if self.pinned:
+            raise RuntimeError(PINNED.format(name=name))
+
+    # WriteSession widens these again.
+    def add(self, instance: Never, *, _warn: bool = True) -> None:  # type: ignore[override]  # Narrowed on purpose.
+        """Refuse: this session reads."""
+        raise TypeError(f"a ReadSession does not write: {type(instance).__name__}")
+
+    def add_all(self, instances: Never) -> None:  # type: ignore[override]  # Narrowed on purpose.
+        """Refuse: this session reads."""
+        raise TypeError(f"a ReadSession does not write: {type(instances).__name__}")
+
+    async def delete(self, instance: Never) -> None:  # type: ignore[override]  # Narrowed on purpose.
+        """Refuse: this session reads."""
+        raise TypeError(f"a ReadSession does not write: {type(instance).__name__}")
+
+
+class WriteSession(ReadSession):
+    """A session that reads and writes on the primary, and commits when its block ends without an error."""
+
+    reads = False
+
+    def __init__(
+        self,
+        database: Database,
+        *,
+        label: str,
+        consistency: Consistency | None,
+        isolation: Isolation | None = None,
+    ) -> None:
+        super().__init__(database, database.writes[isolation], label=label)
+        self.isolation = isolation
+        # Whether something was stored that a repetition would store again.
+        self.committed = False
+        # What ended it, if that was not its end: the block's error, or the commit's.
+        self.failure: BaseException | None = None
+        self._consistency = consistency
+
+    def add(self, instance: object, *, _warn: bool = True) -> None:
+        """Put an object into the session; `flush()` when the database must answer now."""
+        self.sync_session.add(instance, _warn=_warn)
+
+    def add_all(self, instances: Any) -> None:
+        """Put objects into the session."""
+        self.sync_session.add_all(instances)
+
+    async def delete(self, instance: object) -> None:
+        """Mark an object to be deleted with the next flush."""
+        await AsyncSession.delete(self, instance)
+
+    async def copy_records(
+        self, table: str, records: Iterable[Sequence[Any]], *, columns: Sequence[str], schema: str | None = None
+    ) -> int:
+        """Store many rows by COPY, in the session's transaction; return how many.
+
+        A record is a sequence of values in the order of `columns`, as asyncpg takes them: no type of SQLAlchemy
+        converts them. An `AsyncIterable` of records is taken too.
+
+        Raises: sqlalchemy.exc.IntegrityError, for all of them together; else as `rows`.
+        """
+        if "sync_session" in vars(self) and (self.sync_session.held is not None or self.sync_session.in_transaction()):
+            held = cast("HeldConnection", (await self.connection()).sync_connection)
+            lane = DriverLane(self._database, held.checkout, readonly=False)
+            return await lane.copy(table, records, columns, schema=schema)
+        if self._lease is None:
+            self._lease = await self._begin()
+        elif not self._lease.begun:
+            await self._begin_again(self._lease)
+        return await self._lease.copy(table, records, columns, schema=schema)
+
+    async def commit(self) -> None:
+        """Commit what was done so far; what comes next is another transaction, on the same connection.
+
+        A session commits by itself when its block ends, so this is for jobs that store their work in steps.
+
+        Raises: OutcomeUnknown when the connection dies during COMMIT, ConnectionLost when before; TransactionAborted
+        when a statement failed and its error was swallowed.
+        """
+        await super().commit()
+        await self._note_commits()
+
+    async def close(self) -> None:
+        """Give the connection back; what is not committed is rolled back."""
+        await self._note_commits()
+        await super().close()
+
+    async def reset(self) -> None:
+        """Give the connection back; what is not committed is rolled back."""
+        await self._note_commits()
+        await super().reset()
+
+    async def invalidate(self) -> None:
+        """Close the connection, which nobody uses again; what is not committed is rolled back."""
+        await self._note_commits()
+        await super().invalidate()
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Commit, or roll back after an error, and give the connection back."""
+        self.pinned, self.failure = False, error
+        try:
+            if self._lease is None and "sync_session" not in vars(self):
+                return
+            if error is None:
+                await self.commit()
+            else:
+                # What was committed before the error stands, and the client may look for it.
+                await self._note_commits()
+        except BaseException as late:
+            self.failure = late
+            raise
+        finally:
+            await super().__aexit__(kind, error, trace)
+
+    async def _note_commits(self) -> None:
+        """Ask how far the WAL reaches after a commit, where somebody reads from a replica."""
+        checkout = self._checkout()
+        if checkout is None or not checkout.connection.committed:
+            return
+        checkout.connection.committed, self.committed = False, True
+        await self._keep_token(checkout)
+
+    def _checkout(self) -> Checkout | None:
+        if self._lease is not None:
+            return self._lease.checkout
+        held = self.connection_held
+        return None if held is None else held.checkout
+
+    async def _keep_token(self, checkout: Checkout) -> None:
+        if self._consistency is not None:
+            self._consistency.token = await DriverLane(self._database, checkout, readonly=False).written_token()

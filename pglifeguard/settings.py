@@ -1,0 +1,403 @@
+"""Every knob of the library, with its unit, its bounds and the reason for its default.
+
+`DatabasesSettings()` reads the environment over `.env` and answers a mistake with `SettingsError`, one sentence for
+each, naming the variable. A service that has settings of its own makes them a subclass. The three databases share one
+class: `DATABASE_*` describes the primary; `DATABASE_REPLICA_*` and `DATABASE_ANALYTICS_*` inherit whatever they do not
+set.
+"""
+
+import getpass
+import os
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Self, cast
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+from pglifeguard.database_url import SHAPE, ConnectionParameters, parse_url
+from pglifeguard.environment import (
+    SettingsError,
+    Variables,
+    grouped,
+    names_by_database,
+    sentences,
+    split_urls,
+    with_secret_files,
+)
+from pglifeguard.variables import inspect
+
+
+def _checked_url(secret: SecretStr) -> SecretStr:
+    """Accept what pglifeguard/database_url.py accepts; never repeat the URL, it holds a password."""
+    text = secret.get_secret_value().strip()
+    parameters = parse_url(text)
+    for name, path in parameters.files.items():
+        # The driver would say so at each connect, and that looks like a database that is away.
+        if not os.access(path, os.R_OK):
+            raise ValueError(f"names {path} as {name}, which is not there or cannot be read")
+    if parameters.lacks_root_certificate and not _has_root_certificate():
+        raise ValueError(
+            "has a sslmode that verifies the server's certificate, and does not say against what: add "
+            "sslrootcert=/path/to/authority.crt, or sslmode=verify-full&sslrootcert=system for a public authority"
+        )
+    if parameters.user is None and not _has_user():
+        raise ValueError(f"names no user, and the system has no name for this account; write {SHAPE}")
+    return SecretStr(f"postgresql+asyncpg://{text.partition('://')[2]}")
+
+
+def _has_user() -> bool:
+    try:
+        return bool(os.environ.get("PGUSER") or getpass.getuser())
+    except (KeyError, OSError):  # A container runs under a number that has no name.
+        return False
+
+
+def _has_root_certificate() -> bool:
+    # Where libpq and asyncpg look when the URL names none.
+    named = os.environ.get("PGSSLROOTCERT") or Path("~/.postgresql/root.crt").expanduser()
+    return os.access(named, os.R_OK)
+
+
+DatabaseUrl = Annotated[SecretStr, AfterValidator(_checked_url)]
+
+
+class DatabaseSettings(BaseModel):
+    """One database and the pool in front of it. All times are seconds, all sizes are per process."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
+
+    url: DatabaseUrl = Field(
+        description="postgresql://user:password@host:port/database; several hosts as ?host=a:5432&host=b:5432."
+    )
+    pool_size: int = Field(10, ge=1, le=500, description="Connections kept open.")
+    max_overflow: int = Field(5, ge=0, le=500, description="Connections beyond pool_size under a burst.")
+    pool_timeout: float = Field(
+        0.5, gt=0, le=60, description="Seconds to wait, connect and check, all together, before a 503."
+    )
+    pool_recycle: float = Field(
+        1800, gt=0, description="Seconds that a connection lives, shortened by up to a tenth at random."
+    )
+    pool_min_size: int | None = Field(
+        None, ge=0, description="Connections opened at start and kept while idle; unset: pool_size, at most 5."
+    )
+    pool_max_waiting: int = Field(200, ge=0, description="Requests in the queue; the next one is a 503 at once.")
+    pool_max_uses: int = Field(50_000, ge=1, description="Checkouts after which a connection is replaced.")
+    pool_idle_seconds: float = Field(300, gt=0, description="Seconds of idling before a connection is closed.")
+    pool_overflow_idle_seconds: float = Field(
+        5, gt=0, description="The same for connections beyond pool_size, so that a burst does not churn them."
+    )
+    pool_check_after_seconds: float = Field(
+        30, ge=0, description="Seconds of idling after which a connection proves itself by SELECT 1."
+    )
+    connect_timeout_seconds: float = Field(
+        0.5,
+        gt=0,
+        le=60,
+        description="Seconds after which a host that has not let the service in is tried again; "
+        "its login goes on for eight times as long.",
+    )
+    command_timeout_seconds: float = Field(
+        35, gt=0, description="Net for a dead peer; longer than the server's statement_timeout."
+    )
+    statement_cache_size: int = Field(
+        500, ge=0, description="Prepared statements kept per connection; 0 for poolers that lack them."
+    )
+    application_name: str = Field("lifeguard", min_length=1, max_length=63, description="As pg_stat_activity shows it.")
+    echo: bool = Field(False, description="Log every statement; never in production.")
+
+    @property
+    def capacity(self) -> int:
+        """Connections at work at most."""
+        return self.pool_size + self.max_overflow
+
+    @property
+    def warm_size(self) -> int:
+        """Connections opened at start and kept while idle."""
+        return min(self.pool_size, 5) if self.pool_min_size is None else self.pool_min_size
+
+    @cached_property
+    def parameters(self) -> ConnectionParameters:
+        """The URL, taken apart; it holds the password."""
+        return parse_url(self.url.get_secret_value())
+
+    @property
+    def server(self) -> str:
+        """Host and port: what databases share that share a server."""
+        return self.parameters.server
+
+    @property
+    def location(self) -> str:
+        """Host, port and database: what may be shown."""
+        return self.parameters.location
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_the_url(cls, given: dict[str, Any]) -> dict[str, Any]:
+        """Let the URL say what has a variable too, where that variable is not set."""
+        url = given.get("url")
+        try:
+            parameters = parse_url(url.get_secret_value() if isinstance(url, SecretStr) else str(url))
+        except ValueError:
+            return given  # The field's own check says what is wrong.
+        said = {
+            "application_name": parameters.application_name,
+            "connect_timeout_seconds": parameters.connect_timeout_seconds,
+        }
+        return {name: value for name, value in said.items() if value is not None} | given
+
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        if self.warm_size > self.pool_size:
+            raise ValueError(
+                f"POOL_MIN_SIZE {self.warm_size} > POOL_SIZE {self.pool_size}: the pool cannot keep more "
+                "connections warm than it keeps; lower the first or raise the second"
+            )
+        return self
+
+
+class DatabasesSettings(BaseSettings):
+    """Primary, replicas and analytics, and how they are used. Each field says its unit and its reason.
+
+    Raises, when made: SettingsError, with one sentence for each mistake.
+    """
+
+    model_config = SettingsConfigDict(
+        frozen=True, extra="forbid", hide_input_in_errors=True, env_file=".env", env_ignore_empty=True
+    )
+    # Settings whose default leaves a service open: a typing error in them ends the start.
+    guards: ClassVar[frozenset[str]] = frozenset()
+    # Variables of the same environment that something else reads, by lower-case name.
+    read_elsewhere: ClassVar[frozenset[str]] = frozenset()
+    # What else there is to do when DATABASE_URL is not set.
+    without_database: ClassVar[str] = ""
+
+    primary: DatabaseSettings
+    replicas: tuple[DatabaseSettings, ...] = ()
+    analytics: DatabaseSettings
+
+    max_clients: int = Field(
+        12_000,
+        ge=1,
+        description="Clients connected to a process; fewer where it may open fewer files. More are closed.",
+    )
+    request_head_bytes: int = Field(
+        32_768, ge=1024, description="Bytes of a request's URL and headers; more is a 431. A balancer may allow less."
+    )
+    request_head_seconds: float = Field(
+        10, gt=0, le=3600, description="Seconds from the connection, or a request's first byte, to its last header."
+    )
+    request_body_bytes: int = Field(
+        1_048_576, ge=0, description="Bytes of a body; more is a 413 before it is read on. A route may name its own."
+    )
+    request_body_values: int = Field(
+        1000, ge=1, description="Values in a JSON body, counted by its commas; more is a 413 before it is parsed."
+    )
+    request_body_seconds: float = Field(
+        30, gt=0, le=3600, description="Seconds for the whole body to arrive; later is a 408."
+    )
+    answer_stall_seconds: float = Field(
+        30, gt=0, le=3600, description="Seconds for which a client may read nothing of its answer."
+    )
+    workers: int = Field(1, ge=1, le=64, description="Processes of one instance.")
+    instances: int = Field(1, ge=1, le=10_000, description="Instances of the service; only the budget uses it.")
+    connection_limit: int | None = Field(
+        None,
+        ge=1,
+        description="Connections that the server (or pooler) grants this service; unset skips the check.",
+    )
+    connection_reserve: int = Field(
+        3, ge=0, description="Of these, kept for others: PostgreSQL's superuser_reserved_connections is 3."
+    )
+    statement_timeout_seconds: float = Field(
+        30,
+        gt=0,
+        description="What the roles have as statement_timeout (postgres/roles.sql); the checks rely on it.",
+    )
+    graceful_timeout_seconds: int = Field(
+        40, ge=1, description="Seconds for requests in flight after SIGTERM; longer than any statement."
+    )
+    drain_delay_seconds: float = Field(
+        0,
+        ge=0,
+        le=120,
+        description="Seconds between readiness saying no and the listener closing, for balancers.",
+    )
+    idempotency_hours: float = Field(24, gt=0, le=720, description="Hours for which an Idempotency-Key is remembered.")
+    consistency_cookie_name: str = Field(
+        "consistency_token",
+        pattern=r"^[A-Za-z0-9!#$%&'*+.^_`|~-]+$",
+        description="Name of the cookie that holds the consistency token; one for each service of a domain.",
+    )
+    consistency_cookie_path: str | None = Field(
+        None,
+        pattern=r"^/[!-:<-~]*$",
+        description="Path of that cookie; unset: where the service is (its root_path), else /.",
+    )
+    consistency_cookie_domain: str | None = Field(
+        None,
+        pattern=r"^\.?[A-Za-z0-9-]+(\.[A-Za-z0-9-]+)*$",
+        description="Domain of that cookie, for hosts beneath it too; unset: the host that answered.",
+    )
+    consistency_cookie_secure: bool = Field(
+        False, description="Browsers send that cookie by HTTPS only; needed for names with __Host- or __Secure-."
+    )
+    retry_after_seconds: int = Field(1, ge=1, le=3600, description="Retry-After of a 503.")
+    health_timeout_seconds: float = Field(5, gt=0, le=60, description="Seconds for one database in /health/db.")
+    monitor_interval_seconds: float = Field(
+        0.5,
+        gt=0,
+        le=60,
+        description="Seconds between two looks at each database; readiness follows within two looks.",
+    )
+    pool_log_interval_seconds: float = Field(60, gt=0, description="Seconds between two log lines of pool figures.")
+    slow_query_seconds: float = Field(0.1, gt=0, description="Statements slower than this are logged and counted.")
+    blocked_after_seconds: float = Field(
+        0.25, gt=0, description="The event loop standing still for longer is logged in development, with the line."
+    )
+    idle_hold_seconds: float = Field(
+        1, gt=0, description="A checkout that idled for longer, between its statements, is logged with its route."
+    )
+    leak_after_seconds: float = Field(
+        60, gt=0, description="A checkout held longer is logged once, with the route that holds it."
+    )
+    replica_max_lag_seconds: float = Field(10, gt=0, description="A replica behind by more seconds AND more bytes …")
+    replica_max_lag_bytes: int = Field(8_388_608, ge=0, description="… than this serves no reads.")
+    replica_fallback: bool = Field(
+        True,
+        description="Reads that the replica cannot serve go to the primary; off: 503 instead, and its 404 stands.",
+    )
+    ready_without_primary: bool = Field(
+        False,
+        description="Be ready while a replica serves reads and the primary is away; writes get 503. Off: not ready.",
+    )
+    prometheus_multiproc_dir: Path | None = Field(
+        None,
+        description="Where several workers gather their metrics. `serve` makes it; others name an empty directory.",
+    )
+    trace_checkouts: bool = Field(
+        False,
+        description="Remember the line that took each connection, name the one that blocks the loop; for development.",
+    )
+
+    # Sentences about variables of the environment that look like settings and are none.
+    ignored_variables: tuple[str, ...] = Field((), exclude=True)
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise SettingsError(sentences(error, hint=self.without_database)) from None
+
+    @property
+    def databases(self) -> list[tuple[str, DatabaseSettings]]:
+        """Primary, replicas, analytics, each with the prefix of its variables."""
+        replicas = [("DATABASE_REPLICA_", replica) for replica in self.replicas]
+        return [("DATABASE_", self.primary), *replicas, ("DATABASE_ANALYTICS_", self.analytics)]
+
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        if self.graceful_timeout_seconds <= self.statement_timeout_seconds:
+            raise ValueError(
+                f"GRACEFUL_TIMEOUT_SECONDS {self.graceful_timeout_seconds} <= STATEMENT_TIMEOUT_SECONDS "
+                f"{self.statement_timeout_seconds:g}: a statement in flight would be cut at shutdown; raise the first"
+            )
+        for replica in self.replicas:
+            if len(replica.parameters.hosts) > 1:
+                raise ValueError(
+                    "DATABASE_REPLICA_URL names several hosts in one URL: what one of them has replayed would be "
+                    "believed of the other; write a URL for each, separated by commas"
+                )
+        for prefix, database in self.databases:
+            if wrong := self._wrong_session_attrs(prefix, database):
+                raise ValueError(f"{prefix}URL has target_session_attrs={wrong}")
+            if database.command_timeout_seconds <= self.statement_timeout_seconds:
+                raise ValueError(
+                    f"{prefix}COMMAND_TIMEOUT_SECONDS {database.command_timeout_seconds:g} <= "
+                    f"STATEMENT_TIMEOUT_SECONDS {self.statement_timeout_seconds:g}: the client would give up, and "
+                    "throw the connection away, before the server answers; raise the first"
+                )
+        return self
+
+    def _wrong_session_attrs(self, prefix: str, database: DatabaseSettings) -> str | None:
+        """Say why a URL demands a kind of server that its pool does not look for; None when it does not."""
+        wanted = database.parameters.target_session_attrs
+        if wanted is None or wanted == "any":
+            return None
+        writes = wanted in {"read-write", "primary"}
+        if prefix == "DATABASE_":
+            return None if writes else f"{wanted}: the service writes there; leave it out, or write read-write"
+        if prefix == "DATABASE_REPLICA_":
+            return f"{wanted}: a replica is a standby; leave it out" if writes else None
+        elsewhere = [self.primary.url, *(replica.url for replica in self.replicas)]
+        if database.url in elsewhere or (wanted == "prefer-standby" and len(database.parameters.hosts) == 1):
+            return None
+        return f"{wanted}: reports run on whichever host answers; leave it out, and name only hosts that may be asked"
+
+    @model_validator(mode="after")
+    def _fit_for_browsers(self) -> Self:
+        name = self.consistency_cookie_name
+        if name.startswith(("__Host-", "__Secure-")) and not self.consistency_cookie_secure:
+            raise ValueError(
+                f"CONSISTENCY_COOKIE_NAME {name} without CONSISTENCY_COOKIE_SECURE=true: browsers refuse such a cookie"
+            )
+        if name.startswith("__Host-") and (self.consistency_cookie_path != "/" or self.consistency_cookie_domain):
+            raise ValueError(
+                f"CONSISTENCY_COOKIE_NAME {name} needs CONSISTENCY_COOKIE_PATH=/ and no CONSISTENCY_COOKIE_DOMAIN: "
+                "browsers refuse such a cookie otherwise"
+            )
+        return self
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Put the grouped variables where pydantic-settings has its own three sources."""
+        del file_secret_settings
+        return init_settings, _DatabaseVariables(settings_cls, env_settings, dotenv_settings)
+
+
+class _DatabaseVariables(Variables):
+    """The variables of a service, those of its databases put together for each of them."""
+
+    def __call__(self) -> dict[str, Any]:
+        settings_cls = cast("type[DatabasesSettings]", self.settings_cls)
+        known = {*self._of_databases, *self._of_service, *settings_cls.read_elsewhere}
+        findings = inspect(self.variables, known, guarding=settings_cls.guards)
+        if findings.refused:
+            raise SettingsError("\n".join(findings.refused))
+        variables = with_secret_files(
+            self.variables, lambda name: name in self._of_service or name in self._of_databases
+        )
+        if "prometheus_multiproc_dir" in variables and "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
+            raise SettingsError(
+                "PROMETHEUS_MULTIPROC_DIR: is set in .env, where prometheus-client does not look, and /metrics would "
+                "be empty; export it to the environment of the process"
+            )
+        groups = grouped(variables, DatabaseSettings.model_fields)
+        found: dict[str, Any] = {n: variables[n] for n in self._of_service if n in variables}
+        found["ignored_variables"] = findings.ignored
+        if "url" not in groups["primary"]:
+            return found
+        primary, replica = groups["primary"], groups["replicas"]
+        urls = split_urls(replica.pop("url", ""))
+        # The analytics pool is a bulkhead: it exists in every shape, where it harms least, and it stays small.
+        analytics = {"url": urls[0] if urls else primary["url"], "pool_size": "2", "max_overflow": "2"}
+        return found | {
+            "primary": primary,
+            "replicas": tuple({**primary, **replica, "url": url} for url in urls),
+            "analytics": {**primary, **analytics, "pool_min_size": "0"} | groups["analytics"],
+        }
+
+    @cached_property
+    def _of_databases(self) -> set[str]:
+        return names_by_database(DatabaseSettings.model_fields)
+
+    @cached_property
+    def _of_service(self) -> set[str]:
+        return self.settings_cls.model_fields.keys() - {"primary", "replicas", "analytics", "ignored_variables"}

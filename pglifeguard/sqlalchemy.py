@@ -1,0 +1,191 @@
+"""SQLAlchemy as a guest of the bounded pool: its Pool interface, which is called inside its greenlet, and nothing else.
+
+A slot of the pool is SQLAlchemy's entry, which holds the dialect's adapter around one connection of asyncpg. Whoever
+goes past SQLAlchemy takes the same entries by `acquire`.
+"""
+
+import asyncio
+import time
+from collections.abc import Callable
+from contextvars import ContextVar
+from types import FrameType
+from typing import Any, Self, TypeVar, cast
+
+import asyncpg
+from greenlet import getcurrent
+from sqlalchemy import event
+from sqlalchemy.engine import Connection, ExceptionContext
+from sqlalchemy.exc import DBAPIError, EmulatedDBAPIException
+from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy.pool import ConnectionPoolEntry, Pool, PoolProxiedConnection
+from sqlalchemy.util.concurrency import await_, greenlet_spawn
+
+from pglifeguard.connector import Connector, KeptAliveConnection
+from pglifeguard.effects import effect_of
+from pglifeguard.errors import DatabaseUnreachable, WriteInReadSession, name_database, sqlstate
+from pglifeguard.observe import PoolWatch, forget_row, name_loss
+from pglifeguard.pool import ConnectionPool, OnConnect
+from pglifeguard.settings import DatabaseSettings
+
+# What SQLAlchemy connects to in this context in place of a connection of its own.
+_adopted: ContextVar[ConnectionPoolEntry | None] = ContextVar("adopted", default=None)
+# The connection for which SQLAlchemy makes an entry in this context.
+_opened: ContextVar[KeptAliveConnection] = ContextVar("opened")
+T = TypeVar("T")
+READ_ONLY = "25006"
+
+
+class BoundedPool(ConnectionPool[ConnectionPoolEntry], Pool):
+    """The bounded pool of one engine."""
+
+    def __init__(  # noqa: PLR0913, PLR0917  # create_async_engine passes no single thing that holds them all.
+        self,
+        creator: Callable[..., Any],
+        settings: DatabaseSettings,
+        watch: PoolWatch,
+        connector: Connector,
+        clock: Callable[[], float] = time.monotonic,
+        trace: bool = False,  # noqa: FBT001, FBT002  # See below.
+        on_connect: OnConnect | None = None,
+        **for_pool: Any,
+    ) -> None:
+        # create_async_engine hands on what it finds in this signature, and overlooks what is keyword-only.
+        Pool.__init__(self, creator, **for_pool)
+        ConnectionPool.__init__(self, settings, watch, clock, trace=trace)
+        self._connector = connector
+        self._on_connect = on_connect
+
+    def adopt(self, entry: ConnectionPoolEntry, connect: Callable[[], T]) -> T:
+        """Let SQLAlchemy `connect` to what `acquire` gave; it is SQLAlchemy that gives it back then."""
+        adopting = _adopted.set(entry)
+        try:
+            return connect()
+        finally:
+            _adopted.reset(adopting)
+
+    # Opening.
+
+    @property
+    def login_seconds(self) -> float:
+        """Seconds after which a login is given up, whoever still waits for it."""
+        return self._connector.login_seconds
+
+    async def connect_slot(self, deadline: float) -> tuple[ConnectionPoolEntry, KeptAliveConnection]:
+        """Open a connection, and have SQLAlchemy make it known to its dialect, all by `deadline`.
+
+        Raises: DatabaseUnreachable, or one of DRIVER_FAILURES.
+        """
+        connection = await self._connector.open(deadline)
+        _opened.set(connection)
+        # The dialect asks the first connection of an engine for the server's version and more.
+        guard = asyncio.get_running_loop().call_at(deadline, connection.cut)
+        try:
+            if self._on_connect is not None:
+                await self._on_connect(connection)
+            entry = cast("ConnectionPoolEntry", await greenlet_spawn(self._create_connection))
+        except (DBAPIError, EmulatedDBAPIException) as error:
+            connection.terminate()
+            raise DatabaseUnreachable(f"The database cannot be reached: {error}.") from error
+        except BaseException:
+            connection.terminate()
+            raise
+        finally:
+            guard.cancel()
+        return entry, connection
+
+    # SQLAlchemy's side.
+
+    def _do_get(self) -> ConnectionPoolEntry:
+        if (adopted := _adopted.get()) is not None:
+            return adopted
+        warm = self._take_warm()
+        return await_(self.acquire()) if warm is None else warm
+
+    def _do_return_conn(self, record: ConnectionPoolEntry) -> None:
+        self.release(record)
+
+    def _invalidate(
+        self,
+        connection: PoolProxiedConnection,
+        exception: BaseException | None = None,
+        _checkin: bool = True,  # noqa: FBT001, FBT002  # SQLAlchemy's signature.
+    ) -> None:
+        # SQLAlchemy would replace every connection of the pool when one is lost. Each of ours is looked at when
+        # it is taken; whoever knows that all are lost says so by `abandon` or `dispose`.
+        if _checkin and connection.is_valid:
+            connection.invalidate(exception)
+
+    def dispose(self) -> None:
+        """Close the idle connections; those at work are closed when they come back."""
+        ConnectionPool.dispose(self)
+
+    def recreate(self) -> Self:
+        """Return this pool: after `dispose` it goes on, and its figures stay right for what is still out."""
+        return self
+
+    def status(self) -> str:
+        """Describe the pool in one line, as SQLAlchemy's own pools do."""
+        return str(self.figures())
+
+    def frame(self) -> FrameType:
+        """Return a frame that leads to the one who asked, from inside SQLAlchemy's greenlet too."""
+        parent = getcurrent().parent
+        return super().frame() if parent is None else cast("FrameType", parent.gr_frame)
+
+
+async def opened_connection() -> KeptAliveConnection:
+    """Give SQLAlchemy the connection that the pool has opened: `connect_args={"async_creator_fn": …}`."""
+    return _opened.get()
+
+
+class EngineWatch:
+    """Times every statement of an engine, logs the slow ones, and names the failures that SQLAlchemy leaves bare."""
+
+    def __init__(self, engine: AsyncEngine, pool: BoundedPool, watch: PoolWatch, *, writable: bool) -> None:
+        self._pool = pool
+        self._writable = writable
+        self._watch = watch
+        for name, listener in (
+            ("before_cursor_execute", self._started),
+            ("after_cursor_execute", self._succeeded),
+            ("handle_error", self._failed),
+        ):
+            event.listen(engine.sync_engine, name, listener)
+
+    def _started(self, connection: Connection, *rest: Any) -> None:
+        # cursor, statement, parameters, context, executemany
+        if effect_of(rest[1]):
+            # The dialect keeps prepared statements, so the connection itself sees a text once.
+            connection.info["checkout"].connection.watch(rest[1])
+        connection.info["checkout"].asked_at = rest[3].started_at = time.perf_counter()
+
+    def _succeeded(self, connection: Connection, *rest: Any) -> None:
+        self._finished(connection, rest[1], rest[3])
+
+    def _finished(self, connection: Connection, statement: str, context: Any) -> None:
+        self._watch.answered(connection.info["checkout"], statement, time.perf_counter() - context.started_at)
+
+    def _failed(self, failure: ExceptionContext) -> None:
+        connection, context, error = failure.connection, failure.execution_context, failure.original_exception
+        if connection is not None and hasattr(context, "started_at"):
+            self._finished(connection, failure.statement or "", context)
+        forget_row(error.__cause__)
+        name_database(error, self._watch.pool)
+        if isinstance(error.__cause__, asyncpg.DataError):
+            # The adapter and SQLAlchemy have both copied the sentence by now.
+            error.args = cast("Exception", failure.sqlalchemy_exception).args = error.__cause__.args
+        state = sqlstate(error) or ""
+        if state == READ_ONLY:
+            if not self._writable or connection is None or _reads_only(connection):
+                raise WriteInReadSession("A read session was asked to write.") from error
+            # The address leads to a server that was demoted, and so do all the other connections.
+            failure.is_disconnect = self._pool.leave_demoted()
+        elif state.startswith("57P"):
+            failure.is_disconnect = True
+        elif isinstance(error, OSError):
+            failure.is_disconnect = True
+            raise name_loss(error, self._watch.pool) from error
+
+
+def _reads_only(connection: Connection) -> bool:
+    return bool(connection.get_execution_options().get("postgresql_readonly"))

@@ -1,0 +1,291 @@
+"""A connection that knows what was done with it: what has to be undone before somebody else has it.
+
+Every statement passes here, SQLAlchemy's, those of `rows` and those of whoever uses the driver's connection, and each
+text is judged once (`effects.py`). Where nothing was done, nothing is asked and nothing undone. asyncpg and SQLAlchemy
+begin and end transactions by `Transaction`, which says aloud what PostgreSQL only hints at.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Coroutine
+from operator import attrgetter
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+import asyncpg
+
+from pglifeguard.effects import Effect, effect_of
+from pglifeguard.errors import ConnectionLost, OutcomeUnknown, TransactionAborted
+
+if TYPE_CHECKING:
+
+    class _Connection(asyncpg.Connection[asyncpg.Record]):
+        """What asyncpg's stubs leave out of a connection."""
+
+        _protocol: Any
+        _transport: asyncio.Transport
+        _listeners: dict[str, Any]
+
+        async def _get_statement(self, query: str, *rest: Any, **options: Any) -> Any: ...
+        async def _copy_in(self, copy_stmt: str, source: Any, timeout: float | None) -> str: ...  # noqa: ASYNC109
+        async def _copy_out(self, copy_stmt: str, output: Any, timeout: float | None) -> str: ...  # noqa: ASYNC109
+
+else:
+    _Connection = asyncpg.Connection
+
+# What a connection can fail with, asyncpg's own. A TimeoutError is an OSError.
+ASYNCPG_FAILURES = (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError)
+# Seconds that undoing may take; a connection is closed when it takes longer.
+RESET_SECONDS = 2.0
+# DISCARD ALL without DEALLOCATE ALL: prepared statements are the driver's, and stay.
+RESET = """
+    SET SESSION AUTHORIZATION DEFAULT; RESET ALL; CLOSE ALL; SELECT pg_advisory_unlock_all(); DISCARD TEMP
+"""
+UNLISTEN = "; UNLISTEN *"
+# What asyncpg says of a connection that is not ready for a statement.
+BUSY = "another operation"
+# PostgreSQL tells the driver of these at every change; of search_path since 18.
+REPORTED = (
+    "search_path",
+    "TimeZone",
+    "DateStyle",
+    "IntervalStyle",
+    "application_name",
+    "session_authorization",
+)
+
+SWALLOWED = "A statement failed, its error was swallowed, and nothing can be committed."
+UNKNOWN = (
+    "The connection was lost while the change was being committed, so it may or may not have been made. "
+    "Read before you try again, or send the request with an Idempotency-Key."
+)
+LOST = "The connection to the database was lost; nothing was committed."
+CONTROL = (
+    "a session begins and ends its transaction itself: write `await session.commit()` or `await session.rollback()` in "
+    "place of COMMIT or ROLLBACK, and `session.begin_nested()` for a savepoint"
+)
+OUTSIDE = (
+    "the session has ended its transaction, and this would be stored at once: ask the session for its connection "
+    "again, which begins the next transaction"
+)
+POOLED = (
+    "behind a pooler the server's session belongs to whoever comes next, so nothing may be left in it: write SET LOCAL "
+    "or set_config(…, true) in place of SET, and pg_advisory_xact_lock in place of pg_advisory_lock; LISTEN, temporary "
+    "tables and cursors WITH HOLD need a connection past the pooler"
+)
+
+
+class WatchedConnection(_Connection):
+    """asyncpg's connection, which keeps account of what its users leave behind.
+
+    `left` is the furthest-reaching effect since the last reset. While `bound` is set, a session has begun a transaction
+    here, and nothing is sent outside one. `committed` says that a COMMIT was answered since a session took it.
+    """
+
+    __slots__ = ("_told", "bound", "committed", "left", "pooled", "reported")
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.bound = False
+        self.committed = False
+        # Whether a pooler stands in between; whoever opens the connection finds out.
+        self.pooled = False
+        self.opened()
+
+    def opened(self) -> None:
+        """Take what the connection is now for what everybody finds."""
+        settings = self._protocol.get_settings()
+        self.left = Effect.ROWS
+        # What the server itself says of some settings whenever they change, whoever changed them.
+        self._told = attrgetter("client_encoding", *(name for name in REPORTED if getattr(settings, name, None)))
+        self.reported = self._told(settings)
+
+    @property
+    def needs_reset(self) -> bool:
+        """Whether something was left behind that the next one to have this connection must not find."""
+        protocol = self._protocol
+        if self.left >= Effect.DOUBT or protocol is None or protocol.is_in_transaction():
+            return True
+        return bool(self._told(protocol.get_settings()) != self.reported)
+
+    def settle(self) -> str | None:
+        """End the hold of a session; say why the connection must not be used again, None when it may be."""
+        self.bound = self.committed = False
+        return "session_state" if self.needs_reset else None
+
+    async def reset(self, *, timeout: float | None = RESET_SECONDS) -> None:  # noqa: ASYNC109  # asyncpg's signature.
+        """Undo what was left behind, or close the connection when that cannot be done within `timeout` seconds."""
+        if self.is_closed() or self.left >= Effect.CONNECTION or self.is_in_transaction():
+            self.terminate()
+            return
+        seconds = RESET_SECONDS if timeout is None else timeout
+        cut = asyncio.get_running_loop().call_later(seconds, self._transport.abort)
+        try:
+            # A standby knows no LISTEN, and refuses to UNLISTEN.
+            standby = getattr(self.get_settings(), "in_hot_standby", "off") == "on"
+            await super().execute(RESET if standby else RESET + UNLISTEN)
+            self._listeners.clear()
+        except BaseException as error:
+            self.terminate()
+            if not isinstance(error, ASYNCPG_FAILURES):
+                raise
+        finally:
+            cut.cancel()
+        self.left = Effect.ROWS
+
+    # Transactions.
+
+    def transaction(  # type: ignore[override]  # SQLAlchemy and `async with` need no more of one than this.
+        self,
+        *,
+        isolation: str | None = None,
+        readonly: bool = False,
+        deferrable: bool = False,
+    ) -> "Transaction":
+        """Return a transaction, or a savepoint when one is open already: by `async with`, or start and end it."""
+        words = f" ISOLATION LEVEL {isolation.replace('_', ' ').upper()}" if isolation else ""
+        words += " READ ONLY" if readonly else ""
+        return Transaction(self, f"BEGIN{words}{' DEFERRABLE' if deferrable else ''};")
+
+    def control(self, words: str) -> Coroutine[Any, Any, str]:
+        """Send what begins or ends a transaction; return, when awaited, PostgreSQL's word for what it did."""
+        return super().execute(words)
+
+    # What passes here: asyncpg sends a text as it is, prepares it, or copies by it.
+
+    async def execute(self, query: str, *args: Any, timeout: float | None = None) -> str:  # noqa: ASYNC109  # asyncpg's.
+        """Run one or more statements as asyncpg does.
+
+        Raises: RuntimeError for what must not be sent from here, with what to do instead.
+        """
+        if not args:
+            self.watch(query)
+        return await super().execute(query, *args, timeout=timeout)
+
+    def _get_statement(self, query: str, *rest: Any, **options: Any) -> Coroutine[Any, Any, Any]:
+        # No coroutine more for a statement that reads and writes rows where it should.
+        if effect_of(query) or (self.bound and not self.is_closed() and not self._protocol.is_in_transaction()):
+            return self._get_watched(query, *rest, **options)
+        return super()._get_statement(query, *rest, **options)
+
+    async def _get_watched(self, query: str, *rest: Any, **options: Any) -> Any:
+        self.watch(query)
+        return await super()._get_statement(query, *rest, **options)
+
+    async def _copy_in(self, copy_stmt: str, source: Any, timeout: float | None) -> str:  # noqa: ASYNC109  # asyncpg's.
+        self.watch(copy_stmt)
+        return await super()._copy_in(copy_stmt, source, timeout)
+
+    async def _copy_out(self, copy_stmt: str, output: Any, timeout: float | None) -> str:  # noqa: ASYNC109  # asyncpg's.
+        self.watch(copy_stmt)
+        return await super()._copy_out(copy_stmt, output, timeout)
+
+    def watch(self, query: str) -> None:
+        """Keep account of a text that is about to be sent.
+
+        Raises: RuntimeError when it must not be: it ends the session's transaction, would be outside of one, or leaves
+        something in a server's session that belongs to a pooler's next client.
+        """
+        effect = effect_of(query)
+        if effect is Effect.CONTROL:
+            raise RuntimeError(CONTROL)
+        if self.bound and not self.is_closed() and not self.is_in_transaction():
+            raise RuntimeError(OUTSIDE)
+        if effect >= Effect.SESSION and self.pooled:
+            raise RuntimeError(POOLED)
+        self.left = max(self.left, effect)
+
+    # What asyncpg keeps on this side of the connection, and has no way to list.
+
+    def add_log_listener(self, callback: Callable[..., Any]) -> None:
+        """Call back for the server's notices, for as long as this connection is held."""
+        self.left = Effect.CONNECTION
+        super().add_log_listener(callback)
+
+    def add_termination_listener(self, callback: Callable[..., Any]) -> None:
+        """Call back when the connection ends, which it does when it is given back."""
+        self.left = Effect.CONNECTION
+        super().add_termination_listener(callback)
+
+    def add_query_logger(self, callback: Callable[..., Any]) -> None:
+        """Call back for each statement, for as long as this connection is held."""
+        self.left = Effect.CONNECTION
+        super().add_query_logger(callback)
+
+    async def set_type_codec(self, *arguments: Any, **options: Any) -> None:
+        """Read and write a type differently, for as long as this connection is held."""
+        self.left = Effect.CONNECTION
+        await super().set_type_codec(*arguments, **options)
+
+    async def reset_type_codec(self, *arguments: Any, **options: Any) -> None:
+        """Read and write a type as asyncpg does, for as long as this connection is held."""
+        self.left = Effect.CONNECTION
+        await super().reset_type_codec(*arguments, **options)
+
+    async def set_builtin_type_codec(self, *arguments: Any, **options: Any) -> None:
+        """Read and write a type as another one, for as long as this connection is held."""
+        self.left = Effect.CONNECTION
+        await super().set_builtin_type_codec(*arguments, **options)
+
+
+class Transaction:
+    """A transaction, or a savepoint in one, begun and ended by hand: what asyncpg's users and SQLAlchemy ask of one."""
+
+    __slots__ = ("_connection", "_savepoint", "_words")
+
+    def __init__(self, connection: WatchedConnection, words: str) -> None:
+        self._connection = connection
+        self._words = words
+        self._savepoint: str | None = None
+
+    def start(self) -> Awaitable[str]:
+        """Begin."""
+        if self._connection.is_in_transaction():
+            self._savepoint = f"lifeguard_{id(self):x}"
+            return self._connection.control(f"SAVEPOINT {self._savepoint}")
+        return self._connection.control(self._words)
+
+    async def commit(self) -> None:
+        """Commit, or release the savepoint.
+
+        Raises: TransactionAborted when a statement had failed: PostgreSQL answers COMMIT with a silent ROLLBACK then.
+        ConnectionLost when nothing was sent any more, OutcomeUnknown when COMMIT was sent and nobody answered.
+        """
+        connection = self._connection
+        if self._savepoint is not None:
+            await connection.control(f"RELEASE SAVEPOINT {self._savepoint}")
+            return
+        if connection.is_closed():
+            raise ConnectionLost(LOST)
+        try:
+            answer = await connection.control("COMMIT;")
+        except ASYNCPG_FAILURES as error:
+            if BUSY in str(error):
+                # It was not sent: the server had ended the connection, whose socket is not seen to close yet.
+                connection.terminate()
+                raise ConnectionLost(LOST) from error
+            if isinstance(error, OSError) or connection.is_closed():
+                connection.terminate()
+                raise OutcomeUnknown(UNKNOWN) from error
+            raise
+        if answer != "COMMIT":
+            raise TransactionAborted(SWALLOWED)
+        connection.committed = True
+
+    def rollback(self) -> Awaitable[str]:
+        """Take back what was done, or what was done since the savepoint."""
+        words = "ROLLBACK;" if self._savepoint is None else f"ROLLBACK TO SAVEPOINT {self._savepoint}"
+        return self._connection.control(words)
+
+    async def __aenter__(self) -> Self:
+        """Begin."""
+        await self.start()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Commit, or roll back after an error."""
+        if error is None:
+            await self.commit()
+        else:
+            await self.rollback()

@@ -1,0 +1,389 @@
+"""`python -m app …`, from the outside where a process is the point, else through Typer's own runner."""
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import asyncpg
+import httpx
+import jwt
+import pytest
+import uvicorn
+from sqlalchemy.engine import make_url
+from typer.testing import CliRunner, Result
+
+from app.cli import cli
+from local.postgres import free_port
+from local.waiting import eventually
+from pglifeguard.serving.protocol import LimitedProtocol
+from tests.conftest import Database
+
+SECRET = "0123456789abcdef0123456789abcdef"
+# Long, for a machine that is busy: whoever is ready is not waited for.
+START_SECONDS = 60
+NAME = "told-apart"
+# A single process of uvicorn sends itself the signal again once it has ended in good order.
+ENDED = {0, -signal.SIGTERM}
+MODULE = ("-m", "app", "serve")
+FACTORY = ("-m", "uvicorn", "--factory", "app.main:create_app")
+
+
+@dataclass
+class Process:
+    """A server as a process of its own."""
+
+    url: str
+    client: httpx.AsyncClient
+    process: asyncio.subprocess.Process
+    log: Path
+
+    async def stop(self) -> int:
+        """Send SIGTERM and return the exit status."""
+        self.process.send_signal(signal.SIGTERM)
+        return await asyncio.wait_for(self.process.wait(), 15)
+
+
+@asynccontextmanager
+async def served(directory: Path, environment: dict[str, str], *arguments: str) -> AsyncIterator[Process]:
+    """Run `python …` with a port, wait until it is ready, and make sure that it ends."""
+    port, log = free_port(), directory / "log"
+    with log.open("wb") as output:
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, *arguments, "--port", str(port),
+            env=os.environ | environment | {"DATABASE_APPLICATION_NAME": NAME}, stdout=output, stderr=output,
+        )  # fmt: skip
+    url = f"http://127.0.0.1:{port}"
+    async with httpx.AsyncClient(base_url=url, timeout=10, trust_env=False) as client:
+
+        async def ready_or_ended() -> bool:
+            try:
+                return (await client.get("/health/ready")).is_success
+            except httpx.TransportError:
+                return process.returncode is not None
+
+        try:
+            ready = await eventually(ready_or_ended, START_SECONDS)
+            assert ready, log.read_text(encoding="utf-8")
+            assert process.returncode is None, log.read_text(encoding="utf-8")
+            yield Process(url, client, process, log)
+        finally:
+            if process.returncode is None:
+                process.kill()
+                await process.wait()
+
+
+async def sessions(database: Database) -> int:
+    """Count the sessions that a served process holds."""
+    connection = await asyncpg.connect(database.url("postgres"))
+    try:
+        return int(await connection.fetchval("SELECT count(*) FROM pg_stat_activity WHERE application_name = $1", NAME))
+    finally:
+        await connection.close()
+
+
+async def run(*arguments: str, **environment: str) -> Result:
+    """Run a command in a thread, for it has an event loop of its own."""
+    return await asyncio.to_thread(CliRunner().invoke, cli, arguments, env=environment | {"COLUMNS": "200"})
+
+
+async def test_serve_finishes_what_is_in_flight_on_sigterm(database: Database, tmp_path: Path) -> None:
+    """A request that waits for a lock when SIGTERM comes is answered; then no session is left on the server."""
+    blocker = await asyncpg.connect(database.url("postgres"))
+    only_primary = {"DATABASE_URL": database.url()}
+    async with served(tmp_path, only_primary, *MODULE) as server:
+        transaction = blocker.transaction()
+        await transaction.start()
+        await blocker.execute("LOCK TABLE patients")
+        slow = asyncio.create_task(server.client.get("/patients/1"))
+
+        async def waits() -> bool:
+            asked = "SELECT count(*) FROM pg_stat_activity WHERE application_name = $1 AND wait_event_type = 'Lock'"
+            return bool(await blocker.fetchval(asked, NAME))
+
+        assert await eventually(waits, 5)
+        server.process.send_signal(signal.SIGTERM)
+
+        async def refuses() -> bool:
+            async with httpx.AsyncClient(trust_env=False) as client:
+                try:
+                    await client.get(f"{server.url}/health/live")
+                except httpx.ConnectError:
+                    return True
+                return False
+
+        assert await eventually(refuses, 5)
+        await transaction.rollback()
+        answer = await slow
+
+        assert (answer.status_code, answer.headers["content-type"]) == (404, "application/problem+json")
+        assert await asyncio.wait_for(server.process.wait(), 15) in ENDED
+    await blocker.close()
+    assert await sessions(database) == 0
+
+
+async def test_serve_tells_nothing_about_itself(database: Database, tmp_path: Path) -> None:
+    """There is no Server header, no access log by default, and log lines are JSON when nobody looks."""
+    async with served(tmp_path, database.environment(), *MODULE) as server:
+        answer = await server.client.get("/patients")
+
+        assert answer.status_code == 200
+        assert "server" not in answer.headers
+        assert await server.stop() in ENDED
+        lines = server.log.read_text(encoding="utf-8").splitlines()
+        assert all(line.startswith("{") for line in lines), lines
+        assert not [line for line in lines if "GET /patients" in line]
+
+
+async def test_access_log_can_be_had(database: Database, tmp_path: Path) -> None:
+    """ACCESS_LOG=true writes a line for each request."""
+    async with served(tmp_path, database.environment() | {"ACCESS_LOG": "true"}, *MODULE) as server:
+        await server.client.get("/patients")
+        await server.stop()
+
+        assert "GET /patients" in server.log.read_text(encoding="utf-8")
+
+
+async def test_workers_share_a_port_and_end_together(database: Database, tmp_path: Path) -> None:
+    """Two workers serve, and SIGTERM to their parent leaves neither process nor session."""
+    async with served(tmp_path, database.environment(), *MODULE, "--workers", "2") as server:
+        started = server.log.read_text(encoding="utf-8").count("Started server process")
+
+        assert started >= 1
+        assert (await server.client.get("/users")).status_code == 200
+        assert await server.stop() == 0
+    assert await sessions(database) == 0
+
+
+async def test_worker_may_take_its_time_to_start(database: Database, tmp_path: Path) -> None:
+    """On a machine on which importing takes longer than uvicorn waits by itself, workers start all the same."""
+    slow = "import sys, time\nif '--multiprocessing-fork' in sys.argv:\n    time.sleep(7)\n"
+    (tmp_path / "sitecustomize.py").write_text(slow, encoding="utf-8")
+    environment = database.environment() | {"PYTHONPATH": str(tmp_path)}
+
+    async with served(tmp_path, environment, *MODULE, "--workers", "2") as server:
+        assert (await server.client.get("/users")).status_code == 200
+        assert "died" not in server.log.read_text(encoding="utf-8")
+        assert await server.stop() == 0
+
+
+async def test_uvicorn_serves_the_factory(database: Database, tmp_path: Path) -> None:
+    """`uvicorn --factory app.main:create_app` works with a plain DATABASE_URL and nothing else."""
+    async with served(tmp_path, {"DATABASE_URL": database.url()}, *FACTORY) as server:
+        answer = await server.client.post("/users", json={"email": "ada@example.com", "full_name": "Ada"})
+
+        assert answer.status_code == 201
+
+
+@pytest.mark.parametrize("arguments", [MODULE, FACTORY])
+def test_wrong_settings_end_the_start_with_a_sentence(arguments: tuple[str, ...]) -> None:
+    """A mistake in the environment is a sentence and a status, no traceback."""
+    environment = os.environ | {"DATABASE_URL": "mysql://x/y"}
+
+    ended = subprocess.run(
+        [sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=20, check=False
+    )
+
+    assert ended.returncode != 0
+    assert "DATABASE_URL: has the scheme 'mysql'" in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+def test_serve_gives_uvicorn_its_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Proxies are believed by address only, and the graceful timeout is longer than any statement."""
+    given: dict[str, Any] = {}
+    monkeypatch.setattr(uvicorn, "run", lambda app, **options: given.update(options, app=app))
+    for name in ("HOST", "PORT", "WORKERS"):
+        monkeypatch.setenv(name, "1")  # Restored afterwards: the command sets them for its workers.
+    environment = {
+        "DATABASE_URL": "postgresql://a@b/c",
+        "TRUSTED_PROXIES": "10.0.0.1",
+        "STATEMENT_TIMEOUT_SECONDS": "5",
+    }
+
+    result = CliRunner().invoke(cli, ["serve", "--port", "8123", "--workers", "3"], env=environment)
+
+    assert result.exit_code == 0, result.output
+    assert (given["app"], given["factory"]) == ("app.main:create_app", True)
+    assert (given["port"], given["workers"], given["host"]) == (8123, 3, "1")
+    assert (given["loop"], given["http"], given["lifespan"]) == ("uvloop", LimitedProtocol, "on")
+    assert (given["forwarded_allow_ips"], given["access_log"]) == ("10.0.0.1", False)
+    assert given["timeout_graceful_shutdown"] > 5
+
+
+async def test_doctor_reaches_every_database(database: Database) -> None:
+    """Each database is named with its place and state; the arithmetic and the formulas are shown."""
+    result = await run("doctor", **database.environment())
+
+    assert result.exit_code == 0, result.output
+    for expected in ("DATABASE_URL", "DATABASE_REPLICA_URL", "DATABASE_ANALYTICS_URL", "background worker"):
+        assert expected in result.output
+    assert result.output.count("healthy") == 3
+    assert "1 workers x 1 instances = at most 37 connections" in result.output
+    assert "app_rw" not in result.output
+
+
+async def test_doctor_warns_of_more_than_the_server_takes(database: Database) -> None:
+    """Three instances of fifty meet a server of one hundred: the arithmetic is shown before it happens."""
+    sizes = {"DATABASE_POOL_SIZE": "40", "DATABASE_MAX_OVERFLOW": "10", "INSTANCES": "3"}
+
+    calm = await run("doctor", DATABASE_URL=database.url())
+    result = await run("doctor", DATABASE_URL=database.url(), **sizes)
+
+    assert "Too many" not in calm.output
+    assert result.exit_code == 0, result.output
+    said = " ".join(result.output.split())
+    assert "Too many for max_connections" in said
+    assert "1 workers x 3 instances x (40 + 10 + 1) + (2 + 2 + 1) = 168 connections > 100 - 3 reserved" in said
+
+
+async def test_platforms_variables_are_told_once(database: Database, tmp_path: Path) -> None:
+    """What looks like a setting and is none is a line of the service's log, and of what doctor says."""
+    environment = database.environment() | {"DATABASE_SERVICE_HOST": "10.0.0.1"}
+    sentence = "DATABASE_SERVICE_HOST is not a setting of this service."
+
+    examined = await run("doctor", **environment)
+    async with served(tmp_path, environment, *MODULE) as server:
+        log = server.log.read_text(encoding="utf-8")
+
+    assert examined.exit_code == 0, examined.output
+    assert " ".join(examined.output.split()).count(sentence) == 1
+    assert log.count(sentence) == 1
+
+
+async def test_doctor_fails_when_a_database_does_not_answer(database: Database) -> None:
+    """A database that is down is said, and is the exit status."""
+    down = f"postgresql://a:hunter2@127.0.0.1:{free_port()}/x"
+
+    result = await run("doctor", DATABASE_URL=database.url(), DATABASE_REPLICA_URL=down)
+
+    assert result.exit_code == 1
+    assert "cannot be reached" in result.output
+    assert "hunter2" not in result.output
+
+
+async def test_doctor_fails_when_the_primary_takes_no_writes(database: Database) -> None:
+    """A standby answers every question, and no write of the service would succeed there."""
+    result = await run("doctor", DATABASE_URL=database.replica_url("app_rw"))
+
+    assert result.exit_code == 1
+    assert "takes no writes" in result.output
+
+
+@pytest.mark.parametrize("command", ["doctor", "connections"])
+async def test_of_several_hosts_the_primary_is_asked(database: Database, command: str) -> None:
+    """The standby comes first in the URL, and is passed by as the service passes it by."""
+    standby, primary = (make_url(url) for url in (database.replica_url("app_rw"), database.url()))
+    hosts = f"{standby.host}:{standby.port},{primary.host}:{primary.port}"
+    url = database.url().replace(f"{primary.host}:{primary.port}", hosts)
+    here = await asyncpg.connect(database.url(), server_settings={"application_name": "on-the-primary"})
+
+    result = await run(command, DATABASE_URL=url)
+    await here.close()
+
+    assert result.exit_code == 0, result.output
+    assert "no writes" not in result.output
+    if command == "connections":
+        assert "on-the-primary" in result.output
+
+
+async def test_connections_are_listed_and_closed_when_idle(database: Database) -> None:
+    """The list shows who is there; --close-idle ends this service's own sessions that idle, and no others."""
+    mine = await asyncpg.connect(database.url(), server_settings={"application_name": NAME})
+    other = await asyncpg.connect(database.url(), server_settings={"application_name": "another"})
+    await mine.execute("SELECT 'forgotten'")
+    environment = {"DATABASE_URL": database.url(), "DATABASE_APPLICATION_NAME": NAME}
+
+    async def idle_for_a_second() -> bool:
+        asked = "SELECT bool_and(state_change < clock_timestamp() - interval '1.1 s') FROM pg_stat_activity "
+        return bool(await other.fetchval(asked + "WHERE application_name = $1", NAME))
+
+    listed = await run("connections", **environment)
+    assert await eventually(idle_for_a_second, 5)
+    closing = await run("connections", "--close-idle", "--idle-seconds", "1", **environment)
+
+    assert listed.exit_code == 0, listed.output
+    assert NAME in listed.output
+    assert "forgotten" in listed.output
+    assert "Closed 1 connections idle for 1 s." in closing.output
+    assert await other.fetchval("SELECT 1") == 1
+
+    async def gone() -> bool:
+        return mine.is_closed()
+
+    assert await eventually(gone, 5)
+    await other.close()
+
+
+async def test_connections_show_who_blocks_whom(database: Database) -> None:
+    """A session of another role that holds a lock is listed, and named beside the one that waits for it."""
+    owner = await asyncpg.connect(database.url("app_owner"), server_settings={"application_name": "migration"})
+    waiter = await asyncpg.connect(database.url(), server_settings={"application_name": NAME})
+    calm = await run("connections", DATABASE_URL=database.url())
+    await owner.execute("BEGIN; LOCK TABLE patients; SELECT 'quoted'")
+    waiting = asyncio.create_task(waiter.execute("SELECT count(*) FROM patients"))
+
+    async def waits() -> bool:
+        asked = "SELECT true FROM pg_locks WHERE NOT granted AND pid = $1"
+        return bool(await owner.fetchval(asked, waiter.get_server_pid()))
+
+    assert await eventually(waits, 5)
+    result = await run("connections", DATABASE_URL=database.url())
+    await owner.execute("ROLLBACK")
+    await waiting
+
+    assert "Blocked" not in calm.output
+    assert result.exit_code == 0, result.output
+    (row,) = [line for line in result.output.splitlines() if "AccessShareLock on relation patients" in line]
+    cells = [cell.strip() for cell in row.strip("│").split("│")]
+    assert cells[:2] == [str(waiter.get_server_pid()), NAME]
+    assert cells[4:8] == [str(owner.get_server_pid()), "app_owner", "migration", "idle in transaction"]
+    assert [line for line in result.output.splitlines() if "migration" in line and line != row]
+    assert "quoted" not in result.output
+    assert "SELECT count(*) FROM patients" in result.output
+    await owner.close()
+    await waiter.close()
+
+
+async def test_connections_say_when_the_database_is_down() -> None:
+    """No traceback: a sentence and a status."""
+    result = await run("connections", DATABASE_URL=f"postgresql://a@127.0.0.1:{free_port()}/x")
+
+    assert result.exit_code == 2
+    assert "cannot be reached" in result.stderr
+
+
+async def test_token_is_signed_with_the_secret() -> None:
+    """The token names subject, scopes and an end, and stands alone on its line."""
+    result = await run(
+        "token", "--scope", "read", "--scope", "ops", "--subject", "me", "--hours", "1",
+        DATABASE_URL="postgresql://a@b/c", AUTH_SECRET=SECRET,
+    )  # fmt: skip
+
+    claims = jwt.decode(result.stdout.strip(), SECRET, algorithms=["HS256"])
+    assert (claims["sub"], claims["scope"]) == ("me", "read ops")
+    assert claims["exp"] - claims["iat"] == timedelta(hours=1).total_seconds()
+
+
+async def test_token_needs_a_secret_and_a_known_scope() -> None:
+    """Without AUTH_SECRET there is nothing to sign with; a scope that no route asks for is refused."""
+    open_service = await run("token", "--scope", "read", DATABASE_URL="postgresql://a@b/c")
+    unknown = await run("token", "--scope", "admin", DATABASE_URL="postgresql://a@b/c", AUTH_SECRET=SECRET)
+
+    assert (open_service.exit_code, "AUTH_SECRET is not set" in open_service.stderr) == (2, True)
+    assert (unknown.exit_code, "choose from read, write, ops" in unknown.stderr) == (2, True)
+
+
+async def test_budget_is_checked_before_serving() -> None:
+    """Settings that can open more connections than the server grants start nothing, and show the arithmetic."""
+    result = await run("serve", DATABASE_URL="postgresql://a@b/c", CONNECTION_LIMIT="10", WORKERS="2")
+
+    assert result.exit_code == 2
+    assert "2 workers x 1 instances x (10 + 5 + 1) + (2 + 2 + 1) = 42 connections > 10 - 3" in result.stderr

@@ -1,0 +1,446 @@
+"""Tokens open the routes that their scopes name, before any connection is taken."""
+
+import asyncio
+import re
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, cast
+
+import jwt
+import pytest
+from fastapi import APIRouter, FastAPI, Request, Response, WebSocket
+from fastapi.middleware.cors import CORSMiddleware
+from fastapi.routing import APIRoute, iter_route_contexts
+from fastapi.staticfiles import StaticFiles
+from fastapi.testclient import TestClient
+from pydantic import SecretStr
+from starlette.routing import Match
+
+from app import patients, reports, security, users
+from app.main import create_app
+from app.security import OPEN, Scope, issue_token, needs
+from pglifeguard.fastapi import debug, exposition, health
+from tests.conftest import Database
+from tests.service import Service, serving
+
+SECRET = "0123456789abcdef" * 4
+
+
+@pytest.fixture
+async def guarded(database: Database) -> AsyncIterator[Service]:
+    """Give a service with a secret."""
+    async with serving(database.settings(auth_secret=SECRET, replica=False)) as running:
+        yield running
+
+
+def bearer(*scopes: Scope, hours: float = 1, secret: str = SECRET) -> dict[str, str]:
+    """Give the header of a token."""
+    token = issue_token(SecretStr(secret), subject="test", scopes=list(scopes), lifetime=timedelta(hours=hours))
+    return {"Authorization": f"Bearer {token}"}
+
+
+def signed(claims: dict[str, Any], algorithm: str = "HS256") -> dict[str, str]:
+    """Give the header of a token with these claims."""
+    return {"Authorization": f"Bearer {jwt.encode(claims, None if algorithm == 'none' else SECRET, algorithm)}"}
+
+
+async def test_scopes_open_their_methods(guarded: Service) -> None:
+    """`read` reads, `write` writes, `ops` operates; none of them does the others' work."""
+    requests: list[tuple[str, str, Scope]] = [
+        ("GET", "/users", "read"),
+        ("GET", "/reports/summary", "read"),
+        ("POST", "/users", "write"),
+        ("DELETE", "/patients/1", "write"),
+        ("GET", "/debug/pool-stats", "ops"),
+        ("GET", "/debug/connections", "ops"),
+    ]
+    scopes: tuple[Scope, ...] = ("read", "write", "ops")
+    for method, path, needed in requests:
+        for scope in scopes:
+            answer = await guarded.client.request(method, path, headers=bearer(scope))
+
+            if scope == needed:
+                assert answer.status_code not in {401, 403}, (method, path, scope)
+            else:
+                assert (answer.status_code, answer.json()["code"]) == (403, "forbidden"), (method, path, scope)
+
+
+LATER = datetime.now(UTC) + timedelta(hours=1)
+WRONG = {
+    "none": {},
+    "another scheme": {"Authorization": "Basic YTpi"},
+    "no token": {"Authorization": "Bearer "},
+    "no JWT": {"Authorization": "Bearer x.y.z"},
+    "another secret": bearer("read", secret="another-secret-another-secret-12345"),
+    "expired": bearer("read", hours=-1),
+    "without an end": signed({"sub": "x", "scope": "read"}),
+    "without a subject": signed({"exp": LATER, "scope": "read"}),
+    "unsigned": signed({"sub": "x", "exp": LATER, "scope": "read"}, "none"),
+    "another algorithm": signed({"sub": "x", "exp": LATER, "scope": "read"}, "HS384"),
+}
+
+
+@pytest.mark.parametrize("headers", WRONG.values(), ids=WRONG)
+async def test_wrong_token_is_401_before_any_connection(guarded: Service, headers: dict[str, str]) -> None:
+    """The answer says how to come in, repeats no token, and the database hears nothing."""
+    answer = await guarded.client.get("/users", headers=headers)
+
+    assert (answer.status_code, answer.json()["code"]) == (401, "unauthorized")
+    assert answer.headers["www-authenticate"] == "Bearer"
+    assert guarded.sample("db_connection_acquire_seconds_count", pool="primary") == 0
+
+
+async def test_token_without_scopes_opens_nothing(guarded: Service) -> None:
+    """A scope that is no text, or missing, is none."""
+    for claims in ({}, {"scope": None}, {"scope": 5}, {"scope": "reader"}):
+        answer = await guarded.client.get("/users", headers=signed({"sub": "x", "exp": LATER} | claims))
+
+        assert (answer.status_code, answer.json()["code"]) == (403, "forbidden")
+
+
+async def test_probes_metrics_and_documentation_need_no_token(guarded: Service) -> None:
+    """A balancer and Prometheus have no secret, and nobody has one before reading how to get it."""
+    for path in ("/health/live", "/health/ready", "/health/db", "/metrics", "/docs", "/openapi.json"):
+        assert (await guarded.client.get(path)).status_code == 200
+
+
+async def test_document_says_that_a_token_is_needed(guarded: Service, database: Database) -> None:
+    """The OpenAPI document names the scheme where there is a secret, and none where there is not."""
+    document = (await guarded.client.get("/openapi.json")).json()
+    async with serving(database.settings(replica=False)) as unguarded:
+        free = (await unguarded.client.get("/openapi.json")).json()
+
+    assert document["security"] == [{"bearer": []}]
+    assert document["components"]["securitySchemes"]["bearer"]["scheme"] == "bearer"
+    assert "security" not in free
+
+
+async def test_refusal_comes_before_validation(guarded: Service) -> None:
+    """Who may not write learns nothing of what a body must look like."""
+    answer = await guarded.client.post("/patients", json={"mrn": 1}, headers=bearer("read"))
+
+    assert answer.status_code == 403
+
+
+SCOPES: tuple[Scope, ...] = ("read", "write", "ops")
+OPEN_TEMPLATES = {"/health/live", "/health/ready", "/health/db", "/metrics", "/docs", "/openapi.json"}
+# Each with the dependencies that the service includes it with.
+ROUTERS: list[tuple[Any, list[Any]]] = [
+    (patients.router, []),
+    (users.router, []),
+    (reports.router, []),
+    (health.router, [security.OPEN]),
+    (exposition.router, [security.OPEN]),
+    (debug.router, [security.needs("ops")]),
+]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A way to reach a service: what a client writes in front of a route's path, and what the server says of it."""
+
+    before: str = ""
+    root_path: str = ""
+    prefix: str = ""
+    mounted: bool = False
+
+
+SHAPES = {
+    "plain": Shape(),
+    "proxy that leaves the prefix": Shape(before="/api", root_path="/api"),
+    "proxy that strips the prefix": Shape(root_path="/api"),
+    "mounted": Shape(before="/outer", mounted=True),
+    "mounted, behind a proxy": Shape(before="/api/outer", root_path="/api", mounted=True),
+    "included": Shape(before="/v1", prefix="/v1"),
+    "included, behind a proxy": Shape(before="/api/v1", root_path="/api", prefix="/v1"),
+}
+
+
+async def ask(app: Any, method: str, path: str, headers: dict[str, str], *, root_path: str = "") -> int:
+    """Send a request as a server hands it over, its path as it is, and return the status; a WebSocket is `WEBSOCKET`.
+
+    A WebSocket that is accepted answers 101, and one that is closed before answers 403, as servers do.
+    """
+    is_socket = method == "WEBSOCKET"
+    scope: dict[str, Any] = {
+        "type": "websocket" if is_socket else "http",
+        "asgi": {"version": "3.0"},
+        "http_version": "1.1",
+        "scheme": "ws" if is_socket else "http",
+        "path": path,
+        "raw_path": path.encode(),
+        "query_string": b"",
+        "root_path": root_path,
+        "headers": [(b"host", b"test"), *((k.lower().encode(), v.encode()) for k, v in headers.items())],
+        "client": ("127.0.0.1", 1),
+        "server": ("127.0.0.1", 80),
+        "extensions": {"websocket.http.response": {}},
+    }
+    if not is_socket:
+        scope["method"] = method
+    statuses: list[int] = []
+    coming = [{"type": "websocket.connect"} if is_socket else {"type": "http.request", "body": b""}]
+
+    async def receive() -> dict[str, Any]:
+        if not coming:
+            await asyncio.Event().wait()  # The client stays.
+        return coming.pop()
+
+    async def send(message: Any) -> None:
+        known = {"websocket.accept": 101, "websocket.close": 403}
+        statuses.append(message.get("status") or known.get(message["type"], 0))
+
+    await app(scope, receive, send)
+    return statuses[0]
+
+
+def walk(app: FastAPI, shape: Shape) -> Iterator[tuple[str, str, str]]:
+    """List every route and method, those that a route has not included: method, path as a client has it, template."""
+    for route in iter_route_contexts(app.routes):
+        if route.path is not None and route.path.startswith(shape.prefix):
+            template = route.path.removeprefix(shape.prefix)
+            path = shape.before + re.sub(r"\{\w+\}", "1", template)
+            for method in sorted({*(route.methods or ()), "HEAD", "OPTIONS", "BREW"}):
+                yield method, path, template
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+async def test_every_route_is_open_to_whom_it_says(guarded: Service, shape: Shape) -> None:
+    """However the service is reached: without a token 401, with every other scope 403, with its own it is served."""
+    app: FastAPI = guarded.app
+    for router, dependencies in ROUTERS if shape.prefix else ():
+        app.include_router(router, prefix=shape.prefix, dependencies=dependencies)
+    outer = app
+    if shape.mounted:
+        outer = FastAPI()
+        outer.mount("/outer", app)
+    send = partial(ask, outer, root_path=shape.root_path)
+    closed: list[tuple[str, str, Scope]] = []
+
+    for method, path, template in walk(app, shape):
+        if template in OPEN_TEMPLATES:
+            assert await send(method, path, {}) in {200, 405}, (method, path)
+            continue
+        needed: Scope = "ops" if template.startswith("/debug") else "read" if method in {"GET", "HEAD"} else "write"
+        others = bearer(*(scope for scope in SCOPES if scope != needed))
+        assert await send(method, path, {}) == 401, (method, path)
+        assert await send(method, path, others) == 403, (method, path)
+        closed.append((method, path, needed))
+
+    assert guarded.sample("db_connection_acquire_seconds_count", pool="primary") == 0
+    for method, path, needed in closed:
+        assert await send(method, path, bearer(needed)) not in {401, 403}, (method, path)
+    assert len(closed) > 50
+
+
+NOWHERE = [
+    "/nothing",
+    "/",
+    "",
+    "/docsets",
+    "/docs/",
+    "/docs/x",
+    "/openapi.jsonx",
+    "/metrics/",
+    "/metricsx",
+    "/health",
+    "/healthy",
+    "/health/",
+    "/health/live/",
+    "/health/live/x",
+    "/HEALTH/LIVE",
+    "//health/live",
+    "/health//live",
+    "/health/../debug/connections",
+    "/health/live/../../debug/connections",
+    "/debug/./connections",
+    "/./debug/connections",
+    "/DEBUG/connections",
+    "/debug%2Fconnections",
+    "//debug/connections",
+    "/debug/connections/",
+    "/patients/1/../../debug/connections",
+    "/api/debug/connections",
+]
+
+
+@pytest.mark.parametrize("path", NOWHERE)
+async def test_unknown_path_is_refused_like_a_known_one(guarded: Service, path: str) -> None:
+    """Nobody without a token learns which paths there are, and no path is nearly an open one."""
+    for method, needed in (("GET", "read"), ("POST", "write"), ("BREW", "write")):
+        unlike: Scope = "ops"
+
+        assert await ask(guarded.app, method, path, {}) == 401
+        assert await ask(guarded.app, method, path, bearer(unlike)) == 403
+        assert await ask(guarded.app, method, path, bearer(cast("Scope", needed))) == 404
+
+
+async def test_what_a_copier_adds_is_closed(guarded: Service, tmp_path: Path) -> None:
+    """Routers beside open names, Starlette's routes, mounts, static files, hosts, frontends and WebSockets."""
+    app: FastAPI = guarded.app
+    docsets, beneath = APIRouter(prefix="/docsets"), FastAPI()
+    (tmp_path / "index.html").write_text("page")
+
+    @docsets.get("/one")
+    @beneath.get("/one")
+    async def get_one() -> str:
+        return "one"
+
+    @docsets.websocket("/socket")
+    @beneath.websocket("/socket")
+    async def talk(websocket: WebSocket) -> None:
+        await websocket.accept()
+
+    async def plain(_request: Request) -> Response:
+        return Response("plain")
+
+    app.include_router(docsets)
+    app.websocket("/metrics/socket")(talk)
+    app.router.add_websocket_route("/plain-socket", talk)
+    app.add_route("/plain", plain)
+    app.mount("/beneath", beneath)
+    app.mount("/static", StaticFiles(directory=tmp_path))
+    app.host("other", beneath)
+    app.frontend("/pages", directory=tmp_path)
+    closed = [
+        ("GET", "/docsets/one", 200),
+        ("WEBSOCKET", "/docsets/socket", 101),
+        ("WEBSOCKET", "/metrics/socket", 101),
+        ("WEBSOCKET", "/plain-socket", 101),
+        ("GET", "/plain", 200),
+        ("GET", "/beneath/one", 200),
+        ("WEBSOCKET", "/beneath/socket", 101),
+        ("GET", "/beneath/docs", 200),
+        ("GET", "/static/index.html", 200),
+        ("GET", "/pages/index.html", 200),
+        ("WEBSOCKET", "/nothing", 403),
+    ]
+    for method, path, served in closed:
+        needed: Scope = "read" if method == "GET" else "write"
+
+        assert await ask(app, method, path, {}) == 401, path
+        assert await ask(app, method, path, bearer("ops")) == 403, path
+        assert await ask(app, method, path, bearer(needed)) == served, path
+    assert await ask(app, "GET", "/one", {"Host": "other"}) == 401
+
+
+async def test_copier_declares_what_is_open(database: Database, tmp_path: Path) -> None:
+    """By a dependency of an inclusion, a router or a route; mounts by their path, and what is closed above stays so."""
+    (tmp_path / "index.html").write_text("page")
+    opened, half_open = APIRouter(dependencies=[OPEN]), APIRouter(dependencies=[OPEN])
+
+    @opened.get("/opened")
+    @half_open.get("/half-open", dependencies=[needs("ops")])
+    async def get_opened() -> str:
+        return "opened"
+
+    @opened.get("/signed")
+    async def get_signed(_allowed: Annotated[None, needs("ops")]) -> str:
+        return "signed"
+
+    @opened.websocket("/socket")
+    async def talk(websocket: WebSocket) -> None:
+        await websocket.accept()
+
+    app = create_app(database.settings(replica=False))
+    app.include_router(opened, prefix="/v1")
+    app.include_router(opened, prefix="/ops", dependencies=[needs("ops", "read")])
+    app.include_router(half_open)
+    app.mount("/static", StaticFiles(directory=tmp_path))
+    app.mount("/files", StaticFiles(directory=tmp_path))
+    security.install(app, SecretStr(SECRET), open_paths=["/static"])
+
+    assert await ask(app, "GET", "/v1/opened", {}) == 200
+    assert await ask(app, "WEBSOCKET", "/v1/socket", {}) == 101
+    assert await ask(app, "GET", "/static/index.html", {}) == 200
+    assert await ask(app, "GET", "/files/index.html", {}) == 401
+    assert await ask(app, "GET", "/half-open", {}) == 401
+    assert await ask(app, "GET", "/half-open", bearer("ops")) == 200
+    assert await ask(app, "GET", "/ops/opened", bearer("ops")) == 403
+    assert await ask(app, "GET", "/ops/opened", bearer("ops", "read")) == 200
+    # What stands in a signature alone, the guard does not see: the dependency itself closes it.
+    assert await ask(app, "GET", "/v1/signed", {}) == 403
+
+
+async def test_scopes_are_free_without_a_guard(database: Database) -> None:
+    """Without AUTH_SECRET nobody has a token, and nobody needs one."""
+    app = create_app(database.settings(replica=False))
+
+    assert await ask(app, "GET", "/debug/pool-stats", {}) == 200
+
+
+async def test_guard_decides_as_a_route_of_ones_own_matches(guarded: Service) -> None:
+    """A class of routes that matches by a header is asked itself, included or not: no other route decides for it."""
+
+    class Versioned(APIRoute):
+        def matches(self, scope: Any) -> tuple[Match, Any]:
+            version = dict(scope["headers"]).get(b"x-version", b"").decode()
+            return super().matches(scope) if self.name == version else (Match.NONE, {})
+
+    router = APIRouter(route_class=Versioned)
+    router.add_api_route("/versions", lambda: 1, name="one", dependencies=[OPEN])
+    router.add_api_route("/versions", lambda: 2, name="two", dependencies=[needs("ops")])
+    guarded.app.include_router(router, prefix="/v1")
+
+    assert await ask(guarded.app, "GET", "/v1/versions", {"X-Version": "one"}) == 200
+    assert await ask(guarded.app, "GET", "/v1/versions", {"X-Version": "two"}) == 401
+    assert await ask(guarded.app, "GET", "/v1/versions", {"X-Version": "two"} | bearer("ops")) == 200
+
+
+async def test_refusal_passes_the_middleware_around_it(guarded: Service) -> None:
+    """A browser may read a 401 of another origin, and its preflight, which carries no token, is answered."""
+    guarded.app.middleware_stack = None  # As before it started: middleware can be added.
+    guarded.app.add_middleware(CORSMiddleware, allow_origins=["*"], allow_methods=["GET"])
+    preflight = {"Origin": "http://else", "Access-Control-Request-Method": "GET"}
+
+    refused = await guarded.client.get("/patients", headers={"Origin": "http://else"})
+    asked = await guarded.client.options("/patients", headers=preflight)
+
+    assert (refused.status_code, refused.headers["access-control-allow-origin"]) == (401, "*")
+    assert asked.status_code == 200
+
+
+async def test_document_says_what_is_open(guarded: Service) -> None:
+    """A client that reads the document sends no token where none is needed."""
+    paths = (await guarded.client.get("/openapi.json")).json()["paths"]
+
+    assert paths["/health/live"]["get"]["security"] == []
+    assert "security" not in paths["/debug/connections"]["get"]
+
+
+async def test_socket_is_closed_where_it_cannot_be_answered(guarded: Service) -> None:
+    """A server that cannot refuse a WebSocket with an answer closes it before it was accepted."""
+    sent: list[Any] = []
+
+    async def receive() -> Any:
+        return {"type": "websocket.connect"}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {"type": "websocket", "path": "/nothing", "headers": [], "query_string": b""}
+    await guarded.app(scope, receive, send)
+
+    assert [(message["type"], message["code"]) for message in sent] == [("websocket.close", 1008)]
+
+
+async def test_scopes_of_nested_inclusions_add_up(guarded: Service) -> None:
+    """A router in a router in the application: each may ask for more."""
+    inner, outer = APIRouter(), APIRouter(dependencies=[needs("read")])
+    inner.add_api_route("/deep", lambda: 1, dependencies=[needs("write")])
+    outer.include_router(inner, prefix="/inner")
+    guarded.app.include_router(outer, prefix="/outer", dependencies=[needs("ops")])
+
+    assert await ask(guarded.app, "GET", "/outer/inner/deep", {}) == 401
+    assert await ask(guarded.app, "GET", "/outer/inner/deep", bearer("read", "write")) == 403
+    assert await ask(guarded.app, "GET", "/outer/inner/deep", bearer("read", "write", "ops")) == 200
+
+
+def test_guard_lets_the_lifespan_pass(database: Database) -> None:
+    """A server starts the guarded service, and what it serves is guarded."""
+    with TestClient(create_app(database.settings(auth_secret=SECRET, replica=False))) as client:
+        assert client.get("/health/live").status_code == 200
+        assert client.get("/patients").status_code == 401

@@ -1,0 +1,499 @@
+"""The environment becomes settings, or one sentence for each mistake."""
+
+from pathlib import Path
+
+import pytest
+from pydantic import SecretStr
+
+from app.settings import Settings
+from migrations.settings import MigrationSettings, load_migration_settings
+from pglifeguard.environment import SettingsError
+from pglifeguard.settings import DatabaseSettings
+
+URL = "postgresql://app:hunter2@primary:5432/lifeguard"
+REPLICA = "postgresql://app:hunter2@replica:5432/lifeguard"
+SECRET = "0123456789abcdef0123456789abcdef"
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Start from an empty directory, so that no .env is there, and from DATABASE_URL alone."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DATABASE_URL", URL)
+
+
+def load(monkeypatch: pytest.MonkeyPatch, **variables: object) -> Settings:
+    """Load the settings with these variables."""
+    for name, value in variables.items():
+        monkeypatch.setenv(name, str(value))
+    return Settings()
+
+
+def refusal(monkeypatch: pytest.MonkeyPatch, **variables: object) -> str:
+    """Load the settings with these variables, and return why they are refused."""
+    with pytest.raises(SettingsError) as refused:
+        load(monkeypatch, **variables)
+    return str(refused.value)
+
+
+def test_one_url_is_enough() -> None:
+    """DATABASE_URL alone gives a primary, no replica, and a small analytics pool on the primary."""
+    settings = Settings()
+
+    assert settings.primary.url.get_secret_value() == "postgresql+asyncpg://app:hunter2@primary:5432/lifeguard"
+    assert settings.replicas == ()
+    assert settings.analytics.url == settings.primary.url
+    assert (settings.analytics.pool_size, settings.analytics.max_overflow, settings.analytics.warm_size) == (2, 2, 0)
+
+
+@pytest.mark.parametrize("scheme", ["postgresql", "postgres", "postgresql+asyncpg"])
+def test_every_usual_scheme_is_understood(monkeypatch: pytest.MonkeyPatch, scheme: str) -> None:
+    """What other tools call a PostgreSQL URL is one here."""
+    settings = load(monkeypatch, DATABASE_URL=f"{scheme}://app:p%40ss@db:1234/x")
+
+    assert settings.primary.url.get_secret_value() == "postgresql+asyncpg://app:p%40ss@db:1234/x"
+    assert settings.primary.parameters.password == "p@ss"
+
+
+@pytest.mark.parametrize(
+    ("url", "reason"),
+    [
+        ("not a url", "is not a URL"),
+        ("mysql://a:hunter2@b/c", "has the scheme 'mysql'"),
+        ("postgresql://a:hunter2@b", "names no database"),
+        ("postgresql://a:hunter2@b:port/c", "is not a URL"),
+        ("postgresql://a@b:hunter2/c", "is not a URL"),
+    ],
+)
+def test_wrong_url_is_refused_without_repeating_it(monkeypatch: pytest.MonkeyPatch, url: str, reason: str) -> None:
+    """The sentence names the variable and the reason, and holds no password."""
+    sentence = refusal(monkeypatch, DATABASE_URL=url)
+
+    assert sentence.startswith("DATABASE_URL: ")
+    assert reason in sentence
+    assert "\n" not in sentence, "what analytics inherits is not wrong a second time"
+    assert "hunter2" not in sentence
+
+
+def test_missing_primary_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without DATABASE_URL there is one sentence, not one for each database that would inherit it."""
+    monkeypatch.delenv("DATABASE_URL")
+
+    sentence = refusal(monkeypatch)
+
+    assert sentence.startswith("DATABASE_URL: is not set")
+    assert "\n" not in sentence
+
+
+def test_replica_and_analytics_inherit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What DATABASE_REPLICA_* and DATABASE_ANALYTICS_* leave out is the primary's, but for analytics' small pool."""
+    settings = load(
+        monkeypatch,
+        DATABASE_POOL_SIZE=7,
+        DATABASE_POOL_TIMEOUT=2,
+        DATABASE_REPLICA_URL=REPLICA,
+        DATABASE_REPLICA_POOL_SIZE=9,
+        DATABASE_ANALYTICS_MAX_OVERFLOW=1,
+    )
+
+    (replica,) = settings.replicas
+    assert (settings.primary.pool_size, replica.pool_size, settings.analytics.pool_size) == (7, 9, 2)
+    assert (replica.pool_timeout, settings.analytics.pool_timeout) == (2, 2)
+    assert settings.analytics.max_overflow == 1
+    assert settings.analytics.url == replica.url
+
+
+def test_several_replicas_are_a_list(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DATABASE_REPLICA_URL takes URLs with commas between them, and leaves a comma inside a URL alone."""
+    second = "postgresql://app:x@/lifeguard?host=b:5433&application_name=a,b"
+
+    settings = load(monkeypatch, DATABASE_REPLICA_URL=f"{REPLICA},{second}")
+
+    assert [replica.location for replica in settings.replicas] == ["replica:5432/lifeguard", "b:5433/lifeguard"]
+    assert [prefix for prefix, _ in settings.databases] == [
+        "DATABASE_",
+        "DATABASE_REPLICA_",
+        "DATABASE_REPLICA_",
+        "DATABASE_ANALYTICS_",
+    ]
+
+
+def test_location_shows_every_host_and_no_password(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several `host=` parts of a URL are all shown."""
+    settings = load(monkeypatch, DATABASE_URL="postgresql://app:hunter2@/x?host=a:1&host=b:2")
+
+    assert settings.primary.location == "a:1,b:2/x"
+
+
+def test_url_sets_what_its_variable_leaves_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name and a timeout in a URL are that database's own; a variable is stronger, and is inherited."""
+    url = f"{URL}?application_name=told&connect_timeout=7"
+    alone = load(monkeypatch, DATABASE_URL=url, DATABASE_REPLICA_URL=REPLICA)
+    both = load(monkeypatch, DATABASE_APPLICATION_NAME="set", DATABASE_CONNECT_TIMEOUT_SECONDS=2)
+
+    assert (alone.primary.application_name, alone.primary.connect_timeout_seconds) == ("told", 7)
+    assert (alone.replicas[0].application_name, alone.replicas[0].connect_timeout_seconds) == ("lifeguard", 0.5)
+    assert (both.primary.application_name, both.primary.connect_timeout_seconds) == ("set", 2)
+
+
+def test_settings_that_are_made_are_taken_as_they_are() -> None:
+    """Whoever makes one database's settings in code may hand them on."""
+    made = DatabaseSettings(url=SecretStr(f"{URL}?connect_timeout=7"), pool_size=3)
+
+    settings = Settings(primary=made, analytics=made)
+
+    assert settings.primary is made
+    assert made.connect_timeout_seconds == 7
+
+
+def test_parameter_of_a_url_is_refused_under_its_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sentence says which URL it is, and what to write instead."""
+    sentence = refusal(monkeypatch, DATABASE_REPLICA_URL=f"{REPLICA}?channel_binding=require")
+
+    assert sentence.startswith("DATABASE_REPLICA_URL: has channel_binding=require, which is not taken")
+
+
+@pytest.mark.parametrize("name", ["sslrootcert", "sslcert", "sslkey", "sslcrl"])
+def test_file_of_a_url_has_to_be_there(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """A certificate that cannot be read is a mistake at the start, and no database that is away."""
+    sentence = refusal(monkeypatch, DATABASE_URL=f"{URL}?sslmode=require&{name}=/nowhere")
+
+    assert sentence == f"DATABASE_URL: names /nowhere as {name}, which is not there or cannot be read."
+
+
+def test_certificate_is_verified_against_something(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A sslmode that verifies needs an authority: in the URL, in the environment, or where libpq looks."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    url = f"{URL}?sslmode=verify-full"
+
+    refused = refusal(monkeypatch, DATABASE_URL=url)
+    (tmp_path / "authority").touch()
+    named = load(monkeypatch, DATABASE_URL=f"{url}&sslrootcert={tmp_path}/authority")
+    of_the_system = load(monkeypatch, DATABASE_URL=f"{url}&sslrootcert=system")
+    found = load(monkeypatch, DATABASE_URL=url, PGSSLROOTCERT=tmp_path / "authority")
+
+    assert "sslrootcert=/path/to/authority.crt" in refused
+    assert {named.primary.server, of_the_system.primary.server, found.primary.server} == {"primary:5432"}
+
+
+def test_user_of_a_nameless_account_has_to_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a user the account's name is taken, as by libpq; a container's number may have none."""
+    for name in ("LOGNAME", "USER", "LNAME", "USERNAME", "PGUSER"):
+        monkeypatch.delenv(name, raising=False)
+    nobody: dict[int, object] = {}
+    monkeypatch.setattr("pwd.getpwuid", nobody.__getitem__)
+
+    refused = refusal(monkeypatch, DATABASE_URL="postgresql://db/x")
+    named = load(monkeypatch, PGUSER="app", DATABASE_URL="postgresql://db/x")
+
+    assert "names no user" in refused
+    assert named.primary.parameters.user is None
+
+
+ATTRS = "target_session_attrs"
+TWO = "postgresql://app:hunter2@a,b/x"
+
+
+@pytest.mark.parametrize(
+    ("name", "url", "taken"),
+    [
+        ("DATABASE_URL", f"{TWO}?{ATTRS}=any", True),
+        ("DATABASE_URL", f"{TWO}?{ATTRS}=read-write", True),
+        ("DATABASE_URL", f"{TWO}?{ATTRS}=primary", True),
+        ("DATABASE_URL", f"{TWO}?{ATTRS}=standby", False),
+        ("DATABASE_URL", f"{TWO}?{ATTRS}=prefer-standby", False),
+        ("DATABASE_REPLICA_URL", f"{REPLICA}?{ATTRS}=prefer-standby", True),
+        ("DATABASE_REPLICA_URL", f"{REPLICA}?{ATTRS}=read-only", True),
+        ("DATABASE_REPLICA_URL", f"{REPLICA}?{ATTRS}=primary", False),
+        ("DATABASE_ANALYTICS_URL", f"{REPLICA}?{ATTRS}=prefer-standby", True),
+        ("DATABASE_ANALYTICS_URL", f"{TWO}?{ATTRS}=prefer-standby", False),
+        ("DATABASE_ANALYTICS_URL", f"{REPLICA}?{ATTRS}=standby", False),
+    ],
+)
+def test_kind_of_server_is_the_one_that_the_pool_looks_for(
+    monkeypatch: pytest.MonkeyPatch, name: str, url: str, *, taken: bool
+) -> None:
+    """A demand for a primary or a standby is kept, or refused: no pool goes elsewhere in silence."""
+    if taken:
+        load(monkeypatch, **{name: url})
+    else:
+        assert f"{name} has {ATTRS}={url.rpartition('=')[2]}" in refusal(monkeypatch, **{name: url})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("DATABASE_POOL_SIZE", 0),
+        ("DATABASE_POOL_SIZE", "ten"),
+        ("DATABASE_MAX_OVERFLOW", -1),
+        ("DATABASE_POOL_TIMEOUT", 0),
+        ("DATABASE_REPLICA_POOL_SIZE", 501),
+        ("DATABASE_ANALYTICS_CONNECT_TIMEOUT_SECONDS", 61),
+        ("PORT", 65_536),
+        ("LOG_LEVEL", "LOUD"),
+        ("ENVIRONMENT", "staging"),
+        ("RETRY_AFTER_SECONDS", 0),
+        ("DIRECTORY_URL", "directory.example.com"),
+    ],
+)
+def test_value_out_of_bounds_is_refused_by_name(monkeypatch: pytest.MonkeyPatch, name: str, value: object) -> None:
+    """The sentence begins with the variable as one would set it."""
+    assert refusal(monkeypatch, DATABASE_REPLICA_URL=REPLICA, **{name: value}).startswith(f"{name}: ")
+
+
+def test_every_mistake_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two mistakes are two lines, so that one start is enough to see both."""
+    lines = refusal(monkeypatch, WORKERS=0, INSTANCES=0).splitlines()
+
+    assert [line.partition(":")[0] for line in lines] == ["WORKERS", "INSTANCES"]
+
+
+def test_unknown_database_variable_names_the_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A typing error does not silently leave a default in place."""
+    sentence = refusal(monkeypatch, DATABASE_POOLSIZE=5)
+
+    assert sentence.startswith("DATABASE_POOLSIZE is not a setting")
+    assert "Did you mean DATABASE_POOL_SIZE?" in sentence
+
+
+def test_unknown_database_variable_far_from_any_has_no_hint(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name that resembles nothing gets no guess."""
+    assert "Did you mean" not in refusal(monkeypatch, DATABASE_ZZQQXXWWVVKKJJ=5)
+
+
+def test_foreign_variables_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only DATABASE_* is ours to be strict about; an empty variable is an unset one."""
+    settings = load(monkeypatch, POSTGRES_PASSWORD="x", DATABASE_POOL_SIZE="")
+
+    assert settings.primary.pool_size == 10
+
+
+@pytest.mark.parametrize(
+    ("variables", "arithmetic"),
+    [
+        (
+            {"DATABASE_POOL_SIZE": 2, "DATABASE_POOL_MIN_SIZE": 3},
+            "DATABASE_URL: POOL_MIN_SIZE 3 > POOL_SIZE 2",
+        ),
+        (
+            {"DATABASE_REPLICA_URL": REPLICA, "DATABASE_REPLICA_POOL_SIZE": 2, "DATABASE_REPLICA_POOL_MIN_SIZE": 3},
+            "DATABASE_REPLICA_URL: POOL_MIN_SIZE 3 > POOL_SIZE 2",
+        ),
+        (
+            {"GRACEFUL_TIMEOUT_SECONDS": 30, "STATEMENT_TIMEOUT_SECONDS": 30},
+            "GRACEFUL_TIMEOUT_SECONDS 30 <= STATEMENT_TIMEOUT_SECONDS 30",
+        ),
+        (
+            {"DATABASE_COMMAND_TIMEOUT_SECONDS": 10},
+            "DATABASE_COMMAND_TIMEOUT_SECONDS 10 <= STATEMENT_TIMEOUT_SECONDS 30",
+        ),
+        (
+            {"DATABASE_REPLICA_URL": REPLICA, "DATABASE_REPLICA_COMMAND_TIMEOUT_SECONDS": 10},
+            "DATABASE_REPLICA_COMMAND_TIMEOUT_SECONDS 10 <= STATEMENT_TIMEOUT_SECONDS 30",
+        ),
+    ],
+)
+def test_settings_that_must_agree_show_the_arithmetic(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, object], arithmetic: str
+) -> None:
+    """Two settings that are each fine and together wrong are refused with both figures."""
+    assert arithmetic in refusal(monkeypatch, **variables)
+
+
+def test_secrets_are_never_printed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither repr nor str nor JSON of the settings holds a password or the secret."""
+    settings = load(monkeypatch, AUTH_SECRET=SECRET, DATABASE_REPLICA_URL=REPLICA)
+
+    for text in (repr(settings), str(settings), settings.model_dump_json()):
+        assert "hunter2" not in text
+        assert SECRET not in text
+
+
+def test_secret_is_read_from_its_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """NAME_FILE gives the content of a file without its newline, for secrets that are mounted."""
+    (tmp_path / "secret").write_text(f"{SECRET}\n", encoding="utf-8")
+    (tmp_path / "url").write_text(URL, encoding="utf-8")
+    monkeypatch.delenv("DATABASE_URL")
+
+    settings = load(monkeypatch, AUTH_SECRET_FILE=tmp_path / "secret", DATABASE_URL_FILE=tmp_path / "url")
+
+    assert settings.auth_secret is not None
+    assert settings.auth_secret.get_secret_value() == SECRET
+    assert settings.primary.location == "primary:5432/lifeguard"
+
+
+def test_unreadable_secret_file_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that is not there is named, with the reason."""
+    assert "AUTH_SECRET_FILE names /nowhere" in refusal(monkeypatch, AUTH_SECRET_FILE="/nowhere")
+
+
+def test_secret_and_file_together_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Nobody has to guess which of the two counts."""
+    sentence = refusal(monkeypatch, AUTH_SECRET=SECRET, AUTH_SECRET_FILE=tmp_path / "x")
+
+    assert sentence == "Both AUTH_SECRET and AUTH_SECRET_FILE are set; keep one."
+
+
+def test_environment_wins_over_dotenv(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """.env is read, and what is set outside is stronger."""
+    (tmp_path / ".env").write_text("DATABASE_POOL_SIZE=3\nDATABASE_MAX_OVERFLOW=4\nAPP_PORT=1\n", encoding="utf-8")
+
+    settings = load(monkeypatch, DATABASE_POOL_SIZE=6)
+
+    assert (settings.primary.pool_size, settings.primary.max_overflow) == (6, 4)
+
+
+def test_short_secret_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A secret that could be guessed does not sign tokens; it is not repeated either."""
+    sentence = refusal(monkeypatch, AUTH_SECRET="short-one")
+
+    assert sentence.startswith("AUTH_SECRET: has fewer than 32 characters")
+    assert "short-one" not in sentence
+
+
+def test_production_lists_everything_unfit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ENVIRONMENT=production refuses an open service and development passwords, all of them at once."""
+    sentence = refusal(
+        monkeypatch,
+        ENVIRONMENT="production",
+        DATABASE_URL="postgresql://app_rw:development-app-rw@primary/x",
+        DATABASE_REPLICA_URL="postgresql://app_ro:development-app-ro@replica/x",
+    )
+
+    assert sentence == (
+        "ENVIRONMENT=production refuses to start: DATABASE_URL holds a development password; DATABASE_REPLICA_URL "
+        "holds a development password; DATABASE_ANALYTICS_URL holds a development password; AUTH_SECRET is not set, "
+        "and every route would be open."
+    )
+
+
+def test_production_refuses_a_development_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A secret from an example signs nothing in production."""
+    assert "AUTH_SECRET is a development secret" in refusal(
+        monkeypatch, ENVIRONMENT="production", AUTH_SECRET="development-" + SECRET
+    )
+
+
+def test_production_starts_with_real_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Real passwords and a real secret are let through."""
+    assert load(monkeypatch, ENVIRONMENT="production", AUTH_SECRET=SECRET).environment == "production"
+
+
+def test_migrations_go_to_their_own_url_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """MIGRATIONS_URL, else DATABASE_URL, else a sentence."""
+    fallback = MigrationSettings().primary
+    monkeypatch.setenv("MIGRATIONS_URL", "postgres://owner:x@direct/x")
+
+    assert fallback.location == "primary:5432/lifeguard"
+    assert MigrationSettings().primary.location == "direct:5432/x"
+    monkeypatch.delenv("MIGRATIONS_URL")
+    monkeypatch.delenv("DATABASE_URL")
+    with pytest.raises(SettingsError, match="Neither MIGRATIONS_URL nor DATABASE_URL"):
+        load_migration_settings()
+
+
+def test_migrations_read_secret_files_and_replicas(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The migration job takes the same secrets in the same forms as the service."""
+    (tmp_path / "url").write_text("postgres://owner:x@direct/x\n", encoding="utf-8")
+    monkeypatch.setenv("MIGRATIONS_URL_FILE", str(tmp_path / "url"))
+    alone = load_migration_settings().replicas
+    monkeypatch.setenv("DATABASE_REPLICA_URL", f"{REPLICA},{REPLICA}")
+
+    settings = load_migration_settings()
+
+    assert settings.primary.parameters.user == "owner"
+    assert (alone, [replica.server for replica in settings.replicas]) == ([], ["replica:5432"] * 2)
+    assert settings.console is None
+
+
+def test_migrations_are_patient_and_have_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A statement takes as long as a table is large; what the URL says of name and timeout counts."""
+    plain = load_migration_settings().primary
+    monkeypatch.setenv("MIGRATIONS_URL", f"{URL}?connect_timeout=9&application_name=job")
+    told = load_migration_settings().primary
+
+    assert (plain.application_name, plain.connect_timeout_seconds) == ("lifeguard-migrations", 5)
+    assert (told.application_name, told.connect_timeout_seconds) == ("job", 9)
+    assert plain.command_timeout_seconds > 86_400
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "reason"),
+    [
+        ("MIGRATIONS_URL", "mysql://a:hunter2@b/c", "has the scheme 'mysql'"),
+        ("DATABASE_URL", "postgresql://a:hunter2@b/c?channel_binding=require", "cannot bind a login"),
+        ("DATABASE_URL", "postgresql://a:hunter2@b/c?target_session_attrs=standby", "target_session_attrs=standby"),
+        ("DATABASE_REPLICA_URL", f"{REPLICA},postgresql://a:hunter2@b", "names no database"),
+        ("DATABASE_REPLICA_URL", f"{REPLICA}?target_session_attrs=primary", "target_session_attrs=primary"),
+        ("PGBOUNCER_ADMIN_URL", "postgresql:///hunter2", "names no host"),
+        ("MIGRATIONS_WAIT_SECONDS", "-1", "greater than or equal to 0"),
+    ],
+)
+def test_what_is_wrong_for_migrations_is_said_before_they_run(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str, reason: str
+) -> None:
+    """Each URL of the job is checked before the schema changes, and no sentence holds a password."""
+    monkeypatch.setenv(name, value)
+
+    with pytest.raises(SettingsError, match=reason) as refused:
+        load_migration_settings()
+
+    assert str(refused.value).startswith(f"{name}: ")
+    assert "hunter2" not in str(refused.value)
+
+
+def test_replicas_may_be_written_with_spaces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A space after a comma and a comma at the end are no part of a URL."""
+    settings = load(monkeypatch, DATABASE_REPLICA_URL=f"{REPLICA}, {REPLICA} ,")
+
+    assert len(settings.replicas) == 2
+    assert settings.replicas[0] == settings.replicas[1]
+
+
+def test_replica_with_a_wrong_scheme_is_quoted_as_it_was_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one that is wrong is named, and not one that nobody wrote."""
+    assert "'mysql'" in refusal(monkeypatch, DATABASE_REPLICA_URL=f"{REPLICA},mysql://a/x")
+
+
+def test_replica_of_several_hosts_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The LSN of one host says nothing of the rows of another, so each replica is a URL of its own."""
+    sentence = refusal(monkeypatch, DATABASE_REPLICA_URL="postgresql://app:hunter2@/x?host=a:1&host=b:2")
+
+    assert "DATABASE_REPLICA_URL names several hosts in one URL" in sentence
+    assert "hunter2" not in sentence
+
+
+def test_folder_of_metrics_must_be_in_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """prometheus-client does not read .env: it would count for one process, and /metrics would show an empty folder."""
+    (tmp_path / ".env").write_text(f"PROMETHEUS_MULTIPROC_DIR={tmp_path}\n", encoding="utf-8")
+
+    assert "export it to the environment" in refusal(monkeypatch)
+    assert load(monkeypatch, PROMETHEUS_MULTIPROC_DIR=tmp_path).prometheus_multiproc_dir == tmp_path
+
+
+@pytest.mark.parametrize(
+    ("variables", "sentence"),
+    [
+        ({"NAME": "a b"}, "CONSISTENCY_COOKIE_NAME"),
+        ({"PATH": "billing"}, "CONSISTENCY_COOKIE_PATH"),
+        ({"PATH": "/;x"}, "CONSISTENCY_COOKIE_PATH"),
+        ({"DOMAIN": "a;b"}, "CONSISTENCY_COOKIE_DOMAIN"),
+        ({"NAME": "__Secure-a"}, "CONSISTENCY_COOKIE_SECURE=true"),
+        ({"NAME": "__Host-a", "SECURE": "true"}, "CONSISTENCY_COOKIE_PATH=/"),
+        ({"NAME": "__Host-a", "SECURE": "true", "PATH": "/", "DOMAIN": "a.b"}, "no CONSISTENCY_COOKIE_DOMAIN"),
+        ({"NAME": "__Host-a", "SECURE": "true", "PATH": "/"}, None),
+    ],
+)
+def test_cookie_that_browsers_refuse_is_refused(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], sentence: str | None
+) -> None:
+    """A cookie that no browser would keep is a mistake at the start."""
+    monkeypatch.setenv("DATABASE_URL", "postgresql://a@b/c")
+    for name, value in variables.items():
+        monkeypatch.setenv(f"CONSISTENCY_COOKIE_{name}", value)
+
+    if sentence is None:
+        assert Settings().consistency_cookie_path == "/"
+        return
+    with pytest.raises(SettingsError, match=sentence):
+        Settings()

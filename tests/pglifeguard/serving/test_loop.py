@@ -1,0 +1,35 @@
+"""Who is named when the event loop stands still; that it is noticed at all is shown in tests/chaos/test_loop.py."""
+
+import sys
+import threading
+from types import FrameType
+
+from local.waiting import eventually
+from pglifeguard.serving.loop import culprit
+
+
+def test_innermost_line_of_ours_is_named() -> None:
+    """A line of the project's is named, though a library's may be deeper."""
+    assert culprit(sys._getframe()).endswith("in test_innermost_line_of_ours_is_named")
+
+
+async def test_library_is_named_when_nothing_else_is_there() -> None:
+    """A stack without a line of ours names its innermost line."""
+    done = threading.Event()
+    thread = threading.Thread(target=done.wait)
+    thread.start()
+
+    def stack() -> FrameType | None:
+        return sys._current_frames().get(thread.ident or 0)
+
+    async def waits() -> bool:
+        frame = stack()
+        return frame is not None and frame.f_code.co_name == "wait"
+
+    try:
+        assert await eventually(waits, 5)
+        assert "threading.py" in culprit(stack())
+        assert culprit(None) == ""
+    finally:
+        done.set()
+        thread.join()
