@@ -1,16 +1,17 @@
 """Log lines: JSON for machines, readable on a terminal, each with the id of the request that it belongs to."""
 
-import json
 import logging
 import logging.config
 import sys
-from collections.abc import Mapping
-from datetime import UTC, datetime
 from typing import Any, Literal, cast
+
+from pythonjsonlogger.core import RESERVED_ATTRS, merge_record_extra
+from pythonjsonlogger.json import JsonFormatter
 
 from pglifeguard.fastapi import request_id
 
-_STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "color_message", "taskName"}
+# uvicorn writes `color_message` for its own formatter; it repeats the message.
+NOT_EXTRA = [*RESERVED_ATTRS, "taskName", "color_message"]
 
 
 def configure_logs(level: str, log_format: Literal["auto", "json", "console"], *, access_log: bool) -> None:
@@ -28,20 +29,27 @@ def wants_json(log_format: Literal["auto", "json", "console"]) -> bool:
 
 def log_config(level: str, *, as_json: bool, access_log: bool) -> dict[str, Any]:
     """Build the `logging.config` dictionary, for this process or for uvicorn's workers."""
-    formatter = "app.logs.JsonFormatter" if as_json else "app.logs.ConsoleFormatter"
+    formatter = "app.logs.json_formatter" if as_json else "app.logs.ConsoleFormatter"
     return {
         "version": 1,
         "disable_existing_loggers": False,
         "formatters": {"line": {"()": formatter}},
-        "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "line", "stream": "ext://sys.stderr"}},
+        "handlers": {
+            "stderr": {
+                "class": "logging.StreamHandler",
+                "formatter": "line",
+                "filters": ["request_id"],
+                "stream": "ext://sys.stderr",
+            }
+        },
         "root": {"level": level, "handlers": ["stderr"]},
-        # httpx logs each request with its URL at INFO, and a URL may hold what is nobody's business.
-        # SQLAlchemy writes a line for each connection that the pool closes; the pool's own lines say why.
+        # httpx logs each request with its URL at INFO, and a URL may hold a person's email address.
+        # SQLAlchemy logs each connection that the pool closes; the pool's own lines give the reason.
         "loggers": {
             "pglifeguard.sqlalchemy.BoundedPool": {"level": "WARNING"},
             "httpx": {"level": "WARNING"},
             "asyncio": {"filters": ["repeats"]},
-            # `uvicorn --factory` has given them handlers of its own by now.
+            # `uvicorn --factory` has given these loggers its own handlers already.
             "uvicorn": {"handlers": [], "propagate": True},
             "uvicorn.error": {"filters": ["repeats"]},
             "uvicorn.access": {
@@ -51,49 +59,53 @@ def log_config(level: str, *, as_json: bool, access_log: bool) -> dict[str, Any]
                 "propagate": True,
             },
         },
-        "filters": {"path_only": {"()": "app.logs.PathOnly"}, "repeats": {"()": "pglifeguard.Repeats"}},
+        "filters": {
+            "path_only": {"()": "app.logs.PathOnly"},
+            "repeats": {"()": "pglifeguard.Repeats"},
+            "request_id": {"()": "app.logs.RequestId"},
+        },
     }
 
 
 class PathOnly(logging.Filter):
-    """Takes the query from uvicorn's access lines: names, numbers of patients and cursors are health data."""
+    """Removes the query string from uvicorn's access lines: a name or a record number in it is health data."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Let the line through, without what follows the question mark."""
+        """Keep the line, without the part after the question mark."""
         arguments = cast("tuple[object, ...]", record.args)
         record.args = tuple(each.partition("?")[0] if isinstance(each, str) else each for each in arguments)
         return True
 
 
-class JsonFormatter(logging.Formatter):
-    """One JSON object a line: time, level, logger, message, request_id, and whatever `extra` gave."""
+class RequestId(logging.Filter):
+    """Adds the id of the current request, if there is one, as the field `request_id`."""
 
-    def format(self, record: logging.LogRecord) -> str:
-        """Format one line."""
-        line: dict[str, Any] = {
-            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
-            "level": record.levelname,
-            "logger": record.name,
-            "message": record.getMessage(),
-            **_extra(record),
-        }
-        if record.exc_info:
-            line["exception"] = self.formatException(record.exc_info)
-        return json.dumps(line, default=str, ensure_ascii=False)
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Keep the line; an id that the caller gave stays."""
+        current = request_id.get()
+        if current is not None:
+            vars(record).setdefault("request_id", current)
+        return True
+
+
+def json_formatter() -> JsonFormatter:
+    """Make one JSON object a line: time (UTC), level, logger, message, the fields of `extra`, and exception."""
+    return JsonFormatter(
+        ("time", "levelname", "name", "message"),
+        timestamp="time",
+        rename_fields={"levelname": "level", "name": "logger", "exc_info": "exception"},
+        reserved_attrs=NOT_EXTRA,
+        json_ensure_ascii=False,
+    )
 
 
 class ConsoleFormatter(logging.Formatter):
-    """A line for eyes: time, level, message, then `extra` as name=value."""
+    """Makes a readable line: time, level, logger, message, then `extra` as name=value."""
 
-    def format(self, record: logging.LogRecord) -> str:
-        """Format one line."""
-        time = datetime.fromtimestamp(record.created, UTC).astimezone().strftime("%H:%M:%S.%f")[:-3]
-        extra = "".join(f" {name}={value}" for name, value in _extra(record).items())
-        line = f"{time} {record.levelname:<7} {record.name}: {record.getMessage()}{extra}"
-        return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s.%(msecs)03d %(levelname)-7s %(name)s: %(message)s", "%H:%M:%S")
 
-
-def _extra(record: logging.LogRecord) -> Mapping[str, Any]:
-    found = {name: value for name, value in vars(record).items() if name not in _STANDARD}
-    current = request_id.get()
-    return found if current is None else {"request_id": current, **found}
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802  # logging's own name for this step.
+        """Format the line without the traceback."""
+        extra = merge_record_extra(record, {}, NOT_EXTRA)
+        return super().formatMessage(record) + "".join(f" {name}={value}" for name, value in extra.items())

@@ -12,7 +12,7 @@ import pytest
 from sqlalchemy import text
 from uvicorn.config import LOGGING_CONFIG
 
-from app.logs import ConsoleFormatter, JsonFormatter, configure_logs, log_config, wants_json
+from app.logs import ConsoleFormatter, RequestId, configure_logs, json_formatter, log_config, wants_json
 from app.main import create_app
 from app.patients import queries
 from pglifeguard.fastapi.middleware import request_id
@@ -38,7 +38,10 @@ def record(message: str, *arguments: object, failure: Any = None, **extra: objec
 @pytest.mark.usefixtures("in_request")
 def test_json_line_holds_message_extra_and_request_id() -> None:
     """One object on one line, its time in UTC; text of any script stays readable, objects become text."""
-    line = JsonFormatter().format(record("slow %s\n2", "query", seconds=0.5, pool="primary", odd={1}, name_="Łu"))
+    written = record("slow %s\n2", "query", seconds=0.5, pool="primary", odd={1}, name_="Łu")
+
+    assert RequestId().filter(written)
+    line = json_formatter().format(written)
 
     assert "\n" not in line
     assert "Łu" in line
@@ -71,7 +74,7 @@ def test_exceptions_are_written_whole() -> None:
     except ValueError:
         failed = record("it failed", failure=sys.exc_info())
 
-    in_json, on_console = JsonFormatter().format(failed), ConsoleFormatter().format(failed)
+    in_json, on_console = json_formatter().format(failed), ConsoleFormatter().format(failed)
 
     assert "ValueError: invalid literal" in json.loads(in_json)["exception"]
     assert on_console.splitlines()[0].endswith("it failed")
@@ -87,8 +90,9 @@ def test_form_follows_the_terminal_unless_chosen(monkeypatch: pytest.MonkeyPatch
         assert (wants_json("json"), wants_json("console")) == (True, False)
 
 
+@pytest.mark.usefixtures("in_request")
 def test_every_logger_writes_in_the_chosen_form(root: logging.Logger, capsys: pytest.CaptureFixture[str]) -> None:
-    """One handler on standard error for all; httpx says nothing of the URLs that it asks, at INFO."""
+    """One handler on standard error for all, with the request's id; httpx does not log its URLs at INFO."""
     configure_logs("INFO", "json", access_log=False)
 
     logging.getLogger("anybody").info("hello")
@@ -97,7 +101,8 @@ def test_every_logger_writes_in_the_chosen_form(root: logging.Logger, capsys: py
     logging.getLogger("uvicorn.access").info("GET /")
 
     assert len(root.handlers) == 1
-    assert [json.loads(line)["message"] for line in capsys.readouterr().err.splitlines()] == ["hello"]
+    (line,) = map(json.loads, capsys.readouterr().err.splitlines())
+    assert (line["message"], line["request_id"]) == ("hello", "abc")
 
 
 def test_access_log_is_a_setting() -> None:
@@ -145,7 +150,7 @@ async def test_bug_is_logged_without_the_value(
             await session.execute(text(statement), {"value": value})
 
     assert (await service.client.post("/bug")).status_code == 500
-    lines = "\n".join(JsonFormatter().format(each) for each in caplog.records)
+    lines = "\n".join(json_formatter().format(each) for each in caplog.records)
     assert "unforeseen failure" in lines
     assert said in lines
     assert value not in lines
@@ -164,7 +169,7 @@ async def test_value_that_cannot_be_stored_is_quoted_nowhere(
     answer = await service.client.post("/number")
 
     assert answer.status_code == 422
-    lines = "\n".join(JsonFormatter().format(each) for each in caplog.records)
+    lines = "\n".join(json_formatter().format(each) for each in caplog.records)
     assert value not in lines + answer.text
 
 
@@ -179,9 +184,10 @@ async def test_lines_of_a_request_carry_its_id(service: Service, caplog: pytest.
 
     class Listener(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            lines.append(json.loads(JsonFormatter().format(record)))
+            lines.append(json.loads(json_formatter().format(record)))
 
     listener = Listener()
+    listener.addFilter(RequestId())
     logging.getLogger("pglifeguard").addHandler(listener)
     try:
         answer = await service.client.get("/fail")

@@ -3,14 +3,14 @@
 import asyncio
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import asyncpg
 import pytest
 from sqlalchemy import Text, bindparam, cast, func, literal_column, select, text
 
-from app.logs import JsonFormatter
+from app.logs import RequestId, json_formatter
 from local.waiting import eventually
 from pglifeguard.errors import CommandTimeout, ConnectionLost
 from pglifeguard.fastapi.sessions import ReadDB, WriteDB
@@ -30,16 +30,17 @@ SLOW_WORD = Query(select(literal_column("pg_sleep(0.02)::text", Text), bindparam
 
 
 @pytest.fixture
-def lines(caplog: pytest.LogCaptureFixture) -> Callable[[str], list[dict[str, Any]]]:
+def lines(caplog: pytest.LogCaptureFixture) -> Iterator[Callable[[str], list[dict[str, Any]]]]:
     """Give the lines of the log with a message, as JSON makes them."""
     caplog.set_level(logging.DEBUG)
-    caplog.handler.setFormatter(JsonFormatter())
+    caplog.handler.setFormatter(json_formatter())
 
     def found(message: str) -> list[dict[str, Any]]:
         written = [json.loads(line) for line in caplog.text.splitlines()]
         return [line for line in written if line["message"] == message]
 
-    return found
+    with caplog.filtering(RequestId()):
+        yield found
 
 
 # Slow statements.
@@ -100,7 +101,7 @@ async def test_failure_says_nothing_of_what_was_stored(
     database: Database, where: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """PostgreSQL quotes whole rows in the details of an error; neither log nor answer repeats them."""
-    caplog.handler.setFormatter(JsonFormatter())
+    caplog.handler.setFormatter(json_formatter())
     async with serving(database.settings()) as service:
 
         @service.app.post("/failing/primary")
