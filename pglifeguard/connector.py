@@ -11,14 +11,12 @@ from typing import Any, cast
 import asyncpg
 
 from pglifeguard.database_url import Host, KeepAlive
+from pglifeguard.driver_failures import DRIVER_FAILURES
 from pglifeguard.host_search import HostSearch
 from pglifeguard.lookup import Lookups
 from pglifeguard.server import lacks
 from pglifeguard.settings import DatabaseSettings
-from pglifeguard.watched import ASYNCPG_FAILURES, WatchedConnection
-
-# What opening or asking a connection raises. A TimeoutError is an OSError.
-DRIVER_FAILURES = ASYNCPG_FAILURES
+from pglifeguard.watched import WatchedConnection
 
 KEEPALIVE_IDLE_SECONDS = 30
 KEEPALIVE_INTERVAL_SECONDS = 5

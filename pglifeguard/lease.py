@@ -18,14 +18,13 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.pool import ConnectionPoolEntry
 
 from pglifeguard.checkout import Checkout, holder
-from pglifeguard.connector import DRIVER_FAILURES
 from pglifeguard.database import Database
-from pglifeguard.errors import ConnectionLost, DatabaseUnavailable, WriteInReadSession, name_database
-from pglifeguard.observe import forget_row, name_loss
+from pglifeguard.driver_failures import DRIVER_FAILURES, Fate, examine
+from pglifeguard.errors import DatabaseUnavailable
 from pglifeguard.orm import HeldConnection
 from pglifeguard.query import Query
 from pglifeguard.server import WRITTEN, lacks, token_text
-from pglifeguard.watched import ASYNCPG_FAILURES, BUSY, Transaction
+from pglifeguard.watched import Transaction
 
 # Seconds for telling the server to stop what a cancelled request asked.
 CLOSE_SECONDS = 2.0
@@ -58,8 +57,8 @@ class DriverLane:
         self.checkout.asked_at = started = time.perf_counter()
         try:
             return await answer
-        except ASYNCPG_FAILURES as error:
-            self._name(error, statement)
+        except DRIVER_FAILURES as error:
+            self._translate(error, statement)
             raise
         except asyncio.CancelledError:
             # The statement may still run: closing waits until the server has been told to stop it.
@@ -99,27 +98,17 @@ class DriverLane:
             self.connection.bound = bound
         return token_text(self._database.monitor.position.system, written["timeline"], written["lsn"])
 
-    def _name(self, error: Exception, statement: str | None) -> None:
-        """Do to the connection what this failure means for it, and raise the failure's own name if it has one."""
-        forget_row(error)
-        name_database(error, self._database.name)
-        # A connection that the server has ended is "busy with another operation" until its socket is seen to close.
-        if isinstance(error, OSError) or (isinstance(error, asyncpg.InternalClientError) and BUSY in str(error)):
+    def _translate(self, error: Exception, statement: str | None) -> None:
+        """Do with the connection what the failure demands, and raise the failure's own name if it has one."""
+        meaning = examine(error, self.connection, database=self._database.name, reads_only=self._readonly)
+        if meaning.fate is Fate.CLOSED:
             self.connection.terminate()
-            raise name_loss(error, self._database.name) from error
-        if isinstance(error, asyncpg.InterfaceError) and self.connection.is_closed():
-            raise ConnectionLost("The connection to the database was lost.") from error
-        if isinstance(error, asyncpg.DataError) and not self.connection.is_in_transaction():
-            # asyncpg refused a value when the statement was half said: the server would go on waiting, in a transaction
-            # that no ROLLBACK of ours ends.
-            self.connection.terminate()
+        elif meaning.fate is Fate.DEMOTED:
+            self._database.pool.leave_demoted()
+        if meaning.error is not None:
+            raise meaning.error from error
         if isinstance(error, asyncpg.IntegrityConstraintViolationError):
             raise IntegrityError(statement, None, error, hide_parameters=True) from error
-        if isinstance(error, asyncpg.ReadOnlySQLTransactionError):
-            if self._readonly:
-                raise WriteInReadSession("A read session was asked to write.") from error
-            # The address leads to a server that was demoted, and so do all the other connections.
-            self._database.pool.leave_demoted()
 
 
 class Lease(DriverLane):

@@ -14,7 +14,8 @@ from typing import Any, Literal
 
 import asyncpg
 
-from pglifeguard.connector import DRIVER_FAILURES, Connector, KeptAliveConnection
+from pglifeguard.connector import Connector, KeptAliveConnection
+from pglifeguard.driver_failures import DRIVER_FAILURES
 from pglifeguard.errors import DatabaseUnavailable, DatabaseUnreachable
 from pglifeguard.metrics import Metrics
 from pglifeguard.pooler import STATEMENTS, WARNING, forgets_statements

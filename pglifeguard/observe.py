@@ -1,20 +1,17 @@
-"""What the pools and engines tell: metrics by pool, log lines, slow queries, and the driver's failures by name.
+"""What the pools and engines report: metrics by pool, log lines and slow queries.
 
 Names of metrics live in `metrics.py`; this module feeds them. The route or task that holds a connection comes with the
 checkout, never from a listener's own state.
 """
 
 import logging
-import re
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
-import asyncpg
 from prometheus_client import Counter, Histogram
 
 from pglifeguard.checkout import Checkout
-from pglifeguard.errors import CommandTimeout, ConnectionLost, DatabaseUnavailable
 from pglifeguard.metrics import Metrics
 from pglifeguard.sampling import Sampler
 
@@ -102,19 +99,3 @@ class PoolWatch:
     def log(self, message: str, *, level: int = logging.WARNING, route: str | None = None, **details: Any) -> None:
         """Write a line about this pool that many requests may cause at once: the first of a burst, then the count."""
         self._sampler.log(logger, level, message, by={"pool": self.pool, "route": route}, **details)
-
-
-def forget_row(error: BaseException | None) -> None:
-    """Drop what is quoted in a failure: whole rows by PostgreSQL, single values by both; they are health data."""
-    if isinstance(error, asyncpg.PostgresError):
-        error.detail = None
-    if isinstance(error, asyncpg.DataError):
-        # "invalid input for query argument $3: '1915'", 'value "1915" is out of range': what precedes it says enough.
-        error.args = (re.split(r"""[:"']""", str(error), maxsplit=1)[0].strip(),)
-
-
-def name_loss(error: Exception, database: str) -> DatabaseUnavailable:
-    """Name what asyncpg leaves bare: a command that timed out, or a connection that went away under it."""
-    if isinstance(error, TimeoutError):
-        return CommandTimeout("The database did not answer in time.", database=database)
-    return ConnectionLost("The connection to the database was lost; nothing was committed.", database=database)

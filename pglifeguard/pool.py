@@ -30,7 +30,8 @@ from types import FrameType
 from typing import Any, Generic, Protocol, TypeAlias, TypeVar
 
 from pglifeguard.checkout import Checkout, Holding, PoolFigures, holder, holding_of
-from pglifeguard.connector import DRIVER_FAILURES, KeptAliveConnection
+from pglifeguard.connector import KeptAliveConnection
+from pglifeguard.driver_failures import DRIVER_FAILURES
 from pglifeguard.errors import DatabaseUnreachable, PoolExhausted, sqlstate
 from pglifeguard.observe import PoolWatch
 from pglifeguard.settings import DatabaseSettings

@@ -21,13 +21,14 @@ from sqlalchemy.util.concurrency import await_, greenlet_spawn
 from pglifeguard.checkout import Checkout, holder
 from pglifeguard.consistency import Consistency
 from pglifeguard.database import Database, Isolation, TransactionMode
+from pglifeguard.driver_failures import LOST
 from pglifeguard.effects import effect_of
 from pglifeguard.errors import ConnectionLost, TransactionAborted
 from pglifeguard.lease import DriverLane, Lease, fetch_alone
 from pglifeguard.orm import PINNED, HeldConnection, OneConnection, refuse_of_transactions
 from pglifeguard.query import Query
 from pglifeguard.replica import ServerCheck
-from pglifeguard.watched import LOST, SWALLOWED
+from pglifeguard.watched import SWALLOWED
 
 Ts = TypeVarTuple("Ts")
 

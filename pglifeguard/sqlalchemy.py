@@ -20,10 +20,12 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.pool import ConnectionPoolEntry, Pool, PoolProxiedConnection
 from sqlalchemy.util.concurrency import await_, greenlet_spawn
 
+from pglifeguard.checkout import Checkout
 from pglifeguard.connector import Connector, KeptAliveConnection
+from pglifeguard.driver_failures import Fate, examine
 from pglifeguard.effects import effect_of
-from pglifeguard.errors import DatabaseUnreachable, WriteInReadSession, name_database, sqlstate
-from pglifeguard.observe import PoolWatch, forget_row, name_loss
+from pglifeguard.errors import DatabaseUnreachable
+from pglifeguard.observe import PoolWatch
 from pglifeguard.pool import ConnectionPool, OnConnect
 from pglifeguard.settings import DatabaseSettings
 
@@ -32,7 +34,6 @@ _adopted: ContextVar[ConnectionPoolEntry | None] = ContextVar("adopted", default
 # The connection for which SQLAlchemy makes an entry in this context.
 _opened: ContextVar[KeptAliveConnection] = ContextVar("opened")
 T = TypeVar("T")
-READ_ONLY = "25006"
 
 
 class BoundedPool(ConnectionPool[ConnectionPoolEntry], Pool):
@@ -169,22 +170,26 @@ class EngineWatch:
         connection, context, error = failure.connection, failure.execution_context, failure.original_exception
         if connection is not None and hasattr(context, "started_at"):
             self._finished(connection, failure.statement or "", context)
-        forget_row(error.__cause__)
-        name_database(error, self._watch.pool)
-        if isinstance(error.__cause__, asyncpg.DataError):
+        cause = error.__cause__ if isinstance(error, EmulatedDBAPIException) and error.__cause__ else error
+        reads_only = not self._writable or connection is None or _reads_only(connection)
+        meaning = examine(cause, _driver_of(connection), database=self._watch.pool, reads_only=reads_only)
+        if isinstance(cause, asyncpg.DataError):
             # The adapter and SQLAlchemy have both copied the sentence by now.
-            error.args = cast("Exception", failure.sqlalchemy_exception).args = error.__cause__.args
-        state = sqlstate(error) or ""
-        if state == READ_ONLY:
-            if not self._writable or connection is None or _reads_only(connection):
-                raise WriteInReadSession("A read session was asked to write.") from error
-            # The address leads to a server that was demoted, and so do all the other connections.
+            error.args = cast("Exception", failure.sqlalchemy_exception).args = cause.args
+        if meaning.fate is Fate.CLOSED:
+            failure.is_disconnect = True
+        elif meaning.fate is Fate.DEMOTED:
             failure.is_disconnect = self._pool.leave_demoted()
-        elif state.startswith("57P"):
-            failure.is_disconnect = True
-        elif isinstance(error, OSError):
-            failure.is_disconnect = True
-            raise name_loss(error, self._watch.pool) from error
+        if meaning.error is not None:
+            raise meaning.error from error
+
+
+def _driver_of(connection: Connection | None) -> KeptAliveConnection | None:
+    """Return the driver's connection, None when SQLAlchemy has given it up already."""
+    if connection is None or connection.invalidated:
+        return None
+    checkout: Checkout = connection.info["checkout"]
+    return checkout.connection
 
 
 def _reads_only(connection: Connection) -> bool:

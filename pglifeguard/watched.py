@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import asyncpg
 
+from pglifeguard.driver_failures import DRIVER_FAILURES, LOST, never_sent
 from pglifeguard.effects import Effect, effect_of
 from pglifeguard.errors import ConnectionLost, OutcomeUnknown, TransactionAborted
 
@@ -32,8 +33,6 @@ if TYPE_CHECKING:
 else:
     _Connection = asyncpg.Connection
 
-# What a connection can fail with, asyncpg's own. A TimeoutError is an OSError.
-ASYNCPG_FAILURES = (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError)
 # Seconds that undoing may take; a connection is closed when it takes longer.
 RESET_SECONDS = 2.0
 # DISCARD ALL without DEALLOCATE ALL: prepared statements are the driver's, and stay.
@@ -41,8 +40,6 @@ RESET = """
     SET SESSION AUTHORIZATION DEFAULT; RESET ALL; CLOSE ALL; SELECT pg_advisory_unlock_all(); DISCARD TEMP
 """
 UNLISTEN = "; UNLISTEN *"
-# What asyncpg says of a connection that is not ready for a statement.
-BUSY = "another operation"
 # PostgreSQL tells the driver of these at every change; of search_path since 18.
 REPORTED = (
     "search_path",
@@ -58,7 +55,6 @@ UNKNOWN = (
     "The connection was lost while the change was being committed, so it may or may not have been made. "
     "Read before you try again, or send the request with an Idempotency-Key."
 )
-LOST = "The connection to the database was lost; nothing was committed."
 CONTROL = (
     "a session begins and ends its transaction itself: write `await session.commit()` or `await session.rollback()` in "
     "place of COMMIT or ROLLBACK, and `session.begin_nested()` for a savepoint"
@@ -126,7 +122,7 @@ class WatchedConnection(_Connection):
             self._listeners.clear()
         except BaseException as error:
             self.terminate()
-            if not isinstance(error, ASYNCPG_FAILURES):
+            if not isinstance(error, DRIVER_FAILURES):
                 raise
         finally:
             cut.cancel()
@@ -258,9 +254,8 @@ class Transaction:
             raise ConnectionLost(LOST)
         try:
             answer = await connection.control("COMMIT;")
-        except ASYNCPG_FAILURES as error:
-            if BUSY in str(error):
-                # It was not sent: the server had ended the connection, whose socket is not seen to close yet.
+        except DRIVER_FAILURES as error:
+            if never_sent(error):
                 connection.terminate()
                 raise ConnectionLost(LOST) from error
             if isinstance(error, OSError) or connection.is_closed():

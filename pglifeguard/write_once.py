@@ -10,9 +10,9 @@ from typing import Any, TypeVarTuple
 
 from sqlalchemy import Row
 
-from pglifeguard.connector import DRIVER_FAILURES
 from pglifeguard.consistency import Consistency
 from pglifeguard.database import Database
+from pglifeguard.driver_failures import DRIVER_FAILURES
 from pglifeguard.errors import DatabaseUnavailable, OutcomeUnknown, sqlstate
 from pglifeguard.lease import Lease
 from pglifeguard.query import Query

@@ -12,7 +12,7 @@ DOMAINS = sorted(path.parent.name for path in (ROOT / "app").glob("*/routes.py")
 LIBRARY = (
     {"activity", "builtin_functions", "database_url", "dialect", "errors", "metrics", "pooler", "query", "sampling",
      "variables"},
-    {"collisions", "effects", "environment", "host_search", "lookup", "server"},
+    {"collisions", "driver_failures", "effects", "environment", "host_search", "lookup", "server"},
     {"settings", "watched"},
     {"budget", "connector"},
     {"checkout", "monitor"},
@@ -46,7 +46,10 @@ FLOORS = {f"pglifeguard.{name}".rstrip("."): floor for floor, names in enumerate
 # What the service may know of the library: its public packages.
 PUBLIC = {"pglifeguard", "pglifeguard.cli", "pglifeguard.fastapi", "pglifeguard.serving"}
 # The pool and what it stands on: asyncio and asyncpg alone.
-POOL = {"pool", "checkout", "connector", "host_search", "lookup", "watched", "effects", "builtin_functions", "server"}
+POOL = {
+    "builtin_functions", "checkout", "connector", "driver_failures", "effects", "host_search", "lookup", "pool",
+    "server", "watched",
+}  # fmt: skip
 # What opens something or reads the environment, and so must not be called when a module is imported.
 OPENERS = {
     "AsyncClient",

@@ -12,10 +12,9 @@ from sqlalchemy import Text, bindparam, cast, func, literal_column, select, text
 
 from app.logs import RequestId, json_formatter
 from local.waiting import eventually
-from pglifeguard.errors import CommandTimeout, ConnectionLost
+from pglifeguard.errors import CommandTimeout
 from pglifeguard.fastapi.sessions import ReadDB, WriteDB
 from pglifeguard.lease import fetch_alone
-from pglifeguard.observe import name_loss
 from pglifeguard.query import Query
 from tests.conftest import Database, Execute
 from tests.pglifeguard.conftest import pooled
@@ -169,12 +168,6 @@ async def test_silent_server_is_given_up(database: Database, proxy: Proxy) -> No
             await p.backend()
 
         assert p.replaced("error") + p.replaced("closed") == 1
-
-
-def test_bare_failures_get_a_name() -> None:
-    """What asyncpg lets through of the operating system is a timeout or a loss."""
-    assert isinstance(name_loss(TimeoutError(), "primary"), CommandTimeout)
-    assert isinstance(name_loss(ConnectionResetError(), "primary"), ConnectionLost)
 
 
 # Figures.

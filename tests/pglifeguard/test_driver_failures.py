@@ -1,0 +1,79 @@
+"""A failure of the driver has one meaning, whether the driver or SQLAlchemy ran the statement."""
+
+from typing import Any
+
+import asyncpg
+import pytest
+from sqlalchemy import func, select
+from sqlalchemy.exc import DBAPIError
+
+from pglifeguard.consistency import Consistency
+from pglifeguard.driver_failures import Fate, examine
+from pglifeguard.errors import CommandTimeout, ConnectionLost, WriteInReadSession, classify, database_of
+from pglifeguard.query import Query
+from pglifeguard.sessions import ReadSession
+from tests.conftest import Database
+from tests.pglifeguard.conftest import pooled
+from tests.service import Service
+
+KILL = Query(select(func.pg_terminate_backend(func.pg_backend_pid())))
+NEXT_NUMBER = Query(select(func.nextval("patients_id_seq")))
+
+
+async def run(session: ReadSession, query: Query[Any], lane: str) -> None:
+    """Run a query by one of the two lanes."""
+    if lane == "driver":
+        await session.rows(query)
+    else:
+        await session.execute(query.statement)
+
+
+@pytest.mark.parametrize("lane", ["driver", "sqlalchemy"])
+async def test_session_that_the_server_ends_is_lost(service: Service, lane: str) -> None:
+    """Both lanes name the loss and its database, and nobody uses the connection again."""
+    pool = service.databases.primary.pool
+    idle = pool.figures().checked_in
+    with pytest.raises((asyncpg.PostgresError, DBAPIError, ConnectionLost)) as failed:
+        async with service.databases.writing() as session:
+            await run(session, KILL, lane)
+
+    answer = classify(failed.value)
+
+    assert answer is not None
+    assert (answer.code, database_of(failed.value)) == ("connection_lost", "primary")
+    assert pool.figures().checked_in == idle - 1
+
+
+@pytest.mark.parametrize("lane", ["driver", "sqlalchemy"])
+async def test_write_in_a_read_session_is_a_bug_and_no_failover(service: Service, lane: str) -> None:
+    """Both lanes refuse it by one name, and the connections to a primary that is well stay."""
+    pool = service.databases.primary.pool
+    idle = pool.figures().checked_in
+    with pytest.raises(WriteInReadSession):
+        async with service.databases.reading(Consistency(primary_only=True)) as session:
+            await run(session, NEXT_NUMBER, lane)
+
+    assert pool.figures().checked_in == idle
+
+
+def test_bare_failures_get_a_name() -> None:
+    """What asyncpg lets through of the operating system is a timeout or a loss, and ends the connection."""
+    late = examine(TimeoutError(), None, database="primary", reads_only=False)
+    reset = examine(ConnectionResetError(), None, database="primary", reads_only=False)
+
+    assert isinstance(late.error, CommandTimeout)
+    assert isinstance(reset.error, ConnectionLost)
+    assert {late.fate, reset.fate} == {Fate.CLOSED}
+
+
+async def test_two_tasks_on_one_connection_are_a_bug(database: Database) -> None:
+    """That asyncpg finds the connection busy is no loss, and the connection works on."""
+    async with pooled(database.url()) as p:
+        slot = await p.pool.acquire()
+        connection = slot.info["checkout"].connection
+        busy = asyncpg.InterfaceError("cannot perform operation: another operation is in progress")
+
+        meaning = examine(busy, connection, database="primary", reads_only=False)
+
+        assert (meaning.error, meaning.fate) == (None, Fate.KEPT)
+        p.pool.release(slot)
