@@ -36,6 +36,23 @@ class Checkout:
     # Whether it leads where its holder could not stay: the others are taken first.
     behind: bool = False
 
+    def begin_query(self) -> None:
+        """Note that the connection waits for the server from now on."""
+        self.asked_at = time.perf_counter()
+
+    def end_query(self) -> float:
+        """Count the time since `begin_query` as time at work, and return its seconds.
+
+        Call it in a `finally`: `cut_unanswered` cuts a connection that seems to wait for ever.
+        """
+        if self.asked_at is None:
+            # Two tasks used one session at the same time, and the one that asyncpg refused has ended first.
+            return 0.0
+        seconds = time.perf_counter() - self.asked_at
+        self.queried += seconds
+        self.asked_at = None
+        return seconds
+
     def queried_seconds(self) -> float:
         """Seconds that this checkout spent on statements, the one under way included."""
         return self.queried if self.asked_at is None else self.queried + time.perf_counter() - self.asked_at

@@ -3,7 +3,6 @@
 What goes to the driver past SQLAlchemy, a COPY for example, is then in the transaction too, whatever came before it.
 """
 
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -58,9 +57,8 @@ def _queried(dbapi_connection: Any) -> Iterator[None]:
         # The connection is being opened: nobody holds it, and SQLAlchemy looks at the first one's server.
         yield
         return
-    checkout.asked_at = started = time.perf_counter()
+    checkout.begin_query()
     try:
         yield
     finally:
-        checkout.queried += time.perf_counter() - started
-        checkout.asked_at = None
+        checkout.end_query()

@@ -8,7 +8,6 @@ those that went through SQLAlchemy: see `EngineWatch`.
 
 import asyncio
 import logging
-import time
 from collections.abc import Awaitable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar, TypeVarTuple, cast
 
@@ -54,7 +53,7 @@ class DriverLane:
 
     async def ask(self, answer: Awaitable[T], statement: str | None = None) -> T:
         """Wait for an answer, count its time, and name its failure; BEGIN and COMMIT are no statements to count."""
-        self.checkout.asked_at = started = time.perf_counter()
+        self.checkout.begin_query()
         try:
             return await answer
         except DRIVER_FAILURES as error:
@@ -65,11 +64,8 @@ class DriverLane:
             await asyncio.shield(_close(self.connection))
             raise
         finally:
-            seconds = time.perf_counter() - started
-            if statement is None:
-                self.checkout.queried += seconds
-                self.checkout.asked_at = None
-            else:
+            seconds = self.checkout.end_query()
+            if statement is not None:
                 self._database.watch.answered(self.checkout, statement, seconds)
 
     async def written_token(self) -> str | None:
@@ -78,7 +74,7 @@ class DriverLane:
             return None
         # The question belongs to the request and to no transaction.
         bound, self.connection.bound = self.connection.bound, False
-        self.checkout.asked_at = started = time.perf_counter()
+        self.checkout.begin_query()
         try:
             written = cast("asyncpg.Record", await self.connection.fetchrow(WRITTEN))
         except asyncio.CancelledError:
@@ -93,8 +89,7 @@ class DriverLane:
             self._database.watch.log("no consistency token", route=holder.get(), reason=reason)
             return None
         finally:
-            self.checkout.queried += time.perf_counter() - started
-            self.checkout.asked_at = None
+            self.checkout.end_query()
             self.connection.bound = bound
         return token_text(self._database.monitor.position.system, written["timeline"], written["lsn"])
 

@@ -85,10 +85,8 @@ class PoolWatch:
             self.log("connection held idle", route=holder, held_seconds=round(held, 3), idle_seconds=round(idle, 3))
 
     def answered(self, checkout: Checkout, statement: str, seconds: float) -> None:
-        """Count a statement, answered or failed; log it when it was slow."""
+        """Count a statement, answered or failed, and the seconds that it took; log it when it was slow."""
         self._query.observe(seconds)
-        checkout.queried += seconds
-        checkout.asked_at = None
         if seconds >= self._slow_query_seconds:
             self._slow.inc()
             # Never the parameters: they are health data.

@@ -155,24 +155,25 @@ class EngineWatch:
 
     def _started(self, connection: Connection, *rest: Any) -> None:
         # cursor, statement, parameters, context, executemany
+        checkout: Checkout = connection.info["checkout"]
         if effect_of(rest[1]):
             # The dialect keeps prepared statements, so the connection itself sees a text once.
-            connection.info["checkout"].connection.watch(rest[1])
-        connection.info["checkout"].asked_at = rest[3].started_at = time.perf_counter()
+            checkout.connection.watch(rest[1])
+        checkout.begin_query()
 
     def _succeeded(self, connection: Connection, *rest: Any) -> None:
-        self._finished(connection, rest[1], rest[3])
-
-    def _finished(self, connection: Connection, statement: str, context: Any) -> None:
-        self._watch.answered(connection.info["checkout"], statement, time.perf_counter() - context.started_at)
+        checkout: Checkout = connection.info["checkout"]
+        self._watch.answered(checkout, rest[1], checkout.end_query())
 
     def _failed(self, failure: ExceptionContext) -> None:
-        connection, context, error = failure.connection, failure.execution_context, failure.original_exception
-        if connection is not None and hasattr(context, "started_at"):
-            self._finished(connection, failure.statement or "", context)
+        connection, error = failure.connection, failure.original_exception
+        checkout = _checkout_of(connection)
+        if checkout is not None and checkout.asked_at is not None:
+            self._watch.answered(checkout, failure.statement or "", checkout.end_query())
         cause = error.__cause__ if isinstance(error, EmulatedDBAPIException) and error.__cause__ else error
         reads_only = not self._writable or connection is None or _reads_only(connection)
-        meaning = examine(cause, _driver_of(connection), database=self._watch.pool, reads_only=reads_only)
+        driver_connection = None if checkout is None else checkout.connection
+        meaning = examine(cause, driver_connection, database=self._watch.pool, reads_only=reads_only)
         if isinstance(cause, asyncpg.DataError):
             # The adapter and SQLAlchemy have both copied the sentence by now.
             error.args = cast("Exception", failure.sqlalchemy_exception).args = cause.args
@@ -184,12 +185,9 @@ class EngineWatch:
             raise meaning.error from error
 
 
-def _driver_of(connection: Connection | None) -> KeptAliveConnection | None:
-    """Return the driver's connection, None when SQLAlchemy has given it up already."""
-    if connection is None or connection.invalidated:
-        return None
-    checkout: Checkout = connection.info["checkout"]
-    return checkout.connection
+def _checkout_of(connection: Connection | None) -> Checkout | None:
+    """Return the checkout that SQLAlchemy works on, None when it has none or has given it up already."""
+    return None if connection is None or connection.invalidated else connection.info["checkout"]
 
 
 def _reads_only(connection: Connection) -> bool:

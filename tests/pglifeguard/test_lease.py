@@ -6,12 +6,14 @@ import logging
 from datetime import date
 from typing import Any
 
+import asyncpg
 import pytest
-from sqlalchemy import Boolean, Integer, bindparam, func, literal_column, select, text
+from sqlalchemy import Boolean, Integer, Text, bindparam, cast, func, literal_column, select, text
 from sqlalchemy.exc import DBAPIError, IntegrityError
 
 from app.patients import queries
 from app.patients.models import Patient
+from local.waiting import eventually
 from pglifeguard.errors import DatabaseUnreachable, TransactionAborted
 from pglifeguard.fastapi.sessions import RequestDatabases, WriteDB
 from pglifeguard.query import Query
@@ -24,6 +26,7 @@ FAREWELL = b"E\x00\x00\x00\x2aSFATAL\x00VFATAL\x00C57P01\x00Mterminating...\x00\
 ADA = {"mrn": "A-1", "full_name": "Ada Lovelace", "birth_date": date(1915, 12, 10)}
 COUNT = "SELECT count(*) FROM patients"
 MOOD: Query[Any] = Query(select(literal_column("ROW('glad'::public.mood)").label("mood")))
+LOCK = Query(select(cast(func.pg_advisory_xact_lock(bindparam("key", type_=Integer)), Text)))
 KILL = Query(select(func.pg_terminate_backend(func.pg_backend_pid())))
 DEMOTE = Query(select(func.set_config("transaction_read_only", "on", literal_column("true", Boolean))))
 FAIL = Query(select((literal_column("1", Integer) / bindparam("zero", type_=Integer)).label("nothing")))
@@ -92,6 +95,25 @@ async def test_session_does_one_thing_at_a_time(database: Database) -> None:
         figures = service.databases.primary.pool.figures()
         assert (figures.checked_out, figures.available) == (0, figures.total)
         assert service.sample("db_connection_acquire_seconds_count", pool="primary") == 1
+
+
+async def test_statement_beside_another_is_refused_and_harms_nothing(service: Service) -> None:
+    """Asyncpg refuses the second of two tasks on one session, and the first gets its answer."""
+    async with service.databases.writing() as session:
+        await session.rows(LOCK, key=1)
+        checkout = next(iter(service.databases.primary.pool._out.values()))
+        async with service.databases.writing() as other:
+            await other.rows(LOCK, key=2)
+            first = asyncio.create_task(session.rows(LOCK, key=2))
+
+            async def waits() -> bool:
+                return checkout.asked_at is not None
+
+            assert await eventually(waits, 5)
+            with pytest.raises(asyncpg.InterfaceError, match="another operation"):
+                await session.rows(LOCK, key=3)
+
+        assert len(await first) == 1
 
 
 async def test_dropped_session_loses_no_permit(service: Service, caplog: pytest.LogCaptureFixture) -> None:
