@@ -26,7 +26,6 @@ from http import HTTPStatus
 from typing import Any
 
 import asyncpg
-from sqlalchemy.exc import DBAPIError
 
 # JSONResponse makes itself an encoder for each answer, which takes as long as encoding.
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
@@ -197,7 +196,7 @@ _UNSENDABLE = (OverflowError, UnicodeEncodeError)
 def sqlstate(error: BaseException | None) -> str | None:
     """Return the five characters with which PostgreSQL names a failure, of SQLAlchemy's or asyncpg's exception."""
     state = None
-    cause = error.orig if isinstance(error, DBAPIError) else error
+    cause = _unwrapped(error)
     while cause is not None:
         # The innermost is the server's own: asyncpg wraps its last words into "connection was closed", a 08003.
         state = getattr(cause, "sqlstate", None) or state
@@ -207,7 +206,7 @@ def sqlstate(error: BaseException | None) -> str | None:
 
 def constraint(error: BaseException) -> str | None:
     """Return the name of the constraint or unique index that a change broke, of SQLAlchemy's or asyncpg's exception."""
-    cause = error.orig if isinstance(error, DBAPIError) else error
+    cause = _unwrapped(error)
     while cause is not None and getattr(cause, "constraint_name", None) is None:
         cause = cause.__cause__
     name: str | None = getattr(cause, "constraint_name", None)
@@ -221,7 +220,7 @@ def name_database(error: BaseException, database: str) -> None:
 
 def database_of(error: BaseException) -> str | None:
     """Return the name of the database that a failure came from, None where nobody knows."""
-    cause: BaseException | None = error.orig if isinstance(error, DBAPIError) else error
+    cause = _unwrapped(error)
     while cause is not None:
         if (name := vars(cause).get("database")) is not None:
             return str(name)
@@ -233,24 +232,29 @@ def classify(error: BaseException) -> Failure | None:
     """Say what a client is told about a failure of the database; None is a bug, and a 500."""
     if isinstance(error, (WriteInReadSession, TransactionAborted)):
         return None
-    driver_failure = _driver_failure(error)
+    inner = _unwrapped(error)
+    # SQLAlchemy has two layers: its own exception, and that of its adapter, which asyncpg's caused.
+    driver_failure = inner if inner is error or inner is None else inner.__cause__
     if isinstance(driver_failure, asyncpg.InvalidCachedStatementError):
         return _STALE
     if isinstance(driver_failure, asyncpg.DataError) and isinstance(driver_failure.__cause__, _UNSENDABLE):
         return _UNSTORABLE
     state = sqlstate(error) or ""
-    if isinstance(error, (DBAPIError, asyncpg.PostgresError, DatabaseUnreachable)):
+    if inner is not error or isinstance(error, (asyncpg.PostgresError, DatabaseUnreachable)):
         for length in (5, 3, 2):
             if failure := _FAILURES.get(state[:length]):
                 return failure
     if isinstance(error, ServiceError):
         return Failure(error.status, error.code, str(error))
-    return _LOST if isinstance(error, DBAPIError) and error.connection_invalidated else None
+    return _LOST if getattr(error, "connection_invalidated", False) else None
 
 
-def _driver_failure(error: BaseException) -> BaseException | None:
-    """Return what asyncpg raised, from inside SQLAlchemy's two layers around it."""
-    return error.orig.__cause__ if isinstance(error, DBAPIError) and error.orig is not None else error
+def _unwrapped(error: BaseException | None) -> BaseException | None:
+    """Return what SQLAlchemy's DBAPIError wraps, else the error itself.
+
+    A DBAPIError is told by its attributes: the pool, which needs this module, knows no SQLAlchemy.
+    """
+    return getattr(error, "orig", error) if hasattr(error, "connection_invalidated") else error
 
 
 def document(failure: Failure, **more: Any) -> bytes:
