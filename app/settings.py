@@ -61,9 +61,10 @@ class Settings(DatabasesSettings):
     def _fit_for_production(self) -> Self:
         if self.environment != "production":
             return self
+        listening = [] if self.listening is None else [("LISTEN_", self.listening)]
         refused = {
             f"{prefix}URL holds a development password": None
-            for prefix, database in self.databases
+            for prefix, database in [*self.databases, *listening]
             if (database.parameters.password or "").startswith(DEVELOPMENT_SECRET)
         }
         if self.auth_secret is None:

@@ -2,9 +2,9 @@
 
     workers x instances x (pool_size + max_overflow + 1)  <=  limit - reserve
 
-The 1 is the pool's monitor, and pools on one server are added up. Sizes are per process, so each worker and each
-instance multiplies them: that is how three instances of fifty meet a server of one hundred. `check_budget`
-refuses it at start; `python -m app doctor` shows it for a running server.
+The 1 is the pool's monitor. Pools on one server are added up, and LISTEN_URL adds 1 for each process. Sizes are per
+process, so each worker and each instance multiplies them: that is how three instances of fifty meet a server of one
+hundred. `check_budget` refuses it at start; `python -m app doctor` shows it for a running server.
 """
 
 import math
@@ -56,14 +56,15 @@ def by_load(requests_per_second: float, query_seconds: float) -> int:
 
 def connections_of(settings: DatabasesSettings, databases: list[DatabaseSettings]) -> int:
     """Count what all instances and workers may open to these databases, monitors included."""
-    per_process = sum(database.capacity + 1 for database in databases)
+    per_process = sum(1 if database is settings.listening else database.capacity + 1 for database in databases)
     return per_process * settings.workers * settings.instances
 
 
 def by_server(settings: DatabasesSettings) -> dict[str, list[DatabaseSettings]]:
-    """Sort the databases by host and port: those that share them share a budget."""
+    """Sort the databases by host and port, and LISTEN_URL with them: those that share them share a budget."""
     servers: dict[str, list[DatabaseSettings]] = {}
-    for _, database in settings.databases:
+    listening = [] if settings.listening is None else [settings.listening]
+    for database in [*(database for _, database in settings.databases), *listening]:
         servers.setdefault(database.server, []).append(database)
     return servers
 
@@ -73,7 +74,10 @@ def over_budget(settings: DatabasesSettings, databases: list[DatabaseSettings], 
     wanted = connections_of(settings, databases)
     if wanted <= limit - settings.connection_reserve:
         return None
-    pools = " + ".join(f"({d.pool_size} + {d.max_overflow} + 1)" for d in databases)
+    pools = " + ".join(
+        "1 that listens" if each is settings.listening else f"({each.pool_size} + {each.max_overflow} + 1)"
+        for each in databases
+    )
     return (
         f"{settings.workers} workers x {settings.instances} instances x {pools} = {wanted} connections > "
         f"{limit} - {settings.connection_reserve} reserved. Lower DATABASE_POOL_SIZE, DATABASE_MAX_OVERFLOW, WORKERS "

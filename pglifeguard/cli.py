@@ -88,7 +88,7 @@ def doctor(settings: DatabasesSettings) -> None:
     console.print(table)
     for server, sentence in warnings.items():
         console.print(f"[yellow]Too many for max_connections of {escape(server)}:[/yellow] {escape(sentence)}")
-    total = budget.connections_of(settings, [database for _, database in settings.databases])
+    total = sum(budget.connections_of(settings, databases) for databases in servers.values())
     console.print(
         f"All pools: {settings.workers} workers x {settings.instances} instances = at most {total} connections."
     )

@@ -6,7 +6,8 @@ any of the databases down: readiness says so, and the monitors notice when they 
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager
 from types import TracebackType
 from typing import Any, Self, TypeVar, TypeVarTuple
 
@@ -17,6 +18,7 @@ from pglifeguard.collisions import ATTEMPTS, collision, pause_seconds
 from pglifeguard.consistency import Consistency, current_consistency
 from pglifeguard.database import Database, Isolation, Role
 from pglifeguard.errors import DatabaseUnavailable
+from pglifeguard.listening import Listener
 from pglifeguard.metrics import Metrics
 from pglifeguard.pool import OnConnect
 from pglifeguard.primary_retry import PrimaryRetry
@@ -96,6 +98,8 @@ class Databases:
             metrics,
             fallback=settings.replica_fallback,
         )
+        self.listener = Listener(settings.listening)
+        self.primary.monitor.listeners.append(self.listener.follow)
         self.primary_retry = PrimaryRetry(settings, self.router, metrics)
         self.closing = False
         self._tasks: list[asyncio.Task[None]] = []
@@ -198,6 +202,20 @@ class Databases:
         token = current is not None and bool(self.replicas)
         return await write_once(self.primary, query, parameters, current or Consistency(), token=token)
 
+    def listen(self, channel: str) -> AbstractAsyncContextManager[AsyncIterator[str | None]]:
+        """Hear the payloads of a channel: `async with databases.listen("jobs") as news: async for payload in news:`.
+
+        All listeners of the process share one connection to LISTEN_URL, beside the pools. None comes first, and again
+        where notifications may have been missed: while the connection was lost, or when more than 1,000 were left
+        unread. Read the tables then. The iteration ends when the databases are closed.
+
+        Raises: RuntimeError, with a sentence, when LISTEN_URL is not set or leads to a pooler; ValueError for a
+        channel's name that PostgreSQL would cut off. When entered, DatabaseUnreachable; when iterated, ConnectionLost
+        after 60 s without the connection.
+        """
+        self._check_loop()
+        return self.listener.listen(channel)
+
     async def open(self) -> None:
         """Warm the pools and start the monitors. A database that is down does not keep the service from starting.
 
@@ -216,6 +234,7 @@ class Databases:
     async def close(self, *, grace_seconds: float = 5.0) -> None:
         """Admit nobody, let what is at work finish for `grace_seconds`, close every connection."""
         self.closing = True
+        await self.listener.close()
         for database in self.all():
             database.pool.close()
         for task in self._tasks:

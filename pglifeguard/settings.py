@@ -176,6 +176,10 @@ class DatabasesSettings(BaseSettings):
     replicas: tuple[DatabaseSettings, ...] = ()
     analytics: DatabaseSettings
 
+    listen_url: DatabaseUrl | None = Field(
+        None,
+        description="URL of the primary, past any pooler, for databases.listen(): one connection more per process.",
+    )
     max_clients: int = Field(
         12_000,
         ge=1,
@@ -294,6 +298,13 @@ class DatabasesSettings(BaseSettings):
         """Primary, replicas, analytics, each with the prefix of its variables."""
         replicas = [("DATABASE_REPLICA_", replica) for replica in self.replicas]
         return [("DATABASE_", self.primary), *replicas, ("DATABASE_ANALYTICS_", self.analytics)]
+
+    @cached_property
+    def listening(self) -> DatabaseSettings | None:
+        """The primary as LISTEN_URL leads to it; None where nobody may listen."""
+        if self.listen_url is None:
+            return None
+        return DatabaseSettings(**self.primary.model_dump() | {"url": self.listen_url})
 
     @model_validator(mode="after")
     def _agree(self) -> Self:

@@ -16,7 +16,7 @@ LIBRARY = (
     {"settings", "watched"},
     {"budget", "connector"},
     {"checkout", "monitor"},
-    {"cli", "observe", "orm"},
+    {"cli", "listening", "observe", "orm"},
     {"pool"},
     {"sqlalchemy"},
     {"database"},

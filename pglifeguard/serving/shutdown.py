@@ -38,6 +38,8 @@ def draining_first(databases: Databases, *, delay_seconds: float) -> Iterator[No
             return
         databases.closing = True
         logger.info("draining", extra={"seconds": delay_seconds})
+        # A stream that waits for notifications would keep uvicorn waiting until it cuts everybody.
+        loop.call_soon_threadsafe(loop.call_later, delay_seconds, databases.listener.end)
         loop.call_soon_threadsafe(loop.call_later, delay_seconds, server.handle_exit, sig, frame)
 
     for sig in servers:

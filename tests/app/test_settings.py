@@ -358,11 +358,13 @@ def test_production_lists_everything_unfit(monkeypatch: pytest.MonkeyPatch) -> N
         ENVIRONMENT="production",
         DATABASE_URL="postgresql://app_rw:development-app-rw@primary/x",
         DATABASE_REPLICA_URL="postgresql://app_ro:development-app-ro@replica/x",
+        LISTEN_URL="postgresql://app_rw:development-app-rw@primary/x",
     )
 
     assert sentence == (
         "ENVIRONMENT=production refuses to start: DATABASE_URL holds a development password; DATABASE_REPLICA_URL "
-        "holds a development password; DATABASE_ANALYTICS_URL holds a development password; AUTH_SECRET is not set, "
+        "holds a development password; DATABASE_ANALYTICS_URL holds a development password; LISTEN_URL holds a "
+        "development password; AUTH_SECRET is not set, "
         "and every route would be open."
     )
 

@@ -79,3 +79,14 @@ def test_each_server_has_its_own_budget() -> None:
 
     with pytest.raises(SettingsError, match=r"replica\.example:5432 would get"):
         budget.check_budget(settings(replicas=({**elsewhere, "pool_size": 50},), connection_limit=129))
+
+
+def test_connection_that_listens_is_counted() -> None:
+    """One for each process, on the server that LISTEN_URL names."""
+    budget.check_budget(settings(listen_url=URL, connection_limit=135))
+
+    with pytest.raises(SettingsError, match=r"\(2 \+ 2 \+ 1\) \+ 1 that listens = 132 connections > 134 - 3 reserved"):
+        budget.check_budget(settings(listen_url=URL, connection_limit=134))
+
+    past_the_pooler = URL.replace("db.example", "primary.example")
+    budget.check_budget(settings(listen_url=past_the_pooler, connection_limit=129))

@@ -11,7 +11,8 @@ import uvicorn
 
 from local.waiting import eventually
 from pglifeguard.serving.shutdown import draining_first, ending_with_parent
-from tests.service import Service
+from tests.conftest import Database
+from tests.service import Service, serving
 
 
 @pytest.fixture
@@ -44,6 +45,20 @@ async def test_readiness_says_no_before_the_listener_closes(service: Service, se
     assert (ready.status_code, served.status_code, exiting_at_once) == (503, 200, False)
     assert seconds >= 0.2
     assert not server.force_exit
+
+
+async def test_those_who_listen_end_with_the_listener(database: Database) -> None:
+    """A stream that waits for notifications does not hold up the shutdown until it is cut."""
+    before = signal.getsignal(signal.SIGTERM)
+    async with serving(database.settings(replica=False, listen_url=database.url())) as service:
+        server = uvicorn.Server(uvicorn.Config(service.app))
+        signal.signal(signal.SIGTERM, server.handle_exit)
+        with draining_first(service.databases, delay_seconds=0.1):
+            async with service.databases.listen("news") as news:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+                assert [payload async for payload in news] == [None]
+    signal.signal(signal.SIGTERM, before)
 
 
 async def test_second_signal_ends_at_once(service: Service, server: uvicorn.Server) -> None:
