@@ -12,7 +12,8 @@ from collections.abc import AsyncIterator, Iterable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any
 
-from pglifeguard.connector import DRIVER_FAILURES, Connector, KeptAliveConnection
+from pglifeguard.connector import Connector, KeptAliveConnection
+from pglifeguard.driver_failures import DRIVER_FAILURES
 from pglifeguard.errors import ConnectionLost, DatabaseUnavailable, DatabaseUnreachable
 from pglifeguard.monitor import Probe
 from pglifeguard.settings import DatabaseSettings
