@@ -9,12 +9,11 @@ import typer
 from app.logs import log_config, wants_json
 from app.security import Scope, issue_token
 from app.settings import Settings
-from pglifeguard.cli import IDLE_SECONDS, CloseIdle, IdleSeconds, checked, stop
-from pglifeguard.cli import connections as show_connections
-from pglifeguard.cli import doctor as examine
-from pglifeguard.serving import serve as serve_by_uvicorn
+from pglifeguard import serving
+from pglifeguard.cli import checked, database_commands, stop
 
 cli = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False)
+cli.add_typer(database_commands(Settings))
 
 HostOption = Annotated[str | None, typer.Option(help="Address to listen on; HOST.")]
 PortOption = Annotated[int | None, typer.Option(help="Port to listen on; PORT.", min=0, max=65_535)]
@@ -30,7 +29,7 @@ def serve(host: HostOption = None, port: PortOption = None, workers: WorkersOpti
             os.environ[name] = str(value)
     settings = checked(Settings)
     as_json = wants_json(settings.log_format)
-    serve_by_uvicorn(
+    serving.serve(
         "app.main:create_app",
         settings,
         host=settings.host,
@@ -39,18 +38,6 @@ def serve(host: HostOption = None, port: PortOption = None, workers: WorkersOpti
         access_log=settings.access_log,
         log_config=log_config(settings.log_level, as_json=as_json, access_log=settings.access_log),
     )
-
-
-@cli.command()
-def doctor() -> None:
-    """Check the settings, reach each database, and do the arithmetic of connections."""
-    examine(checked(Settings))
-
-
-@cli.command()
-def connections(*, close_idle: CloseIdle = False, idle_seconds: IdleSeconds = IDLE_SECONDS) -> None:
-    """Show the primary's connections, and who blocks whom; close forgotten ones on request."""
-    show_connections(checked(Settings), close_idle=close_idle, idle_seconds=idle_seconds)
 
 
 @cli.command()

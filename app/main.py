@@ -6,8 +6,8 @@ without arguments, and then it reads the environment.
 
 import gc
 import logging
-from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
 from importlib import import_module
 from typing import Any
 
@@ -20,18 +20,17 @@ from app.settings import Settings
 from pglifeguard import SettingsError, __version__
 from pglifeguard.fastapi import Lifeguard
 
-# The domains, each a package of app/ with a `router`. A new one is a folder and a word here.
+# Each domain is a package of app/ with a `router`. To add one, write its folder and its name here.
 DOMAINS = ("patients", "users", "reports")
-DESCRIPTION = "A FastAPI + PostgreSQL reference service whose database pool never drowns."
 _FASTAPI: dict[str, Any] = {
     "title": "Lifeguard",
     "version": __version__,
-    "description": DESCRIPTION,
+    "description": "A FastAPI + PostgreSQL reference service whose database pool never drowns.",
     # Without this, Starlette matches every unknown path twice to look for a redirect.
     "redirect_slashes": False,
     "redoc_url": None,  # /docs shows the same document.
     "swagger_ui_oauth2_redirect_url": None,
-    # The metrics are Prometheus's. OpenTelemetry that nobody has set up still asks itself so at every request.
+    # The metrics are Prometheus's. FastAPI's OpenTelemetry hooks cost each request something even if unused.
     "telemetry": {"tracing": False, "metrics": False, "logs": False},
 }
 
@@ -52,15 +51,24 @@ def create_app(settings: Settings | None = None, **options: Any) -> FastAPI:
         except SettingsError as error:
             raise SystemExit(f"lifeguard cannot start.\n{error}") from None
     lifeguard = Lifeguard(settings)
-    routers = [import_module(f"app.{domain}").router for domain in DOMAINS]
-    # A model that cannot work ends the start here, and not the first request that needs it.
-    configure_mappers()
+    inner = options.pop("lifespan", None)
 
-    lifespan = _lifespan(lifeguard, settings, options.get("lifespan") or _nothing_more)
-    app = FastAPI(**(_FASTAPI | options | {"lifespan": lifespan}))
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[dict[str, Any]]:
+        async with AsyncExitStack() as stack:
+            state = await stack.enter_async_context(lifeguard.lifespan(app))
+            # What exists now lives until the end, so the garbage collector can leave it out.
+            gc.collect()
+            gc.freeze()
+            more = None if inner is None else await stack.enter_async_context(inner(app))
+            yield state | (more or {})
+
+    app = FastAPI(**(_FASTAPI | options), lifespan=lifespan)
     app.state.settings = settings
-    for router in routers:
-        app.include_router(router)
+    for domain in DOMAINS:
+        app.include_router(import_module(f"app.{domain}").router)
+    # A model that cannot work ends the start here, before a request needs it.
+    configure_mappers()
     if settings.directory_url is not None:
         from app.users import sync  # noqa: PLC0415  # Its HTTP client is an eighth of the service's whole import.
 
@@ -77,30 +85,3 @@ def _from_environment() -> Settings:
     for sentence in settings.ignored_variables:
         logger.warning(sentence)
     return settings
-
-
-def _directory(settings: Settings) -> AbstractAsyncContextManager[object]:
-    if settings.directory_url is None:
-        return nullcontext()
-    from app.users.directory import open_directory  # noqa: PLC0415  # See above.
-
-    return open_directory(settings)
-
-
-def _nothing_more(_app: FastAPI) -> AbstractAsyncContextManager[None]:
-    return nullcontext()
-
-
-def _lifespan(
-    lifeguard: Lifeguard, settings: Settings, inner: Callable[[FastAPI], AbstractAsyncContextManager[Any]]
-) -> Any:
-    @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[dict[str, Any]]:
-        async with _directory(settings) as app.state.directory, lifeguard.lifespan(app) as state:
-            # What is there now stays until the end: the garbage collector need not look at it again.
-            gc.collect()
-            gc.freeze()
-            async with inner(app) as more:
-                yield state | (more or {})
-
-    return lifespan

@@ -1,5 +1,6 @@
 """`python -m pglifeguard`."""
 
-from pglifeguard.cli import cli
+from pglifeguard.cli import database_commands
+from pglifeguard.settings import DatabasesSettings
 
-cli()
+database_commands(DatabasesSettings)()

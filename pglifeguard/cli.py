@@ -22,7 +22,6 @@ from pglifeguard.settings import DatabaseSettings, DatabasesSettings
 
 SettingsT = TypeVar("SettingsT", bound=DatabasesSettings)
 console = Console()
-cli = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False)
 
 # Twice what a pool lets a connection idle (DATABASE_POOL_IDLE_SECONDS), its warm ones excepted.
 IDLE_SECONDS = 600
@@ -34,16 +33,24 @@ CloseIdle = Annotated[bool, typer.Option(help="Close this service's own connecti
 IdleSeconds = Annotated[int, typer.Option(help="Seconds that count as long.", min=1)]
 
 
-@cli.command("doctor")
-def _doctor() -> None:
-    """Check the settings, reach each database, and do the arithmetic of connections."""
-    doctor(checked(DatabasesSettings))
+def database_commands(settings_cls: type[DatabasesSettings]) -> typer.Typer:
+    """Make the commands `doctor` and `connections`, which read these settings.
 
+    A service adds them to its own: `cli.add_typer(database_commands(Settings))`.
+    """
+    commands = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False)
 
-@cli.command("connections")
-def _connections(*, close_idle: CloseIdle = False, idle_seconds: IdleSeconds = IDLE_SECONDS) -> None:
-    """Show the primary's connections, and who blocks whom; close forgotten ones on request."""
-    connections(checked(DatabasesSettings), close_idle=close_idle, idle_seconds=idle_seconds)
+    @commands.command("doctor")
+    def _doctor() -> None:
+        """Check the settings, reach each database, and do the arithmetic of connections."""
+        doctor(checked(settings_cls))
+
+    @commands.command("connections")
+    def _connections(*, close_idle: CloseIdle = False, idle_seconds: IdleSeconds = IDLE_SECONDS) -> None:
+        """Show the primary's connections and who blocks whom; close forgotten ones on request."""
+        connections(checked(settings_cls), close_idle=close_idle, idle_seconds=idle_seconds)
+
+    return commands
 
 
 def checked(settings_cls: type[SettingsT]) -> SettingsT:

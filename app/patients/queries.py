@@ -13,14 +13,7 @@ from sqlalchemy.exc import IntegrityError
 from app.patients.models import Patient
 from pglifeguard import Conflict, NotFound, Query, ReadSession, WriteSession, constraint
 
-COLUMNS = (
-    Patient.id,
-    Patient.mrn,
-    Patient.full_name,
-    Patient.birth_date,
-    Patient.created_at,
-    Patient.updated_at,
-)
+COLUMNS = (Patient.id, Patient.mrn, Patient.full_name, Patient.birth_date, Patient.created_at, Patient.updated_at)
 PatientRow: TypeAlias = Row[int, str, str, date, datetime, datetime]
 NamedPatientRow: TypeAlias = Row[int, str, str, date, datetime, datetime, str]
 # The expression of the index ix_patients_name, to the letter.
@@ -29,8 +22,6 @@ NAME_KEY = func.lower(Patient.full_name).collate("C")
 # A range uses the index in every plan, where LIKE does only while the planner sees the pattern.
 LAST_CHARACTER = "\U0010ffff"
 UNIQUE = "uq_patients_mrn"
-
-
 # Built and compiled once: that costs as much as sending them.
 BY_ID = Query(select(*COLUMNS).where(Patient.id == bindparam("patient_id")))
 PAGE = Query(select(*COLUMNS).where(Patient.id > bindparam("after_id")).order_by(Patient.id).limit(bindparam("limit")))
@@ -113,14 +104,10 @@ async def change_patient(session: WriteSession, patient_id: int, changes: Mappin
 
     Raises: PatientNotFound, MrnTaken.
     """
-    statement = (
-        update(Patient)
-        .where(Patient.id == patient_id)
-        .values(**changes, updated_at=func.clock_timestamp())
-        .returning(*COLUMNS)
-    )
+    statement = update(Patient).where(Patient.id == patient_id).returning(*COLUMNS)
+    values = {**changes, "updated_at": func.clock_timestamp()}
     try:
-        row = (await session.execute(statement)).one_or_none()
+        row = (await session.execute(statement.values(values))).one_or_none()
     except IntegrityError as error:
         if constraint(error) != UNIQUE:
             raise

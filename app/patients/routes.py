@@ -12,19 +12,11 @@ from app.patients.schemas import Mrn, PatientChange, PatientIn, PatientOut
 from pglifeguard.fastapi import IdempotentRoute, ReadDB, WriteDB, documented, public_path
 
 router = APIRouter(
-    prefix="/patients",
-    tags=["patients"],
-    route_class=IdempotentRoute,
-    responses=documented(401, 403, 422, 503, 504),
+    prefix="/patients", tags=["patients"], route_class=IdempotentRoute, responses=documented(401, 403, 422, 503, 504)
 )
 
 
-@router.post(
-    "",
-    status_code=status.HTTP_201_CREATED,
-    response_model=PatientOut,
-    responses=documented(400, 409),
-)
+@router.post("", status_code=status.HTTP_201_CREATED, response_model=PatientOut, responses=documented(400, 409))
 async def create_patient(session: WriteDB, new: PatientIn, request: Request, response: Response) -> queries.PatientRow:
     """Store a patient; the Location header names it."""
     patient = await queries.add_patient(session, vars(new))

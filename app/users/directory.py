@@ -1,4 +1,4 @@
-"""The user directory: somebody else's HTTP service, slow on a bad day. Called with no connection held."""
+"""The user directory, an HTTP service of somebody else's that may be slow. Call it with no connection held."""
 
 import asyncio
 from urllib.parse import quote
@@ -12,7 +12,7 @@ from pglifeguard import ServiceError
 
 
 def open_directory(settings: Settings) -> httpx.AsyncClient:
-    """Make the client of the directory; entering it opens its pool of connections, leaving it closes them."""
+    """Make the client of the directory, to be entered before use and left at the end."""
     return httpx.AsyncClient(
         base_url=settings.directory_url or "", timeout=settings.directory_timeout_seconds, trust_env=False
     )
@@ -38,7 +38,7 @@ async def fetch_profile(client: httpx.AsyncClient, email: str, *, timeout_second
     Raises: DirectoryFailed when the answer is late, an error, or not a profile.
     """
     try:
-        # The client's own timeouts are for each read: an answer in drops would never be late.
+        # httpx's timeouts apply to each read, so an answer that trickles in would never be late.
         async with asyncio.timeout(timeout_seconds):
             response = await client.get(f"/profiles/{quote(email, safe='@')}")
         response.raise_for_status()

@@ -11,19 +11,11 @@ from app.users.schemas import UserChange, UserIn, UserOut
 from pglifeguard.fastapi import IdempotentRoute, ReadDB, WriteDB, documented, public_path
 
 router = APIRouter(
-    prefix="/users",
-    tags=["users"],
-    route_class=IdempotentRoute,
-    responses=documented(401, 403, 422, 503, 504),
+    prefix="/users", tags=["users"], route_class=IdempotentRoute, responses=documented(401, 403, 422, 503, 504)
 )
 
 
-@router.post(
-    "",
-    status_code=status.HTTP_201_CREATED,
-    response_model=UserOut,
-    responses=documented(400, 409),
-)
+@router.post("", status_code=status.HTTP_201_CREATED, response_model=UserOut, responses=documented(400, 409))
 async def create_user(session: WriteDB, new: UserIn, request: Request, response: Response) -> queries.UserRow:
     """Store a user; the Location header names it."""
     user = await queries.add_user(session, vars(new))
