@@ -22,7 +22,7 @@ from pglifeguard.fastapi import selected_route
 
 Scope = Literal["read", "write", "ops"]
 ALGORITHM = "HS256"
-_GRANTED = "lifeguard.granted"
+_GRANTED = "app.granted"
 
 
 class Unauthorized(ServiceError):

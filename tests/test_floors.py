@@ -128,6 +128,22 @@ def frameworks_have_their_place(module: str, tree: ast.Module) -> Iterator[str]:
             yield f"{module} imports {name}"
 
 
+def domains_know_no_machinery(module: str, tree: ast.Module) -> Iterator[str]:
+    """Keep leases, lanes and keys of the ASGI scope out of the domains, and the library's keys out of app/."""
+    if not module.startswith("app."):
+        return
+    for node in ast.walk(tree):
+        match node:
+            case ast.Attribute(attr=word) | ast.Name(id=word):
+                hidden = {"lease", "lane", "Lease", "DriverLane"} | ({"scope"} if room(module) in DOMAINS else set())
+                if word in hidden:
+                    yield f"{module}:{node.lineno} uses {word}"
+            case ast.Constant(value=str(word)) if word.startswith("lifeguard."):
+                yield f"{module}:{node.lineno} uses the scope's {word}"
+            case _:
+                pass
+
+
 def only_sessions_commit(module: str, tree: ast.Module) -> Iterator[str]:
     """Allow commit() in sessions.py alone, and in what it commits by."""
     for node in ast.walk(tree):
@@ -214,6 +230,7 @@ def nothing_is_printed(module: str, tree: ast.Module) -> Iterator[str]:
 
 RULES: tuple[Rule, ...] = (
     imports_point_down,
+    domains_know_no_machinery,
     only_sessions_commit,
     queries_speak_sql_only,
     the_library_names_no_domain,
@@ -268,6 +285,9 @@ BROKEN = [
     (imports_point_down, "pglifeguard.database", "import pglifeguard.databases"),
     (imports_point_down, "pglifeguard.errors", "from pglifeguard import errors, pool"),
     (imports_point_down, "pglifeguard.fastapi.scope", "from pglifeguard.fastapi import ReadDB"),
+    (domains_know_no_machinery, "app.patients.routes", "def f(request):\n    return request.scope['route']"),
+    (domains_know_no_machinery, "app.patients.queries", "async def f(session):\n    return session.lease"),
+    (domains_know_no_machinery, "app.security", "KEY = 'lifeguard.write'"),
     (the_library_knows_no_service, "pglifeguard.pool", "from app import security"),
     (the_library_knows_no_service, "pglifeguard.errors", "import app.settings"),
     (the_service_takes_public_names, "app.patients.queries", "from pglifeguard.sessions import ReadSession"),
@@ -308,6 +328,7 @@ def test_rule_sees_what_it_forbids(rule: Rule, module: str, source: str) -> None
 
 
 ALLOWED = [
+    (domains_know_no_machinery, "app.security", "def f(scope):\n    scope['app.granted'] = 1"),
     (
         imports_point_down,
         "app.patients.routes",
