@@ -10,7 +10,7 @@ from typing import Any, Never, Protocol, TypeVarTuple, cast
 
 from sqlalchemy import Connection, Engine, Row
 from sqlalchemy.exc import MissingGreenlet
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, SessionTransaction, SessionTransactionOrigin
 from sqlalchemy.sql.selectable import TypedReturnsRows
 from sqlalchemy.util.concurrency import await_, in_greenlet
 
@@ -83,6 +83,27 @@ class HeldConnection(Connection):
     rollback = close = detach = get_transaction = commit
 
 
+class OneTransaction(SessionTransaction):
+    """The transaction of a session, which this handle of it does not end while the session is pinned."""
+
+    session: "OneConnection"
+
+    def commit(self, _to_root: bool = False) -> None:  # noqa: FBT001, FBT002  # SQLAlchemy's signature.
+        """Commit what was done so far."""
+        self.session.refuse_if_pinned("commit")
+        super().commit(_to_root)
+
+    def rollback(self, _capture_exception: bool = False, _to_root: bool = False) -> None:  # noqa: FBT001, FBT002  # As above.
+        """Take back what was done."""
+        self.session.refuse_if_pinned("rollback")
+        super().rollback(_capture_exception, _to_root)
+
+    def close(self, invalidate: bool = False) -> None:  # noqa: FBT001, FBT002  # As above.
+        """End it; what is not committed is rolled back."""
+        self.session.refuse_if_pinned("close")
+        super().close(invalidate)
+
+
 class OneConnection(Session):
     """A session that has its connection from its owner at the first statement, and keeps it until it is closed."""
 
@@ -99,6 +120,18 @@ class OneConnection(Session):
         if self.held is None:
             self.held = self.owner.hand_over(cast("Engine", self.bind))
         return self.held
+
+    def begin(self, nested: bool = False) -> SessionTransaction:  # noqa: FBT001, FBT002  # SQLAlchemy's signature.
+        """Begin a transaction that ends with its block, or with `nested` a savepoint."""
+        if not nested:
+            self.refuse_if_pinned("begin")
+        return super().begin(nested)
+
+    def _autobegin_t(self, begin: bool = False) -> SessionTransaction:  # noqa: FBT001, FBT002  # As above.
+        # SQLAlchemy 2.1 has no public way to choose the class of a session's transaction.
+        if self._transaction is None:
+            OneTransaction(self, SessionTransactionOrigin.BEGIN if begin else SessionTransactionOrigin.AUTOBEGIN)
+        return super()._autobegin_t(begin)
 
     def read_rows(self, statement: TypedReturnsRows[*Ts], parameters: Mapping[str, Any]) -> Sequence[Row[*Ts]]:
         """Run a query of `rows` in the transaction, savepoints included: it is the session that sends a SAVEPOINT."""
@@ -119,12 +152,12 @@ class OneConnection(Session):
 
     def commit(self) -> None:
         """Commit what was done so far; what comes next is another transaction on the same connection."""
-        self._refuse_if_pinned("commit")
+        self.refuse_if_pinned("commit")
         super().commit()
 
     def rollback(self) -> None:
         """Take back what was done since the last commit."""
-        self._refuse_if_pinned("rollback")
+        self.refuse_if_pinned("rollback")
         super().rollback()
 
     def close(self) -> None:
@@ -137,7 +170,7 @@ class OneConnection(Session):
 
     def invalidate(self) -> None:
         """Close the connection, which nobody uses again."""
-        self._refuse_if_pinned("invalidate")
+        self.refuse_if_pinned("invalidate")
         if self.held is not None:
             self.held.checkout.connection.terminate()
         self._end("invalidate", super().invalidate)
@@ -204,12 +237,16 @@ class OneConnection(Session):
             name = instance.__name__ if isinstance(instance, type) else type(instance).__name__
             raise TypeError(f"a ReadSession does not write: {name}")
 
-    def _refuse_if_pinned(self, name: str) -> None:
+    def refuse_if_pinned(self, name: str) -> None:
+        """Refuse to end the transaction of a request with an Idempotency-Key.
+
+        Raises: RuntimeError.
+        """
         if self.owner.pinned:
             raise RuntimeError(PINNED.format(name=name))
 
     def _end(self, name: str, end: Callable[[], None]) -> None:
-        self._refuse_if_pinned(name)
+        self.refuse_if_pinned(name)
         try:
             end()
         finally:

@@ -1,6 +1,6 @@
 """What a session commits in steps, what goes by the driver's own connection, and what a request's transaction is."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
 from datetime import date
 from typing import Any
@@ -10,6 +10,7 @@ import pytest
 from fastapi import HTTPException
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError, IntegrityError, InvalidRequestError
+from sqlalchemy.orm import Session
 
 from app.patients import queries
 from app.patients.models import Patient
@@ -254,6 +255,51 @@ async def test_request_with_a_key_is_one_transaction(service: Service, execute: 
     assert answer.status_code == 500
     assert await execute(COUNT) == 0
     assert await execute("SELECT count(*) FROM idempotency_keys") == 0
+
+
+async def commit_handle(session: WriteSession) -> None:
+    """Commit by the handle that SQLAlchemy's asyncio session gives."""
+    transaction = session.get_transaction()
+    assert transaction is not None
+    await transaction.commit()
+
+
+async def begin_inside(session: WriteSession) -> None:
+    """Commit by the end of a block inside of SQLAlchemy's own session."""
+
+    def work(sync: Session) -> None:
+        with sync.begin():
+            pass
+
+    await session.run_sync(work)
+
+
+@pytest.mark.parametrize(
+    "end",
+    [
+        commit_handle,
+        begin_inside,
+        lambda session: session.run_sync(lambda sync: sync.get_transaction().commit()),
+        lambda session: session.run_sync(lambda sync: sync.get_transaction().rollback()),
+        lambda session: session.run_sync(lambda sync: sync.get_transaction().close()),
+    ],
+    ids=["handle", "begin", "commit", "rollback", "close"],
+)
+async def test_handle_of_a_pinned_transaction_ends_nothing(
+    service: Service, execute: Execute, end: Callable[[WriteSession], Awaitable[None]]
+) -> None:
+    """No handle of the transaction is a way around, and a savepoint is still begun and ended."""
+    async with service.databases.writing() as session:
+        session.pinned = True
+        if end is not begin_inside:
+            await store(session, "execute", "A-0")
+        with pytest.raises(RuntimeError, match="the request is one transaction"):
+            await end(session)
+        async with session.begin_nested():
+            await store(session, "execute", "A-1")
+        assert await execute(COUNT) == 0
+
+    assert await execute(MRNS) == ("A-1" if end is begin_inside else "A-0,A-1")
 
 
 @pytest.mark.parametrize("name", ["begin", "commit", "rollback", "close", "reset", "invalidate"])
