@@ -111,6 +111,11 @@ class OneConnection(Session):
     held: HeldConnection | None = None
     _joining = False
 
+    @property
+    def in_use(self) -> bool:
+        """Whether it was asked for anything since it was made or closed: SQLAlchemy begins at the first object too."""
+        return self.held is not None or self._transaction is not None
+
     def get_bind(self, *_arguments: Any, bind: Any = None, **_options: Any) -> Connection:
         """Return the one connection, taken at the first call."""
         if bind is not None and bind is not self.held:

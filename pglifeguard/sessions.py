@@ -11,7 +11,7 @@ asked where it happened. Only `rows` on a replica, where no transaction binds th
 
 from collections.abc import Iterable, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Never, TypeVarTuple, cast
+from typing import Any, Never, TypeVarTuple, cast
 
 from sqlalchemy import Engine, Row
 from sqlalchemy.exc import PendingRollbackError
@@ -56,6 +56,8 @@ class ReadSession(AsyncSession):
     def __init__(
         self, database: Database, mode: TransactionMode, *, label: str, server_check: ServerCheck | None = None
     ) -> None:
+        super().__init__(mode.engine, expire_on_commit=False)
+        self.sync_session.owner = self
         self._database = database
         self._mode = mode
         self._server_check = server_check
@@ -66,20 +68,10 @@ class ReadSession(AsyncSession):
         # Whether somebody else ends the transaction: then nothing here may.
         self.pinned = False
 
-    if not TYPE_CHECKING:  # pragma: no branch  # To mypy a session has AsyncSession's attributes and no others.
-
-        def __getattr__(self, name: str) -> Any:
-            # SQLAlchemy's own session is made when it is first asked for; a session that reads by `rows` never asks.
-            if name not in {"sync_session", "_proxied", "bind", "binds"}:
-                raise AttributeError(name)
-            super().__init__(self._mode.engine, expire_on_commit=False)
-            self.sync_session.owner = self
-            return getattr(self, name)
-
     @property
     def connection_held(self) -> HeldConnection | None:
         """The connection that SQLAlchemy's session has, if it has one."""
-        return self.sync_session.held if "sync_session" in vars(self) else None
+        return self.sync_session.held
 
     def hand_over(self, engine: Engine) -> HeldConnection:
         """Give SQLAlchemy's session the connection of this one, or one of the pool. Called in SQLAlchemy's greenlet."""
@@ -116,7 +108,7 @@ class ReadSession(AsyncSession):
         given: object = query
         if not isinstance(given, Query):
             raise TypeError(NO_QUERY)
-        if "sync_session" in vars(self) and (self.sync_session.held is not None or self.sync_session.in_transaction()):
+        if self.sync_session.in_use:
             return await greenlet_spawn(self.sync_session.read_rows, query.statement, parameters)
         if self._ended:
             raise RuntimeError(ENDED)
@@ -201,12 +193,12 @@ class ReadSession(AsyncSession):
 
     def in_transaction(self) -> bool:
         """Whether a transaction has begun."""
-        return self._lease is not None or ("sync_session" in vars(self) and self.sync_session.in_transaction())
+        return self._lease is not None or self.sync_session.in_transaction()
 
     def get_transaction(self) -> AsyncSessionTransaction | None:
         """Return the transaction, None before the first statement."""
         self._join()
-        return super().get_transaction() if "sync_session" in vars(self) else None
+        return super().get_transaction()
 
     def _join(self) -> None:
         """Let SQLAlchemy's session take over what `rows` has begun; nothing is sent for that."""
@@ -238,7 +230,7 @@ class ReadSession(AsyncSession):
         Raises: OutcomeUnknown when the connection dies during COMMIT, ConnectionLost when before; TransactionAborted
         when a statement failed and its error was swallowed.
         """
-        if "sync_session" in vars(self) and (self.sync_session.in_transaction() or self._owes()):
+        if self.sync_session.in_transaction() or self._owes():
             await self._commit_objects()
         if self._lease is not None and self._lease.begun:
             self._refuse_if_pinned("commit")
@@ -260,19 +252,19 @@ class ReadSession(AsyncSession):
     async def rollback(self) -> None:
         """Take back what the session did since its last commit; what comes next is another transaction."""
         await self._end_lease("rollback")
-        if "sync_session" in vars(self):
+        if self.sync_session.in_use:
             await super().rollback()
 
     async def close(self) -> None:
         """Give the connection back; what is not committed is rolled back."""
         await self._end_lease("close")
-        if "sync_session" in vars(self):
+        if self.sync_session.in_use:
             await super().close()
 
     async def reset(self) -> None:
         """Give the connection back; what is not committed is rolled back."""
         await self._end_lease("reset")
-        if "sync_session" in vars(self):
+        if self.sync_session.in_use:
             await super().reset()
 
     async def invalidate(self) -> None:
@@ -281,7 +273,7 @@ class ReadSession(AsyncSession):
             self._refuse_if_pinned("invalidate")
             self._lease.connection.terminate()
         await self._end_lease("invalidate")
-        if "sync_session" in vars(self):
+        if self.sync_session.in_use:
             await super().invalidate()
 
     async def __aexit__(
@@ -294,7 +286,7 @@ class ReadSession(AsyncSession):
         self._ended, self.pinned = True, False
         if self._lease is not None:
             await self._end_lease("close")
-        if "sync_session" not in vars(self):
+        if not self.sync_session.in_use:
             return
         try:
             if error is None and self.reads:
@@ -374,7 +366,7 @@ class WriteSession(ReadSession):
 
         Raises: sqlalchemy.exc.IntegrityError, for all of them together; else as `rows`.
         """
-        if "sync_session" in vars(self) and (self.sync_session.held is not None or self.sync_session.in_transaction()):
+        if self.sync_session.in_use:
             held = cast("HeldConnection", (await self.connection()).sync_connection)
             lane = DriverLane(self._database, held.checkout, readonly=False)
             return await lane.copy(table, records, columns, schema=schema)
@@ -416,7 +408,7 @@ class WriteSession(ReadSession):
         """Commit, or roll back after an error, and give the connection back."""
         self.pinned, self.failure = False, error
         try:
-            if self._lease is None and "sync_session" not in vars(self):
+            if self._lease is None and not self.sync_session.in_use:
                 return
             if error is None:
                 await self.commit()
