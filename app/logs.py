@@ -46,7 +46,7 @@ def log_config(level: str, *, as_json: bool, access_log: bool) -> dict[str, Any]
         # httpx logs each request with its URL at INFO, and a URL may hold a person's email address.
         # SQLAlchemy logs each connection that the pool closes; the pool's own lines give the reason.
         "loggers": {
-            "pglifeguard.sqlalchemy.BoundedPool": {"level": "WARNING"},
+            "pglifeguard.sqlalchemy.PoolAdapter": {"level": "WARNING"},
             "httpx": {"level": "WARNING"},
             "asyncio": {"filters": ["repeats"]},
             # `uvicorn --factory` has given these loggers its own handlers already.

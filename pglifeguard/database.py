@@ -15,7 +15,7 @@ from pglifeguard.observe import PoolWatch
 from pglifeguard.pool import OnConnect
 from pglifeguard.sampling import Sampler
 from pglifeguard.settings import DatabaseSettings, DatabasesSettings
-from pglifeguard.sqlalchemy import BoundedPool, EngineWatch, opened_connection
+from pglifeguard.sqlalchemy import EngineWatch, PoolAdapter, opened_connection
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ class Database:
         self.engine = create_async_engine(
             # SQLAlchemy reads the dialect from it; where to connect is the connector's business.
             dialect.URL,
-            poolclass=BoundedPool,
+            poolclass=PoolAdapter,
             settings=settings,
             watch=watch,
             connector=connector,
@@ -80,7 +80,8 @@ class Database:
             echo=settings.echo,
             hide_parameters=True,
         )
-        self.pool = cast("BoundedPool", self.engine.pool)
+        self.adapter = cast("PoolAdapter", self.engine.pool)
+        self.pool = self.adapter.bounded
         EngineWatch(self.engine, self.pool, watch, writable=role == "primary")
         read_only = self.engine.execution_options(postgresql_readonly=True)
         # A standby is read-only by nature: what `rows` reads there needs no transaction, and is one round trip, not 3.

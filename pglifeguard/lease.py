@@ -172,7 +172,7 @@ class Lease(DriverLane):
         Called in SQLAlchemy's greenlet.
         """
         entry, self.entry = self.entry, None
-        connection = self._database.pool.adopt(cast("ConnectionPoolEntry", entry), lambda: HeldConnection(engine))
+        connection = self._database.adapter.adopt(cast("ConnectionPoolEntry", entry), lambda: HeldConnection(engine))
         # The dialect begins at the first statement, unless it knows of a transaction.
         cast("Any", connection.connection.dbapi_connection)._transaction = self._transaction  # noqa: SLF001
         self._transaction = None

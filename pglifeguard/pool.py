@@ -1,27 +1,25 @@
-"""The bounded pool: admission, checkout, checkin and upkeep of one database's connections.
+"""The bounded pool: it acquires, releases, checks and closes the connections of one database.
 
-`acquire` and `release` come first, and tell how it works. At most `capacity` connections are at work; a request takes
-an idle one at once, or stands in a first-come-first-served line of bounded length, or is refused. Who stands in line
-gets whatever comes first: a connection that somebody returns, or one that was newly opened.
+`acquire` and `release` come first and tell how the pool works. At most `capacity` connections are checked out. A
+request gets an idle connection at once, or it waits in a first-come-first-served queue of bounded length, or it is
+refused. A waiting request gets the next connection, whether another request releases it or the pool has just opened it.
 
-Connections are opened in the background, few at a time, as many as the line needs. No request opens one by itself: a
-request whose deadline passes leaves behind a login that serves the next one, and a hundred requests that find the pool
-empty do not make a hundred logins, each of which makes all of them late. When a login fails, those who wait for it are
-told at once, with its cause.
+The pool opens connections in the background, few at a time, as many as the queue needs. No request opens one itself.
+So a login goes on when the deadline of a request passes, and serves the next request; and a hundred requests that find
+the pool empty do not make a hundred logins that slow each other down. When a login fails, the pool tells the waiting
+requests at once, with the cause.
 
-Checks on checkout cost no round trip: a socket that the event loop saw closing, an age, a number of uses. Only a
-connection that idled for long proves itself by SELECT 1, under the same deadline. What is old, idle for too long or
-beyond the pool's size is closed by `tend()`, in the background, unless a request meets it first.
+The checks at a checkout cost no round trip: the event loop has seen the socket close, the connection is too old, or it
+was used too often. Only a connection that was idle for long is probed by SELECT 1, under the same deadline. `tend()`
+closes old, idle and surplus connections in the background.
 
-Everything here runs on one event loop, without threads: between two awaits the figures agree with each other. How a
-connection is opened and kept is its subclass's business: SQLAlchemy's, in `sqlalchemy_pool`.
+Everything here runs on one event loop, without threads: between two awaits the figures agree with each other. An
+`Opener` opens the connections; that of the service, in `sqlalchemy.py`, makes each of them known to SQLAlchemy.
 """
 
 import asyncio
 import random
-import sys
 import time
-from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from contextvars import Context
@@ -36,21 +34,23 @@ from pglifeguard.errors import DatabaseUnreachable, PoolExhausted, sqlstate
 from pglifeguard.observe import PoolWatch
 from pglifeguard.settings import DatabaseSettings
 
-# Connections that one pool opens at the same time. Each costs the server a process and both sides a millisecond of
-# hashing; more at once made all of them late on a machine that is short of processors (decision 0015).
+# Connections that one pool opens at the same time. Each login costs the server a process and both sides a millisecond
+# of hashing. When every waiting request logged in for itself, on a machine with two processors, each login took longer
+# than the request's deadline, was thrown away and began again (decision 0015).
 OPENED_AT_ONCE = 3
-# Between two times that connections to a demoted server are given up, each of which costs as many logins.
+# The least time between two disposals because of a demoted server. Without it each write that met the demoted server
+# disposed of all connections, and so cost a login.
 RENEW_SECONDS = 0.2
-# What the server answers when it has no room for another connection: those that are open go on working.
+# SQLSTATE class of a server that has no room for another connection. The open connections go on working.
 SERVER_FULL = "53"
-# Awaited with each new connection, before anybody has it.
+# Awaited with each new connection, before a request gets it.
 OnConnect: TypeAlias = Callable[[KeptAliveConnection], Awaitable[None]]
-# What opening a connection raises when nothing is wrong with the service itself.
+# Opening a connection raises one of these when the database is away; anything else is a bug of the service.
 FAILURES = (DatabaseUnreachable, *DRIVER_FAILURES)
 
 
 class Slot(Protocol):
-    """What the pool lends: the place of one connection, with the life of that connection in `info["checkout"]`."""
+    """What the pool lends: one connection, with the record of its checkouts in `info["checkout"]`."""
 
     @property
     def info(self) -> Any:
@@ -58,7 +58,7 @@ class Slot(Protocol):
 
     @property
     def dbapi_connection(self) -> object | None:
-        """The connection, None when its holder found it lost."""
+        """The connection; None after its holder found it lost."""
 
     def invalidate(self) -> None:
         """Give the connection up; it is closed already."""
@@ -66,7 +66,10 @@ class Slot(Protocol):
 
 @dataclass(slots=True, eq=False)
 class _Opening:
-    """A connection that is being opened: `generation` is the pool's when that began, `keep` the server it must be."""
+    """A connection that is being opened.
+
+    `generation` is the pool's at the start of the login. `keep` is the server that it must lead to, None for any.
+    """
 
     started_at: float
     generation: int
@@ -74,26 +77,52 @@ class _Opening:
 
 
 S = TypeVar("S", bound=Slot)
+S_co = TypeVar("S_co", bound=Slot, covariant=True)
 
 
-class ConnectionPool(ABC, Generic[S]):
+class Opener(Protocol[S_co]):
+    """How connections are opened for a pool, and made into slots."""
+
+    @property
+    def login_seconds(self) -> float:
+        """Seconds after which a login is given up, whoever still waits for it."""
+
+    async def open_slot(self, deadline: float) -> tuple[S_co, KeptAliveConnection]:
+        """Open a connection by `deadline` (the event loop's time).
+
+        Raises: DatabaseUnreachable, or one of DRIVER_FAILURES.
+        """
+
+    def frame(self) -> FrameType:
+        """Return a frame that leads to the code that asked for a connection."""
+
+
+class ConnectionPool(Generic[S]):
     """A pool of at most `pool_size + max_overflow` connections with a bounded, fair and timed line in front."""
 
     def __init__(
-        self, settings: DatabaseSettings, watch: PoolWatch, clock: Callable[[], float], *, trace: bool
+        self,
+        settings: DatabaseSettings,
+        watch: PoolWatch,
+        opener: Opener[S],
+        clock: Callable[[], float] = time.monotonic,
+        *,
+        trace: bool = False,
     ) -> None:
         self.settings = settings
+        self._opener = opener
         self._watch = watch
         self._clock = clock
         self._trace = trace
-        # A connection is idle, out with a holder, or in hand: granted or being checked. Nobody waits while one idles.
+        # Each connection is in one of these: idle, checked out, or in hand, which means granted or being probed.
+        # Without the third, a connection between its grant and the wake-up of its request was in none of the figures.
         self._idle: list[S] = []
         self._out: dict[S, Checkout] = {}
         self._in_hand: set[S] = set()
         self._openings: set[_Opening] = set()
-        self._openers: set[asyncio.Task[None]] = set()
+        self._login_tasks: set[asyncio.Task[None]] = set()
         self._waiters: OrderedDict[asyncio.Future[S], None] = OrderedDict()
-        # Why the last connect failed; None since one succeeded.
+        # The error of the last login; None when the last login succeeded.
         self._failure: Exception | None = None
         self._returned_at = self._renewed_at = float("-inf")
         self._generation = 0
@@ -101,41 +130,46 @@ class ConnectionPool(ABC, Generic[S]):
         self._drained: asyncio.Event | None = None
 
     async def acquire(self) -> S:
-        """Take a connection; `release` it whatever happens.
+        """Take a connection; the caller must `release` it whatever happens.
 
-        One deadline, `pool_timeout` seconds from now, covers waiting, connecting and checking.
+        One deadline, `pool_timeout` seconds from now, covers waiting, connecting and probing.
 
-        Raises: PoolExhausted when all are at work, DatabaseUnreachable when none could be opened.
+        Raises: PoolExhausted when all are checked out, DatabaseUnreachable when none could be opened.
         """
-        # Most of the time a connection is there to be taken, and nothing has to be waited for.
-        if (slot := self._take_warm()) is not None:
+        # Most of the time an idle connection needs no probe, and this request waits for nothing.
+        if (slot := self.take_warm()) is not None:
             return slot
         if self._closed:
             raise self._refusal("closing", "The service is shutting down.")
         started = self._clock()
         deadline = asyncio.get_running_loop().time() + self.settings.pool_timeout
         while self._idle:
-            # The most recently used one: it is the likeliest to live, and the others can grow old and be closed.
+            # The most recently used connection comes first. It is the likeliest to live, and the others stay idle, so
+            # that `tend` can close them. Handed out in turn, all of them stay in use, however few the requests are.
             slot = self._idle.pop()
             if await self._is_usable(slot, deadline):
                 return self._hand_out(slot, _checkout(slot), started)
+        # The queue is bounded: a request that waits behind many others is late even when it is served, and its client
+        # has gone by then. Those that the pool has room for do not count, they wait for a login and for nobody else.
         free = self._free
         if len(self._waiters) >= free + self.settings.pool_max_waiting:
             raise self._full(free)
         if len(self._waiters) >= free:
             self._watch.waited()
-        slot = await self._stand_in_line(deadline)
+        slot = await self._wait_in_queue(deadline)
         return self._hand_out(slot, _checkout(slot), started)
 
     def release(self, slot: S) -> None:
-        """Return what `acquire` gave; one that is closed or too old is replaced."""
-        # No await in here: the garbage collector calls it too, for a connection that somebody dropped.
+        """Take back a connection that `acquire` gave; a closed or old one is replaced."""
+        # There is no await in here. The garbage collector calls this too, for a session that was dropped without being
+        # closed, and a cancelled request could not finish an await.
         checkout = self._out.pop(slot)
         now = self._clock()
         kept = False
         try:
             self._watch.returned(checkout.holder, now - checkout.taken_at, checkout.queried_seconds())
             if slot.dbapi_connection is None:
+                # SQLAlchemy invalidated it, and has closed it already.
                 self._watch.replaced("error")
             elif reason := self._expired(checkout, now) or checkout.connection.settle():
                 self._discard(slot, reason)
@@ -143,6 +177,8 @@ class ConnectionPool(ABC, Generic[S]):
                 checkout.idle_since = self._returned_at = now
                 kept = True
         finally:
+            # Also when counting or closing failed above: a place that is not handed on is lost until the next restart,
+            # and the requests in the queue would wait until their deadline.
             if kept:
                 self._grant(slot)
             else:
@@ -150,8 +186,8 @@ class ConnectionPool(ABC, Generic[S]):
             if self._drained is not None:
                 self._note_drained()
 
-    def _take_warm(self) -> S | None:
-        """Take the most recently used idle connection if it needs no check that takes time."""
+    def take_warm(self) -> S | None:
+        """Take the most recently used idle connection, or None when it needs a probe or is not usable."""
         if not self._idle or self._closed:
             return None
         now, slot = self._clock(), self._idle[-1]
@@ -163,18 +199,19 @@ class ConnectionPool(ABC, Generic[S]):
             return None
         return self._hand_out(self._idle.pop(), checkout, now)
 
-    async def _stand_in_line(self, deadline: float) -> S:
+    async def _wait_in_queue(self, deadline: float) -> S:
         loop = asyncio.get_running_loop()
         waiter: asyncio.Future[S] = loop.create_future()
         self._waiters[waiter] = None
-        # A timer of its own, and no asyncio.timeout: that would cancel the task, and a cancel that crosses with
-        # a connection just granted is how connections get lost.
+        # A timer ends the wait, and not asyncio.timeout, which would cancel the task: a cancel in the same turn of the
+        # event loop as a grant is how connections get lost (SQLAlchemy 2.0.43 and 2.1.1 lose slots in this way).
         timer = loop.call_at(deadline, self._expire, waiter)
         self._open_more()
         try:
             slot = await waiter
         except asyncio.CancelledError:
-            # Cancelled in the very moment of an answer: a connection goes to the next one; a refusal was none.
+            # The answer came in the same turn as the cancel. A granted connection goes to the next request. A refusal
+            # granted nothing: when it was handed back all the same, the pool opened more than its capacity.
             if waiter.done() and not waiter.cancelled() and waiter.exception() is None:
                 self._in_hand.discard(waiter.result())
                 self._grant(waiter.result())
@@ -187,14 +224,16 @@ class ConnectionPool(ABC, Generic[S]):
         return slot
 
     def _grant(self, slot: S) -> None:
-        """Hand a connection to the one who has waited longest, else keep it."""
+        """Hand a connection to the request that has waited longest; without one, keep it idle."""
         while self._waiters:
             waiter, _ = self._waiters.popitem(last=False)
             if not waiter.done():
+                # The request wakes up in a later turn of the event loop; until then the connection counts as in hand.
                 self._in_hand.add(slot)
                 waiter.set_result(slot)
                 return
         checkout = _checkout(slot)
+        # A connection to a standby that had not replayed far enough goes to the other end, where it is used last.
         self._idle.insert(0 if checkout.behind else len(self._idle), slot)
         checkout.behind = False
 
@@ -213,12 +252,14 @@ class ConnectionPool(ABC, Generic[S]):
     # Refusals.
 
     def _expire(self, waiter: asyncio.Future[S]) -> None:
-        """Refuse who has waited until the deadline, and say what for: a returned connection, or one being opened."""
+        """Refuse a request at its deadline, and say what it waited for: a release, or a login."""
         if waiter.done():
             return
         del self._waiters[waiter]
         seconds = self.settings.pool_timeout
         began = asyncio.get_running_loop().time() - seconds
+        # A login that began before this request and goes on says that the database is away, and not that the pool is
+        # small.
         connecting_hangs = any(opening.started_at <= began for opening in self._openings)
         if self._failure is not None or connecting_hangs or not (self._out or self._in_hand):
             waiter.set_exception(self._unreachable())
@@ -238,7 +279,10 @@ class ConnectionPool(ABC, Generic[S]):
         return PoolExhausted(sentence, database=self._watch.pool, reason=reason)
 
     def _unreachable(self) -> Exception:
-        """Name why the last connect failed, or that none has ended, anew for each who is told; a bug as it is."""
+        """Return the reason why no connection could be opened, as a new exception for each request.
+
+        One exception for all of them would collect the tracebacks of all. A bug is returned as it is.
+        """
         known = self._failure
         if known is None:
             known = TimeoutError(f"no connection was opened within {self.settings.pool_timeout:g} s")
@@ -255,14 +299,17 @@ class ConnectionPool(ABC, Generic[S]):
     # Checks.
 
     async def _is_usable(self, slot: S, deadline: float) -> bool:
-        """Check an idle connection, and discard it when it fails."""
+        """Check an idle connection, probe it when it was idle for long, and discard it when it fails."""
         now, checkout = self._clock(), _checkout(slot)
         reason = self._expired(checkout, now)
         if reason is None and now - checkout.idle_since >= self.settings.pool_check_after_seconds:
+            # A firewall that forgot an idle connection sends neither FIN nor RST, so its socket looks open.
+            # SQLAlchemy's pool_pre_ping would find that too, for three round trips at each checkout (2.1).
             self._in_hand.add(slot)
             try:
                 reason = None if await _answers(checkout.connection, deadline) else "unresponsive"
             except BaseException:
+                # After a cancel asyncpg asks the server to stop SELECT 1, and is busy until the server has done that.
                 self._discard(slot, "unresponsive")
                 raise
             finally:
@@ -275,6 +322,7 @@ class ConnectionPool(ABC, Generic[S]):
         return False
 
     def _expired(self, checkout: Checkout, now: float) -> str | None:
+        # The event loop sees a FIN or RST in the background, so this costs no round trip.
         if checkout.connection.is_closed():
             return "closed"
         if checkout.generation != self._generation:
@@ -287,23 +335,11 @@ class ConnectionPool(ABC, Generic[S]):
 
     def _discard(self, slot: S, reason: str) -> None:
         self._watch.replaced(reason)
-        # Says goodbye and closes without waiting for an answer, which a dead peer would never give.
+        # asyncpg says goodbye and closes without waiting for an answer, which a dead peer would never give.
         _checkout(slot).connection.terminate()
         slot.invalidate()
 
     # Opening.
-
-    @abstractmethod
-    async def connect_slot(self, deadline: float) -> tuple[S, KeptAliveConnection]:
-        """Open a connection by `deadline` (the event loop's time).
-
-        Raises: DatabaseUnreachable, or one of DRIVER_FAILURES.
-        """
-
-    @property
-    @abstractmethod
-    def login_seconds(self) -> float:
-        """Seconds after which a login is given up, whoever still waits for it."""
 
     @property
     def _free(self) -> int:
@@ -311,17 +347,18 @@ class ConnectionPool(ABC, Generic[S]):
         return self.settings.capacity - len(self._out) - len(self._in_hand)
 
     def _open_more(self) -> None:
-        """Open what those in line need: few at a time, and never more than the pool may hold."""
+        """Open what the queue needs: few at a time, and never more than the pool may hold."""
         if not self._waiters or self._closed:
             return
         opening = len(self._openings)
         room = self._free - len(self._idle)
         loop = next(iter(self._waiters)).get_loop()
         for _ in range(min(len(self._waiters), room, OPENED_AT_ONCE) - opening):
-            # In a context of its own: it belongs to no request.
-            task = loop.create_task(self._open_one(self._begin_opening(loop), self.login_seconds), context=Context())
-            self._openers.add(task)
-            task.add_done_callback(self._openers.discard)
+            # A context of its own: in that of a request, the log lines of the login would carry the request's id.
+            login = self._open_one(self._begin_opening(loop), self._opener.login_seconds)
+            task = loop.create_task(login, context=Context())
+            self._login_tasks.add(task)
+            task.add_done_callback(self._login_tasks.discard)
 
     def _begin_opening(self, loop: asyncio.AbstractEventLoop) -> _Opening:
         opening = _Opening(loop.time(), self._generation)
@@ -329,17 +366,18 @@ class ConnectionPool(ABC, Generic[S]):
         return opening
 
     async def _open_one(self, opening: _Opening, seconds: float) -> None:
-        """Open a connection within `seconds` for whoever waits when it is there."""
+        """Open a connection within `seconds`, and give it to the request that is then first in the queue."""
         started = self._clock()
         try:
-            slot, connection = await self.connect_slot(asyncio.get_running_loop().time() + seconds)
-        except Exception as error:  # noqa: BLE001  # The edge of a task: whoever waits is told.
+            slot, connection = await self._opener.open_slot(asyncio.get_running_loop().time() + seconds)
+        except Exception as error:  # noqa: BLE001  # The edge of a task; the waiting requests are told.
             self._openings.discard(opening)
             self._tell_failure(error)
         else:
             self._openings.discard(opening)
             now = self._clock()
-            # A tenth of the lifetime is left to chance, so that connections opened together do not end together.
+            # A tenth of the lifetime is left to chance. Without it the connections that were opened together end
+            # together, and the requests that meet them all wait for logins.
             lifetime = self.settings.pool_recycle * random.uniform(0.9, 1.0)  # noqa: S311  # Not a secret.
             slot.info["checkout"] = Checkout(connection, now, now + lifetime, opening.generation, idle_since=now)
             self._failure = None
@@ -352,10 +390,12 @@ class ConnectionPool(ABC, Generic[S]):
 
     def _arrive(self, slot: S, opening: _Opening) -> None:
         checkout = _checkout(slot)
+        # A login that was under way during a failover may lead to the old primary.
         if opening.keep is not None and checkout.connection.server != opening.keep:
             self._discard(slot, "superseded")
         elif self._waiters:
-            # What `dispose` was called for meanwhile holds for it too: it serves who waits now, and nobody later.
+            # When `dispose` was called during the login, it holds for this connection too: it serves the request that
+            # waits now and is closed at its release. Pooled, it led later requests to the server that was left.
             self._grant(slot)
         elif checkout.generation != self._generation:
             self._discard(slot, "disposed")
@@ -363,14 +403,19 @@ class ConnectionPool(ABC, Generic[S]):
             self._idle.insert(0, slot)
 
     def _tell_failure(self, error: Exception) -> None:
-        """Tell those who waited for this connect; who may still get a returned connection waits on."""
+        """Tell the requests that waited for this login; those that a release may still serve wait on.
+
+        SQLAlchemy's QueuePool (2.1) tells nobody, so after an outage its requests wait until their timeout.
+        """
         known, self._failure = self._failure, error
-        # Several connects end together when they waited for one login.
+        # Several logins end with one cause when they waited for one search of the hosts: one failure, counted once.
         known_already = known is not None and known.__cause__ is not None and known.__cause__ is error.__cause__
         if not known_already:
             self._watch.connect_failed()
         told = len(self._waiters)
         if self._out or self._in_hand:
+            # The checked out connections will be released, and serve the queue. So nobody is told when the server is
+            # only full, and otherwise only as many requests as the pool had room for: they waited for this login.
             full = (sqlstate(error) or "").startswith(SERVER_FULL)
             told = 0 if full or known_already else min(told, self._free)
         for _ in range(told):
@@ -378,7 +423,7 @@ class ConnectionPool(ABC, Generic[S]):
             if not waiter.done():
                 waiter.set_exception(self._unreachable())
 
-    # What operators read.
+    # Figures for operators.
 
     def figures(self) -> PoolFigures:
         """Count, without waiting for anything."""
@@ -399,11 +444,11 @@ class ConnectionPool(ABC, Generic[S]):
 
     @property
     def load(self) -> int:
-        """Requests at work or waiting."""
+        """Requests that hold a connection or wait for one."""
         return len(self._out) + len(self._in_hand) + len(self._waiters)
 
     def holdings(self) -> list[Holding]:
-        """List the checkouts going on, longest first."""
+        """List the checkouts that are open, longest first."""
         now = self._clock()
         checkouts = sorted(self._out.values(), key=lambda t: t.taken_at)
         return [holding_of(t, now) for t in checkouts]
@@ -417,12 +462,14 @@ class ConnectionPool(ABC, Generic[S]):
                 found.append(holding_of(checkout, now))
         return found
 
-    # Upkeep, called by the owner.
+    # Upkeep, which `Databases` calls.
 
     async def warm_up(self) -> None:
         """Open connections until `warm_size` are open.
 
-        Raises: DatabaseUnreachable when one cannot be opened within `connect_timeout_seconds`; those that were stay.
+        Without it the first requests after a start wait for logins.
+
+        Raises: DatabaseUnreachable when one cannot be opened within `connect_timeout_seconds`; the others stay open.
         """
         while self._opened < self.settings.warm_size and not self._closed:
             opening = self._begin_opening(asyncio.get_running_loop())
@@ -432,11 +479,16 @@ class ConnectionPool(ABC, Generic[S]):
 
     @property
     def _opened(self) -> int:
-        """Connections that are open, or being opened."""
+        """Connections that are open or being opened."""
         return len(self._idle) + len(self._out) + len(self._in_hand) + len(self._openings)
 
     def tend(self) -> None:
-        """Close what is too old, idle for too long, or idle beyond the pool's size."""
+        """Close connections that are too old, idle for too long, or idle beyond the pool's size.
+
+        It runs in the background. SQLAlchemy's pool_recycle acts at a checkout only (2.1), so after a quiet night each
+        request would wait for a login. SQLAlchemy closes overflow connections at their release, so a load just above
+        the pool's size would log in all the time.
+        """
         now, settings, kept = self._clock(), self.settings, []
         spare = self._opened - settings.warm_size
         surplus = self._opened - settings.pool_size
@@ -458,30 +510,34 @@ class ConnectionPool(ABC, Generic[S]):
     # The end, of the connections or of the pool.
 
     def abandon(self, *, keep: float | None = None) -> None:
-        """Drop every connection, those at work too: the server behind them is gone or is the wrong one.
+        """Drop every connection, checked out or not: the server behind them is gone or is the wrong one.
 
-        Those that lead to the server `keep` stay, and of those being opened only they will.
+        Connections to the server `keep` stay. Without this the writes that waited for a primary which had been replaced
+        held their connections until command_timeout, and nearly all others were refused as pool_exhausted meanwhile.
         """
         for slot in (*self._idle, *self._in_hand, *self._out):
             connection = _checkout(slot).connection
             if keep is None or connection.server != keep:
-                # Whoever takes it or brings it back finds it closed.
+                # A holder is in the middle of a statement, so its socket is cut: asyncpg's terminate() takes the
+                # protocol away from under the statement, and its AttributeError was a 500 (see
+                # `KeptAliveConnection.cut`).
                 connection.cut() if slot in self._out or slot in self._in_hand else connection.terminate()
         for opening in self._openings:
             opening.keep = keep
         self.tend()
 
     def dispose(self) -> None:
-        """Close the idle connections; those at work are closed when they come back."""
+        """Close the idle connections; the others are closed at their release."""
         self._generation += 1
         idle, self._idle = self._idle, []
         for slot in idle:
             self._discard(slot, "disposed")
 
     def leave_demoted(self) -> bool:
-        """Dispose of connections to a server that takes no writes; say whether that was done.
+        """Dispose of the connections to a server that takes no writes; return whether that was done.
 
-        Once in a while only: as long as the address leads there, each new connection would be no better.
+        It is done once in RENEW_SECONDS: as long as the address leads to that server, new connections are no better.
+        Without it, behind a fixed address, pooled connections to a demoted primary failed with 25006 for ever.
         """
         now = self._clock()
         if now - self._renewed_at < RENEW_SECONDS:
@@ -491,11 +547,11 @@ class ConnectionPool(ABC, Generic[S]):
         return True
 
     def cut_unanswered(self, seconds: float) -> int:
-        """Close the connections whose statement got no answer for `seconds`, and say how many these were.
+        """Cut the connections whose statement got no answer for `seconds`; return how many these were.
 
-        Nothing is closed when another connection came back in good order meanwhile: the server answers, and what takes
-        long there is its business. Nor is anything behind a pooler: there whoever looks may have waited in its queue,
-        behind statements that wait for a lock, and the server is well.
+        Nothing is cut when another connection was released in good order meanwhile: the server answers, and the
+        statement is slow. Nothing is cut behind a pooler either: there the monitor's probe waited in the pooler's queue
+        while all server connections waited for one lock, and writers on a healthy server were cut.
         """
         if self._clock() - self._returned_at < seconds:
             return 0
@@ -507,17 +563,17 @@ class ConnectionPool(ABC, Generic[S]):
         return len(waiting)
 
     def close(self) -> None:
-        """Admit nobody any more; who waits is refused now. The connections at work stay with their holders."""
+        """Refuse all requests from now on, the waiting ones too. Checked out connections stay with their holders."""
         self._closed = True
         for waiter in list(self._waiters):
             del self._waiters[waiter]
             if not waiter.done():
                 waiter.set_exception(self._refusal("closing", "The service is shutting down."))
-        for opener in self._openers:
-            opener.cancel()
+        for task in self._login_tasks:
+            task.cancel()
 
     async def drained(self, timeout_seconds: float) -> bool:
-        """Wait until nothing is at work, for `timeout_seconds` at most, and say whether that came about."""
+        """Wait until no connection is checked out, for `timeout_seconds` at most; return whether that happened."""
         self._drained = asyncio.Event()
         self._note_drained()
         try:
@@ -533,23 +589,20 @@ class ConnectionPool(ABC, Generic[S]):
     # Where a connection was taken.
 
     def _caller(self) -> str:
-        """Name the line that asked for a connection: the first outside this library and SQLAlchemy."""
-        frame = self.frame()
+        """Return the line that asked for a connection: the first outside this library and SQLAlchemy."""
+        frame = self._opener.frame()
         while _module(frame).startswith(("pglifeguard.", "sqlalchemy.")) and frame.f_back is not None:
             frame = frame.f_back
         return f"{_module(frame)}:{frame.f_lineno} in {frame.f_code.co_name}"
 
-    def frame(self) -> FrameType:
-        """Return a frame that leads to the one who asked."""
-        return sys._getframe()  # noqa: SLF001  # As documented.
-
 
 async def _answers(connection: KeptAliveConnection, deadline: float) -> bool:
-    # At the deadline the socket is torn down, which ends the wait; cancelling would leave it to the server.
-    # Half of what is left is kept for opening another one.
+    # A timer cuts the socket, which ends the wait; a cancel would depend on the server, which may be mute. Half of the
+    # time that is left is kept for another connection.
     loop = asyncio.get_running_loop()
     timer = loop.call_at((loop.time() + deadline) / 2, connection.cut)
     try:
+        # execute("") would be the shortest probe, but asyncpg 0.32 crashes on it.
         await connection.execute("SELECT 1")
     except DRIVER_FAILURES:
         return False

@@ -5,7 +5,7 @@ goes past SQLAlchemy takes the same entries by `acquire`.
 """
 
 import asyncio
-import time
+import sys
 from collections.abc import Callable
 from contextvars import ContextVar
 from types import FrameType
@@ -36,8 +36,11 @@ _opened: ContextVar[KeptAliveConnection] = ContextVar("opened")
 T = TypeVar("T")
 
 
-class BoundedPool(ConnectionPool[ConnectionPoolEntry], Pool):
-    """The bounded pool of one engine."""
+class PoolAdapter(Pool):
+    """The pool of an engine, as SQLAlchemy wants one: it takes every connection from `bounded` and returns it there.
+
+    It is the `Opener` of `bounded` too, since SQLAlchemy's entry around a connection is what that pool lends.
+    """
 
     def __init__(  # noqa: PLR0913, PLR0917  # create_async_engine passes no single thing that holds them all.
         self,
@@ -45,14 +48,13 @@ class BoundedPool(ConnectionPool[ConnectionPoolEntry], Pool):
         settings: DatabaseSettings,
         watch: PoolWatch,
         connector: Connector,
-        clock: Callable[[], float] = time.monotonic,
         trace: bool = False,  # noqa: FBT001, FBT002  # See below.
         on_connect: OnConnect | None = None,
         **for_pool: Any,
     ) -> None:
         # create_async_engine hands on what it finds in this signature, and overlooks what is keyword-only.
-        Pool.__init__(self, creator, **for_pool)
-        ConnectionPool.__init__(self, settings, watch, clock, trace=trace)
+        super().__init__(creator, **for_pool)
+        self.bounded: ConnectionPool[ConnectionPoolEntry] = ConnectionPool(settings, watch, self, trace=trace)
         self._connector = connector
         self._on_connect = on_connect
 
@@ -71,7 +73,7 @@ class BoundedPool(ConnectionPool[ConnectionPoolEntry], Pool):
         """Seconds after which a login is given up, whoever still waits for it."""
         return self._connector.login_seconds
 
-    async def connect_slot(self, deadline: float) -> tuple[ConnectionPoolEntry, KeptAliveConnection]:
+    async def open_slot(self, deadline: float) -> tuple[ConnectionPoolEntry, KeptAliveConnection]:
         """Open a connection, and have SQLAlchemy make it known to its dialect, all by `deadline`.
 
         Raises: DatabaseUnreachable, or one of DRIVER_FAILURES.
@@ -99,11 +101,11 @@ class BoundedPool(ConnectionPool[ConnectionPoolEntry], Pool):
     def _do_get(self) -> ConnectionPoolEntry:
         if (adopted := _adopted.get()) is not None:
             return adopted
-        warm = self._take_warm()
-        return await_(self.acquire()) if warm is None else warm
+        warm = self.bounded.take_warm()
+        return await_(self.bounded.acquire()) if warm is None else warm
 
     def _do_return_conn(self, record: ConnectionPoolEntry) -> None:
-        self.release(record)
+        self.bounded.release(record)
 
     def _invalidate(
         self,
@@ -118,7 +120,7 @@ class BoundedPool(ConnectionPool[ConnectionPoolEntry], Pool):
 
     def dispose(self) -> None:
         """Close the idle connections; those at work are closed when they come back."""
-        ConnectionPool.dispose(self)
+        self.bounded.dispose()
 
     def recreate(self) -> Self:
         """Return this pool: after `dispose` it goes on, and its figures stay right for what is still out."""
@@ -126,12 +128,13 @@ class BoundedPool(ConnectionPool[ConnectionPoolEntry], Pool):
 
     def status(self) -> str:
         """Describe the pool in one line, as SQLAlchemy's own pools do."""
-        return str(self.figures())
+        return str(self.bounded.figures())
 
     def frame(self) -> FrameType:
         """Return a frame that leads to the one who asked, from inside SQLAlchemy's greenlet too."""
         parent = getcurrent().parent
-        return super().frame() if parent is None else cast("FrameType", parent.gr_frame)
+        # Outside a greenlet the one who asked is on this very stack.
+        return sys._getframe() if parent is None else cast("FrameType", parent.gr_frame)  # noqa: SLF001  # As documented.
 
 
 async def opened_connection() -> KeptAliveConnection:
@@ -142,7 +145,7 @@ async def opened_connection() -> KeptAliveConnection:
 class EngineWatch:
     """Times every statement of an engine, logs the slow ones, and names the failures that SQLAlchemy leaves bare."""
 
-    def __init__(self, engine: AsyncEngine, pool: BoundedPool, watch: PoolWatch, *, writable: bool) -> None:
+    def __init__(self, engine: AsyncEngine, pool: ConnectionPool[Any], watch: PoolWatch, *, writable: bool) -> None:
         self._pool = pool
         self._writable = writable
         self._watch = watch

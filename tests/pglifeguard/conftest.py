@@ -8,15 +8,16 @@ from typing import Any
 import asyncpg
 import pytest
 from sqlalchemy import text
+from sqlalchemy.pool import ConnectionPoolEntry
 
 from app.settings import Settings
 from local.waiting import eventually
 from pglifeguard.database import Database as PoolDatabase
 from pglifeguard.database import Role
 from pglifeguard.metrics import Metrics
+from pglifeguard.pool import ConnectionPool
 from pglifeguard.sampling import Sampler
 from pglifeguard.settings import DatabaseSettings
-from pglifeguard.sqlalchemy import BoundedPool
 from tests.conftest import Database
 
 SESSIONS = "SELECT count(*) FROM pg_stat_activity WHERE datname = $1 AND backend_type = 'client backend'"
@@ -41,7 +42,7 @@ class Pooled:
     metrics: Metrics
 
     @property
-    def pool(self) -> BoundedPool:
+    def pool(self) -> ConnectionPool[ConnectionPoolEntry]:
         """The pool under test."""
         return self.database.pool
 

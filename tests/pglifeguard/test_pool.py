@@ -417,7 +417,7 @@ async def test_connection_is_lost_once(database: Database) -> None:
         async with p.database.engine.connect() as connection:
             lost = await connection.get_raw_connection()
             for _ in range(2):
-                p.pool._invalidate(lost)
+                p.database.adapter._invalidate(lost)
 
         assert p.replaced("error") == 1
 
@@ -608,7 +608,7 @@ async def test_bug_in_connecting_is_raised_as_it_is(database: Database, monkeypa
         def spoilt(*_arguments: object) -> None:
             raise TypeError("spoilt")
 
-        monkeypatch.setattr(p.pool, "_create_connection", spoilt)
+        monkeypatch.setattr(p.database.adapter, "_create_connection", spoilt)
         with pytest.raises(TypeError, match="spoilt"):
             await p.backend()
         with pytest.raises(TypeError, match="spoilt"):
@@ -860,7 +860,8 @@ async def test_dispose_keeps_the_figures_right(database: Database, proxy: Proxy)
         assert (after.checked_out, after.checked_in, after.available) == (0, 0, 2)
         assert p.replaced("disposed") == 2
         assert await p.backend() != before
-        assert p.database.engine.pool is p.pool
+        assert p.database.adapter.bounded is p.pool
+        assert p.database.engine.pool is p.database.adapter
 
 
 async def test_dispose_holds_for_a_connection_being_opened(database: Database, proxy: Proxy) -> None:
@@ -998,6 +999,6 @@ async def test_closed_pool_admits_nobody(database: Database) -> None:
 async def test_status_is_one_line_of_figures(database: Database) -> None:
     """What SQLAlchemy shows of a pool is what operators read."""
     async with pooled(database.url()) as p:
-        assert p.pool.status() == str(p.pool.figures())
-        assert "checked_out=0" in p.pool.status()
+        assert p.database.engine.pool.status() == str(p.pool.figures())
+        assert "checked_out=0" in p.database.engine.pool.status()
         assert p.pool.load == 0

@@ -16,9 +16,9 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from pglifeguard.consistency import Consistency
 from pglifeguard.errors import DatabaseUnavailable
 from pglifeguard.lease import fetch_alone
+from pglifeguard.pool import ConnectionPool
 from pglifeguard.query import Query
 from pglifeguard.sessions import WriteSession
-from pglifeguard.sqlalchemy import BoundedPool
 from tests.conftest import Database
 from tests.pglifeguard.conftest import Clock, Pooled, pooled, sessions_end
 from tests.proxy import Proxy
@@ -28,7 +28,7 @@ NAP = select(literal_column("pg_sleep(0.01)::text", Text), literal_column("7", I
 NAP_PAST_SQLALCHEMY = Query(NAP)
 
 
-def check(pool: BoundedPool) -> None:
+def check(pool: ConnectionPool[Any]) -> None:
     """Look at the figures of this instant."""
     figures = pool.figures()
     assert figures.checked_out + figures.connecting + figures.available == figures.total, figures
