@@ -42,7 +42,7 @@ class Metrics:
         self.pool_checked_out = gauge("db_pool_connections_checked_out", "Connections at work.", "pool")
         self.pool_open = gauge("db_pool_connections_open", "Connections open, at work or idle.", "pool")
         self.pool_waiting = gauge("db_pool_connections_waiting", "Requests in the queue for a connection.", "pool")
-        self.up = gauge("db_up", "Whether the database answered the last look at it: 1 or 0.", "pool", mode="livemin")
+        self.up = gauge("db_up", "Whether the database answered the last probe: 1 or 0.", "pool", mode="livemin")
 
         # Getting a connection.
         self.acquire_seconds = histogram(
@@ -90,7 +90,7 @@ class Metrics:
             "db_reads_routed_total", "Read sessions by where they went and why.", "target", "reason"
         )
         self.reads_retried = counter(
-            "db_reads_retried_total", "GETs run once more on the primary, by why the replica did not do.", "reason"
+            "db_reads_retried_total", "GETs retried on the primary, by the reason why the replica could not serve them.", "reason"
         )
         self.transactions_retried = counter(
             "db_transactions_retried_total", "Transactions run again because they collided with another one.", "reason"

@@ -252,7 +252,7 @@ class DatabasesSettings(BaseSettings):
         0.5,
         gt=0,
         le=60,
-        description="Seconds between two looks at each database; readiness follows within two looks.",
+        description="Seconds between two probes of each database; readiness follows within two probes.",
     )
     pool_log_interval_seconds: float = Field(60, gt=0, description="Seconds between two log lines of pool figures.")
     slow_query_seconds: float = Field(0.1, gt=0, description="Statements slower than this are logged and counted.")

@@ -21,12 +21,12 @@ from app import patients
 from app.main import create_app
 from pglifeguard.errors import DatabaseUnreachable, NotFound
 from pglifeguard.fastapi import problems
-from pglifeguard.fastapi.scope import databases_of
 from pglifeguard.fastapi.sessions import (
     AnalyticsDB,
     ReadDB,
     WriteDB,
     analytics_session,
+    databases_of,
     read_session,
     write_session,
 )

@@ -4,8 +4,7 @@ from pglifeguard.fastapi.idempotency import IDEMPOTENCY_TABLE, IdempotentRoute
 from pglifeguard.fastapi.lifeguard import Lifeguard
 from pglifeguard.fastapi.middleware import request_id
 from pglifeguard.fastapi.problems import documented
-from pglifeguard.fastapi.routing import public_path, selected_route
-from pglifeguard.fastapi.scope import databases_of
+from pglifeguard.fastapi.routing import selected_route
 from pglifeguard.fastapi.sessions import (
     AnalyticsDB,
     ReadDB,
@@ -14,6 +13,8 @@ from pglifeguard.fastapi.sessions import (
     SerializableDB,
     WriteDB,
     analytics_session,
+    databases_of,
+    public_path,
     read_session,
     write_session,
 )

@@ -8,7 +8,7 @@ from fastapi import APIRouter, Depends, Request, Response, status
 
 from pglifeguard.database import Database
 from pglifeguard.databases import Databases
-from pglifeguard.fastapi.scope import databases_of
+from pglifeguard.fastapi.sessions import databases_of
 from pglifeguard.fastapi.shared import shared
 
 router = APIRouter(prefix="/health", tags=["operations"])

@@ -28,8 +28,7 @@ from starlette.types import Message
 
 from pglifeguard.databases import Databases
 from pglifeguard.errors import DatabaseUnavailable, ServiceError
-from pglifeguard.fastapi.scope import consistency_of, databases_of
-from pglifeguard.fastapi.sessions import WriteDB
+from pglifeguard.fastapi.sessions import WriteDB, consistency_of, databases_of
 from pglifeguard.sessions import WriteSession
 
 logger = logging.getLogger(__name__)

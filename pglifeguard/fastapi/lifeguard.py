@@ -11,11 +11,8 @@ from fastapi.routing import iter_route_contexts
 from pglifeguard.budget import check_budget
 from pglifeguard.databases import Databases
 from pglifeguard.fastapi import debug, exposition, health, problems
-from pglifeguard.fastapi.body_limit import BodyLimit
-from pglifeguard.fastapi.collision_retry import RunAgain
-from pglifeguard.fastapi.failures import report_failure
 from pglifeguard.fastapi.idempotency import IdempotentRoute, purge_expired_keys
-from pglifeguard.fastapi.middleware import Edge, ReadAgain, ReadYourWrites
+from pglifeguard.fastapi.middleware import BodyLimit, ObserveRequests, ReadYourWrites, RetryOnCollision, RetryOnPrimary
 from pglifeguard.fastapi.sessions import refuse_plain_functions
 from pglifeguard.metrics import Metrics
 from pglifeguard.pool import OnConnect
@@ -60,16 +57,18 @@ class Lifeguard:
         """
         app.state.databases = self.databases
         app.state.shared = {}
-        problems.install(app, report_failure)
+        problems.install(app)
         # Innermost, inside the exception handlers: what is run again meets all that inclusion adds to its route.
-        app.router.middleware_stack = ReadAgain(RunAgain(app.router.middleware_stack, self.databases), self.databases)
+        app.router.middleware_stack = RetryOnPrimary(
+            RetryOnCollision(app.router.middleware_stack, self.databases), self.databases
+        )
         for router in (health.router, exposition.router):
             app.include_router(router, dependencies=list(open_dependencies))
         app.include_router(debug.router, dependencies=list(debug_dependencies))
         # The last one added is the outermost.
         app.add_middleware(BodyLimit, settings=self.settings)
         app.add_middleware(ReadYourWrites, metrics=self.metrics, settings=self.settings)
-        app.add_middleware(Edge, metrics=self.metrics, sampler=self.databases.sampler)
+        app.add_middleware(ObserveRequests, metrics=self.metrics, sampler=self.databases.sampler)
 
     @asynccontextmanager
     async def lifespan(self, app: FastAPI) -> AsyncIterator[dict[str, Any]]:

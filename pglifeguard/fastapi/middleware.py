@@ -1,6 +1,7 @@
-"""Pure ASGI middleware, outermost first: the edge (request id, HTTP metrics, last resort) and consistency.
+"""The layers around a request, pure ASGI, in the order in which it passes them.
 
-Each passes other scope types through. What a request's layers tell each other lives in `scope["state"]`.
+`ObserveRequests` (id, metrics, last resort), `ReadYourWrites` and `BodyLimit` stand outside the exception handlers,
+`RetryOnPrimary` and `RetryOnCollision` inside them, around the router. Each passes other scope types through.
 """
 
 import asyncio
@@ -8,25 +9,38 @@ import logging
 import random
 import re
 import time
+from collections.abc import Coroutine
 from contextvars import ContextVar
 from functools import lru_cache
 from http import HTTPStatus
+from typing import Any
 from urllib.parse import quote
 
 from fastapi import Request
+from fastapi.routing import APIRoute
+from starlette.middleware.body_limit import MAX_BODY_SIZE_SCOPE_KEY
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from pglifeguard.collisions import ATTEMPTS, collision, pause_seconds
 from pglifeguard.consistency import Consistency, current_consistency
 from pglifeguard.databases import Databases
-from pglifeguard.errors import Failure
+from pglifeguard.errors import BodyTooLarge, BodyTooSlow, Failure
 from pglifeguard.fastapi.failures import report_bug
 from pglifeguard.fastapi.problems import answer_unforeseen, gravest, problem
-from pglifeguard.fastapi.scope import DATABASES, SAFE_METHODS, consistency_of, route_of
-from pglifeguard.fastapi.sessions import why_read_failed
+from pglifeguard.fastapi.sessions import (
+    DATABASES,
+    SAFE_METHODS,
+    WRITE,
+    consistency_of,
+    isolation_of,
+    route_of,
+    why_read_failed,
+)
 from pglifeguard.metrics import Metrics
 from pglifeguard.sampling import Sampler
 from pglifeguard.server import Token
+from pglifeguard.sessions import WriteSession
 from pglifeguard.settings import DatabasesSettings
 
 logger = logging.getLogger(__name__)
@@ -41,7 +55,7 @@ METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}
 TOKEN_SECONDS = 3600
 
 
-class Edge:
+class ObserveRequests:
     """Give each request an id, count and time it, and let no failure leave unanswered.
 
     The id is the client's own if it is a plain one; it goes into the log and X-Request-ID. Three duties in one layer:
@@ -179,7 +193,37 @@ class ReadYourWrites:
         return (b"x-consistency-token", token.encode()), (b"set-cookie", cookie.encode())
 
 
-class ReadAgain:
+class BodyLimit:
+    """Bound each request's body, while it is read: what nobody reads is not waited for.
+
+    FastAPI's `max_body_size=` of a route or a router goes before the setting. What is over a limit is raised where the
+    body is read, before the rest of it has come.
+    """
+
+    def __init__(self, app: ASGIApp, settings: DatabasesSettings) -> None:
+        self._app = app
+        self._max_bytes = settings.request_body_bytes
+        self._max_values = settings.request_body_values
+        self._seconds = settings.request_body_seconds
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        body: _Body | None = None
+
+        async def receive_some() -> Message:
+            nonlocal body
+            if body is None:
+                max_bytes = scope.get(MAX_BODY_SIZE_SCOPE_KEY, self._max_bytes)
+                body = _Body(scope, max_bytes=max_bytes, max_values=self._max_values, seconds=self._seconds)
+            return await body.receive(receive)
+
+        await self._app(scope, receive_some, send)
+
+
+class RetryOnPrimary:
     """Run a read once more, on the primary, that its replica failed or whose subject it did not find there.
 
     It stands around the router, inside the exception handlers, so it serves every kind of route: plain ones, included
@@ -243,11 +287,130 @@ class ReadAgain:
             await primary_retry.run(reason, consistency, lambda: self._app(scope, receive_again, send))
 
 
+class RetryOnCollision:
+    """Run a request again whose transaction collided, before anything of its answer is sent.
+
+    Only where the route asks for an isolation level (`SerializableDB`), and so says that it may run several times; not
+    when it has committed a part. It stands around the router, so each attempt is routed, has its own dependencies
+    and session, and reads the body again. The last attempt's answer is sent, whatever it is.
+    """
+
+    def __init__(self, app: ASGIApp, databases: Databases) -> None:
+        self._app = app
+        self._databases = databases
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request; WebSockets pass."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        before = dict(scope)
+        received: list[Message] = []
+
+        async def receive_kept() -> Message:
+            message = await receive()
+            # What comes in one piece is small; of an upload nothing is kept but where it may be asked for again.
+            if not (message.get("more_body") and _runs_once(scope)):
+                received.append(message)
+            return message
+
+        def send_unless_collided(message: Message) -> Coroutine[Any, Any, None]:
+            return _dropped() if WRITE in scope and _may_run_again(scope) else send(message)  # type: ignore[return-value]  # It is a coroutine.
+
+        body: Receive = receive_kept
+        for attempt in range(ATTEMPTS - 1):
+            try:
+                await self._app(scope, body, send_unless_collided)
+            except Exception:
+                if not _may_run_again(scope):
+                    raise
+            session = _may_run_again(scope) if WRITE in scope else None
+            if session is None:
+                return
+            self._databases.count_collision(session.failure)
+            await asyncio.sleep(pause_seconds(attempt))
+            scope.clear()
+            scope.update(before)
+            body = _replaying(list(received), receive_kept)
+        await self._app(scope, body, send)
+
+
+class _Body:
+    """One request's body as far as it has come."""
+
+    def __init__(self, scope: Scope, *, max_bytes: int, max_values: int, seconds: float) -> None:
+        headers = dict(scope["headers"])
+        self._max_bytes = max_bytes
+        self._max_values = max_values
+        self._seconds = seconds
+        self._deadline = asyncio.get_running_loop().time() + seconds
+        # Of several such headers FastAPI reads the first one, and upper case is lower case to it.
+        self._is_json = any(name == b"content-type" and b"json" in value.lower() for name, value in scope["headers"])
+        self._bytes = 0
+        self._commas = 0
+        self._complete = False
+        announced = headers.get(b"content-length", b"")
+        if announced.isdigit() and (len(announced) > len(str(max_bytes)) or int(announced) > max_bytes):
+            raise BodyTooLarge(self._too_many_bytes())
+
+    async def receive(self, receive: Receive) -> Message:
+        """Receive what comes next. Once the body is there, nothing but the client's leaving can come: that may take."""
+        if self._complete:
+            return await receive()
+        try:
+            async with asyncio.timeout_at(self._deadline):
+                message = await receive()
+        except TimeoutError:
+            raise BodyTooSlow(f"The body was not there within {self._seconds:g} seconds.") from None
+        if message["type"] != "http.request":
+            return message
+        chunk = message.get("body", b"")
+        self._complete = not message.get("more_body", False)
+        self._bytes += len(chunk)
+        if self._bytes > self._max_bytes:
+            raise BodyTooLarge(self._too_many_bytes())
+        if self._is_json:
+            # Each value but the first follows a comma. Checked before it is parsed: an error for each of many values
+            # costs a hundred times what the values do.
+            self._commas += chunk.count(b",")
+            if self._commas >= self._max_values:
+                raise BodyTooLarge(f"The body has more than {self._max_values} values.")
+        return message
+
+    def _too_many_bytes(self) -> str:
+        return f"The body has more than {self._max_bytes} bytes."
+
+
 class _Abandoned(BaseException):
     """Ends a first attempt whose answer nobody wants, so that its background tasks never begin.
 
     No `except Exception` of a dependency or of a mounted application may take it for a failure.
     """
+
+
+def _runs_once(scope: Scope) -> bool:
+    """Tell that the request has reached a route that asks for no isolation level: nobody needs its body again."""
+    return isinstance(scope.get("route"), APIRoute) and isolation_of(scope) is None
+
+
+def _may_run_again(scope: Scope) -> WriteSession | None:
+    session: WriteSession | None = scope.get(WRITE)
+    if session is None or session.isolation is None or session.committed or not collision(session.failure):
+        return None
+    if consistency_of(scope).committed:
+        return None
+    return session
+
+
+def _replaying(kept: list[Message], receive: Receive) -> Receive:
+    async def replay() -> Message:
+        return kept.pop(0) if kept else await receive()
+
+    return replay
+
+
+async def _dropped() -> None:
+    """Take a message that nobody is to have."""
 
 
 _CUT_SAFELY = Failure(503, "closing", "The service shut down before the answer was there.")

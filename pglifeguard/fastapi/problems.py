@@ -1,10 +1,9 @@
 """Failures as answers: RFC 9457 problem documents with a stable `code`, for every exception that a route may raise."""
 
 import re
-from collections.abc import Callable
 from contextlib import suppress
 from http import HTTPStatus
-from typing import Any, TypeAlias
+from typing import Any
 
 import asyncpg
 from fastapi import FastAPI, Request, Response, WebSocket, WebSocketDisconnect, status
@@ -20,7 +19,8 @@ from starlette.routing import Match
 from starlette.websockets import WebSocketState
 
 from pglifeguard.errors import MEDIA_TYPE, PHRASES, BodyTooLarge, BodyTooSlow, Failure, ServiceError, classify, document
-from pglifeguard.fastapi.scope import note_failure
+from pglifeguard.fastapi.failures import report_failure
+from pglifeguard.fastapi.sessions import note_failure
 
 # Of a 422: enough for a person to mend what was sent, and never more than what was sent took.
 ERRORS_TOLD = 20
@@ -56,15 +56,11 @@ def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
     }
 
 
-Report: TypeAlias = Callable[["Request | WebSocket", Failure, BaseException], None]
-
-
-def install(app: FastAPI, report: Report | None = None) -> None:
-    """Answer every exception of this service with a problem document, and `report` those that are no client's fault.
+def install(app: FastAPI) -> None:
+    """Answer every exception of this service with a problem document, and log those that are no client's fault.
 
     Handlers that the application has already stay, and those that it adds later replace these.
     """
-    app.state.report_failure = report
     # To mypy a handler answers requests or WebSockets; these answer both.
     handlers: dict[type[Exception], Any] = {
         ServiceError: _answer_failure,
@@ -96,15 +92,8 @@ async def _answer_failure(connection: Request | WebSocket, error: Exception) -> 
         raise error  # A bug: the last resort in middleware.py logs it and answers 500.
     note_failure(connection.scope, error)
     if failure.status >= HTTPStatus.INTERNAL_SERVER_ERROR:
-        _report(connection, failure, error)
+        report_failure(connection, failure, error)
     return await _send_back(connection, problem(connection, failure))
-
-
-def _report(connection: Request | WebSocket, failure: Failure, error: BaseException) -> None:
-    # An application that is mounted beneath may be answered by these handlers and be nothing else of ours.
-    report = getattr(connection.app.state, "report_failure", None)
-    if report is not None:
-        report(connection, failure, error)
 
 
 async def _send_back(connection: Request | WebSocket, answer: Response) -> Response | None:
@@ -138,7 +127,7 @@ async def _answer_group(connection: Request | WebSocket, group: Exception) -> Re
     for failure in failures:
         known = classify(failure)
         if failure is not chosen and known is not None and known.status >= HTTPStatus.INTERNAL_SERVER_ERROR:
-            _report(connection, known, failure)
+            report_failure(connection, known, failure)
     return await _call(_handler_of(connection, chosen), connection, chosen)
 
 

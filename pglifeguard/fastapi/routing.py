@@ -1,15 +1,13 @@
-"""Which route a request is handed to, and by which path its client reached it.
+"""The route that the router will choose for a request, for a guard that runs before the router.
 
-FastAPI keeps included routers nested and decides while it dispatches, so the route is known only inside. Whoever must
-decide before that (the guard) asks here, by the same calls on the same routes, and comes to the same route.
+FastAPI keeps included routers nested and chooses while it dispatches. This makes the same calls on the same routes, and
+so finds the same route.
 """
 
 from typing import Any
-from urllib.parse import quote
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter
 from fastapi.routing import _IncludedRouter
-from starlette._utils import get_route_path
 from starlette.routing import Match
 from starlette.types import Scope
 
@@ -39,13 +37,3 @@ def _innermost(route: Any, scope: Scope) -> Any:
         if context is not None:
             return context.starlette_route or context
     return route
-
-
-def public_path(request: Request) -> str:
-    """Return the path by which the client reached this request, as it stands in a URL.
-
-    `root_path` is part of it, whether the proxy in front has left it in the path or taken it off; and so is the path at
-    which the application is mounted.
-    """
-    root_path: str = request.scope.get("root_path", "")
-    return quote(root_path.rstrip("/") + get_route_path(request.scope), safe="/:@!$&'()*+,;=~-._")

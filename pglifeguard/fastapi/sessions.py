@@ -7,27 +7,39 @@ writes, at an isolation level; an endpoint that names one may run several times 
 
 Behind each stands a function that `app.dependency_overrides` takes: `read_session`, `write_session`,
 `analytics_session`. What stands in for one is the session of endpoints and dependencies, and of an `Idempotency-Key`.
+
+What the layers of a request tell each other stands in its ASGI scope: the functions at the top read it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import AsyncExitStack
 from functools import lru_cache, partial
 from http import HTTPStatus
 from inspect import isasyncgenfunction, iscoroutinefunction, unwrap
 from types import TracebackType
 from typing import Annotated, Any, TypeVar
+from urllib.parse import quote
 
-from fastapi import Depends, FastAPI
+from fastapi import Depends, FastAPI, Request
+from fastapi.dependencies.models import Dependant
 from fastapi.routing import APIRoute, iter_route_contexts
+from starlette._utils import get_route_path
 from starlette.requests import HTTPConnection
 from starlette.routing import Mount
 
+from pglifeguard.consistency import Consistency
+from pglifeguard.database import Isolation
 from pglifeguard.databases import Databases
 from pglifeguard.errors import NotFound
-from pglifeguard.fastapi.collision_retry import Isolated, isolation_of
-from pglifeguard.fastapi.scope import FAILURE, WRITE, Scope, consistency_of, databases_of, note_failure, route_of
 from pglifeguard.sessions import ReadSession, WriteSession
 
+Scope = MutableMapping[str, Any]
+SAFE_METHODS = frozenset({"GET", "HEAD"})
+DATABASES = "lifeguard.databases"
+# Where the request's session that writes is found.
+WRITE = "lifeguard.write"
+# Where the failure is kept that the answer was made of.
+FAILURE = "lifeguard.failure"
 SessionT = TypeVar("SessionT", bound=ReadSession)
 READ, REPORT = "lifeguard.read", "lifeguard.report"
 SOCKET = (
@@ -42,6 +54,76 @@ MIXED = (
     "this request's `WriteDB` was opened without isolation level {isolation}, where nobody could see it asked for: the "
     "route or one of its dependencies has to name `SerializableDB` or `RepeatableReadDB` in its signature"
 )
+
+
+def route_of(scope: Mapping[str, Any]) -> str:
+    """Return the template of the route that serves a request, "/patients/{patient_id}"; "unmatched" without one."""
+    route = scope.get("route")
+    # FastAPI keeps the path with the prefixes of include_router apart from the route's own. An application around this
+    # one may have left the context of its own route.
+    context = scope.get("fastapi", {}).get("effective_route_context")
+    if context is not None and context.original_route is route:
+        route = context
+    path = getattr(route, "path", None)
+    return path if isinstance(path, str) else "unmatched"
+
+
+def public_path(request: Request) -> str:
+    """Return the path by which the client reached this request, as it stands in a URL.
+
+    `root_path` is part of it, whether the proxy in front has left it in the path or taken it off; and so is the path at
+    which the application is mounted.
+    """
+    root_path: str = request.scope.get("root_path", "")
+    return quote(root_path.rstrip("/") + get_route_path(request.scope), safe="/:@!$&'()*+,;=~-._")
+
+
+def consistency_of(scope: Mapping[str, Any]) -> Consistency:
+    """Return what the middleware left for the sessions of this request."""
+    found = scope.get("state", {}).get("consistency")
+    return found if isinstance(found, Consistency) else Consistency()
+
+
+def databases_of(connection: HTTPConnection) -> Databases:
+    """Return the databases of the service that serves this request or WebSocket, also in an application beneath it."""
+    consistency_of(connection.scope).label = route_of(connection.scope)
+    databases: Databases | None = connection.scope.get(DATABASES)
+    return connection.scope["app"].state.databases if databases is None else databases
+
+
+def note_failure(scope: Scope, error: BaseException) -> None:
+    """Remember, for the layers around it, what a request failed with before it was made an answer."""
+    scope.setdefault(FAILURE, error)
+
+
+class Isolated:
+    """A dependency that gives the request's session that writes, at an isolation level."""
+
+    def __init__(self, isolation: Isolation) -> None:
+        self.isolation = isolation
+
+
+def isolation_of(scope: Mapping[str, Any]) -> Isolation | None:
+    """Return the isolation level that something in this request's route asks for, the strictest; None for the server's.
+
+    Whoever opens the session first, a guard or an Idempotency-Key, opens it at this level.
+    """
+    context = scope.get("fastapi", {}).get("effective_route_context")
+    asked = {
+        call.isolation
+        for route in (context, scope.get("route"))
+        for call in _calls(getattr(route, "dependant", None))
+        if isinstance(call, Isolated)
+    }
+    strictest: tuple[Isolation, ...] = ("SERIALIZABLE", "REPEATABLE READ", "READ COMMITTED")
+    return next((level for level in strictest if level in asked), None)
+
+
+def _calls(dependant: Dependant | None) -> Iterator[Any]:
+    if dependant is not None:
+        yield dependant.call
+        for inner in dependant.dependencies:
+            yield from _calls(inner)
 
 
 async def databases_of_request(connection: HTTPConnection) -> Databases:

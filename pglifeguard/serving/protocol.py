@@ -1,7 +1,7 @@
 """What a connection may take before there is a request, for `python -m app serve`: bytes, time and number.
 
 uvicorn bounds none of these. A balancer in front should do the same earlier (haproxy/haproxy.cfg), and this holds where
-there is none. A request's body is bounded in pglifeguard/fastapi/body_limit.py, which works under every server.
+there is none. A request's body is bounded in pglifeguard/fastapi/middleware.py, which works under every server.
 """
 
 import asyncio

@@ -14,10 +14,9 @@ from sqlalchemy.exc import DBAPIError
 from app.patients import queries
 from app.patients.schemas import PatientIn
 from pglifeguard.collisions import ATTEMPTS, FIRST_PAUSE_SECONDS, pause_seconds
-from pglifeguard.fastapi.collision_retry import RunAgain
 from pglifeguard.fastapi.idempotency import HEADER, IdempotentRoute
-from pglifeguard.fastapi.scope import WRITE
-from pglifeguard.fastapi.sessions import RepeatableReadDB, SerializableDB, WriteDB, serializable_session
+from pglifeguard.fastapi.middleware import RetryOnCollision
+from pglifeguard.fastapi.sessions import WRITE, RepeatableReadDB, SerializableDB, WriteDB, serializable_session
 from pglifeguard.query import Query
 from pglifeguard.sessions import WriteSession
 from tests.conftest import Database, Execute
@@ -430,6 +429,6 @@ async def test_collision_that_no_handler_answers_is_run_again(service: Service) 
     async def send(message: Any) -> None:
         sent.append(message["type"])
 
-    await RunAgain(inner, service.databases)({"type": "http"}, receive, send)
+    await RetryOnCollision(inner, service.databases)({"type": "http"}, receive, send)
 
     assert (len(attempts), sent) == (2, ["http.response.start"])

@@ -15,8 +15,7 @@ from sqlalchemy import text
 from local.postgres import free_port
 from local.waiting import eventually
 from pglifeguard.errors import DatabaseUnreachable, NotFound
-from pglifeguard.fastapi.scope import consistency_of
-from pglifeguard.fastapi.sessions import AnalyticsDB, ReadDB
+from pglifeguard.fastapi.sessions import AnalyticsDB, ReadDB, consistency_of
 from pglifeguard.sessions import ReadSession
 from tests.conftest import Database
 from tests.service import Service, exhausted, serving, write

@@ -17,8 +17,7 @@ from app.patients.schemas import PatientIn
 from app.settings import Settings
 from local.waiting import eventually
 from pglifeguard.databases import Databases
-from pglifeguard.fastapi.scope import consistency_of, databases_of, route_of
-from pglifeguard.fastapi.sessions import AnalyticsDB, ReadDB, WriteDB
+from pglifeguard.fastapi.sessions import AnalyticsDB, ReadDB, WriteDB, consistency_of, databases_of, route_of
 from pglifeguard.server import WRITTEN
 from pglifeguard.sessions import ReadSession, WriteSession
 from tests.conftest import Database, Execute

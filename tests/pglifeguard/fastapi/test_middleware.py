@@ -13,7 +13,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from local.waiting import eventually
 from pglifeguard.errors import MEDIA_TYPE
-from pglifeguard.fastapi.middleware import Edge, ReadYourWrites
+from pglifeguard.fastapi.middleware import ObserveRequests, ReadYourWrites
 from pglifeguard.sampling import Sampler
 from tests.conftest import Database
 from tests.service import ADA, Service, listening, serving, write
@@ -276,7 +276,7 @@ async def test_other_scopes_pass_through(service: Service) -> None:
         raise AssertionError(message)
 
     metrics, scope = service.databases.metrics, {"type": "websocket"}
-    for layer in (Edge(app, metrics, Sampler()), ReadYourWrites(app, metrics, service.app.state.settings)):
+    for layer in (ObserveRequests(app, metrics, Sampler()), ReadYourWrites(app, metrics, service.app.state.settings)):
         await layer(scope, receive, send)
 
     assert seen == [{"type": "websocket"}] * 2
