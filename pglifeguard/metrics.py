@@ -90,7 +90,7 @@ class Metrics:
             "db_reads_routed_total", "Read sessions by where they went and why.", "target", "reason"
         )
         self.reads_retried = counter(
-            "db_reads_retried_total", "GETs retried on the primary, by the reason why the replica could not serve them.", "reason"
+            "db_reads_retried_total", "GETs retried on the primary, by what the replica failed with.", "reason"
         )
         self.transactions_retried = counter(
             "db_transactions_retried_total", "Transactions run again because they collided with another one.", "reason"
