@@ -12,17 +12,31 @@ from typing import Any
 
 import asyncpg
 
-from pglifeguard.errors import CommandTimeout, ConnectionLost, ServiceError, WriteInReadSession, name_database, sqlstate
+from pglifeguard.errors import (
+    CommandTimeout,
+    ConnectionLost,
+    ServiceError,
+    TransactionAborted,
+    WriteInReadSession,
+    name_database,
+    sqlstate,
+)
 
 # What opening or asking a connection raises, asyncpg's own. A TimeoutError is an OSError.
 DRIVER_FAILURES = (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError)
 READ_ONLY = "25006"
+# A statement after one that failed: PostgreSQL refuses all but ROLLBACK.
+ABORTED = "25P02"
 # The server ended the session: an administrator, a crash or a shutdown.
 ENDED_BY_SERVER = "57P"
 # asyncpg's words for a connection that is not ready for a statement.
 _BUSY = "another operation"
 
 LOST = "The connection to the database was lost; nothing was committed."
+SWALLOWED = (
+    "A statement failed, its error was swallowed, and nothing can be committed. To go on after a failure, run the "
+    "statement that may fail in a savepoint, `async with session.begin_nested():`, and catch the error outside of it."
+)
 
 
 class Fate(Enum):
@@ -66,10 +80,11 @@ def examine(
         # transaction that no ROLLBACK of ours ends.
         return Meaning(fate=Fate.CLOSED)
     state = sqlstate(error) or ""
-    if state == READ_ONLY and reads_only:
-        return Meaning(WriteInReadSession("A read session was asked to write."))
+    if state == ABORTED:
+        return Meaning(TransactionAborted(SWALLOWED))
     if state == READ_ONLY:
-        return Meaning(fate=Fate.DEMOTED)
+        wrong = WriteInReadSession("A read session was asked to write.")
+        return Meaning(wrong) if reads_only else Meaning(fate=Fate.DEMOTED)
     return Meaning(fate=Fate.CLOSED if state.startswith(ENDED_BY_SERVER) else Fate.KEPT)
 
 

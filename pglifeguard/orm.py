@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Never, Protocol, TypeVarTuple, cast
 
 from sqlalchemy import Connection, Engine, Row
+from sqlalchemy.engine.cursor import CursorResult, ResultFetchStrategy
 from sqlalchemy.exc import MissingGreenlet
 from sqlalchemy.orm import Session, SessionTransaction, SessionTransactionOrigin
 from sqlalchemy.sql.selectable import TypedReturnsRows
@@ -28,6 +29,10 @@ NOT_THE_CONNECTION = (
     "the transaction is the session's and not its connection's: write `await session.commit()`, `.rollback()` or "
     "`.close()`"
 )
+ENDED = (
+    "this session ended with its request or its block; what comes after it, a stream or a background task, opens its "
+    "own: `async with databases.reading()` or `.writing()`"
+)
 NOT_LOADED = (
     "an attribute was read that is not loaded, and reading it cannot wait for the database: load it with its query, "
     '`.options(selectinload(Parent.children))`, or by `await session.refresh(instance, ["children"])`'
@@ -44,9 +49,25 @@ class Owner(Protocol):
 
     pinned: bool
     reads: bool
+    ended: bool
 
     def hand_over(self, engine: Engine) -> "HeldConnection":
         """Give the connection that the session is to work on."""
+
+
+class EndedStream(ResultFetchStrategy):
+    """What a streamed result reads from when its session has given the connection back.
+
+    Without this it would ask for its cursor in the transaction of whoever has the connection now, and abort that.
+    """
+
+    __slots__ = ()
+
+    def fetchone(self, *_arguments: Any, **_options: Any) -> Never:
+        """Refuse: the cursor ended with the transaction."""
+        raise RuntimeError(ENDED)
+
+    fetchmany = fetchall = fetchone
 
 
 class HeldConnection(Connection):
@@ -56,9 +77,13 @@ class HeldConnection(Connection):
         super().__init__(engine)
         self.checkout: Checkout = self.info["checkout"]
         self.checkout.connection.bound = True
+        # Results that still have a cursor.
+        self._streams: list[CursorResult[Any]] = []
 
     def release(self) -> None:
         """Give it back to the pool, as it was found."""
+        for stream in self._streams:
+            stream.cursor_strategy = EndedStream()
         driver = self.checkout.connection
         driver.bound = False
         if driver.needs_reset and not driver.is_closed():
@@ -74,7 +99,10 @@ class HeldConnection(Connection):
         """Execute a statement in the session's transaction."""
         if execution_options:
             refuse_of_transactions(execution_options)
-        return super().execute(statement, parameters, execution_options=execution_options)
+        result = super().execute(statement, parameters, execution_options=execution_options)
+        if execution_options and execution_options.get("stream_results"):
+            self._streams = [*(stream for stream in self._streams if stream.cursor is not None), result]
+        return result
 
     def commit(self) -> Never:
         """Refuse: the session would go on with a transaction that is over."""
@@ -192,55 +220,58 @@ class OneConnection(Session):
 
     def add(self, instance: object, *, _warn: bool = True) -> None:
         """Put an object into the session."""
-        self._refuse_if_reading(instance)
+        self._refuse_to_write(instance)
         super().add(instance, _warn=_warn)
 
     def delete(self, instance: object) -> None:
         """Mark an object to be deleted with the next flush."""
-        self._refuse_if_reading(instance)
+        self._refuse_to_write(instance)
         super().delete(instance)
 
     def delete_all(self, instances: Iterable[object]) -> None:
         """Mark objects to be deleted with the next flush."""
-        self._refuse_if_reading(instances)
+        self._refuse_to_write(instances)
         super().delete_all(instances)
 
     def merge(self, instance: Any, **options: Any) -> Any:
         """Copy the state of an object into the session's own."""
-        self._refuse_if_reading(instance)
+        self._refuse_to_write(instance)
         return super().merge(instance, **options)
 
     def merge_all(self, instances: Iterable[Any], **options: Any) -> Sequence[Any]:
         """Copy the state of objects into the session's own."""
-        self._refuse_if_reading(instances)
+        self._refuse_to_write(instances)
         return super().merge_all(instances, **options)
 
     def bulk_save_objects(self, objects: Iterable[object], *rest: Any, **options: Any) -> None:
         """Store objects past the unit of work."""
-        self._refuse_if_reading(objects)
+        self._refuse_to_write(objects)
         super().bulk_save_objects(objects, *rest, **options)
 
     def bulk_insert_mappings(self, mapper: Any, *rest: Any, **options: Any) -> None:
         """Insert rows past the unit of work."""
-        self._refuse_if_reading(mapper)
+        self._refuse_to_write(mapper)
         super().bulk_insert_mappings(mapper, *rest, **options)
 
     def bulk_update_mappings(self, mapper: Any, mappings: Iterable[dict[str, Any]]) -> None:
         """Update rows past the unit of work."""
-        self._refuse_if_reading(mapper)
+        self._refuse_to_write(mapper)
         super().bulk_update_mappings(mapper, mappings)
 
     def flush(self, objects: Sequence[Any] | None = None) -> None:
         """Send what the objects owe."""
         if self.owner.reads:
             for instance in (*self.new, *self.deleted, *self.dirty):
-                self._refuse_if_reading(instance)
+                self._refuse_to_write(instance)
         super().flush(objects)
 
-    def _refuse_if_reading(self, instance: object) -> None:
+    def _refuse_to_write(self, instance: object) -> None:
         if self.owner.reads:
             name = instance.__name__ if isinstance(instance, type) else type(instance).__name__
             raise TypeError(f"a ReadSession does not write: {name}")
+        if self.owner.ended:
+            # Nobody would store it, and nobody would say so.
+            raise RuntimeError(ENDED)
 
     def refuse_if_pinned(self, name: str) -> None:
         """Refuse to end the transaction of a request with an Idempotency-Key.

@@ -21,21 +21,16 @@ from sqlalchemy.util.concurrency import await_, greenlet_spawn
 from pglifeguard.checkout import Checkout, holder
 from pglifeguard.consistency import Consistency
 from pglifeguard.database import Database, Isolation, TransactionMode
-from pglifeguard.driver_failures import LOST
+from pglifeguard.driver_failures import LOST, SWALLOWED
 from pglifeguard.effects import effect_of
 from pglifeguard.errors import ConnectionLost, TransactionAborted
 from pglifeguard.lease import DriverLane, Lease, fetch_alone
-from pglifeguard.orm import PINNED, HeldConnection, OneConnection, refuse_of_transactions
+from pglifeguard.orm import ENDED, PINNED, HeldConnection, OneConnection, refuse_of_transactions
 from pglifeguard.query import Query
 from pglifeguard.replica import ServerCheck
-from pglifeguard.watched import SWALLOWED
 
 Ts = TypeVarTuple("Ts")
 
-ENDED = (
-    "this session ended with its request or its block; what comes after it, a stream or a background task, opens its "
-    "own: `async with databases.reading()` or `.writing()`"
-)
 NO_QUERY = (
     'rows() takes a Query, a constant of the module: `BY_ID = Query(select(…).where(… == bindparam("id")))`; a '
     "statement that is made for the call is run by `await session.execute(…)`"
@@ -64,7 +59,7 @@ class ReadSession(AsyncSession):
         self._label = label
         self._lease: Lease | None = None
         self._beginning = False
-        self._ended = False
+        self.ended = False
         # Whether somebody else ends the transaction: then nothing here may.
         self.pinned = False
 
@@ -86,14 +81,14 @@ class ReadSession(AsyncSession):
             connection = HeldConnection(engine)
         finally:
             self._beginning = False
-        if self._ended:
+        if self.ended:
             connection.release()
             raise RuntimeError(ENDED)
         return connection
 
     def _start(self) -> None:
         """Begin to get a connection; nobody would give one back that comes after the end, or beside another."""
-        if self._ended:
+        if self.ended:
             raise RuntimeError(ENDED)
         if self._beginning:
             raise RuntimeError("a session does one thing at a time: this one is still getting its connection")
@@ -110,7 +105,7 @@ class ReadSession(AsyncSession):
             raise TypeError(NO_QUERY)
         if self.sync_session.in_use:
             return await greenlet_spawn(self.sync_session.read_rows, query.statement, parameters)
-        if self._ended:
+        if self.ended:
             raise RuntimeError(ENDED)
         holder.set(self._label)
         if self._lease is None:
@@ -131,7 +126,7 @@ class ReadSession(AsyncSession):
                 lease = await self._lease_begun()
         finally:
             self._beginning = False
-        if self._ended:
+        if self.ended:
             await lease.end()
             raise RuntimeError(ENDED)
         return lease
@@ -244,10 +239,7 @@ class ReadSession(AsyncSession):
         try:
             await super().commit()
         except PendingRollbackError as error:
-            # A flush or the connection failed, and somebody went on as if it had not.
-            if held is not None and held.invalidated:
-                raise ConnectionLost(LOST) from error
-            raise TransactionAborted(SWALLOWED) from error
+            _raise_for_swallowed(error, lost=held is not None and held.invalidated)
 
     async def rollback(self) -> None:
         """Take back what the session did since its last commit; what comes next is another transaction."""
@@ -281,23 +273,27 @@ class ReadSession(AsyncSession):
     ) -> None:
         """Give the connection back; what is not committed is rolled back.
 
-        Raises: TypeError when objects were changed, which nobody would store.
+        Raises: TypeError when objects were changed, which nobody would store. TransactionAborted when a flush failed,
+        and the block went on as if it had not.
         """
-        self._ended, self.pinned = True, False
+        self.ended, self.pinned = True, False
         if self._lease is not None:
             await self._end_lease("close")
         if not self.sync_session.in_use:
             return
+        held = self.sync_session.held
+        lost = held is not None and held.invalidated
         try:
             if error is None and self.reads:
                 self.sync_session.flush()
         finally:
-            held = self.sync_session.held
             if held is None or (not self.sync_session.in_transaction() and not held.checkout.connection.needs_reset):
                 # There is nothing to undo on the server, and so nothing to wait for.
                 self.sync_session.close()
             else:
                 await super().__aexit__(kind, error, trace)
+        if isinstance(error, PendingRollbackError):
+            _raise_for_swallowed(error, lost=lost)
 
     async def _end_lease(self, name: str) -> None:
         if self._lease is not None:
@@ -438,3 +434,10 @@ class WriteSession(ReadSession):
     async def _keep_token(self, checkout: Checkout) -> None:
         if self._consistency is not None:
             self._consistency.token = await DriverLane(self._database, checkout, readonly=False).written_token()
+
+
+def _raise_for_swallowed(error: PendingRollbackError, *, lost: bool) -> Never:
+    """Say what it means that somebody went on after a flush or the connection had failed."""
+    if lost:
+        raise ConnectionLost(LOST) from error
+    raise TransactionAborted(SWALLOWED) from error

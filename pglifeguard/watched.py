@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import asyncpg
 
-from pglifeguard.driver_failures import DRIVER_FAILURES, LOST, never_sent
+from pglifeguard.driver_failures import DRIVER_FAILURES, LOST, SWALLOWED, never_sent
 from pglifeguard.effects import Effect, effect_of
 from pglifeguard.errors import ConnectionLost, OutcomeUnknown, TransactionAborted
 
@@ -50,7 +50,6 @@ REPORTED = (
     "session_authorization",
 )
 
-SWALLOWED = "A statement failed, its error was swallowed, and nothing can be committed."
 UNKNOWN = (
     "The connection was lost while the change was being committed, so it may or may not have been made. "
     "Read before you try again, or send the request with an Idempotency-Key."
