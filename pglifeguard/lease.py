@@ -1,9 +1,9 @@
-"""One connection of the pool, asked by the driver and not through SQLAlchemy: taken, asked, given back.
+"""One connection of the pool on which asyncpg runs statements, and not SQLAlchemy.
 
-Around a short statement SQLAlchemy's execution costs several times the statement (`docs/performance.md`), so a session
-asks its constant queries here: with a transaction around them, or on a replica without one. When SQLAlchemy's own
-session is needed after all, it takes connection and transaction over (`adopt`). Failures leave by the same names as
-those that went through SQLAlchemy: see `EngineWatch`.
+Around a short statement SQLAlchemy's execution costs several times the statement (`docs/performance.md`). So a session
+runs its constant queries here: in a transaction, or on a replica without one. When the session needs SQLAlchemy after
+all, SQLAlchemy takes over the connection and the transaction (`adopt`). Failures have the same names in both lanes: see
+`driver_failures.py`.
 """
 
 import asyncio
@@ -25,14 +25,15 @@ from pglifeguard.query import Query
 from pglifeguard.server import WRITTEN, lacks, token_text
 from pglifeguard.watched import Transaction
 
-# Seconds for telling the server to stop what a cancelled request asked.
+# Seconds for telling the server to stop the statement of a cancelled request. After them the connection is dropped, and
+# the server ends its session when it notices.
 CLOSE_SECONDS = 2.0
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 
 
 class DriverLane:
-    """Asks one connection by the driver, counts the time, and names the failures."""
+    """Runs statements on one connection by the driver, counts their time, and names their failures."""
 
     __slots__ = ("_database", "_readonly", "checkout", "connection")
 
@@ -48,11 +49,16 @@ class DriverLane:
         """Copy records into a table; return how many. Raises as `rows` does."""
         copying = self.connection.copy_records_to_table(table, records=records, columns=columns, schema_name=schema)
         status = await self.ask(copying, f"COPY {table}")
-        # PostgreSQL says "COPY 12".
+        # PostgreSQL answers "COPY 12".
         return int(status.rpartition(" ")[2])
 
     async def ask(self, answer: Awaitable[T], statement: str | None = None) -> T:
-        """Wait for an answer, count its time, and name its failure; BEGIN and COMMIT are no statements to count."""
+        """Wait for an answer, count its time, and name its failure.
+
+        `statement` is the text for the metrics; None for BEGIN, COMMIT and ROLLBACK, which are no statements there.
+        """
+        # There is no timeout around the statement. Each cancel in mid-query throws a connection away, so a deadline
+        # that cancels turns one stall of a second into hundreds of logins (decision 0005).
         self.checkout.begin_query()
         try:
             return await answer
@@ -60,7 +66,9 @@ class DriverLane:
             self._translate(error, statement)
             raise
         except asyncio.CancelledError:
-            # The statement may still run: closing waits until the server has been told to stop it.
+            # The server runs the statement on, and holds its locks, until it is told to stop. asyncpg's close() waits
+            # until it was told; terminate() does not wait. The shield lets a second cancel, as anyio sends them, end
+            # the request and not the closing.
             await asyncio.shield(_close(self.connection))
             raise
         finally:
@@ -70,21 +78,25 @@ class DriverLane:
 
     async def written_token(self) -> str | None:
         """Ask how far the WAL reaches after a commit, as a consistency token; None where the server cannot tell."""
+        # Before COMMIT the answer would be older than the commit record, and the client could miss its own write.
         if self._database.monitor.lacks_lsn:
             return None
-        # The question belongs to the request and to no transaction.
+        # While `bound` is set the connection refuses statements outside the session's transaction; this one belongs to
+        # none.
         bound, self.connection.bound = self.connection.bound, False
         self.checkout.begin_query()
         try:
             written = cast("asyncpg.Record", await self.connection.fetchrow(WRITTEN))
         except asyncio.CancelledError:
+            # The answer is still on its way. Nothing is left to roll back, so nothing is waited for.
             self.connection.terminate()
             raise
         except DRIVER_FAILURES as error:
             if not lacks(error):
-                # Whoever took the connection next would wait for what this one left behind.
+                # The next holder would wait for the answer that this statement left behind.
                 self.connection.terminate()
-            # The write is committed and must be answered so; only the promise to read it back at once is lost.
+            # The write is committed, so the client must not get an error: it may write again. It loses the promise to
+            # read its write on a replica at once, and nothing else.
             reason = str(error) or type(error).__name__
             self._database.watch.log("no consistency token", route=holder.get(), reason=reason)
             return None
@@ -103,11 +115,13 @@ class DriverLane:
         if meaning.error is not None:
             raise meaning.error from error
         if isinstance(error, asyncpg.IntegrityConstraintViolationError):
+            # Queries do not know which lane they run in, so a conflict has SQLAlchemy's name in both. The parameters
+            # are left out: they are health data, and SQLAlchemy writes them into the message.
             raise IntegrityError(statement, None, error, hide_parameters=True) from error
 
 
 class Lease(DriverLane):
-    """A connection that one session has to itself until `end` or `adopt`; it does one thing at a time."""
+    """A connection that one session has for itself until `end` or `adopt`; it does one thing at a time."""
 
     __slots__ = ("_transaction", "entry")
 
@@ -122,12 +136,13 @@ class Lease(DriverLane):
         return self._transaction is not None
 
     async def begin(self, words: str) -> None:
-        """Begin a transaction with these words, or give the connection back; raises as `rows` does."""
+        """Begin a transaction with these words; on a failure give the connection back. Raises as `rows` does."""
         transaction = Transaction(self.connection, words)
         try:
             await self.ask(transaction.start())
         except BaseException:
-            # Nobody can tell what a statement would be part of.
+            # BEGIN may have reached the server or not. A statement sent now would be part of a transaction that nobody
+            # commits, or would be stored at once.
             self.connection.terminate()
             self.give_back()
             raise
@@ -144,11 +159,13 @@ class Lease(DriverLane):
 
     async def commit(self) -> None:
         """Commit the transaction; raises as `rows` does, and as `Transaction.commit`."""
+        # The transaction is over once COMMIT was sent, whatever the answer is. A ROLLBACK after a COMMIT without an
+        # answer would tell nothing about its outcome.
         transaction, self._transaction = cast("Transaction", self._transaction), None
         await self.ask(transaction.commit())
 
     async def end(self) -> None:
-        """Take back what is not committed and give the connection back."""
+        """Roll back what is not committed, and give the connection back."""
         transaction, self._transaction = self._transaction, None
         try:
             if transaction is not None and not self.connection.is_closed():
@@ -156,31 +173,35 @@ class Lease(DriverLane):
             if self.connection.needs_reset:
                 await self.connection.reset()
         except (*DRIVER_FAILURES, DatabaseUnavailable):
-            # The answer does not depend on it: a server that lost the connection has rolled back.
+            # A failed ROLLBACK does not change the request's answer: a server that lost the connection has rolled back.
             self.connection.terminate()
         finally:
+            # Also after a cancel: a connection that is not given back is missing in the pool until the next restart.
             self.give_back()
 
     def give_back(self) -> None:
-        """Return the connection to the pool; one that is closed meanwhile is replaced there."""
+        """Release the connection to the pool, which replaces it when it is closed."""
+        # The entry is forgotten first, so that `__del__` does not release it again when this fails.
         entry, self.entry = cast("ConnectionPoolEntry", self.entry), None
         self._database.pool.release(entry)
 
     def adopt(self, engine: Engine) -> HeldConnection:
-        """Let SQLAlchemy go on where this lease stands: its connection, its transaction. Closing it gives it back.
+        """Give the connection and its transaction to SQLAlchemy, which releases the connection when it closes it.
 
         Called in SQLAlchemy's greenlet.
         """
         entry, self.entry = self.entry, None
         connection = self._database.adapter.adopt(cast("ConnectionPoolEntry", entry), lambda: HeldConnection(engine))
-        # The dialect begins at the first statement, unless it knows of a transaction.
+        # SQLAlchemy's adapter begins a transaction unless this private attribute holds one (2.1). It would begin a
+        # savepoint in the lease's transaction, and its COMMIT would release the savepoint and store nothing.
         cast("Any", connection.connection.dbapi_connection)._transaction = self._transaction  # noqa: SLF001
         self._transaction = None
         return connection
 
     def __del__(self) -> None:
         if self.entry is not None:
-            # Whoever left the session without closing it; the permit would be lost with it.
+            # A session was dropped without being closed, and its place in the pool would be lost with it. A destructor
+            # cannot wait for a ROLLBACK, so the connection is closed.
             self._database.watch.log(
                 "session dropped without being closed", level=logging.ERROR, route=self.checkout.holder
             )
@@ -193,6 +214,8 @@ async def fetch_alone(database: Database, query: Query[*Ts], parameters: Mapping
 
     Raises: PoolExhausted, DatabaseUnreachable; and as `Lease.rows` does.
     """
+    # A transaction would cost two more round trips, BEGIN and COMMIT. A single statement at READ COMMITTED has a
+    # snapshot of its own in either case.
     lease = Lease(database, await database.pool.acquire(), readonly=True)
     try:
         return await lease.rows(query, parameters)
