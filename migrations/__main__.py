@@ -19,7 +19,7 @@ from migrations.connection import connected
 from migrations.settings import MigrationSettings, load_migration_settings
 from pglifeguard import DatabaseSettings, SettingsError
 from pglifeguard.errors import DatabaseUnavailable
-from pglifeguard.server import lacks
+from pglifeguard.server import is_missing_feature
 
 logger = logging.getLogger("migrations")
 
@@ -40,7 +40,7 @@ async def reconnect(settings: MigrationSettings) -> None:
         try:
             written = await primary.fetchval("SELECT pg_current_wal_insert_lsn()::text")
         except asyncpg.PostgresError as error:  # Aurora's replicas read the primary's own storage.
-            if not lacks(error):
+            if not is_missing_feature(error):
                 raise
             logger.warning("the replicas are not waited for: %s", error)
             written = None

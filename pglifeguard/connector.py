@@ -14,9 +14,9 @@ from pglifeguard.database_url import Host, KeepAlive
 from pglifeguard.driver_failures import DRIVER_FAILURES
 from pglifeguard.host_search import HostSearch
 from pglifeguard.lookup import Lookups
-from pglifeguard.server import lacks
+from pglifeguard.server import is_missing_feature
 from pglifeguard.settings import DatabaseSettings
-from pglifeguard.watched import WatchedConnection
+from pglifeguard.tracked_connection import TrackedConnection
 
 KEEPALIVE_IDLE_SECONDS = 30
 KEEPALIVE_INTERVAL_SECONDS = 5
@@ -34,7 +34,7 @@ SERVER_IDENTITY_MINIMAL = (
 )
 
 
-class KeptAliveConnection(WatchedConnection):
+class KeptAliveConnection(TrackedConnection):
     """A connection whose kernel notices a peer that is gone; asyncpg sets neither option.
 
     `server` says when the server behind it was started, which tells it from the one that takes its place and from
@@ -161,7 +161,7 @@ async def _takes_no_writes(connection: KeptAliveConnection, deadline: float) -> 
         try:
             who = cast("asyncpg.Record", await connection.fetchrow(SERVER_IDENTITY))
         except asyncpg.PostgresError as error:
-            if not lacks(error):
+            if not is_missing_feature(error):
                 raise
             who = cast("asyncpg.Record", await connection.fetchrow(SERVER_IDENTITY_MINIMAL))
     except BaseException:

@@ -30,12 +30,12 @@ MUTE_SECONDS = 1.5
 class TransactionMode:
     """A kind of transaction: the engine with its options for SQLAlchemy, and the words that begin the same by hand.
 
-    With `alone`, queries of `rows` need no transaction until there is one: each stands for itself.
+    With `skips_transaction`, queries of `rows` need no transaction until there is one: each stands for itself.
     """
 
     engine: AsyncEngine
     begin: str
-    alone: bool = False
+    skips_transaction: bool = False
 
 
 class Database:
@@ -85,7 +85,7 @@ class Database:
         EngineWatch(self.engine, self.pool, watch, writable=role == "primary")
         read_only = self.engine.execution_options(postgresql_readonly=True)
         # A standby is read-only by nature: what `rows` reads there needs no transaction, and is one round trip, not 3.
-        self.reads = TransactionMode(read_only, "BEGIN READ ONLY;", alone=role == "replica")
+        self.reads = TransactionMode(read_only, "BEGIN READ ONLY;", skips_transaction=role == "replica")
         # None is what the server takes for its default.
         self.writes: dict[Isolation | None, TransactionMode] = {None: TransactionMode(self.engine, "BEGIN;")}
         for level in get_args(Isolation):
@@ -98,19 +98,19 @@ class Database:
         )
         self._server: float | None = None
         if role == "primary":
-            self.monitor.listeners.append(self._follow)
+            self.monitor.listeners.append(self._leave_replaced_server)
         self._answered_at = time.monotonic()
         if role != "replica":  # A replica's reads are cut sooner: they are run once more on the primary.
-            self.monitor.listeners.append(self._leave_mute)
+            self.monitor.listeners.append(self._cut_mute_server)
 
-    def _leave_mute(self, probe: Probe) -> None:
+    def _cut_mute_server(self, probe: Probe) -> None:
         """Cut what waits on a server that answers nobody: neither looks, nor logins, nor any statement."""
         if probe.status != "timeout":
             self._answered_at = probe.at
         elif probe.at - self._answered_at >= MUTE_SECONDS and (count := self.pool.cut_unanswered(MUTE_SECONDS)):
             logger.warning("statements cut on a mute server", extra={"database": self.name, "count": count})
 
-    def _follow(self, probe: Probe) -> None:
+    def _leave_replaced_server(self, probe: Probe) -> None:
         """Leave a server that another one replaced: who waits for its answer would wait until a timeout."""
         # By its own connection: behind a pooler those of the pool go on, whichever server answers there.
         if probe.server is None:

@@ -228,7 +228,7 @@ class Databases:
             self._make()
         self._loop = asyncio.get_running_loop()
         await asyncio.gather(*(_warm_up(database) for database in self.all()))
-        self._tasks = [asyncio.create_task(database.monitor.watch()) for database in self.all()]
+        self._tasks = [asyncio.create_task(database.monitor.probe_forever()) for database in self.all()]
         self._tasks += [asyncio.create_task(self._upkeep()), asyncio.create_task(self._log_figures())]
 
     async def close(self, *, grace_seconds: float = 5.0) -> None:

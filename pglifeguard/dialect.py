@@ -44,7 +44,7 @@ class Dialect(PGDialect_asyncpg):
 
         def connect(adapter: Any) -> None:
             set_up(adapter)
-            adapter.driver_connection.opened()
+            adapter.driver_connection.mark_clean()
 
         return connect
 

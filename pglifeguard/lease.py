@@ -22,8 +22,8 @@ from pglifeguard.driver_failures import DRIVER_FAILURES, Fate, examine
 from pglifeguard.errors import DatabaseUnavailable
 from pglifeguard.orm import HeldConnection
 from pglifeguard.query import Query
-from pglifeguard.server import WRITTEN, lacks, token_text
-from pglifeguard.watched import Transaction
+from pglifeguard.server import WRITTEN, is_missing_feature, token_text
+from pglifeguard.tracked_connection import Transaction
 
 # Seconds for telling the server to stop the statement of a cancelled request. After them the connection is dropped, and
 # the server ends its session when it notices.
@@ -92,7 +92,7 @@ class DriverLane:
             self.connection.terminate()
             raise
         except DRIVER_FAILURES as error:
-            if not lacks(error):
+            if not is_missing_feature(error):
                 # The next holder would wait for the answer that this statement left behind.
                 self.connection.terminate()
             # The write is committed, so the client must not get an error: it may write again. It loses the promise to
@@ -209,7 +209,7 @@ class Lease(DriverLane):
             self.give_back()
 
 
-async def fetch_alone(database: Database, query: Query[*Ts], parameters: Mapping[str, Any]) -> Sequence[Row[*Ts]]:
+async def fetch_once(database: Database, query: Query[*Ts], parameters: Mapping[str, Any]) -> Sequence[Row[*Ts]]:
     """Run one query on a connection taken for it alone, outside any transaction.
 
     Raises: PoolExhausted, DatabaseUnreachable; and as `Lease.rows` does.

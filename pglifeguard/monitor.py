@@ -19,7 +19,7 @@ from pglifeguard.driver_failures import DRIVER_FAILURES
 from pglifeguard.errors import DatabaseUnavailable, DatabaseUnreachable
 from pglifeguard.metrics import Metrics
 from pglifeguard.pooler import STATEMENTS, WARNING, forgets_statements
-from pglifeguard.server import UNKNOWN, Position, Questions, lacks
+from pglifeguard.server import UNKNOWN, Position, PositionQuery, is_missing_feature
 from pglifeguard.settings import DatabasesSettings
 
 logger = logging.getLogger(__name__)
@@ -59,7 +59,7 @@ class Monitor:
         self._settings = settings
         self._metrics = metrics
         self._connection: KeptAliveConnection | None = None
-        self._questions = Questions()
+        self._position_query = PositionQuery()
         self._missing: frozenset[str] = frozenset()
         self._probe: asyncio.Task[Probe] | None = None
         self._turn = asyncio.Lock()
@@ -72,19 +72,19 @@ class Monitor:
     @property
     def lacks_lsn(self) -> bool:
         """Whether the server was asked how far it has written or replayed, and cannot tell, or not to this role."""
-        return "lsn" in self._questions.missing
+        return "lsn" in self._position_query.missing
 
     @property
-    def question(self) -> str:
+    def position_sql(self) -> str:
         """What the server is asked at each probe, for those who ask it on other connections: see `read_position`."""
-        return self._questions.sql
+        return self._position_query.sql
 
     @property
     def stalled(self) -> bool:
         """Whether commits are under way that have been waiting for long, while the database answers."""
         return self.healthy and (self.position.stalled or 0.0) >= STALLED_SECONDS
 
-    async def watch(self) -> None:
+    async def probe_forever(self) -> None:
         """Look for ever, every `monitor_interval_seconds`."""
         while True:
             # Short, so that a database that hangs is found within a second.
@@ -95,27 +95,27 @@ class Monitor:
         """Look now. Those who ask at the same time share one probe. Never raises: the answer says what was wrong."""
         if self._probe is None or self._probe.done():
             seconds = self._settings.health_timeout_seconds if timeout_seconds is None else timeout_seconds
-            self._probe = asyncio.create_task(self._look_once(seconds))
+            self._probe = asyncio.create_task(self._probe_once(seconds))
         # Shielded: one who goes away does not take the look from the others.
         return await asyncio.shield(self._probe)
 
-    async def _look_once(self, seconds: float) -> Probe:
+    async def _probe_once(self, seconds: float) -> Probe:
         started, stalled = time.monotonic(), self.stalled
         try:
-            position = await self._questions.ask(lambda sql: self.ask(sql, timeout_seconds=seconds))
+            position = await self._position_query.ask(lambda sql: self.ask(sql, timeout_seconds=seconds))
         except DatabaseUnavailable as error:
             late = time.monotonic() - started >= seconds or isinstance(error.__cause__, TimeoutError)
             found = Probe(time.monotonic(), "timeout" if late else "error", error=str(error))
         else:
-            self._tell_missing()
-            found = self._seen(position, started)
+            self._log_missing()
+            found = self._judge(position, started)
         if found.status != self.last.status:
             level = logging.INFO if found.status == "healthy" else logging.WARNING
             logger.log(level, "database is %s", found.status, extra={"database": self.name, "reason": found.error})
         self._misses = 0 if found.status == "healthy" else self._misses + 1
         self.last = found
         if self._connector.writable:
-            self._tell_stall(before=stalled)
+            self._report_stall(before=stalled)
         for listener in self.listeners:
             listener(found)
         if found.status == "healthy" and not self._pooler_examined:
@@ -131,11 +131,11 @@ class Monitor:
             if self._connection is not None and forgets_statements(self._connection, statements):
                 logger.warning(WARNING, extra={"database": self.name})
 
-    def _seen(self, position: Position, started: float) -> Probe:
+    def _judge(self, position: Position, started: float) -> Probe:
         now = time.monotonic()
         if position.read_only and self._connector.writable:
             # Demoted, or not promoted yet. The address may lead to another server by now: look there next time.
-            self._hang_up()
+            self._disconnect()
             return Probe(now, "error", now - started, "The server takes no writes.", position)
         if position.is_same_server(self.position) and position.in_recovery and position.timeline is not None:
             # The receiver may have known a later timeline than the control file does, and be gone by now.
@@ -144,16 +144,16 @@ class Monitor:
         server = None if self._connection is None else self._connection.server
         return Probe(now, "healthy", now - started, None, position, server)
 
-    def _tell_missing(self) -> None:
+    def _log_missing(self) -> None:
         """Say what the server does not tell, once: nothing fails for it, and some things are not done."""
-        missing, self._missing = self._missing, self._questions.missing
+        missing, self._missing = self._missing, self._position_query.missing
         if self._missing - missing:
             logger.warning(
                 "database does not tell all of its position",
                 extra={"database": self.name, "missing": ", ".join(sorted(self._missing))},
             )
 
-    def _tell_stall(self, *, before: bool) -> None:
+    def _report_stall(self, *, before: bool) -> None:
         """Say that writes hang: the database answers, so nothing else would."""
         seconds = self.position.stalled or 0.0
         self._metrics.write_stall_seconds.labels(self.name).set(seconds if self.stalled else 0.0)
@@ -174,7 +174,7 @@ class Monitor:
                 if self._connection is None or self._connection.is_closed():
                     self._connection = await self._connector.open(deadline)
                     # The server behind it may be another one, and the role may have been given rights.
-                    self._questions.missing = frozenset()
+                    self._position_query.missing = frozenset()
                 # At the deadline the socket is torn down: no cancel request goes to a server that hangs.
                 timer = loop.call_at(deadline, self._connection.cut)
                 try:
@@ -182,8 +182,8 @@ class Monitor:
                 finally:
                     timer.cancel()
             except DRIVER_FAILURES as error:
-                if not lacks(error):
-                    self._hang_up()
+                if not is_missing_feature(error):
+                    self._disconnect()
                 message = "no answer in time" if loop.time() >= deadline else str(error) or type(error).__name__
                 raise DatabaseUnreachable(f"The database cannot be reached: {message}.") from error
 
@@ -193,10 +193,10 @@ class Monitor:
             # It may be connecting right now, and would leave a session behind.
             self._probe.cancel()
             await asyncio.gather(self._probe, return_exceptions=True)
-        self._hang_up()
+        self._disconnect()
         await self._connector.close()
 
-    def _hang_up(self) -> None:
+    def _disconnect(self) -> None:
         connection, self._connection = self._connection, None
         if connection is not None:
             connection.terminate()

@@ -370,9 +370,9 @@ class ConnectionPool(Generic[S]):
         started = self._clock()
         try:
             slot, connection = await self._opener.open_slot(asyncio.get_running_loop().time() + seconds)
-        except Exception as error:  # noqa: BLE001  # The edge of a task; the waiting requests are told.
+        except Exception as error:  # noqa: BLE001  # The edge of a task; the waiting requests are refused.
             self._openings.discard(opening)
-            self._tell_failure(error)
+            self._refuse_waiting(error)
         else:
             self._openings.discard(opening)
             now = self._clock()
@@ -402,7 +402,7 @@ class ConnectionPool(Generic[S]):
         else:
             self._idle.insert(0, slot)
 
-    def _tell_failure(self, error: Exception) -> None:
+    def _refuse_waiting(self, error: Exception) -> None:
         """Tell the requests that waited for this login; those that a release may still serve wait on.
 
         SQLAlchemy's QueuePool (2.1) tells nobody, so after an outage its requests wait until their timeout.
@@ -412,13 +412,13 @@ class ConnectionPool(Generic[S]):
         known_already = known is not None and known.__cause__ is not None and known.__cause__ is error.__cause__
         if not known_already:
             self._watch.connect_failed()
-        told = len(self._waiters)
+        refused = len(self._waiters)
         if self._out or self._in_hand:
-            # The checked out connections will be released, and serve the queue. So nobody is told when the server is
+            # The checked out connections will be released, and serve the queue. So nobody is refused when the server is
             # only full, and otherwise only as many requests as the pool had room for: they waited for this login.
             full = (sqlstate(error) or "").startswith(SERVER_FULL)
-            told = 0 if full or known_already else min(told, self._free)
-        for _ in range(told):
+            refused = 0 if full or known_already else min(refused, self._free)
+        for _ in range(refused):
             waiter, _ = self._waiters.popitem(last=False)
             if not waiter.done():
                 waiter.set_exception(self._unreachable())

@@ -30,7 +30,7 @@ from pglifeguard.errors import ReplicaUnavailable
 from pglifeguard.lease import Lease
 from pglifeguard.metrics import Metrics
 from pglifeguard.monitor import Monitor, Probe
-from pglifeguard.server import UNKNOWN, Position, Token, lacks, read_position
+from pglifeguard.server import UNKNOWN, Position, Token, is_missing_feature, read_position
 from pglifeguard.settings import DatabasesSettings
 
 logger = logging.getLogger(__name__)
@@ -70,7 +70,7 @@ class Replica:
         # How far the primary had written when it was first seen on a timeline, by timeline.
         self._floors: dict[int, int] = {}
         # The servers behind the address that the monitor does not look at: what each said, and when.
-        self.others: OrderedDict[float, tuple[float, Position]] = OrderedDict()
+        self.other_servers: OrderedDict[float, tuple[float, Position]] = OrderedDict()
         database.monitor.listeners.append(self._judge)
         primary.listeners.append(self._judge_again)
 
@@ -131,7 +131,7 @@ class Replica:
         elif connection.server == self.position.started:
             known = self.position
         else:
-            at, known = self.others.get(connection.server, (0.0, None))
+            at, known = self.other_servers.get(connection.server, (0.0, None))
             if time.monotonic() - at > 2 * self._settings.monitor_interval_seconds:
                 known = None
         if known is None or (token is not None and not self.covers(token, known)):
@@ -166,9 +166,9 @@ class Replica:
         # The question leaves nothing behind.
         left = lease.connection.left
         try:
-            row = await lease.ask(lease.connection.fetchrow(self.database.monitor.question))
+            row = await lease.ask(lease.connection.fetchrow(self.database.monitor.position_sql))
         except asyncpg.PostgresError as error:
-            if not lacks(error):
+            if not is_missing_feature(error):
                 raise
             return UNKNOWN
         finally:
@@ -177,10 +177,10 @@ class Replica:
         return read_position(row)
 
     def _keep(self, server: float, position: Position) -> None:
-        self.others[server] = time.monotonic(), position
-        self.others.move_to_end(server)
-        if len(self.others) > SERVERS_KEPT:
-            self.others.popitem(last=False)
+        self.other_servers[server] = time.monotonic(), position
+        self.other_servers.move_to_end(server)
+        if len(self.other_servers) > SERVERS_KEPT:
+            self.other_servers.popitem(last=False)
 
     def _judge(self, probe: Probe) -> None:
         if probe.status != "healthy":

@@ -6,7 +6,7 @@ A server is told from the one that takes its place behind an address by the time
 cluster's by its system identifier.
 
 Not every server that speaks PostgreSQL's protocol has these functions, and not every role may call them. What was not
-told is None, "unknown"; `Questions` finds out once what a server can tell.
+told is None, "unknown"; `PositionQuery` finds out once what a server can tell.
 """
 
 import re
@@ -50,7 +50,7 @@ LSN_BITS = 32
 Ask = Callable[[str], Awaitable[Sequence[Record]]]
 
 
-def lacks(error: BaseException | None) -> bool:
+def is_missing_feature(error: BaseException | None) -> bool:
     """Tell a server that is well and lacks what it was asked for from one that fails.
 
     0A000 is feature_not_supported, as Aurora's LSN functions say. Class 42 is a function, a view, a column or a right
@@ -92,7 +92,7 @@ class Position:
 UNKNOWN = Position()
 
 
-class Questions:
+class PositionQuery:
     """Asks servers behind one address for their positions, and remembers what they do not tell."""
 
     def __init__(self) -> None:
@@ -108,7 +108,7 @@ class Questions:
         try:
             (row,) = await ask(self.sql)
         except Exception as error:
-            if not lacks(error):
+            if not is_missing_feature(error):
                 raise
         else:
             return read_position(row)
@@ -122,7 +122,7 @@ class Questions:
             try:
                 (row,) = await ask(self._select([name], recovery_known=recovery_known))
             except Exception as error:
-                if not lacks(error):
+                if not is_missing_feature(error):
                     raise
                 missing.add(name)
             else:
@@ -137,7 +137,7 @@ class Questions:
 
 
 def read_position(said: Any) -> Position:
-    """Read the answer to `Questions.sql`."""
+    """Read the answer to `PositionQuery.sql`."""
     timelines = [said[name] for name in TIMELINES if said.get(name)]
     kept = {name: said.get(name) for name in Position.__slots__ if name != "timeline"}
     return Position(timeline=max(timelines, default=None), **kept)

@@ -24,7 +24,7 @@ from pglifeguard.database import Database, Isolation, TransactionMode
 from pglifeguard.driver_failures import LOST, SWALLOWED
 from pglifeguard.effects import effect_of
 from pglifeguard.errors import ConnectionLost, TransactionAborted
-from pglifeguard.lease import DriverLane, Lease, fetch_alone
+from pglifeguard.lease import DriverLane, Lease, fetch_once
 from pglifeguard.orm import ENDED, PINNED, HeldConnection, OneConnection, refuse_of_transactions
 from pglifeguard.query import Query
 from pglifeguard.replica import ServerCheck
@@ -109,8 +109,8 @@ class ReadSession(AsyncSession):
             raise RuntimeError(ENDED)
         holder.set(self._label)
         if self._lease is None:
-            if self._mode.alone and not effect_of(query.sql):
-                return await self._fetch_alone(query, parameters)
+            if self._mode.skips_transaction and not effect_of(query.sql):
+                return await self._fetch_once(query, parameters)
             self._lease = await self._begin()
         elif not self._lease.begun:
             await self._begin_again(self._lease)
@@ -131,9 +131,9 @@ class ReadSession(AsyncSession):
             raise RuntimeError(ENDED)
         return lease
 
-    async def _fetch_alone(self, query: Query[*Ts], parameters: dict[str, Any]) -> Sequence[Row[*Ts]]:
+    async def _fetch_once(self, query: Query[*Ts], parameters: dict[str, Any]) -> Sequence[Row[*Ts]]:
         if self._server_check is None:
-            return await fetch_alone(self._database, query, parameters)
+            return await fetch_once(self._database, query, parameters)
         lease = Lease(self._database, await self._database.pool.acquire(), readonly=True)
         if lease.connection.pooled:
             # Only in a transaction does the next statement reach the same server.

@@ -161,7 +161,7 @@ class EngineWatch:
         checkout: Checkout = connection.info["checkout"]
         if effect_of(rest[1]):
             # The dialect keeps prepared statements, so the connection itself sees a text once.
-            checkout.connection.watch(rest[1])
+            checkout.connection.track(rest[1])
         checkout.begin_query()
 
     def _succeeded(self, connection: Connection, *rest: Any) -> None:

@@ -16,7 +16,7 @@ from pglifeguard.driver_failures import DRIVER_FAILURES
 from pglifeguard.errors import DatabaseUnavailable, OutcomeUnknown, sqlstate
 from pglifeguard.lease import Lease
 from pglifeguard.query import Query
-from pglifeguard.watched import UNKNOWN
+from pglifeguard.tracked_connection import UNKNOWN
 
 Ts = TypeVarTuple("Ts")
 

@@ -152,7 +152,7 @@ def test_metrics_are_documented() -> None:
 
 def test_reasons_of_replaced_connections_are_documented() -> None:
     """The help of db_connection_invalidations_total names every reason for which the pool gives a connection up."""
-    code = read("pglifeguard/pool.py") + read("pglifeguard/watched.py")
+    code = read("pglifeguard/pool.py") + read("pglifeguard/tracked_connection.py")
     given = set(re.findall(r'(?:_discard\(slot, |replaced\(|^ +return |reason = .*)"([a-z_]+)"', code, re.MULTILINE))
     (family,) = Metrics().invalidations.describe()
 

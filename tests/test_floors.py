@@ -13,7 +13,7 @@ LIBRARY = (
     {"activity", "builtin_functions", "database_url", "dialect", "errors", "metrics", "pooler", "query", "sampling",
      "variables"},
     {"collisions", "driver_failures", "effects", "environment", "host_search", "lookup", "server"},
-    {"settings", "watched"},
+    {"settings", "tracked_connection"},
     {"budget", "connector"},
     {"checkout", "monitor"},
     {"cli", "listening", "observe", "orm"},
@@ -48,7 +48,8 @@ PUBLIC = {"pglifeguard", "pglifeguard.cli", "pglifeguard.fastapi", "pglifeguard.
 # The pool and all that it imports: SQLAlchemy is no part of it.
 POOL = {
     "builtin_functions", "checkout", "connector", "database_url", "driver_failures", "effects", "environment", "errors",
-    "host_search", "lookup", "metrics", "observe", "pool", "sampling", "server", "settings", "variables", "watched",
+    "host_search", "lookup", "metrics", "observe", "pool", "sampling", "server", "settings", "tracked_connection",
+    "variables",
 }  # fmt: skip
 # What opens something or reads the environment, and so must not be called when a module is imported.
 OPENERS = {
@@ -147,7 +148,7 @@ def domains_know_no_machinery(module: str, tree: ast.Module) -> Iterator[str]:
 def only_sessions_commit(module: str, tree: ast.Module) -> Iterator[str]:
     """Allow commit() in sessions.py alone, and in what it commits by."""
     for node in ast.walk(tree):
-        if module in {"pglifeguard.sessions", "pglifeguard.lease", "pglifeguard.orm", "pglifeguard.watched"}:
+        if module in {"pglifeguard.sessions", "pglifeguard.lease", "pglifeguard.orm", "pglifeguard.tracked_connection"}:
             return
         if isinstance(node, ast.Attribute) and node.attr == "commit":
             yield f"{module}:{node.lineno} commits"

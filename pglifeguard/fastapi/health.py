@@ -88,10 +88,10 @@ async def _describe(databases: Databases, database: Database) -> dict[str, Any]:
                 "lag_seconds": replica.lag_seconds,
                 "lag_bytes": replica.lag_bytes,
             }
-            if replica.others:
+            if replica.other_servers:
                 described["other_servers"] = [
                     {"state": replica.state_of(position), "lag_bytes": replica.lag_of(position)}
-                    for _, position in replica.others.values()
+                    for _, position in replica.other_servers.values()
                 ]
     return described
 

@@ -15,7 +15,7 @@ from local.waiting import eventually
 from pglifeguard import databases as engines
 from pglifeguard import lease
 from pglifeguard.errors import CommandTimeout, ConnectionLost, PoolExhausted, classify
-from pglifeguard.lease import fetch_alone
+from pglifeguard.lease import fetch_once
 from pglifeguard.query import Query
 from tests.conftest import Database, Execute
 from tests.pglifeguard.conftest import pooled, sessions_end
@@ -191,7 +191,7 @@ async def test_lost_connection_of_a_direct_read(database: Database, proxy: Proxy
     """A read whose connection is reset says so, and its connection is not used again."""
     async with pooled(proxy.url(database.url()), role="replica") as p:
         await p.backend()
-        read = asyncio.create_task(fetch_alone(p.database, SLEEP, {}))
+        read = asyncio.create_task(fetch_once(p.database, SLEEP, {}))
 
         async def asked() -> bool:
             return any("pg_sleep(60)" in statement for statement in proxy.statements)
@@ -226,7 +226,7 @@ async def test_direct_read_on_a_connection_that_was_just_lost(database: Database
 
     async with pooled(database.url(), role="replica") as p:
         with pytest.raises(ConnectionLost):
-            await fetch_alone(p.database, Query(select(bindparam("number", type_=Integer))), Losing())
+            await fetch_once(p.database, Query(select(bindparam("number", type_=Integer))), Losing())
 
         assert p.pool.figures().checked_in == 0
 
@@ -239,7 +239,7 @@ async def test_direct_read_is_bounded(database: Database, proxy: Proxy) -> None:
         proxy.fates["pg_sleep(60)"] = "hang"
 
         with pytest.raises(CommandTimeout):
-            await fetch_alone(p.database, SLEEP, {})
+            await fetch_once(p.database, SLEEP, {})
 
         assert p.pool.figures().checked_in == 0
 
@@ -247,7 +247,7 @@ async def test_direct_read_is_bounded(database: Database, proxy: Proxy) -> None:
 async def test_cancelled_direct_read_stops_on_the_server(database: Database, execute: Execute) -> None:
     """A read that is given up is given up at the server too, before its permit serves the next one."""
     async with pooled(database.url(), role="replica") as p:
-        read = asyncio.create_task(fetch_alone(p.database, SLEEP, {}))
+        read = asyncio.create_task(fetch_once(p.database, SLEEP, {}))
 
         async def asleep() -> bool:
             return bool(await execute(ASLEEP))
@@ -269,7 +269,7 @@ async def test_cancelled_direct_read_on_a_silent_server_ends(
     async with pooled(proxy.url(database.url()), role="replica") as p:
         await p.backend()
         proxy.hang()
-        read = asyncio.create_task(fetch_alone(p.database, SLEEP, {}))
+        read = asyncio.create_task(fetch_once(p.database, SLEEP, {}))
 
         async def at_work() -> bool:
             return p.pool.figures().checked_out == 1
@@ -290,7 +290,7 @@ async def test_mistake_of_the_client_library_is_no_loss(database: Database) -> N
     wrong = Query(select(literal_column("$1::int", Integer)))
     async with pooled(database.url(), role="replica") as p:
         with pytest.raises(Exception, match="the server expects 1 argument"):
-            await fetch_alone(p.database, wrong, {})
+            await fetch_once(p.database, wrong, {})
 
         assert p.pool.figures().checked_in == 1
 

@@ -158,7 +158,7 @@ async def test_watch_looks_again_and_again(database: Database, proxy: Proxy, cap
     with caplog.at_level(logging.INFO, "pglifeguard.monitor"):
         async with watching(proxy.url(database.url()), monitor_interval_seconds=0.01) as monitor:
             monitor.listeners.append(heard.append)
-            task = asyncio.create_task(monitor.watch())
+            task = asyncio.create_task(monitor.probe_forever())
 
             async def heard_of(status: str, at_least: int) -> bool:
                 return sum(look.status == status for look in heard) >= at_least

@@ -14,7 +14,7 @@ from app.logs import RequestId, json_formatter
 from local.waiting import eventually
 from pglifeguard.errors import CommandTimeout
 from pglifeguard.fastapi.sessions import ReadDB, WriteDB
-from pglifeguard.lease import fetch_alone
+from pglifeguard.lease import fetch_once
 from pglifeguard.query import Query
 from tests.conftest import Database, Execute
 from tests.pglifeguard.conftest import pooled
@@ -127,7 +127,7 @@ async def test_direct_read_says_nothing_of_what_was_stored(database: Database) -
     async with pooled(database.url(), role="replica") as p:
         await p.backend()
         with pytest.raises(asyncpg.PostgresError) as failed:
-            await fetch_alone(p.database, no_json, {"word": SECRET})
+            await fetch_once(p.database, no_json, {"word": SECRET})
 
     assert (failed.value.detail, SECRET in str(failed.value)) == (None, False)
 

@@ -16,7 +16,7 @@ from local.waiting import eventually
 from pglifeguard import database as database_module
 from pglifeguard.connector import KeptAliveConnection
 from pglifeguard.errors import DatabaseUnreachable, PoolExhausted, sqlstate
-from pglifeguard.lease import fetch_alone
+from pglifeguard.lease import fetch_once
 from pglifeguard.query import Query
 from tests.conftest import Database, Execute
 from tests.pglifeguard.conftest import Clock, Pooled, pooled, sessions_end
@@ -443,7 +443,7 @@ async def test_direct_read_checks_what_it_takes(database: Database, proxy: Proxy
         for seconds in (0, 0, 31):
             clock.now += seconds
             proxy.round_trips = 0
-            await fetch_alone(p.database, query, {})
+            await fetch_once(p.database, query, {})
             trips.append(proxy.round_trips)
 
         assert trips[1:] == [1, 2]
@@ -672,7 +672,7 @@ async def test_failure_of_a_connect_is_not_told_to_the_cancelled(database: Datab
 
         assert await eventually(logging_in, 5)
         task.cancel()
-        p.pool._tell_failure(ConnectionResetError())
+        p.pool._refuse_waiting(ConnectionResetError())
 
         with pytest.raises(asyncio.CancelledError):
             await task
@@ -837,7 +837,7 @@ async def test_development_names_the_line_of_a_direct_read(database: Database) -
 
     async with pooled(database.url(), role="replica", service={"environment": "development"}) as p:
         for _ in range(2):
-            await fetch_alone(p.database, Query(select(bindparam("number", type_=Integer))), Watching())
+            await fetch_once(p.database, Query(select(bindparam("number", type_=Integer))), Watching())
 
     assert len(lines) == 2
     assert all(str(line).endswith("in test_development_names_the_line_of_a_direct_read") for line in lines), lines
@@ -938,7 +938,7 @@ async def test_what_a_mute_server_does_not_answer_is_cut(
     monkeypatch.setattr(database_module, "MUTE_SECONDS", 0.2)
     async with pooled(proxy.url(database.url())) as p:
         await p.database.monitor.probe()
-        query = asyncio.create_task(fetch_alone(p.database, Query(select(func.pg_sleep(60).cast(Text))), {}))
+        query = asyncio.create_task(fetch_once(p.database, Query(select(func.pg_sleep(60).cast(Text))), {}))
 
         async def asked() -> bool:
             return any(checkout.asked_at is not None for checkout in p.pool._out.values())
@@ -961,7 +961,7 @@ async def test_what_a_mute_server_does_not_answer_is_cut(
 async def test_server_that_answers_somebody_is_not_mute(database: Database, clock: Clock) -> None:
     """A statement that takes long is not cut while another connection comes back in good order."""
     async with pooled(database.url(), clock=clock) as p:
-        query = asyncio.create_task(fetch_alone(p.database, Query(select(func.pg_sleep(60).cast(Text))), {}))
+        query = asyncio.create_task(fetch_once(p.database, Query(select(func.pg_sleep(60).cast(Text))), {}))
 
         async def asked() -> bool:
             return any(checkout.asked_at is not None for checkout in p.pool._out.values())

@@ -15,7 +15,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from pglifeguard.consistency import Consistency
 from pglifeguard.errors import DatabaseUnavailable
-from pglifeguard.lease import fetch_alone
+from pglifeguard.lease import fetch_once
 from pglifeguard.pool import ConnectionPool
 from pglifeguard.query import Query
 from pglifeguard.sessions import WriteSession
@@ -46,7 +46,7 @@ async def in_a_transaction(p: Pooled) -> None:
 
 async def past_sqlalchemy(p: Pooled) -> None:
     """Lease a connection and ask, as a read on a replica does."""
-    ((_, answer),) = await fetch_alone(p.database, NAP_PAST_SQLALCHEMY, {})
+    ((_, answer),) = await fetch_once(p.database, NAP_PAST_SQLALCHEMY, {})
     assert answer == 7
 
 

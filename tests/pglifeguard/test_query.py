@@ -35,7 +35,7 @@ from sqlalchemy.types import TypeDecorator
 
 from app.patients.models import Patient
 from pglifeguard.database import Role
-from pglifeguard.lease import fetch_alone
+from pglifeguard.lease import fetch_once
 from pglifeguard.query import Query
 from pglifeguard.sessions import ReadSession
 from tests.conftest import Database
@@ -80,7 +80,7 @@ VALUES = {"word": "loud", "day": TODAY, "number": 41}
 async def test_both_ways_give_the_same_row(database: Database) -> None:
     """Constants, parameters and their types arrive alike, by position and by name."""
     async with pooled(database.replica_url(), role="replica") as p:
-        (past,) = await fetch_alone(p.database, ECHO, VALUES)
+        (past,) = await fetch_once(p.database, ECHO, VALUES)
         async with ReadSession(p.database, p.database.reads, label="test") as session:
             (through,) = (await session.execute(ECHO.statement, VALUES)).all()
 
@@ -92,7 +92,7 @@ async def test_both_ways_give_the_same_row(database: Database) -> None:
 async def test_column_that_is_not_there(database: Database) -> None:
     """A row has the attributes of its columns and no others."""
     async with pooled(database.replica_url(), role="replica") as p:
-        (row,) = await fetch_alone(p.database, ECHO, VALUES)
+        (row,) = await fetch_once(p.database, ECHO, VALUES)
 
     with pytest.raises(AttributeError, match="weight"):
         row.weight  # noqa: B018  # That it is not there is the point.
@@ -117,7 +117,7 @@ async def test_numbers_keep_their_types(database: Database) -> None:
     """Money stays a Decimal and a measure a float, as through SQLAlchemy."""
     both = Query(select(literal(Decimal("0.10"), Numeric).label("price"), literal(0.5, Double).label("measure")))
     async with pooled(database.replica_url(), role="replica") as p:
-        (past,) = await fetch_alone(p.database, both, {})
+        (past,) = await fetch_once(p.database, both, {})
         async with ReadSession(p.database, p.database.reads, label="test") as session:
             (through,) = (await session.execute(both.statement)).all()
 
@@ -221,7 +221,7 @@ async def test_what_is_accepted_gives_what_sqlalchemy_gives(
     """Lists that the statement holds, defaults of parameters, repeated columns and texts work as in a session."""
     query = cast("Query[Any]", Query(statement))
     async with pooled(database.replica_url(), role="replica") as p:
-        past = await fetch_alone(p.database, query, parameters)
+        past = await fetch_once(p.database, query, parameters)
         async with ReadSession(p.database, p.database.reads, label="test") as session:
             through = (await session.execute(statement, parameters)).all()
 
@@ -234,7 +234,7 @@ async def test_what_is_accepted_gives_what_sqlalchemy_gives(
 async def test_row_has_what_rows_have(database: Database) -> None:
     """What SQLAlchemy's rows offer beside their columns is there, too."""
     async with pooled(database.replica_url(), role="replica") as p:
-        (past,) = await fetch_alone(p.database, ECHO, VALUES)
+        (past,) = await fetch_once(p.database, ECHO, VALUES)
         async with ReadSession(p.database, p.database.reads, label="test") as session:
             (through,) = (await session.execute(ECHO.statement, VALUES)).all()
 

@@ -493,7 +493,7 @@ async def test_what_is_kept_of_others_is_bounded(database: Database, monkeypatch
             replica._keep(float(number), UNKNOWN)
             router.believed(Token(2**62 + number, 1))
 
-        assert list(replica.others) == [3.0, 4.0]
+        assert list(replica.other_servers) == [3.0, 4.0]
         assert len(router._ahead) == 2
 
 

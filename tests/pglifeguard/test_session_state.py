@@ -9,7 +9,7 @@ from sqlalchemy import Boolean, Text, bindparam, func, literal_column, select, t
 
 from local.waiting import eventually
 from pglifeguard.errors import ConnectionLost
-from pglifeguard.lease import fetch_alone
+from pglifeguard.lease import fetch_once
 from pglifeguard.query import Query
 from pglifeguard.sessions import ReadSession, WriteSession
 from tests.conftest import Database, Execute
@@ -259,9 +259,9 @@ async def test_query_of_the_driver_leaves_nothing(
 async def test_query_without_a_transaction_that_leaves_something_is_not_used_again(database: Database) -> None:
     """The pool looks at what it is given, whoever gives it."""
     async with pooled(database.replica_url(), role="replica", **ONE) as p:
-        await fetch_alone(p.database, SET_SESSION, {"value": "a"})
+        await fetch_once(p.database, SET_SESSION, {"value": "a"})
 
-        assert (await fetch_alone(p.database, TENANT_QUERY, {}))[0].tenant is None
+        assert (await fetch_once(p.database, TENANT_QUERY, {}))[0].tenant is None
         assert p.replaced("session_state") == 1
 
 

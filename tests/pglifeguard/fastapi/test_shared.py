@@ -10,7 +10,7 @@ from local.waiting import eventually
 from pglifeguard.activity import BY_STATE
 from pglifeguard.fastapi.exposition import SLICE_SAMPLES, in_slices
 from pglifeguard.fastapi.shared import MAX_PAUSE_SECONDS, Shared
-from pglifeguard.server import Questions
+from pglifeguard.server import PositionQuery
 from tests.conftest import Database
 from tests.service import Service, quiet
 
@@ -171,7 +171,7 @@ async def ask_at_once(service: Service, path: str, monkeypatch: pytest.MonkeyPat
 
     async def counting_ask(sql: str, *arguments: object, timeout_seconds: float) -> object:
         nonlocal made
-        made += sql in {Questions().sql, BY_STATE}
+        made += sql in {PositionQuery().sql, BY_STATE}
         return await ask(sql, *arguments, timeout_seconds=timeout_seconds)
 
     monkeypatch.setattr(service.databases, "publish", counting_publish)

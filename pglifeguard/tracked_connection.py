@@ -70,14 +70,14 @@ POOLED = (
 )
 
 
-class WatchedConnection(_Connection):
+class TrackedConnection(_Connection):
     """asyncpg's connection, which keeps account of what its users leave behind.
 
     `left` is the furthest-reaching effect since the last reset. While `bound` is set, a session has begun a transaction
     here, and nothing is sent outside one. `committed` says that a COMMIT was answered since a session took it.
     """
 
-    __slots__ = ("_told", "bound", "committed", "left", "pooled", "reported")
+    __slots__ = ("_reported_settings", "bound", "committed", "left", "pooled", "reported")
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
@@ -85,15 +85,16 @@ class WatchedConnection(_Connection):
         self.committed = False
         # Whether a pooler stands in between; whoever opens the connection finds out.
         self.pooled = False
-        self.opened()
+        self.mark_clean()
 
-    def opened(self) -> None:
+    def mark_clean(self) -> None:
         """Take what the connection is now for what everybody finds."""
         settings = self._protocol.get_settings()
         self.left = Effect.ROWS
         # What the server itself says of some settings whenever they change, whoever changed them.
-        self._told = attrgetter("client_encoding", *(name for name in REPORTED if getattr(settings, name, None)))
-        self.reported = self._told(settings)
+        names = (name for name in REPORTED if getattr(settings, name, None))
+        self._reported_settings = attrgetter("client_encoding", *names)
+        self.reported = self._reported_settings(settings)
 
     @property
     def needs_reset(self) -> bool:
@@ -101,7 +102,7 @@ class WatchedConnection(_Connection):
         protocol = self._protocol
         if self.left >= Effect.DOUBT or protocol is None or protocol.is_in_transaction():
             return True
-        return bool(self._told(protocol.get_settings()) != self.reported)
+        return bool(self._reported_settings(protocol.get_settings()) != self.reported)
 
     def settle(self) -> str | None:
         """End the hold of a session; say why the connection must not be used again, None when it may be."""
@@ -154,28 +155,28 @@ class WatchedConnection(_Connection):
         Raises: RuntimeError for what must not be sent from here, with what to do instead.
         """
         if not args:
-            self.watch(query)
+            self.track(query)
         return await super().execute(query, *args, timeout=timeout)
 
     def _get_statement(self, query: str, *rest: Any, **options: Any) -> Coroutine[Any, Any, Any]:
         # No coroutine more for a statement that reads and writes rows where it should.
         if effect_of(query) or (self.bound and not self.is_closed() and not self._protocol.is_in_transaction()):
-            return self._get_watched(query, *rest, **options)
+            return self._get_tracked_statement(query, *rest, **options)
         return super()._get_statement(query, *rest, **options)
 
-    async def _get_watched(self, query: str, *rest: Any, **options: Any) -> Any:
-        self.watch(query)
+    async def _get_tracked_statement(self, query: str, *rest: Any, **options: Any) -> Any:
+        self.track(query)
         return await super()._get_statement(query, *rest, **options)
 
     async def _copy_in(self, copy_stmt: str, source: Any, timeout: float | None) -> str:  # noqa: ASYNC109  # asyncpg's.
-        self.watch(copy_stmt)
+        self.track(copy_stmt)
         return await super()._copy_in(copy_stmt, source, timeout)
 
     async def _copy_out(self, copy_stmt: str, output: Any, timeout: float | None) -> str:  # noqa: ASYNC109  # asyncpg's.
-        self.watch(copy_stmt)
+        self.track(copy_stmt)
         return await super()._copy_out(copy_stmt, output, timeout)
 
-    def watch(self, query: str) -> None:
+    def track(self, query: str) -> None:
         """Keep account of a text that is about to be sent.
 
         Raises: RuntimeError when it must not be: it ends the session's transaction, would be outside of one, or leaves
@@ -228,7 +229,7 @@ class Transaction:
 
     __slots__ = ("_connection", "_savepoint", "_words")
 
-    def __init__(self, connection: WatchedConnection, words: str) -> None:
+    def __init__(self, connection: TrackedConnection, words: str) -> None:
         self._connection = connection
         self._words = words
         self._savepoint: str | None = None
