@@ -1,13 +1,27 @@
-"""The records of a pool: the life of one connection and its checkouts, an instant of a pool, who holds what.
+"""The records of a pool: the life of one connection and its checkouts, an instant of a pool, what is counted of both.
 
-Times are in seconds. Nothing here waits or decides; `pool` fills these in, metrics and operators read them.
+Times are in seconds. Nothing here waits or decides; `pool` fills these in, metrics and operators read them. Names of
+metrics live in `metrics.py`; `PoolWatch` feeds them, and writes the log lines that belong to a pool.
 """
 
+import logging
 import time
+from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from prometheus_client import Counter, Histogram
 
 from pglifeguard.connector import KeptAliveConnection
+from pglifeguard.metrics import Metrics
+from pglifeguard.sampling import Sampler
+
+logger = logging.getLogger(__name__)
+
+# A statement is cut to this length in the log: enough to find it, too little to flood.
+STATEMENT_CHARACTERS = 200
 
 # Who takes a connection in this context: the route template of a request, or the name of a task.
 holder: ContextVar[str] = ContextVar("holder", default="background")
@@ -91,3 +105,81 @@ def holding_of(checkout: Checkout, now: float) -> Holding:
     """Describe a checkout that is going on."""
     held = now - checkout.taken_at
     return Holding(checkout.holder, held, max(0.0, held - checkout.queried_seconds()), checkout.taken_in)
+
+
+class PoolWatch:
+    """Counts what one pool does. Looking a metric's labels up costs more than counting, so each is looked up once."""
+
+    def __init__(
+        self, metrics: Metrics, pool: str, sampler: Sampler, *, slow_query_seconds: float, idle_hold_seconds: float
+    ) -> None:
+        self.pool = pool
+        self._sampler = sampler
+        self._slow_query_seconds = slow_query_seconds
+        self._idle_hold_seconds = idle_hold_seconds
+        self._acquire = metrics.acquire_seconds.labels(pool)
+        self._wait = metrics.wait.labels(pool)
+        self._connect = metrics.connect_seconds.labels(pool)
+        self._connect_failures = metrics.connect_failures.labels(pool)
+        self._query = metrics.query_seconds.labels(pool)
+        self._slow = metrics.slow_queries.labels(pool)
+        # Routes are templates and a handful: the caches stay small.
+        self._hold: Callable[[str], Histogram] = lru_cache(lambda route: metrics.hold_seconds.labels(pool, route))
+        self._idle: Callable[[str], Histogram] = lru_cache(lambda route: metrics.idle_hold_seconds.labels(pool, route))
+        self._rejected: Callable[[str], Counter] = lru_cache(lambda why: metrics.rejected.labels(pool, why))
+        self._replaced: Callable[[str], Counter] = lru_cache(lambda why: metrics.invalidations.labels(pool, why))
+        for reason in ("queue_full", "timeout", "closing"):
+            # A rate needs a zero to start from: without it the first refusal would not show.
+            self._rejected(reason)
+
+    def acquired(self, seconds: float, holder: str) -> None:
+        """Count a checkout and the seconds that it took."""
+        self._acquire.observe(seconds)
+        # The first hold of a route is an increase too, when it ends: its series begin at 0 now.
+        self._hold(holder)
+        self._idle(holder)
+
+    def waited(self) -> None:
+        """Count an acquisition that has to queue."""
+        self._wait.inc()
+
+    def rejected(self, reason: str) -> None:
+        """Count a refusal. Many come at once, so the log has them at DEBUG only."""
+        self._rejected(reason).inc()
+        logger.debug("connection refused", extra={"pool": self.pool, "reason": reason})
+
+    def connected(self, seconds: float) -> None:
+        """Count and log a connection that was opened."""
+        self._connect.observe(seconds)
+        logger.debug("connection opened", extra={"pool": self.pool, "seconds": round(seconds, 4)})
+
+    def connect_failed(self) -> None:
+        """Count a connection that could not be opened."""
+        self._connect_failures.inc()
+
+    def replaced(self, reason: str) -> None:
+        """Count and log a connection that was given up."""
+        self._replaced(reason).inc()
+        logger.debug("connection closed", extra={"pool": self.pool, "reason": reason})
+
+    def returned(self, holder: str, held: float, queried: float) -> None:
+        """Count a checkin: seconds held, and of these the ones without a query; log it when those were many."""
+        idle = max(0.0, held - queried)
+        self._hold(holder).observe(held)
+        self._idle(holder).observe(idle)
+        if idle >= self._idle_hold_seconds:
+            self.log("connection held idle", route=holder, held_seconds=round(held, 3), idle_seconds=round(idle, 3))
+
+    def answered(self, checkout: Checkout, statement: str, seconds: float) -> None:
+        """Count a statement, answered or failed, and the seconds that it took; log it when it was slow."""
+        self._query.observe(seconds)
+        if seconds >= self._slow_query_seconds:
+            self._slow.inc()
+            # Never the parameters: they are health data.
+            text = " ".join(statement.split())[:STATEMENT_CHARACTERS]
+            by = {"pool": self.pool, "route": checkout.holder, "statement": text}
+            self._sampler.log(logger, logging.WARNING, "slow query", by=by, seconds=round(seconds, 3))
+
+    def log(self, message: str, *, level: int = logging.WARNING, route: str | None = None, **details: Any) -> None:
+        """Write a line about this pool that many requests may cause at once: the first of a burst, then the count."""
+        self._sampler.log(logger, level, message, by={"pool": self.pool, "route": route}, **details)

@@ -8,10 +8,10 @@ from typing import Literal, TypeAlias, cast, get_args
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from pglifeguard import dialect
+from pglifeguard.checkout import PoolWatch
 from pglifeguard.connector import Connector
 from pglifeguard.metrics import Metrics
 from pglifeguard.monitor import Monitor, Probe
-from pglifeguard.observe import PoolWatch
 from pglifeguard.pool import OnConnect
 from pglifeguard.sampling import Sampler
 from pglifeguard.settings import DatabaseSettings, DatabasesSettings

@@ -27,11 +27,10 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Any, Generic, Protocol, TypeAlias, TypeVar
 
-from pglifeguard.checkout import Checkout, Holding, PoolFigures, holder, holding_of
+from pglifeguard.checkout import Checkout, Holding, PoolFigures, PoolWatch, holder, holding_of
 from pglifeguard.connector import KeptAliveConnection
 from pglifeguard.driver_failures import DRIVER_FAILURES
 from pglifeguard.errors import DatabaseUnreachable, PoolExhausted, sqlstate
-from pglifeguard.observe import PoolWatch
 from pglifeguard.settings import DatabaseSettings
 
 # Connections that one pool opens at the same time. Each login costs the server a process and both sides a millisecond

@@ -20,12 +20,11 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.pool import ConnectionPoolEntry, Pool, PoolProxiedConnection
 from sqlalchemy.util.concurrency import await_, greenlet_spawn
 
-from pglifeguard.checkout import Checkout
+from pglifeguard.checkout import Checkout, PoolWatch
 from pglifeguard.connector import Connector, KeptAliveConnection
 from pglifeguard.driver_failures import Fate, examine
 from pglifeguard.effects import effect_of
 from pglifeguard.errors import DatabaseUnreachable
-from pglifeguard.observe import PoolWatch
 from pglifeguard.pool import ConnectionPool, OnConnect
 from pglifeguard.settings import DatabaseSettings
 

@@ -16,7 +16,7 @@ LIBRARY = (
     {"settings", "tracked_connection"},
     {"budget", "connector"},
     {"checkout", "monitor"},
-    {"cli", "listening", "observe", "orm"},
+    {"cli", "listening", "orm"},
     {"pool"},
     {"sqlalchemy"},
     {"database"},
@@ -48,7 +48,7 @@ PUBLIC = {"pglifeguard", "pglifeguard.cli", "pglifeguard.fastapi", "pglifeguard.
 # The pool and all that it imports: SQLAlchemy is no part of it.
 POOL = {
     "builtin_functions", "checkout", "connector", "database_url", "driver_failures", "effects", "environment", "errors",
-    "host_search", "lookup", "metrics", "observe", "pool", "sampling", "server", "settings", "tracked_connection",
+    "host_search", "lookup", "metrics", "pool", "sampling", "server", "settings", "tracked_connection",
     "variables",
 }  # fmt: skip
 # What opens something or reads the environment, and so must not be called when a module is imported.

@@ -327,7 +327,7 @@ async def test_slow_statements_are_counted_by_statement(database: Database, capl
             await service.client.get("/patients")
         await service.client.get("/users")
 
-    slow = [line for line in lines(caplog, "pglifeguard.observe") if line["route"] in {"/patients", "/users"}]
+    slow = [line for line in lines(caplog, "pglifeguard.checkout") if line["route"] in {"/patients", "/users"}]
     assert [(line["route"], line.get("repeated")) for line in slow] == [
         ("/patients", None),
         ("/users", None),
@@ -351,6 +351,6 @@ async def test_idle_hold_is_logged_with_its_route(database: Database, caplog: py
         await service.client.post("/asking")
         await service.client.post("/calling")
 
-    (line,) = [line for line in lines(caplog, "pglifeguard.observe") if line["message"] == "connection held idle"]
+    (line,) = [line for line in lines(caplog, "pglifeguard.checkout") if line["message"] == "connection held idle"]
     assert (line["pool"], line["route"]) == ("primary", "/calling")
     assert line["held_seconds"] >= line["idle_seconds"] >= 0.5
