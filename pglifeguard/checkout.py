@@ -1,7 +1,7 @@
-"""The records of a pool: the life of one connection and its checkouts, an instant of a pool, what is counted of both.
+"""The records of a pool: a connection and its checkouts, the figures of one instant, the open checkouts, the counters.
 
-Times are in seconds. Nothing here waits or decides; `pool` fills these in, metrics and operators read them. Names of
-metrics live in `metrics.py`; `PoolWatch` feeds them, and writes the log lines that belong to a pool.
+Times are in seconds. Nothing here waits or decides: `pool` fills the records in, metrics and operators read them.
+`PoolWatch` counts what a pool does, under the names of `metrics.py`, and writes the pool's log lines.
 """
 
 import logging
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 # A statement is cut to this length in the log: enough to find it, too little to flood.
 STATEMENT_CHARACTERS = 200
 
-# Who takes a connection in this context: the route template of a request, or the name of a task.
+# The holder of connections that are acquired in this context: the route template of a request, or the name of a task.
 holder: ContextVar[str] = ContextVar("holder", default="background")
 
 
@@ -31,8 +31,8 @@ holder: ContextVar[str] = ContextVar("holder", default="background")
 class Checkout:
     """The life of one open connection; times are of the pool's clock, in seconds.
 
-    `queried` and `asked_at` are of `time.perf_counter`, by which statements are timed. `asked_at` is when the statement
-    under way was sent, None between two statements: what waits for the database is not idle.
+    `queried` and `asked_at` are of `time.perf_counter`, by which statements are timed. `asked_at` is when the current
+    statement was sent, None between two statements. A connection that waits for the database is not idle.
     """
 
     connection: KeptAliveConnection
@@ -47,7 +47,7 @@ class Checkout:
     asked_at: float | None = None
     taken_in: str | None = None
     reported: bool = False
-    # Whether it leads where its holder could not stay: the others are taken first.
+    # Whether it leads to a standby that had not replayed far enough for its holder. The pool hands it out last.
     behind: bool = False
 
     def begin_query(self) -> None:
@@ -68,7 +68,7 @@ class Checkout:
         return seconds
 
     def queried_seconds(self) -> float:
-        """Seconds that this checkout spent on statements, the one under way included."""
+        """Seconds that this checkout spent on statements, the current one included."""
         return self.queried if self.asked_at is None else self.queried + time.perf_counter() - self.asked_at
 
 
@@ -76,8 +76,8 @@ class Checkout:
 class PoolFigures:
     """One instant of a pool. `checked_out + connecting + available == total`, always.
 
-    Connecting are the requests within `total` that have no connection yet: it was just granted, or is being checked or
-    opened; and connections being opened for nobody in particular. Waiting are the requests beyond.
+    `connecting` counts the requests within `total` whose connection was just granted, or is being probed or opened, and
+    the logins that no request waits for any more. `waiting` counts the requests beyond `total`.
     """
 
     pool_size: int
@@ -93,7 +93,7 @@ class PoolFigures:
 
 @dataclass(frozen=True, slots=True)
 class Holding:
-    """A checkout that is going on: who holds it, for how long, and how much of that without a query."""
+    """An open checkout: its holder, its duration, and how much of that was without a query."""
 
     holder: str
     held_seconds: float
@@ -102,7 +102,7 @@ class Holding:
 
 
 def holding_of(checkout: Checkout, now: float) -> Holding:
-    """Describe a checkout that is going on."""
+    """Describe an open checkout."""
     held = now - checkout.taken_at
     return Holding(checkout.holder, held, max(0.0, held - checkout.queried_seconds()), checkout.taken_in)
 

@@ -1,7 +1,7 @@
 """Opening one connection to PostgreSQL: several hosts, a deadline, keepalive. No pool in here.
 
-asyncpg's own list of hosts tries the next one when a connect is *refused*, but a black hole eats the whole timeout.
-Which host is tried when is decided in `host_search`; here is one login.
+asyncpg's own list of hosts tries the next host when a connect is *refused*, but one host that swallows packets uses up
+the whole timeout. `host_search` decides which host is tried when; this module does one login.
 """
 
 import asyncio
@@ -23,12 +23,12 @@ KEEPALIVE_INTERVAL_SECONDS = 5
 KEEPALIVE_PROBES = 3
 # Data that the peer's kernel does not acknowledge for this long ends the connection: 30 s, as a statement may take.
 UNACKNOWLEDGED_MILLISECONDS = 30_000
-# Two servers that took turns behind one address were not started in the same microsecond.
+# The start time tells two servers behind one address apart: they were not started in the same microsecond.
 SERVER_IDENTITY = """
 SELECT current_setting('transaction_read_only')::boolean AS read_only, pg_backend_pid() AS process,
        extract(epoch FROM pg_postmaster_start_time())::float8 AS server
 """
-# Of a server that has no such functions.
+# For a server that has no pg_postmaster_start_time.
 SERVER_IDENTITY_MINIMAL = (
     "SELECT current_setting('transaction_read_only')::boolean AS read_only, pg_backend_pid() AS process"
 )
@@ -49,7 +49,7 @@ class KeptAliveConnection(TrackedConnection):
         self.transport = transport
 
     def keep_alive(self, wanted: KeepAlive) -> None:
-        """Set the socket's options: what the URL says, else what suits a service."""
+        """Set the socket's options: those of the URL, else the defaults above."""
         sock: socket.socket = self.transport.get_extra_info("socket")
         if sock.family not in (socket.AF_INET, socket.AF_INET6):
             return
@@ -64,19 +64,19 @@ class KeptAliveConnection(TrackedConnection):
                 sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
     def cut(self) -> None:
-        """Close the socket under whoever is at work with it and now waits in vain.
+        """Close the socket while a statement waits on it; the statement fails with a connection error.
 
-        `terminate` takes the protocol away as well: a statement between two of its steps then meets None, an
-        AttributeError that nobody takes for weather.
+        asyncpg's `terminate` also takes the protocol away. A statement between two of its steps then fails with an
+        AttributeError, which is answered 500 like a bug, where a lost connection is a transient failure.
         """
         self.transport.abort()
 
 
 class AnyRow(asyncpg.Record):
-    """A row whose columns are attributes too, whatever query it is of.
+    """A row of any query whose columns are attributes too.
 
-    When a migration has made a statement's plan stale, asyncpg runs it once more, and forgets of which class its rows
-    were to be (0.32, `Connection._do_execute`).
+    When a migration has made a statement's plan stale, asyncpg 0.32 runs it once more and does not pass the record
+    class on (`Connection._do_execute`), so the rows are of the connection's default class.
     """
 
     __slots__ = ()
@@ -89,14 +89,14 @@ class AnyRow(asyncpg.Record):
 
 
 class Connector:
-    """Opens connections to the first of several hosts that will do.
+    """Opens connections to the first of several hosts that works.
 
-    Keep one for each database, and `close` it: logins under way outlive the calls that asked for them.
+    Keep one for each database, and `close` it: logins go on after the calls that asked for them.
     """
 
     def __init__(self, settings: DatabaseSettings, *, writable: bool, console: bool = False) -> None:
         self.settings = settings
-        # PgBouncer's admin console takes its own commands alone, and hangs up on a query.
+        # PgBouncer's admin console takes its own commands only, and closes the connection on a query.
         self.console = console
         self.parameters = settings.parameters
         self.hosts = self.parameters.hosts
@@ -108,13 +108,13 @@ class Connector:
             expected=DRIVER_FAILURES,
             patience_seconds=settings.connect_timeout_seconds,
         )
-        # Whether the addresses led to more than one server since the start, as a balancer's does.
+        # Whether the addresses have led to more than one server since the start, as the address of a balancer does.
         self.several = False
         self._server: float | None = None
 
     @property
     def login_seconds(self) -> float:
-        """Seconds after which a login is given up, whoever still waits for it."""
+        """Seconds after which a login is given up, also when a request still waits for it."""
         return self._search.login_seconds
 
     async def open(self, deadline: float) -> KeptAliveConnection:
@@ -125,7 +125,7 @@ class Connector:
         return await self._search.connect(deadline)
 
     async def close(self) -> None:
-        """Give up the logins that are under way."""
+        """Give up the logins that have not ended."""
         await self._search.close()
 
     async def _open_host(self, host: Host, seconds: float) -> KeptAliveConnection:
@@ -155,20 +155,20 @@ class Connector:
 
 
 async def _takes_no_writes(connection: KeptAliveConnection, deadline: float) -> bool:
-    """Learn which server answers, and whether it is a standby or demoted."""
+    """Ask the server for its identity; return whether it is a standby or was demoted."""
     timer = asyncio.get_running_loop().call_at(deadline, connection.cut)
     try:
         try:
-            who = cast("asyncpg.Record", await connection.fetchrow(SERVER_IDENTITY))
+            identity = cast("asyncpg.Record", await connection.fetchrow(SERVER_IDENTITY))
         except asyncpg.PostgresError as error:
             if not is_missing_feature(error):
                 raise
-            who = cast("asyncpg.Record", await connection.fetchrow(SERVER_IDENTITY_MINIMAL))
+            identity = cast("asyncpg.Record", await connection.fetchrow(SERVER_IDENTITY_MINIMAL))
     except BaseException:
         connection.terminate()
         raise
     finally:
         timer.cancel()
-    connection.server = who.get("server")
-    connection.pooled = who["process"] != connection.get_server_pid()
-    return bool(who["read_only"])
+    connection.server = identity.get("server")
+    connection.pooled = identity["process"] != connection.get_server_pid()
+    return bool(identity["read_only"])

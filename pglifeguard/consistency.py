@@ -1,4 +1,4 @@
-"""What a request, or a job, asks of its reads: which database may serve them, and what they have to show."""
+"""The consistency that a request or a job asks for: which database may serve its reads, and how new they must be."""
 
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ Reason = Literal[
 
 @dataclass(slots=True)
 class Consistency:
-    """What the middleware and the sessions of one request tell each other; it lives in the request's scope."""
+    """The record by which the middleware and the sessions of one request talk; it lives in the request's scope."""
 
     wanted: Token | None = None
     primary_only: bool = False
@@ -25,9 +25,9 @@ class Consistency:
     token: str | None = None
     # Whether `write_once` has stored something, which a second attempt would store again.
     committed: bool = False
-    # Who its sessions are counted for, once the route is known.
+    # The holder that its sessions are counted for, once the route is known.
     label: str | None = None
-    # Whether an Idempotency-Key makes one transaction of the request.
+    # Whether the request has an Idempotency-Key, and so is one transaction.
     keyed: bool = False
 
 

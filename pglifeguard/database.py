@@ -21,8 +21,8 @@ logger = logging.getLogger(__name__)
 
 Role = Literal["primary", "replica", "analytics"]
 Isolation: TypeAlias = Literal["READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE"]
-# A server that answers nobody for so long is given up. Requests wait half a second for a connection meanwhile, and the
-# statements that are under way have no deadline of the client's (decision 0005).
+# Seconds without any answer after which the statements on a server are cut. They have no deadline of the client's
+# (decision 0005), so on a frozen primary they waited for command_timeout, 35 s.
 MUTE_SECONDS = 1.5
 
 
@@ -64,13 +64,13 @@ class Database:
         self.connector = connector = Connector(settings, writable=role == "primary")
         self.monitor = Monitor(name, connector, service, metrics)
         self.engine = create_async_engine(
-            # SQLAlchemy reads the dialect from it; where to connect is the connector's business.
+            # SQLAlchemy reads the dialect from this URL; the connector knows where to connect.
             dialect.URL,
             poolclass=PoolAdapter,
             settings=settings,
             watch=watch,
             connector=connector,
-            # Where each connection was taken costs a walk over the stack: for development.
+            # To name the line of each checkout takes a walk over the stack: for development.
             trace=service.trace_checkouts,
             on_connect=on_connect,
             connect_args={
@@ -84,9 +84,9 @@ class Database:
         self.pool = self.adapter.bounded
         EngineWatch(self.engine, self.pool, watch, writable=role == "primary")
         read_only = self.engine.execution_options(postgresql_readonly=True)
-        # A standby is read-only by nature: what `rows` reads there needs no transaction, and is one round trip, not 3.
+        # A standby is read-only, so `rows` needs no transaction there: one round trip in place of three.
         self.reads = TransactionMode(read_only, "BEGIN READ ONLY;", skips_transaction=role == "replica")
-        # None is what the server takes for its default.
+        # None is the server's default.
         self.writes: dict[Isolation | None, TransactionMode] = {None: TransactionMode(self.engine, "BEGIN;")}
         for level in get_args(Isolation):
             engine = self.engine.execution_options(isolation_level=level)
@@ -104,15 +104,16 @@ class Database:
             self.monitor.listeners.append(self._cut_mute_server)
 
     def _cut_mute_server(self, probe: Probe) -> None:
-        """Cut what waits on a server that answers nobody: neither looks, nor logins, nor any statement."""
+        """Cut the statements that wait on a server which answers no probe, no login and no statement."""
         if probe.status != "timeout":
             self._answered_at = probe.at
         elif probe.at - self._answered_at >= MUTE_SECONDS and (count := self.pool.cut_unanswered(MUTE_SECONDS)):
             logger.warning("statements cut on a mute server", extra={"database": self.name, "count": count})
 
     def _leave_replaced_server(self, probe: Probe) -> None:
-        """Leave a server that another one replaced: who waits for its answer would wait until a timeout."""
-        # By its own connection: behind a pooler those of the pool go on, whichever server answers there.
+        """Drop the connections to a server that another one replaced; their statements would wait until a timeout."""
+        # `probe.server` is the server that the monitor's connection was opened to. `position.started` would not do:
+        # behind a pooler it changes with the server that answers, while the pool's connections go on.
         if probe.server is None:
             return
         if self._server not in {None, probe.server}:

@@ -1,6 +1,6 @@
-"""SQLAlchemy's dialect for asyncpg, which begins a transaction when SQLAlchemy says so, and not at its first statement.
+"""SQLAlchemy's dialect for asyncpg, changed to begin a transaction at once and not at its first statement.
 
-What goes to the driver past SQLAlchemy, a COPY for example, is then in the transaction too, whatever came before it.
+So statements that go to the driver past SQLAlchemy, a COPY for example, are in the transaction too.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,7 +17,7 @@ registry.register("postgresql.lifeguard", __name__, "Dialect")
 
 
 class Dialect(PGDialect_asyncpg):
-    """PostgreSQL by asyncpg; BEGIN, COMMIT and ROLLBACK count as time in which the connection is at work."""
+    """PostgreSQL by asyncpg; BEGIN, COMMIT and ROLLBACK count as time at work, and not as idle time."""
 
     supports_statement_cache = True
 
@@ -39,7 +39,7 @@ class Dialect(PGDialect_asyncpg):
             super().do_rollback(dbapi_connection)  # type: ignore[no-untyped-call]  # As above.
 
     def on_connect(self) -> Callable[[Any], None]:
-        """Set a new connection up; what that leaves on it is not for a reset to undo."""
+        """Set a new connection up, and mark it clean: a reset must keep the codecs that this sets."""
         set_up = super().on_connect()  # type: ignore[no-untyped-call]  # As above.
 
         def connect(adapter: Any) -> None:
@@ -54,7 +54,7 @@ def _queried(dbapi_connection: Any) -> Iterator[None]:
     try:
         checkout = dbapi_connection.info["checkout"]
     except (NotImplementedError, KeyError):
-        # The connection is being opened: nobody holds it, and SQLAlchemy looks at the first one's server.
+        # The connection is being opened: it has no checkout yet, and SQLAlchemy asks for the server's version.
         yield
         return
     checkout.begin_query()

@@ -1,13 +1,13 @@
-"""Finding the host that lets the service in: one search for all who wait, logins that are few and paced.
+"""Finding the host that lets the service in: one search for all callers, with few and paced logins.
 
-While a host is known to be good, everybody connects to it. When it fails, the first one to notice starts a search, and
-everybody else waits for what it finds, each until a deadline of its own. A search tries the hosts in the URL's order,
-the last good one first, and does not wait for one that is silent: the next is tried beside it. What was found ends the
-search for all. When nothing was found those who wait are told why, and the next round comes after a pause, so that an
-outage costs a handful of logins a second, however many requests ask for one.
+While a host is known to be good, all callers connect to it. When it fails, the first caller that notices starts a
+search, and the others wait for its result, each until its own deadline. A search tries the hosts in the URL's order,
+the last good one first. It does not wait for a silent host: it tries the next one beside it. The first login that
+succeeds ends the search for all. When no host lets the service in, the callers get the reasons, and the next round
+begins after a pause. So an outage costs a handful of logins a second, however many requests ask for a connection.
 
-A login is not bound to the request that asked for it. It goes on when the request has gone away, and serves whoever
-asks next: on a server that takes two seconds to log in, a deadline of half a second would never get a connection.
+A login is not bound to the request that asked for it. It goes on when the request has ended, and serves the next one:
+on a server that takes two seconds to log in, a deadline of half a second would never get a connection.
 """
 
 import asyncio
@@ -24,21 +24,21 @@ from pglifeguard.errors import DatabaseUnreachable
 
 logger = logging.getLogger(__name__)
 
-# A login may take so many times the seconds after which a host counts as silent.
+# A login may take this many times the seconds after which its host counts as silent.
 LATE_FACTOR = 8
-# A silent host keeps the next one waiting for so long at most, and for this share of those seconds.
+# The next host is tried beside a silent one after STAGGER_SHARE of its patience, and after STAGGER_SECONDS at most.
 STAGGER_SECONDS = 0.25
 STAGGER_SHARE = 0.2
 # Pauses between two rounds in which no host let us in, in seconds for each host: they double from the first to the
 # last, and half of each is left to chance. At most twenty logins a second, and ten once an outage lasts.
 FIRST_PAUSE_SECONDS = 0.05
 LAST_PAUSE_SECONDS = 0.2
-# Nobody waited for what came: the next one who asks has it, if that is soon.
+# Seconds for which a connection is kept when no caller waits for it any more.
 SPARE_SECONDS = 2.0
 
 
 class Connection(Protocol):
-    """What is searched for."""
+    """A connection, as far as the search needs to know it."""
 
     def terminate(self) -> None:
         """Close it without waiting for an answer."""
@@ -52,7 +52,7 @@ C = TypeVar("C", bound=Connection)
 
 @dataclass(slots=True, eq=False)
 class _Attempt:
-    """One login under way; `late` once it counts no more as an answer to come."""
+    """One login; `late` when its host counts as silent and the search no longer waits for it."""
 
     host: int
     started_at: float
@@ -81,7 +81,7 @@ class HostSearch(Generic[C]):
         self._log_in = log_in
         self._expected = expected
         self._patience = patience_seconds
-        # The host that let us in, None while it is searched for.
+        # The host that let the service in, None during a search.
         self._good: int | None = None
         self._last_good = 0
         self._succeeded_at = float("-inf")
@@ -89,7 +89,7 @@ class HostSearch(Generic[C]):
         self._attempts: set[_Attempt] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._spares: dict[C, asyncio.TimerHandle] = {}
-        # The round of a search: hosts still to be tried, and what the others said.
+        # The round of a search: the hosts that are still to be tried, and the failures of the others.
         self._untried: list[int] | None = None
         self._failures: dict[int, Exception] = {}
         self._pause = 0.0
@@ -126,7 +126,7 @@ class HostSearch(Generic[C]):
             self._callers.pop(caller, None)
 
     async def close(self) -> None:
-        """Give up the logins under way and what nobody took."""
+        """Give up the logins that have not ended, and the connections that no caller took."""
         for caller in self._waiting():
             caller.set_exception(DatabaseUnreachable("The database cannot be reached: the service is shutting down."))
         self._end_round()
@@ -138,13 +138,13 @@ class HostSearch(Generic[C]):
             self._cancel(attempt)
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    # The search. `_advance` is called whenever something has happened, and starts what is to be tried now.
+    # The search. `_advance` is called after each event, and starts the logins that are due.
 
     def _advance(self) -> None:
         waiting = len(self._waiting())
         pending = [attempt for attempt in self._attempts if not attempt.late]
         if self._good is None and self._untried is not None and not pending:
-            # What was tried has failed, or is silent for too long.
+            # The hosts that were tried have failed, or were silent for too long.
             if self._untried and waiting:
                 self._try_next()
             else:
@@ -167,7 +167,7 @@ class HostSearch(Generic[C]):
             return
         count = len(self.hosts)
         order = [(self._last_good + offset) % count for offset in range(count)]
-        # Several connect to the good host at once: what is still under way there speaks for it.
+        # Several callers connect to the good host at once: a login that goes on there may still succeed.
         self._untried = [host for host in order if all(attempt.host != host for attempt in pending)]
         self._failures.clear()
         if self._untried:
@@ -193,7 +193,7 @@ class HostSearch(Generic[C]):
             self._advance()
 
     def _finish_round(self) -> None:
-        """Tell those who wait, unless a login that is late may still serve them; and pause before the next round."""
+        """Tell the callers the reasons, unless a late login may still serve them; pause before the next round."""
         loop, count = asyncio.get_running_loop(), len(self.hosts)
         self._end_round()
         self._pause = min(max(2 * self._pause, FIRST_PAUSE_SECONDS * count), LAST_PAUSE_SECONDS * count)
@@ -216,8 +216,8 @@ class HostSearch(Generic[C]):
         loop = asyncio.get_running_loop()
         attempt = _Attempt(host, loop.time())
         self._attempts.add(attempt)
-        attempt.timer = loop.call_later(self._patience, self._doubt, attempt)
-        # In a context of its own: it belongs to no request.
+        attempt.timer = loop.call_later(self._patience, self._mark_silent, attempt)
+        # A context of its own: in that of a request, the log lines of the login would carry the request's id.
         attempt.task = loop.create_task(self._try_host(attempt), context=Context())
         self._tasks.add(attempt.task)
         attempt.task.add_done_callback(self._tasks.discard)
@@ -233,7 +233,7 @@ class HostSearch(Generic[C]):
     async def _try_host(self, attempt: _Attempt) -> None:
         try:
             connection = await self._log_in(self.hosts[attempt.host], self.login_seconds)
-        except Exception as error:  # noqa: BLE001  # The edge of a task: whoever waits is told.
+        except Exception as error:  # noqa: BLE001  # The edge of a task; the callers are told.
             self._end(attempt)
             self._failed(attempt, error)
         else:
@@ -248,7 +248,7 @@ class HostSearch(Generic[C]):
         self._failures.clear()
         self._pause = self._next_round_at = 0.0
         self._end_round()
-        # A login that ends later must not move everybody away from the host that was found.
+        # A login to another host that ends later must not move all callers away from the host that was found.
         for other in [other for other in self._attempts if other.host != attempt.host]:
             self._cancel(other)
         self._deliver(connection)
@@ -264,13 +264,13 @@ class HostSearch(Generic[C]):
             self._good = None
         self._advance()
 
-    def _doubt(self, attempt: _Attempt) -> None:
-        """Take a host for silent that has let nobody in since this login began; else give it more time."""
+    def _mark_silent(self, attempt: _Attempt) -> None:
+        """Mark a host as silent when no login succeeded there since this one began; else give it more time."""
         loop = asyncio.get_running_loop()
         if self._good == attempt.host and self._succeeded_at > attempt.started_at:
-            # It is slow, and more logins would make it slower.
+            # The host is slow, and more logins would make it slower.
             attempt.started_at = loop.time()
-            attempt.timer = loop.call_later(self._patience, self._doubt, attempt)
+            attempt.timer = loop.call_later(self._patience, self._mark_silent, attempt)
             return
         attempt.late = True
         silence = f"{self.hosts[attempt.host]} has not let the service in within {self._patience:g} s"
@@ -279,13 +279,13 @@ class HostSearch(Generic[C]):
             self._good = None
         self._advance()
 
-    # Those who wait.
+    # The callers.
 
     def _waiting(self) -> list[asyncio.Future[C]]:
         return [caller for caller in self._callers if not caller.done()]
 
     def _deliver(self, connection: C) -> None:
-        """Give a connection to the one who has waited longest, else keep it for a moment."""
+        """Give a connection to the caller that has waited longest; without one, keep it for SPARE_SECONDS."""
         for caller in self._waiting():
             del self._callers[caller]
             caller.set_result(connection)

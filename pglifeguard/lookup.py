@@ -1,9 +1,10 @@
-"""Looking host names up without letting a resolver that hangs take the process with it.
+"""Resolving host names, so that a resolver that hangs does not hang the process.
 
-The event loop looks names up in its few threads, which it shares with everything else that needs one and waits for when
-it ends. A login that is given up does not free its thread: behind a resolver that hangs, a handful of logins take them
-all, and SIGTERM waits for the resolver's own timeout. Here a name is looked up once at a time, in a thread of its own
-that keeps nobody from ending; the driver's lookup comes after it, when the resolver has answered.
+asyncio resolves names in its few default threads. It shares them with all other code that needs a thread, and waits
+for them when it ends. A login that is given up does not free its thread: behind a resolver that hangs, a handful of
+logins take all threads, and SIGTERM waits for the resolver's own timeout. Here each name is resolved once at a time, in
+a daemon thread, which does not delay the end of the process. The driver resolves the name after that, when the resolver
+has answered.
 """
 
 import asyncio
@@ -15,7 +16,7 @@ from pglifeguard.database_url import Host
 
 
 class Lookups:
-    """The lookups under way, by name; made for one event loop."""
+    """The lookups that are going on, by name; made for one event loop."""
 
     def __init__(self) -> None:
         self._under_way: dict[str, asyncio.Future[None]] = {}
@@ -34,14 +35,14 @@ class Lookups:
             threading.Thread(target=_look_up, args=(host, lookup), name=f"lookup-{host.name}", daemon=True).start()
         try:
             async with asyncio.timeout_at(deadline):
-                # Whoever gives up leaves the lookup to the others.
+                # The shield keeps the lookup for the other logins that wait for it.
                 await asyncio.shield(lookup)
         except TimeoutError:
             raise TimeoutError(f"{host.name} is still being looked up") from None
 
     def _end(self, name: str, lookup: asyncio.Future[None]) -> None:
         del self._under_way[name]
-        lookup.exception()  # Nobody may be left to hear of it.
+        lookup.exception()  # asyncio logs an exception that no caller has read.
 
 
 def _is_address(name: str) -> bool:
@@ -56,7 +57,7 @@ def _look_up(host: Host, lookup: "asyncio.Future[None]") -> None:
     failure: Exception | None = None
     try:
         socket.getaddrinfo(host.name, host.port, type=socket.SOCK_STREAM)
-    except Exception as error:  # noqa: BLE001  # The edge of a thread: whoever waits is told.
+    except Exception as error:  # noqa: BLE001  # The edge of a thread; the waiting logins are told.
         failure = error
     loop = lookup.get_loop()
     if not loop.is_closed():

@@ -1,7 +1,7 @@
-"""One connection beside each pool that looks at the database: is it up, how fast, how far has it written or replayed.
+"""One connection beside each pool that probes the database: is it up, how fast, how far has it written or replayed.
 
-Health, readiness, lag and the operators' questions use it, so that none of them ever waits behind requests, and a full
-pool does not look like a dead database. It looks every `monitor_interval_seconds`, and at once when asked.
+Health, readiness, lag and the queries of operators use it. So none of them waits behind requests, and a full pool is
+not mistaken for a dead database. The monitor probes every `monitor_interval_seconds`, and at once when it is asked to.
 """
 
 import asyncio
@@ -25,13 +25,13 @@ from pglifeguard.settings import DatabasesSettings
 logger = logging.getLogger(__name__)
 
 PROBE_SECONDS = 0.5
-# A commit that waits for longer than this is a stall, and no matter of a slow network or disk.
+# A commit that waits for longer than this is a stall; a slow network or disk takes less.
 STALLED_SECONDS = 1.0
 
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """What one look saw. `at` is of time.monotonic(); `position` is what the server said of itself.
+    """The result of one probe. `at` is of time.monotonic(); `position` is what the server said of itself.
 
     `server` is the one that the monitor's connection was opened to: see `KeptAliveConnection`.
     """
@@ -45,12 +45,12 @@ class Probe:
 
 
 class Monitor:
-    """Looks at one database through a connection of its own."""
+    """Probes one database through a connection of its own."""
 
     def __init__(self, name: str, connector: Connector, settings: DatabasesSettings, metrics: Metrics) -> None:
         self.name = name
         self.last = Probe(at=time.monotonic(), status="unknown")
-        # What the last look that was answered saw: kept when the database goes away.
+        # The position of the last probe that was answered; it is kept when the database goes away.
         self.position = UNKNOWN
         self.listeners: list[Callable[[Probe], None]] = []
         self._misses = 0
@@ -66,37 +66,37 @@ class Monitor:
 
     @property
     def healthy(self) -> bool:
-        """Whether the database answers. One late answer is forgiven: this process may be the one that was late."""
+        """Whether the database answers. One late answer does not count: this process may have been the late one."""
         return self.last.status == "healthy" or (self.last.status == "timeout" and self._misses == 1)
 
     @property
     def lacks_lsn(self) -> bool:
-        """Whether the server was asked how far it has written or replayed, and cannot tell, or not to this role."""
+        """Whether the server was asked for its LSN and has no such function, or refuses it to this role."""
         return "lsn" in self._position_query.missing
 
     @property
     def position_sql(self) -> str:
-        """What the server is asked at each probe, for those who ask it on other connections: see `read_position`."""
+        """The SQL of a probe, for other connections to the same server: see `read_position`."""
         return self._position_query.sql
 
     @property
     def stalled(self) -> bool:
-        """Whether commits are under way that have been waiting for long, while the database answers."""
+        """Whether commits have been waiting for longer than STALLED_SECONDS while the database answers."""
         return self.healthy and (self.position.stalled or 0.0) >= STALLED_SECONDS
 
     async def probe_forever(self) -> None:
-        """Look for ever, every `monitor_interval_seconds`."""
+        """Probe every `monitor_interval_seconds`, until the task is cancelled."""
         while True:
-            # Short, so that a database that hangs is found within a second.
+            # A short timeout, so that a database that hangs is found within a second.
             await self.probe(timeout_seconds=min(PROBE_SECONDS, self._settings.health_timeout_seconds))
             await asyncio.sleep(self._settings.monitor_interval_seconds)
 
     async def probe(self, *, timeout_seconds: float | None = None) -> Probe:
-        """Look now. Those who ask at the same time share one probe. Never raises: the answer says what was wrong."""
+        """Probe now. Callers at the same time share one probe. Never raises: the result says what was wrong."""
         if self._probe is None or self._probe.done():
             seconds = self._settings.health_timeout_seconds if timeout_seconds is None else timeout_seconds
             self._probe = asyncio.create_task(self._probe_once(seconds))
-        # Shielded: one who goes away does not take the look from the others.
+        # The shield keeps the probe for the other callers when this one is cancelled.
         return await asyncio.shield(self._probe)
 
     async def _probe_once(self, seconds: float) -> Probe:
@@ -124,7 +124,7 @@ class Monitor:
 
     async def _examine_pooler(self, seconds: float) -> None:
         """Say once, at the start, that a pooler will break prepared statements; the answers say it too."""
-        # Once only, whatever comes of it: a server that has no such view is no less healthy.
+        # Once only, whatever the result: a server without this view is as healthy.
         self._pooler_examined = True
         with suppress(DatabaseUnavailable):
             (statements,) = await self.ask(STATEMENTS, timeout_seconds=seconds)
@@ -134,18 +134,19 @@ class Monitor:
     def _judge(self, position: Position, started: float) -> Probe:
         now = time.monotonic()
         if position.read_only and self._connector.writable:
-            # Demoted, or not promoted yet. The address may lead to another server by now: look there next time.
+            # The server was demoted, or is not promoted yet. The address may lead to another server by now, so the next
+            # probe connects anew.
             self._disconnect()
             return Probe(now, "error", now - started, "The server takes no writes.", position)
         if position.is_same_server(self.position) and position.in_recovery and position.timeline is not None:
-            # The receiver may have known a later timeline than the control file does, and be gone by now.
+            # The WAL receiver may have reported a later timeline than the control file does, and have ended since.
             position = replace(position, timeline=max(position.timeline, self.position.timeline or 0))
         self.position = position
         server = None if self._connection is None else self._connection.server
         return Probe(now, "healthy", now - started, None, position, server)
 
     def _log_missing(self) -> None:
-        """Say what the server does not tell, once: nothing fails for it, and some things are not done."""
+        """Log once which parts of its position the server does not report: some features are off without them."""
         missing, self._missing = self._missing, self._position_query.missing
         if self._missing - missing:
             logger.warning(
@@ -154,7 +155,7 @@ class Monitor:
             )
 
     def _report_stall(self, *, before: bool) -> None:
-        """Say that writes hang: the database answers, so nothing else would."""
+        """Report writes that hang: the database answers, so nothing else shows it."""
         seconds = self.position.stalled or 0.0
         self._metrics.write_stall_seconds.labels(self.name).set(seconds if self.stalled else 0.0)
         if self.stalled and not before:
@@ -163,7 +164,7 @@ class Monitor:
             logger.info("writes are stalled no more", extra={"database": self.name})
 
     async def ask(self, sql: str, *arguments: Any, timeout_seconds: float) -> Sequence[asyncpg.Record]:
-        """Ask one question on the connection beside the pool.
+        """Run one query on the connection beside the pool.
 
         Raises: DatabaseUnavailable when there is no answer within `timeout_seconds`; the connection is then replaced.
         """
@@ -173,9 +174,9 @@ class Monitor:
             try:
                 if self._connection is None or self._connection.is_closed():
                     self._connection = await self._connector.open(deadline)
-                    # The server behind it may be another one, and the role may have been given rights.
+                    # It may lead to another server, and the role may have been granted rights meanwhile.
                     self._position_query.missing = frozenset()
-                # At the deadline the socket is torn down: no cancel request goes to a server that hangs.
+                # At the deadline the socket is cut: asyncpg would send a cancel request to a server that hangs.
                 timer = loop.call_at(deadline, self._connection.cut)
                 try:
                     return await self._connection.fetch(sql, *arguments)
@@ -188,9 +189,9 @@ class Monitor:
                 raise DatabaseUnreachable(f"The database cannot be reached: {message}.") from error
 
     async def close(self) -> None:
-        """Look no more, and give the connection up."""
+        """Stop probing, and close the connection."""
         if self._probe is not None:
-            # It may be connecting right now, and would leave a session behind.
+            # The probe may be connecting right now, and would leave a session behind.
             self._probe.cancel()
             await asyncio.gather(self._probe, return_exceptions=True)
         self._disconnect()

@@ -84,7 +84,7 @@ class Opener(Protocol[S_co]):
 
     @property
     def login_seconds(self) -> float:
-        """Seconds after which a login is given up, whoever still waits for it."""
+        """Seconds after which a login is given up, also when a request still waits for it."""
 
     async def open_slot(self, deadline: float) -> tuple[S_co, KeptAliveConnection]:
         """Open a connection by `deadline` (the event loop's time).
@@ -149,7 +149,7 @@ class ConnectionPool(Generic[S]):
             if await self._is_usable(slot, deadline):
                 return self._hand_out(slot, _checkout(slot), started)
         # The queue is bounded: a request that waits behind many others is late even when it is served, and its client
-        # has gone by then. Those that the pool has room for do not count, they wait for a login and for nobody else.
+        # has gone by then. Those that the pool has room for do not count, they wait for a login only.
         free = self._free
         if len(self._waiters) >= free + self.settings.pool_max_waiting:
             raise self._full(free)
@@ -404,7 +404,7 @@ class ConnectionPool(Generic[S]):
     def _refuse_waiting(self, error: Exception) -> None:
         """Tell the requests that waited for this login; those that a release may still serve wait on.
 
-        SQLAlchemy's QueuePool (2.1) tells nobody, so after an outage its requests wait until their timeout.
+        SQLAlchemy's QueuePool (2.1) wakes none of them, so after an outage they wait until their timeout.
         """
         known, self._failure = self._failure, error
         # Several logins end with one cause when they waited for one search of the hosts: one failure, counted once.

@@ -1,8 +1,8 @@
-"""Once more, on the primary: what becomes of a read that its replica failed, or whose subject it did not find.
+"""Running a read once more on the primary after its replica failed, or did not find its row.
 
-A replica cancels queries that stand in the way of replay, is lost, or has not replayed yet what a client looks for. One
-answer to all of these: the first attempt is thrown away, and the request is run again from its dependencies on. Nobody
-gets a 404 for a row that exists.
+A replica cancels queries that conflict with replay, it is lost, or it has not replayed the row yet. In each case the
+first attempt is thrown away, and the request runs again from its dependencies on. So no client gets a 404 for a row
+that exists.
 """
 
 import asyncio
@@ -22,7 +22,7 @@ from pglifeguard.settings import DatabasesSettings
 
 T = TypeVar("T")
 
-# What a replica answers when it is the replica that fails, and not the request.
+# Codes of failures that are the replica's and not the request's.
 REPLICA_FAILURES = frozenset(
     {
         "connection_lost",
@@ -36,10 +36,11 @@ REPLICA_FAILURES = frozenset(
 
 
 class PrimaryRetry:
-    """Says whether the primary is to be asked, and runs a read there.
+    """Decides whether a read runs again on the primary, and runs it there.
 
-    At most half of the primary's capacity does this at a time; others wait for their turn, as long as for a connection.
-    Past that the answer is 503, for "not found" too, which may be a row on its way to the replica.
+    At most half of the primary's capacity serves such reads at a time. Others wait for their turn, as long as for a
+    connection, and are answered 503 after that. "Not found" is answered 503 then too: the row may be on its way to the
+    replica.
     """
 
     def __init__(self, settings: DatabasesSettings, router: Router, metrics: Metrics) -> None:
@@ -50,9 +51,9 @@ class PrimaryRetry:
         self._patience_seconds = settings.primary.pool_timeout
 
     def reason(self, consistency: Consistency, failure: BaseException) -> str | None:
-        """Say why the primary should be asked after this failure: "not_found" or its code; None when it should not.
+        """Return the reason to run the read on the primary, "not_found" or the failure's code; None for no reason.
 
-        A failure that shows the replica to be away breaks it for the requests that follow.
+        A failure that shows that the replica is away sends the following reads elsewhere.
         """
         database = consistency.read_from
         if not self._allowed or database is None or database.role != "replica":
@@ -63,7 +64,7 @@ class PrimaryRetry:
         if known is None or known.code not in REPLICA_FAILURES:
             return None
         if isinstance(failure, DatabaseUnavailable) and failure.database not in {None, database.name}:
-            return None  # It is another database of the same request that failed.
+            return None  # Another database of the same request failed.
         cause = failure.orig if isinstance(failure, DBAPIError) else failure
         database.watch.log("read failed on its replica", route=holder.get(), code=known.code, cause=str(cause))
         if known.code in {"database_unreachable", "database_timeout"}:
@@ -88,7 +89,7 @@ class PrimaryRetry:
 
     async def _take_turn(self) -> None:
         if not self._room.locked():
-            await self._room.acquire()  # At once, without the price of a timer.
+            await self._room.acquire()  # It succeeds at once, and needs no timer.
             return
         async with asyncio.timeout(self._patience_seconds):
             await self._room.acquire()

@@ -1,17 +1,19 @@
-"""Which database serves a read: a replica that is near enough, else the primary; and why.
+"""The choice of the database for a read: a replica whose lag is small enough, else the primary, with the reason.
 
-Lag has two traps. On an idle primary the age of the last replayed transaction grows though nothing is behind; with a
-dead WAL receiver, received equals replayed and nothing seems behind. So a replica is measured against the *primary's*
-LSN: it is near enough when few bytes behind, or few seconds; and unknown is not near.
+Lag has two traps. On an idle primary the age of the last replayed transaction grows though the replica has everything.
+With a dead WAL receiver, the received position equals the replayed one, so the replica seems to have everything. So a
+replica is compared with the *primary's* LSN. It is usable when it is few bytes or few seconds behind; an unknown lag is
+not usable.
 
-A replica breaks on a look that fails, or on a request's connect or command that gets no answer, and is let in again by
-the first good look after `BREAK_SECONDS`: the monitor is the half-open probe, no request is.
+A replica breaks when a probe fails, or when a request's connect or command gets no answer. The first good probe after
+`BREAK_SECONDS` makes it usable again, so no request has to try it out.
 
-A server that is no standby of this primary serves nothing, however healthy it is: one that was promoted, one of another
-cluster, one that follows another timeline. Its positions run ahead of every token, and its rows are nobody's truth.
+A server that is no standby of this primary serves no reads, however healthy it is: one that was promoted, one of
+another cluster, one that follows another timeline. Its positions run ahead of every token, and its rows may never have
+been written by the primary.
 
-Where the primary was never seen since the start, a standby serves reads without being compared (`alone`): there is no
-newer answer to be had. Tokens are honoured there as elsewhere.
+When the primary has not answered since the start, a standby serves reads without being compared (`alone`): no newer
+answer can be had. Tokens are honoured there as elsewhere.
 """
 
 import asyncio
@@ -35,29 +37,31 @@ from pglifeguard.settings import DatabasesSettings
 
 logger = logging.getLogger(__name__)
 
-# What a replica is. `alone`: a standby whose primary was never seen, which nothing can be compared with; `promoted`: no
-# standby; `foreign`: of another cluster; `diverged`: on another timeline; `unmeasured`: its server tells no position.
+# The state of a replica. `alone`: a standby whose primary has not answered yet, so that nothing can be compared;
+# `promoted`: no standby any more; `foreign`: of another cluster; `diverged`: on another timeline; `unmeasured`: its
+# server reports no position.
 State = Literal["usable", "alone", "unknown", "lagging", "broken", "promoted", "foreign", "diverged", "unmeasured"]
 # These states serve reads.
 SERVING: frozenset[State] = frozenset({"usable", "alone"})
-# The server is not this primary's standby, and reads that are under way there may be wrong.
+# The server is not this primary's standby, and the answers of reads that run there may be wrong.
 NO_STANDBY: frozenset[State] = frozenset({"promoted", "foreign", "diverged"})
-# Reads go to the primary for these, and for "behind_token", which is the design at work.
+# Reads go to the primary for these reasons, and for "behind_token", which is no fault of the replica.
 FALLING_BACK: tuple[Reason, ...] = ("unknown", "lagging", "broken", "promoted", "foreign", "diverged", "unmeasured")
-# The primary had not been seen, or told no position, when these were found.
+# The primary had not answered, or reported no position, when these states were found.
 UNCOMPARED: frozenset[State] = frozenset({"unknown", "alone", "unmeasured"})
 BREAK_SECONDS = 1.0
-# A server that does not say within this how far it has replayed serves no read that asks for it: the primary does.
+# Seconds for a server to answer how far it has replayed. After them its connection is cut, and the primary serves the
+# read.
 ASK_SECONDS = 0.25
 SERVERS_KEPT = 100
 TOKENS_KEPT = 1000
 
 
 class Replica:
-    """One replica and what is known of it.
+    """One replica and its state.
 
-    Behind its address may be several servers, by turns: the monitor looks at one of them, and `serves` judges each of
-    the others by what it says on the connections that lead to it.
+    Its address may lead to several servers by turns. The monitor probes one of them, and `serves` judges each of the
+    others by its answer on the connections that lead to it.
     """
 
     def __init__(self, database: Database, primary: Monitor, settings: DatabasesSettings, metrics: Metrics) -> None:
@@ -67,16 +71,16 @@ class Replica:
         self._settings = settings
         self._metrics = metrics
         self._broken_at = float("-inf")
-        # How far the primary had written when it was first seen on a timeline, by timeline.
+        # The primary's LSN at its first probe on a timeline, by timeline.
         self._floors: dict[int, int] = {}
-        # The servers behind the address that the monitor does not look at: what each said, and when.
+        # The servers behind the address that the monitor does not probe: the time and the answer of each.
         self.other_servers: OrderedDict[float, tuple[float, Position]] = OrderedDict()
         database.monitor.listeners.append(self._judge)
         primary.listeners.append(self._judge_again)
 
     @property
     def position(self) -> Position:
-        """What its server last said of itself; nothing at all before the first probe."""
+        """The last reported position of its server; all parts are None before the first probe."""
         return self.database.monitor.position
 
     @property
@@ -97,15 +101,15 @@ class Replica:
         return self._lag(position)[0]
 
     def trip(self) -> None:
-        """Send reads elsewhere: a request found that the replica does not let it in or does not answer."""
+        """Send reads elsewhere, because a request found that the replica refuses a login or does not answer."""
         self._broken_at = time.monotonic()
         self._become("broken")
 
     def covers(self, token: Token, position: Position | None = None) -> bool:
-        """Whether what the token stands for is to be seen at a position; not known is no.
+        """Whether a server at this position has replayed the token's write; False where that is unknown.
 
-        On the token's own timeline the LSN tells. On a later one of the primary's, nothing of the older is missing
-        from whoever has replayed what the primary had written when it was first seen there.
+        On the token's own timeline the LSN decides. On a later timeline of the primary, a server has everything of the
+        older one when it has replayed the LSN of the primary's first probe on the later one.
         """
         at = self.position if position is None else position
         if at.lsn is None or at.timeline is None or token.timeline is None or token.is_foreign_to(at.system):
@@ -116,11 +120,11 @@ class Replica:
         return token.timeline < at.timeline and floor is not None and at.lsn >= floor
 
     async def serves(self, lease: Lease, token: Token | None) -> Reason | None:
-        """Say why the server that this connection leads to may not serve a read; None when it may.
+        """Return the reason why the server of this connection may not serve a read; None when it may.
 
-        Asks it, in the transaction that is open there, when it is not the one that the monitor looks at, and was not
-        asked since two looks; and when it is not known to have replayed what the token stands for. Behind a pooler a
-        connection leads to any server, transaction by transaction: there every token is asked for.
+        It asks the server, in the open transaction, in two cases: the monitor probes another server and this one was
+        not asked for two probes, or this one is not known to have replayed the token's write. Behind a pooler each
+        transaction may run on another server, so there the server is asked for every token.
         """
         connection = lease.connection
         if connection.pooled:
@@ -141,14 +145,14 @@ class Replica:
         return self._fails(known, token)
 
     def state_of(self, position: Position) -> State:
-        """Judge a server by what it said."""
+        """Judge a server by its position."""
         written = self._primary.position
         if position.lsn is None:
             return "unmeasured"
         if position.is_foreign(written):
             return "foreign"
         if position.in_recovery is False:
-            # A primary may be named as its own replica; any other server that takes writes goes its own way.
+            # A primary may be named as its own replica. Any other server that takes writes has its own history.
             return "usable" if position.is_same_server(written) else "promoted"
         if written == UNKNOWN:
             return "alone" if self._primary.last.status in {"error", "timeout"} else "unknown"
@@ -161,9 +165,9 @@ class Replica:
         return None if token is None or self.covers(token, position) else "behind_token"
 
     async def _ask(self, lease: Lease) -> Position:
-        """Ask the server of a connection, for `ASK_SECONDS` at most; unknown when it lacks what it is asked."""
+        """Ask the server of a connection, for `ASK_SECONDS` at most; unknown when it lacks the functions."""
         timer = asyncio.get_running_loop().call_later(ASK_SECONDS, lease.connection.cut)
-        # The question leaves nothing behind.
+        # The query leaves nothing in the server's session, so it must not cost a reset.
         left = lease.connection.left
         try:
             row = await lease.ask(lease.connection.fetchrow(self.database.monitor.position_sql))
@@ -187,16 +191,16 @@ class Replica:
             self._broken_at = probe.at
             self._become("broken")
             if not self.database.monitor.healthy:
-                # Reads that wait for an answer on it would wait for long; cut, they are run once more on the primary.
-                # Not for one late look or one failed connect: where the processor is short, those are not the
-                # replica's fault, and opening every connection anew would make it shorter still.
+                # Reads that wait for its answer are cut, and run once more on the primary. One late probe or one failed
+                # connect is not enough: on a machine short of processors they are not the replica's fault, and opening
+                # all connections anew would make it worse.
                 self.database.pool.abandon()
         elif probe.at - self._broken_at >= BREAK_SECONDS:
             self._note_lag()
             self._become(self.state_of(self.position))
 
     def _judge_again(self, probe: Probe) -> None:
-        """Judge anew, without waiting for the next probe, what the look at the primary may have changed."""
+        """Judge the replica again after a probe of the primary, where that may change its state."""
         written = self._primary.position
         if probe.status == "healthy" and written.timeline is not None and written.lsn is not None:
             self._floors.setdefault(written.timeline, written.lsn)
@@ -222,7 +226,7 @@ class Replica:
     def _state_by_lag(self, position: Position) -> State:
         behind, seconds = self._lag(position)
         if behind is None:
-            return "unmeasured"  # The primary is the one that tells no position.
+            return "unmeasured"  # The primary reports no position.
         # A standby that has replayed no transaction since it was started cannot tell its seconds.
         near = seconds is not None and seconds <= self._settings.replica_max_lag_seconds
         return "usable" if near or behind <= self._settings.replica_max_lag_bytes else "lagging"
@@ -235,7 +239,7 @@ class Replica:
         logger.log(level, "replica is %s", state, extra={"database": self.database.name, "lag_bytes": self.lag_bytes})
         self.state = state
         if state in NO_STANDBY:
-            # Reads that are under way there may be wrong; cut, they are run once more on the primary.
+            # The answers of reads that run there may be wrong, so they are cut, and run once more on the primary.
             self.database.pool.abandon()
 
 
@@ -264,10 +268,11 @@ class Router:
         best: Replica | None = None
         for replica in () if primary else self.replicas:
             if replica.state not in SERVING:
-                # `behind_token` wins: it tells that a replica is well but has not replayed this client's write.
+                # `behind_token` wins over other reasons: it tells the operator that a replica is healthy but has not
+                # replayed this client's write.
                 reason = reason if reason == "behind_token" else cast("Reason", replica.state)
             elif wanted is not None and not (replica.database.connector.several or replica.covers(wanted)):
-                # Behind one address of several servers the connection decides: see `serves`.
+                # Where the address leads to several servers, the connection decides: see `serves`.
                 reason = "behind_token"
             elif best is None or replica.database.pool.load < best.database.pool.load:
                 best = replica
@@ -284,8 +289,9 @@ class Router:
     def believed(self, token: Token | None) -> Token | None:
         """Return a token, or None for one that is ahead of all that the primary has written.
 
-        A primary that was restored from a backup has not written what its clients' tokens stand for; they would read
-        from it alone until it has. Such a token is believed until a look that began after it was first sent.
+        A primary that was restored from a backup has lost the writes of its clients' tokens. With these tokens the
+        clients would read from the primary only, until it has written as far again. So such a token is believed until
+        the end of the first probe of the primary that began after the token was first sent.
         """
         written, probe = self._primary.monitor.position, self._primary.monitor.last
         if token is None or token.timeline is None or token.is_foreign_to(written.system):
@@ -326,7 +332,7 @@ class Router:
 
 @dataclass(frozen=True, slots=True)
 class ServerCheck:
-    """Keeps a read from a server of a replica's address that may not serve it."""
+    """Sends a read to the primary when the server behind a replica's connection may not serve it."""
 
     router: Router
     database: Database
@@ -339,7 +345,7 @@ class ServerCheck:
         reason = await replica.serves(lease, self.router.believed(consistency.wanted))
         if reason is None:
             return None
-        # Other connections of the pool may lead to a server that may.
+        # Other connections of the pool may lead to a server that may serve it; they are handed out first.
         lease.checkout.behind = True
         consistency.read_from, consistency.reason = self.router.leave(reason), reason
         return consistency.read_from

@@ -1,12 +1,12 @@
 """What a server says of itself: which one it is, whether it is a standby, on which timeline and how far.
 
-Positions (LSN) are bytes from the start of the write-ahead log. They mean something on one timeline of one cluster
-only: a standby that is promoted begins another timeline, whose positions soon run ahead of all that was written before.
-A server is told from the one that takes its place behind an address by the time of its start, and from another
-cluster's by its system identifier.
+Positions (LSN) are bytes from the start of the write-ahead log. Two of them can be compared on one timeline of one
+cluster only: a standby that is promoted begins another timeline, whose positions soon run ahead of the old one's. The
+start time tells a server from the one that replaces it behind an address, and the system identifier tells a cluster
+from another one.
 
-Not every server that speaks PostgreSQL's protocol has these functions, and not every role may call them. What was not
-told is None, "unknown"; `PositionQuery` finds out once what a server can tell.
+Not every server that speaks PostgreSQL's protocol has these functions, and not every role may call them. A part that
+the server does not report is None, "unknown"; `PositionQuery` finds out once which parts it reports.
 """
 
 import re
@@ -19,7 +19,7 @@ from asyncpg import Record
 from pglifeguard.errors import sqlstate
 
 RECOVERY = "in_recovery"
-# What is asked of a server, by name; `r.in_recovery` is what it said of its recovery, false where it cannot tell.
+# The parts of a position, by name. `r.in_recovery` is whether the server is in recovery, false where it cannot tell.
 PARTS = {
     "read_only": "current_setting('transaction_read_only')::boolean",
     "started": "extract(epoch FROM pg_postmaster_start_time())::float8",
@@ -28,16 +28,16 @@ PARTS = {
     " - '0/0'::pg_lsn)::bigint",
     "replay_age": "CASE WHEN r.in_recovery"
     " THEN extract(epoch FROM clock_timestamp() - pg_last_xact_replay_timestamp())::float8 END",
-    # A primary knows its timeline. Of a standby's three sources the receiver is the first to know a new one, and tells
-    # it to those in pg_read_all_stats; the control file may know it a checkpoint later. Timelines only rise.
+    # A primary knows its timeline. A standby has three sources. The WAL receiver is the first to know a new timeline,
+    # and shows it to roles in pg_read_all_stats; the control file may have it a checkpoint later. Timelines only rise.
     "written_timeline": "CASE WHEN NOT r.in_recovery"
     " THEN ('x' || left(pg_walfile_name(pg_current_wal_insert_lsn()), 8))::bit(32)::int END",
     "checkpoint_timeline": "CASE WHEN r.in_recovery THEN (SELECT timeline_id FROM pg_control_checkpoint()) END",
     "recovery_timeline": "CASE WHEN r.in_recovery"
     " THEN (SELECT min_recovery_end_timeline FROM pg_control_recovery()) END",
     "received_timeline": "CASE WHEN r.in_recovery THEN (SELECT received_tli FROM pg_stat_wal_receiver) END",
-    # A role sees the sessions of itself, or of all when it is in pg_read_all_stats. A commit that waits for a
-    # synchronous standby or for the disk of the log is one that its client waits for.
+    # A role sees its own sessions, or all of them when it is in pg_read_all_stats. These wait events are of commits
+    # that wait for a synchronous standby, or for the disk of the WAL, while their clients wait for them.
     "stalled": "CASE WHEN NOT r.in_recovery THEN coalesce((SELECT extract(epoch FROM max(clock_timestamp() -"
     " query_start))::float8 FROM pg_stat_activity WHERE state = 'active' AND pid <> pg_backend_pid()"
     " AND (wait_event IN ('SyncRep', 'WALSync', 'WalSync', 'WALWrite', 'WalWrite') OR query ILIKE 'commit%')), 0.0)"
@@ -51,10 +51,10 @@ Ask = Callable[[str], Awaitable[Sequence[Record]]]
 
 
 def is_missing_feature(error: BaseException | None) -> bool:
-    """Tell a server that is well and lacks what it was asked for from one that fails.
+    """Return whether a healthy server lacks the feature that it was asked for; False when the server fails.
 
-    0A000 is feature_not_supported, as Aurora's LSN functions say. Class 42 is a function, a view, a column or a right
-    that is missing, or words that are not understood; 42P05 is about prepared statements, and a pooler's.
+    0A000 is feature_not_supported, which Aurora's LSN functions raise. Class 42 is a missing function, view, column or
+    right, or a syntax error. 42P05 is excluded: poolers cause it by losing prepared statements.
     """
     state = sqlstate(error) or ""
     return state == "0A000" or (state.startswith("42") and state != "42P05")
@@ -62,9 +62,9 @@ def is_missing_feature(error: BaseException | None) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Position:
-    """What a server said. Times are in seconds, `lsn` in bytes; None where it did not say.
+    """The position that a server reported. Times are in seconds, `lsn` in bytes; None for a part that is not reported.
 
-    `stalled` is for how long the oldest commit under way has been waiting; 0.0 when none does.
+    `stalled` is the waiting time of the oldest commit; 0.0 when no commit waits.
     """
 
     in_recovery: bool | None = None
@@ -77,11 +77,11 @@ class Position:
     stalled: float | None = None
 
     def is_same_server(self, other: "Position") -> bool:
-        """Whether both were said by one server, between its start and its end."""
+        """Whether both are of one server, and of one run of it."""
         return self.started is not None and (self.system, self.started) == (other.system, other.started)
 
     def is_foreign(self, other: "Position") -> bool:
-        """Whether the two are known to be servers of different clusters."""
+        """Whether the two are known to be of different clusters."""
         return None not in {self.system, other.system} and self.system != other.system
 
     def is_diverged(self, other: "Position") -> bool:
@@ -93,14 +93,14 @@ UNKNOWN = Position()
 
 
 class PositionQuery:
-    """Asks servers behind one address for their positions, and remembers what they do not tell."""
+    """Asks the servers behind one address for their positions, and remembers the parts that they do not report."""
 
     def __init__(self) -> None:
         self.missing: frozenset[str] = frozenset()
 
     @property
     def sql(self) -> str:
-        """Ask all that the server is not known to lack, in one round trip."""
+        """The query for all parts that the server is not known to lack; one round trip."""
         return self._select([name for name in (RECOVERY, *PARTS) if name not in self.missing])
 
     async def ask(self, ask: Ask) -> Position:
@@ -147,8 +147,8 @@ def read_position(said: Any) -> Position:
 class Token:
     """How far the write-ahead log reached after a commit: "5f3a91c0-2-0/307CD08", cluster, timeline and LSN.
 
-    The cluster is the low half of its system identifier. Tokens of earlier versions are an LSN alone ("0/307CD08"): no
-    replica can say that it has replayed them, so they lead to the primary until they expire.
+    The cluster is the low half of its system identifier. Tokens of earlier versions are an LSN alone ("0/307CD08"). No
+    replica can prove that it has replayed one, so reads with them go to the primary until they expire.
     """
 
     lsn: int

@@ -1,7 +1,7 @@
-"""SQLAlchemy as a guest of the bounded pool: its Pool interface, which is called inside its greenlet, and nothing else.
+"""SQLAlchemy's side of the bounded pool: its Pool interface, called inside its greenlet, and its events.
 
-A slot of the pool is SQLAlchemy's entry, which holds the dialect's adapter around one connection of asyncpg. Whoever
-goes past SQLAlchemy takes the same entries by `acquire`.
+A slot of the pool is SQLAlchemy's entry, which holds the dialect's adapter around one connection of asyncpg. The
+driver's lane acquires the same entries from the pool itself.
 """
 
 import asyncio
@@ -28,9 +28,9 @@ from pglifeguard.errors import DatabaseUnreachable
 from pglifeguard.pool import ConnectionPool, OnConnect
 from pglifeguard.settings import DatabaseSettings
 
-# What SQLAlchemy connects to in this context in place of a connection of its own.
+# The entry that SQLAlchemy must take in this context in place of acquiring one.
 _adopted: ContextVar[ConnectionPoolEntry | None] = ContextVar("adopted", default=None)
-# The connection for which SQLAlchemy makes an entry in this context.
+# The connection around which SQLAlchemy makes an entry in this context.
 _opened: ContextVar[KeptAliveConnection] = ContextVar("opened")
 T = TypeVar("T")
 
@@ -51,14 +51,14 @@ class PoolAdapter(Pool):
         on_connect: OnConnect | None = None,
         **for_pool: Any,
     ) -> None:
-        # create_async_engine hands on what it finds in this signature, and overlooks what is keyword-only.
+        # create_async_engine passes the arguments that it finds in this signature, and ignores keyword-only ones (2.1).
         super().__init__(creator, **for_pool)
         self.bounded: ConnectionPool[ConnectionPoolEntry] = ConnectionPool(settings, watch, self, trace=trace)
         self._connector = connector
         self._on_connect = on_connect
 
     def adopt(self, entry: ConnectionPoolEntry, connect: Callable[[], T]) -> T:
-        """Let SQLAlchemy `connect` to what `acquire` gave; it is SQLAlchemy that gives it back then."""
+        """Let SQLAlchemy `connect` to an entry that `acquire` gave; from then on SQLAlchemy releases it."""
         adopting = _adopted.set(entry)
         try:
             return connect()
@@ -69,17 +69,17 @@ class PoolAdapter(Pool):
 
     @property
     def login_seconds(self) -> float:
-        """Seconds after which a login is given up, whoever still waits for it."""
+        """Seconds after which a login is given up, also when a request still waits for it."""
         return self._connector.login_seconds
 
     async def open_slot(self, deadline: float) -> tuple[ConnectionPoolEntry, KeptAliveConnection]:
-        """Open a connection, and have SQLAlchemy make it known to its dialect, all by `deadline`.
+        """Open a connection and let SQLAlchemy's dialect set it up, all by `deadline`.
 
         Raises: DatabaseUnreachable, or one of DRIVER_FAILURES.
         """
         connection = await self._connector.open(deadline)
         _opened.set(connection)
-        # The dialect asks the first connection of an engine for the server's version and more.
+        # On the first connection of an engine the dialect asks for the server's version and more, without a deadline.
         guard = asyncio.get_running_loop().call_at(deadline, connection.cut)
         try:
             if self._on_connect is not None:
@@ -112,17 +112,17 @@ class PoolAdapter(Pool):
         exception: BaseException | None = None,
         _checkin: bool = True,  # noqa: FBT001, FBT002  # SQLAlchemy's signature.
     ) -> None:
-        # SQLAlchemy would replace every connection of the pool when one is lost. Each of ours is looked at when
-        # it is taken; whoever knows that all are lost says so by `abandon` or `dispose`.
+        # SQLAlchemy would replace every connection of the pool when one is lost. This pool checks each connection at
+        # its checkout; after a failover `abandon` or `dispose` drops all of them.
         if _checkin and connection.is_valid:
             connection.invalidate(exception)
 
     def dispose(self) -> None:
-        """Close the idle connections; those at work are closed when they come back."""
+        """Close the idle connections; the others are closed at their release."""
         self.bounded.dispose()
 
     def recreate(self) -> Self:
-        """Return this pool: after `dispose` it goes on, and its figures stay right for what is still out."""
+        """Return this pool: it goes on after `dispose`, and its figures include the open checkouts."""
         return self
 
     def status(self) -> str:
@@ -130,9 +130,9 @@ class PoolAdapter(Pool):
         return str(self.bounded.figures())
 
     def frame(self) -> FrameType:
-        """Return a frame that leads to the one who asked, from inside SQLAlchemy's greenlet too."""
+        """Return a frame that leads to the code that asked, from inside SQLAlchemy's greenlet too."""
         parent = getcurrent().parent
-        # Outside a greenlet the one who asked is on this very stack.
+        # Outside a greenlet the code that asked is on this stack.
         return sys._getframe() if parent is None else cast("FrameType", parent.gr_frame)  # noqa: SLF001  # As documented.
 
 
@@ -142,7 +142,7 @@ async def opened_connection() -> KeptAliveConnection:
 
 
 class EngineWatch:
-    """Times every statement of an engine, logs the slow ones, and names the failures that SQLAlchemy leaves bare."""
+    """Times the statements that SQLAlchemy runs, logs slow ones, and translates their failures."""
 
     def __init__(self, engine: AsyncEngine, pool: ConnectionPool[Any], watch: PoolWatch, *, writable: bool) -> None:
         self._pool = pool

@@ -1,8 +1,8 @@
-"""A connection that knows what was done with it: what has to be undone before somebody else has it.
+"""A connection that tracks the state which its holder leaves in the server's session, so that a reset can undo it.
 
-Every statement passes here, SQLAlchemy's, those of `rows` and those of whoever uses the driver's connection, and each
-text is judged once (`effects.py`). Where nothing was done, nothing is asked and nothing undone. asyncpg and SQLAlchemy
-begin and end transactions by `Transaction`, which says aloud what PostgreSQL only hints at.
+Every statement passes here: SQLAlchemy's, those of `rows`, and those sent by the driver's own connection. Each text is
+judged once (`effects.py`). A connection in whose session nothing was left costs no reset. asyncpg and SQLAlchemy begin
+and end transactions by `Transaction`, which raises an error where PostgreSQL answers COMMIT by a silent ROLLBACK.
 """
 
 import asyncio
@@ -33,14 +33,14 @@ if TYPE_CHECKING:
 else:
     _Connection = asyncpg.Connection
 
-# Seconds that undoing may take; a connection is closed when it takes longer.
+# Seconds for a reset; the connection is closed when it takes longer.
 RESET_SECONDS = 2.0
 # DISCARD ALL without DEALLOCATE ALL: prepared statements are the driver's, and stay.
 RESET = """
     SET SESSION AUTHORIZATION DEFAULT; RESET ALL; CLOSE ALL; SELECT pg_advisory_unlock_all(); DISCARD TEMP
 """
 UNLISTEN = "; UNLISTEN *"
-# PostgreSQL tells the driver of these at every change; of search_path since 18.
+# PostgreSQL reports these settings to the driver at every change; search_path since version 18.
 REPORTED = (
     "search_path",
     "TimeZone",
@@ -71,10 +71,10 @@ POOLED = (
 
 
 class TrackedConnection(_Connection):
-    """asyncpg's connection, which keeps account of what its users leave behind.
+    """asyncpg's connection, which tracks the state that its users leave in the server's session.
 
     `left` is the furthest-reaching effect since the last reset. While `bound` is set, a session has begun a transaction
-    here, and nothing is sent outside one. `committed` says that a COMMIT was answered since a session took it.
+    here, and statements outside of one are refused. `committed` says that a COMMIT was answered during this checkout.
     """
 
     __slots__ = ("_reported_settings", "bound", "committed", "left", "pooled", "reported")
@@ -83,41 +83,41 @@ class TrackedConnection(_Connection):
         super().__init__(*arguments, **options)
         self.bound = False
         self.committed = False
-        # Whether a pooler stands in between; whoever opens the connection finds out.
+        # Whether a pooler stands in between; the connector finds out when it opens the connection.
         self.pooled = False
         self.mark_clean()
 
     def mark_clean(self) -> None:
-        """Take what the connection is now for what everybody finds."""
+        """Take the present state of the session for the one that a reset returns to."""
         settings = self._protocol.get_settings()
         self.left = Effect.ROWS
-        # What the server itself says of some settings whenever they change, whoever changed them.
+        # The server reports changes of these settings, also those that a function or a trigger made.
         names = (name for name in REPORTED if getattr(settings, name, None))
         self._reported_settings = attrgetter("client_encoding", *names)
         self.reported = self._reported_settings(settings)
 
     @property
     def needs_reset(self) -> bool:
-        """Whether something was left behind that the next one to have this connection must not find."""
+        """Whether something was left in the session that the next holder must not find."""
         protocol = self._protocol
         if self.left >= Effect.DOUBT or protocol is None or protocol.is_in_transaction():
             return True
         return bool(self._reported_settings(protocol.get_settings()) != self.reported)
 
     def settle(self) -> str | None:
-        """End the hold of a session; say why the connection must not be used again, None when it may be."""
+        """End a checkout; return the reason why the connection must be closed, None when it may be used again."""
         self.bound = self.committed = False
         return "session_state" if self.needs_reset else None
 
     async def reset(self, *, timeout: float | None = RESET_SECONDS) -> None:  # noqa: ASYNC109  # asyncpg's signature.
-        """Undo what was left behind, or close the connection when that cannot be done within `timeout` seconds."""
+        """Undo what was left in the session; close the connection when that takes longer than `timeout` seconds."""
         if self.is_closed() or self.left >= Effect.CONNECTION or self.is_in_transaction():
             self.terminate()
             return
         seconds = RESET_SECONDS if timeout is None else timeout
         cut = asyncio.get_running_loop().call_later(seconds, self._transport.abort)
         try:
-            # A standby knows no LISTEN, and refuses to UNLISTEN.
+            # A standby has no LISTEN, and refuses UNLISTEN.
             standby = getattr(self.get_settings(), "in_hot_standby", "off") == "on"
             await super().execute(RESET if standby else RESET + UNLISTEN)
             self._listeners.clear()
@@ -138,28 +138,28 @@ class TrackedConnection(_Connection):
         readonly: bool = False,
         deferrable: bool = False,
     ) -> "Transaction":
-        """Return a transaction, or a savepoint when one is open already: by `async with`, or start and end it."""
+        """Return a transaction, or a savepoint inside of one; use it by `async with`, or start and end it."""
         words = f" ISOLATION LEVEL {isolation.replace('_', ' ').upper()}" if isolation else ""
         words += " READ ONLY" if readonly else ""
         return Transaction(self, f"BEGIN{words}{' DEFERRABLE' if deferrable else ''};")
 
     def control(self, words: str) -> Coroutine[Any, Any, str]:
-        """Send what begins or ends a transaction; return, when awaited, PostgreSQL's word for what it did."""
+        """Send a statement that begins or ends a transaction; return, when awaited, PostgreSQL's command tag."""
         return super().execute(words)
 
-    # What passes here: asyncpg sends a text as it is, prepares it, or copies by it.
+    # The ways of a statement to the server: asyncpg sends a text as it is, prepares it, or copies by it.
 
     async def execute(self, query: str, *args: Any, timeout: float | None = None) -> str:  # noqa: ASYNC109  # asyncpg's.
         """Run one or more statements as asyncpg does.
 
-        Raises: RuntimeError for what must not be sent from here, with what to do instead.
+        Raises: RuntimeError for a statement that must not be sent from here, with what to do instead.
         """
         if not args:
             self.track(query)
         return await super().execute(query, *args, timeout=timeout)
 
     def _get_statement(self, query: str, *rest: Any, **options: Any) -> Coroutine[Any, Any, Any]:
-        # No coroutine more for a statement that reads and writes rows where it should.
+        # A statement that reads or writes rows in its transaction needs no tracking, and no further coroutine.
         if effect_of(query) or (self.bound and not self.is_closed() and not self._protocol.is_in_transaction()):
             return self._get_tracked_statement(query, *rest, **options)
         return super()._get_statement(query, *rest, **options)
@@ -177,10 +177,10 @@ class TrackedConnection(_Connection):
         return await super()._copy_out(copy_stmt, output, timeout)
 
     def track(self, query: str) -> None:
-        """Keep account of a text that is about to be sent.
+        """Track a text that is about to be sent.
 
-        Raises: RuntimeError when it must not be: it ends the session's transaction, would be outside of one, or leaves
-        something in a server's session that belongs to a pooler's next client.
+        Raises: RuntimeError when it must not be sent: it ends the session's transaction, would run outside of it, or
+        leaves something in a server's session that the pooler gives to another client.
         """
         effect = effect_of(query)
         if effect is Effect.CONTROL:
@@ -191,7 +191,7 @@ class TrackedConnection(_Connection):
             raise RuntimeError(POOLED)
         self.left = max(self.left, effect)
 
-    # What asyncpg keeps on this side of the connection, and has no way to list.
+    # asyncpg keeps these on the client's side and has no way to list them (0.32), so only closing undoes them.
 
     def add_log_listener(self, callback: Callable[..., Any]) -> None:
         """Call back for the server's notices, for as long as this connection is held."""
@@ -199,7 +199,7 @@ class TrackedConnection(_Connection):
         super().add_log_listener(callback)
 
     def add_termination_listener(self, callback: Callable[..., Any]) -> None:
-        """Call back when the connection ends, which it does when it is given back."""
+        """Call back when the connection ends, which it does at its release."""
         self.left = Effect.CONNECTION
         super().add_termination_listener(callback)
 
@@ -225,7 +225,7 @@ class TrackedConnection(_Connection):
 
 
 class Transaction:
-    """A transaction, or a savepoint in one, begun and ended by hand: what asyncpg's users and SQLAlchemy ask of one."""
+    """A transaction, or a savepoint in one, with the methods that asyncpg's users and SQLAlchemy's adapter call."""
 
     __slots__ = ("_connection", "_savepoint", "_words")
 
@@ -245,7 +245,7 @@ class Transaction:
         """Commit, or release the savepoint.
 
         Raises: TransactionAborted when a statement had failed: PostgreSQL answers COMMIT with a silent ROLLBACK then.
-        ConnectionLost when nothing was sent any more, OutcomeUnknown when COMMIT was sent and nobody answered.
+        ConnectionLost when COMMIT was not sent, OutcomeUnknown when it was sent and not answered.
         """
         connection = self._connection
         if self._savepoint is not None:
@@ -268,7 +268,7 @@ class Transaction:
         connection.committed = True
 
     def rollback(self) -> Awaitable[str]:
-        """Take back what was done, or what was done since the savepoint."""
+        """Roll back the transaction, or to the savepoint."""
         words = "ROLLBACK;" if self._savepoint is None else f"ROLLBACK TO SAVEPOINT {self._savepoint}"
         return self._connection.control(words)
 

@@ -1,8 +1,8 @@
-"""A write that is one query: one round trip, stored when it returns. `Databases.write_once` is its public face.
+"""A write that is one query: one round trip, stored when it returns. `Databases.write_once` is the public method.
 
-The query is a transaction by itself, where `WriteSession` takes three round trips and holds its connection for all of
-them. The price: nothing that comes after it can take it back, and when the connection is lost meanwhile, nobody can
-tell whether it was stored. A WriteSession still knows that nothing was, unless COMMIT was on its way.
+The query is a transaction by itself. A `WriteSession` takes three round trips and holds its connection for all of them.
+The price: nothing that comes later can roll the query back, and when the connection is lost meanwhile, it is unknown
+whether the query was stored. In a WriteSession that is unknown during COMMIT only.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,7 +20,8 @@ from pglifeguard.tracked_connection import UNKNOWN
 
 Ts = TypeVarTuple("Ts")
 
-# A server that stops takes back what it is doing, and says so; a value of the wrong kind never got there.
+# SQLSTATEs after which nothing was stored, though the connection is closed: a server that shuts down rolls back and
+# says so, and a value that asyncpg refused was never sent.
 NOT_STORED = ("57P01", "22")
 KEYED = (
     "write_once commits by itself, and a request with an Idempotency-Key is one transaction, its answer included: a "
