@@ -1,4 +1,4 @@
-"""Questions about a server's own sessions (pg_stat_activity, pg_locks), for operators.
+"""Queries about the sessions of a server (pg_stat_activity, pg_locks), for operators.
 
 Of other roles' sessions a role without pg_read_all_stats sees process id, role, application and locks, and neither
 their kind nor their state, age or statement: those are NULL, and such a session must not be left out for that, since it

@@ -22,7 +22,7 @@ FIRST_PAUSE_SECONDS = 0.01
 
 
 def collision(error: BaseException | None) -> str | None:
-    """Name what the database refused a transaction for that may succeed when it is run again; None for another."""
+    """Return the code of a collision, after which the transaction may succeed when it runs again; None for others."""
     while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
         error = error.exceptions[0]
     return COLLISIONS.get(sqlstate(error) or "") if isinstance(error, (DBAPIError, asyncpg.PostgresError)) else None

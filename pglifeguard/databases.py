@@ -118,11 +118,11 @@ class Databases:
         consistency = consistency or current_consistency.get() or Consistency()
         database, consistency.reason = self.router.route(at_least=consistency.wanted, primary=consistency.primary_only)
         if consistency.read_from is None or consistency.read_from.role != "replica" or consistency.primary_only:
-            # Of several reads in a request, one on a replica is enough for the whole to be run once more.
+            # When one of several reads in a request went to a replica, the whole request can be run once more.
             consistency.read_from = database
         check = None
         if database.role == "replica" and (consistency.wanted is not None or database.connector.several):
-            # The monitor looks at one server; the connection may lead to another.
+            # The monitor probes one server; the connection may lead to another.
             check = ServerCheck(self.router, database, consistency)
         return ReadSession(database, database.reads, label=_label(label), server_check=check)
 
@@ -224,7 +224,7 @@ class Databases:
         if self._loop is not None and not self._loop.is_closed():
             raise RuntimeError(STILL_OPEN)
         if self.closing or self._loop is not None:
-            # Pools and monitors end with their loop, which may have ended before anybody closed them.
+            # Pools and monitors end with their event loop, which may have ended before they were closed.
             self._make()
         self._loop = asyncio.get_running_loop()
         await asyncio.gather(*(_warm_up(database) for database in self.all()))
@@ -232,7 +232,7 @@ class Databases:
         self._tasks += [asyncio.create_task(self._upkeep()), asyncio.create_task(self._log_figures())]
 
     async def close(self, *, grace_seconds: float = 5.0) -> None:
-        """Admit nobody, let what is at work finish for `grace_seconds`, close every connection."""
+        """Refuse new requests, drain the pools for `grace_seconds` at most, close every connection."""
         self.closing = True
         await self.listener.close()
         for database in self.all():
@@ -265,12 +265,12 @@ class Databases:
             metrics.up.labels(name).set(database.monitor.healthy)
 
     def _check_loop(self) -> None:
-        # Once they close, the pools refuse whoever still comes: that is a 503 of the shutdown, and no mistake.
+        # During the shutdown the pools refuse late requests, which are answered 503; that is no mistake of the caller.
         if asyncio.get_running_loop() is not self._loop and not self.closing:
             raise RuntimeError(NOT_OPEN if self._loop is None else OTHER_LOOP)
 
     def _if_replicated(self, consistency: Consistency | None) -> Consistency | None:
-        # Without a replica nobody reads elsewhere, and a token would be a round trip for nothing.
+        # Without a replica all reads go to the primary, and a token would cost a round trip for nothing.
         return consistency if self.replicas else None
 
     async def _upkeep(self) -> None:
@@ -282,7 +282,7 @@ class Databases:
                 self._report_long_held(database)
                 if database.monitor.healthy:
                     await _warm_up(database)
-            # With several workers a scrape reaches one of them and reads what the others published last.
+            # With several workers a scrape reaches one of them, which reads the last published figures of the others.
             self.publish()
 
     def _report_long_held(self, database: Database) -> None:
@@ -309,7 +309,7 @@ class Databases:
 
 
 def _label(given: str | None) -> str:
-    """Say whom a session is counted for: the one given, else the route of the request, else "background"."""
+    """Return the holder that a session is counted for: the given one, else the request's route, else "background"."""
     if given is not None:
         return given
     current = current_consistency.get()
@@ -320,5 +320,5 @@ async def _warm_up(database: Database) -> None:
     try:
         await database.pool.warm_up()
     except DatabaseUnavailable as error:
-        # Each second, as long as it lasts.
+        # The upkeep tries again each second, so the log samples this line.
         database.watch.log("pool not warmed", reason=str(error))

@@ -1,4 +1,4 @@
-"""What a statement does beside reading and writing rows, judged by its text: `effect_of`.
+"""The effect of a statement beside reading and writing rows, judged by its text: `effect_of`.
 
 A connection goes from one request to the next, so what a statement changes about the *session* (a SET, a session lock,
 a temporary table) has to be undone before that; and what it changes about the *transaction* (SET LOCAL, a transaction
@@ -24,9 +24,9 @@ class Effect(IntEnum):
     DOUBT = 2
     """It calls what may change the session."""
     SESSION = 3
-    """It leaves behind what `RESET` undoes."""
+    """It leaves something in the session that `RESET` undoes."""
     CONNECTION = 4
-    """It leaves behind what only closing the connection undoes."""
+    """It leaves something in the session that only closing the connection undoes."""
     CONTROL = 5
     """It begins or ends a transaction."""
 
@@ -93,7 +93,7 @@ def _unquoted(match: re.Match[str]) -> str:
     name = match["name"]
     if name is None:
         return " " if match["comment"] is not None else "''"
-    # A name that is no word is some function or table that nobody can know.
+    # A quoted name that is no plain word may be any function or table.
     return name if re.fullmatch(r"\w+", name) else "unknown_name"
 
 

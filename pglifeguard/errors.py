@@ -1,4 +1,4 @@
-"""What can go wrong, and what a client is told: RFC 9457 problem documents with a stable `code`.
+"""The errors of the service, and the answers to the client: RFC 9457 problem documents with a stable `code`.
 
     ServiceError                      code                   status
     ├── NotFound                      not_found              404    (each domain names its own)
@@ -47,7 +47,7 @@ class ServiceError(Exception):
 
 
 class NotFound(ServiceError):
-    """The thing that the path names does not exist."""
+    """The resource of the path does not exist."""
 
     status = 404
     code = "not_found"
@@ -79,7 +79,7 @@ class WriteInReadSession(ServiceError):
 
 
 class TransactionAborted(ServiceError):
-    """A statement failed, somebody swallowed its error, and COMMIT would be a silent ROLLBACK: a bug of ours."""
+    """A statement failed, its error was swallowed, and COMMIT would be a silent ROLLBACK: a bug of ours."""
 
 
 class DatabaseUnavailable(ServiceError):
@@ -90,9 +90,9 @@ class DatabaseUnavailable(ServiceError):
 
     def __init__(self, detail: str, *, database: str | None = None, reason: str | None = None) -> None:
         super().__init__(detail)
-        # The database that it is about, where that is known: a request may use several.
+        # The database that failed, where that is known: a request may use several.
         self.database = database
-        # Why, in the word that the metrics have for it, where the code says less.
+        # The reason by the label of the metrics, where the code says less.
         self.reason = reason
 
 
@@ -134,15 +134,15 @@ class OutcomeUnknown(DatabaseUnavailable):
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """What a client is told about a failure that the database reported."""
+    """The answer to a client for a failure that the database reported."""
 
     status: int
     code: str
-    # A sentence; what the author of an HTTPException gives is left as it is.
+    # A sentence; the detail of an HTTPException is left as it is.
     detail: Any
 
 
-# What is answered before there is a request.
+# The answers to connections that did not send a whole request.
 MALFORMED = Failure(400, "malformed_request", "This is no HTTP request.")
 HEAD_TOO_SLOW = Failure(408, "head_too_slow", "The headers of the request were not there in time.")
 HEAD_TOO_LARGE = Failure(431, "head_too_large", "The URL and headers of the request are too long, or too many.")
@@ -185,11 +185,11 @@ _FAILURES = {
 }
 
 
-# Its SQLSTATE, 0A000, stands for bugs as well: only asyncpg's class tells it apart.
+# Its SQLSTATE, 0A000, is that of bugs as well: only asyncpg's class tells them apart.
 _STALE = Failure(503, "schema_changed", "The schema has just changed, and prepared statements are being renewed.")
 
 
-# What stops the driver from sending a value of the right type: half a surrogate pair, a number too large for it.
+# The driver cannot send these values of the right type: half a surrogate pair, a number that is too large.
 _UNSENDABLE = (OverflowError, UnicodeEncodeError)
 
 
@@ -198,7 +198,8 @@ def sqlstate(error: BaseException | None) -> str | None:
     state = None
     cause = _unwrapped(error)
     while cause is not None:
-        # The innermost is the server's own: asyncpg wraps its last words into "connection was closed", a 08003.
+        # The innermost is the server's own: asyncpg wraps the server's last message into "connection was closed", a
+        # 08003.
         state = getattr(cause, "sqlstate", None) or state
         cause = cause.__cause__
     return state
@@ -214,12 +215,12 @@ def constraint(error: BaseException) -> str | None:
 
 
 def name_database(error: BaseException, database: str) -> None:
-    """Remember with a failure of the driver which of the databases it came from."""
+    """Note on a failure of the driver the database that it came from."""
     vars(error).setdefault("database", database)
 
 
 def database_of(error: BaseException) -> str | None:
-    """Return the name of the database that a failure came from, None where nobody knows."""
+    """Return the name of the database that a failure came from, None where that is unknown."""
     cause = _unwrapped(error)
     while cause is not None:
         if (name := vars(cause).get("database")) is not None:
@@ -229,7 +230,7 @@ def database_of(error: BaseException) -> str | None:
 
 
 def classify(error: BaseException) -> Failure | None:
-    """Say what a client is told about a failure of the database; None is a bug, and a 500."""
+    """Return the answer for a failure of the database; None for a bug, which is answered 500."""
     if isinstance(error, (WriteInReadSession, TransactionAborted)):
         return None
     inner = _unwrapped(error)

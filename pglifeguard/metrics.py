@@ -19,7 +19,7 @@ class Metrics:
     """The figures of one application."""
 
     def __init__(self) -> None:
-        # A second series for each counter and histogram that says when it was made, and that nobody reads.
+        # Without this each counter and histogram has a second series with the time at which it was made.
         disable_created_metrics()  # type: ignore[no-untyped-call]  # prometheus-client annotates only parts.
         self.registry = registry = CollectorRegistry()
 

@@ -1,8 +1,8 @@
-"""SQLAlchemy's session and connection inside one of ours: its owner gives it the connection, and takes it back.
+"""SQLAlchemy's session and connection inside a session of this library, which gives it the connection.
 
-Everything is SQLAlchemy's own but for three things: there is one connection, taken at the first statement and kept
-until the session is closed; the transaction is the session's, and no other handle ends it; a session that reads refuses
-objects that would be written.
+Three things differ from SQLAlchemy's own: there is one connection, acquired at the first statement and kept until the
+session is closed; only the session ends the transaction, and no other handle of it; a session that reads refuses
+objects that it would have to write.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -20,7 +20,7 @@ from pglifeguard.checkout import Checkout
 Ts = TypeVarTuple("Ts")
 
 # Options of an execution that would begin another kind of transaction than the session's.
-OF_TRANSACTIONS = frozenset({"isolation_level", "postgresql_readonly", "postgresql_deferrable"})
+TRANSACTION_OPTIONS = frozenset({"isolation_level", "postgresql_readonly", "postgresql_deferrable"})
 ISOLATION = (
     "a session has its isolation level from the start: `databases.writing(isolation=…)`, or `SerializableDB` in an "
     "endpoint; what runs outside transactions, as VACUUM does, takes a connection of its own"
@@ -45,20 +45,20 @@ ONE_DATABASE = "a session of this service has one database: open a second sessio
 
 
 class Owner(Protocol):
-    """What SQLAlchemy's session asks of the one that it is part of."""
+    """The session that SQLAlchemy's session is part of, as far as that needs to know it."""
 
     pinned: bool
     reads: bool
     ended: bool
 
     def hand_over(self, engine: Engine) -> "HeldConnection":
-        """Give the connection that the session is to work on."""
+        """Return the connection for the session to work on."""
 
 
 class EndedStream(ResultFetchStrategy):
-    """What a streamed result reads from when its session has given the connection back.
+    """The source of a streamed result whose session has released the connection.
 
-    Without this it would ask for its cursor in the transaction of whoever has the connection now, and abort that.
+    Without this the result would ask for its cursor in the transaction of the connection's next holder, and abort it.
     """
 
     __slots__ = ()
@@ -81,7 +81,7 @@ class HeldConnection(Connection):
         self._streams: list[CursorResult[Any]] = []
 
     def release(self) -> None:
-        """Give it back to the pool, as it was found."""
+        """Reset the connection and release it to the pool."""
         for stream in self._streams:
             stream.cursor_strategy = EndedStream()
         driver = self.checkout.connection
@@ -92,13 +92,13 @@ class HeldConnection(Connection):
 
     def execution_options(self, **opt: Any) -> Connection:
         """Set options that concern statements; those of transactions are the session's."""
-        refuse_of_transactions(opt)
+        refuse_transaction_options(opt)
         return super().execution_options(**opt)
 
     def execute(self, statement: Any, parameters: Any = None, *, execution_options: Any = None) -> Any:
         """Execute a statement in the session's transaction."""
         if execution_options:
-            refuse_of_transactions(execution_options)
+            refuse_transaction_options(execution_options)
         result = super().execute(statement, parameters, execution_options=execution_options)
         if execution_options and execution_options.get("stream_results"):
             self._streams = [*(stream for stream in self._streams if stream.cursor is not None), result]
@@ -112,7 +112,7 @@ class HeldConnection(Connection):
 
 
 class OneTransaction(SessionTransaction):
-    """The transaction of a session, which this handle of it does not end while the session is pinned."""
+    """The transaction of a session; it refuses to end while the session is pinned."""
 
     session: "OneConnection"
 
@@ -133,7 +133,7 @@ class OneTransaction(SessionTransaction):
 
 
 class OneConnection(Session):
-    """A session that has its connection from its owner at the first statement, and keeps it until it is closed."""
+    """A session that gets its connection from its owner at the first statement, and keeps it until it is closed."""
 
     owner: Owner
     held: HeldConnection | None = None
@@ -141,7 +141,7 @@ class OneConnection(Session):
 
     @property
     def in_use(self) -> bool:
-        """Whether it was asked for anything since it was made or closed: SQLAlchemy begins at the first object too."""
+        """Whether it has a connection, or a transaction, which SQLAlchemy begins at the first object too."""
         return self.held is not None or self._transaction is not None
 
     def get_bind(self, *_arguments: Any, bind: Any = None, **_options: Any) -> Connection:
@@ -167,11 +167,11 @@ class OneConnection(Session):
         return super()._autobegin_t(begin)
 
     def read_rows(self, statement: TypedReturnsRows[*Ts], parameters: Mapping[str, Any]) -> Sequence[Row[*Ts]]:
-        """Run a query of `rows` in the transaction, savepoints included: it is the session that sends a SAVEPOINT."""
+        """Run a query of `rows` in the session's transaction, and in its savepoint where there is one."""
         return list(self.connection().execute(statement, parameters).all())
 
     def join(self) -> None:
-        """Take part in the transaction that the owner has begun; nothing is sent for that, and nobody waits."""
+        """Take over the transaction that the owner has begun; nothing is sent for that."""
         self._joining = True
         try:
             self.connection()
@@ -180,7 +180,7 @@ class OneConnection(Session):
 
     def connection(self, bind_arguments: Any = None, execution_options: Any = None) -> Connection:
         """Return the connection, in the session's transaction."""
-        refuse_of_transactions(execution_options or {})
+        refuse_transaction_options(execution_options or {})
         return super().connection(bind_arguments, execution_options)
 
     def commit(self) -> None:
@@ -216,7 +216,7 @@ class OneConnection(Session):
         """Refuse: there is one database."""
         raise RuntimeError(ONE_DATABASE)
 
-    # What a session that reads refuses at once; cascades are found when they are to be flushed.
+    # A session that reads refuses these at once. It finds objects that come by cascades at the flush.
 
     def add(self, instance: object, *, _warn: bool = True) -> None:
         """Put an object into the session."""
@@ -259,7 +259,7 @@ class OneConnection(Session):
         super().bulk_update_mappings(mapper, mappings)
 
     def flush(self, objects: Sequence[Any] | None = None) -> None:
-        """Send what the objects owe."""
+        """Send the changes of the objects."""
         if self.owner.reads:
             for instance in (*self.new, *self.deleted, *self.dirty):
                 self._refuse_to_write(instance)
@@ -270,7 +270,7 @@ class OneConnection(Session):
             name = instance.__name__ if isinstance(instance, type) else type(instance).__name__
             raise TypeError(f"a ReadSession does not write: {name}")
         if self.owner.ended:
-            # Nobody would store it, and nobody would say so.
+            # The object would never be stored, and no error would say so.
             raise RuntimeError(ENDED)
 
     def refuse_if_pinned(self, name: str) -> None:
@@ -291,10 +291,10 @@ class OneConnection(Session):
                 held.release()
 
 
-def refuse_of_transactions(options: Mapping[str, Any]) -> None:
+def refuse_transaction_options(options: Mapping[str, Any]) -> None:
     """Refuse options that change a transaction which has begun.
 
     Raises: RuntimeError.
     """
-    if not OF_TRANSACTIONS.isdisjoint(options):
+    if not TRANSACTION_OPTIONS.isdisjoint(options):
         raise RuntimeError(ISOLATION)

@@ -1,4 +1,4 @@
-"""A statement that is built and compiled once, and sent past SQLAlchemy's execution where nothing else needs that.
+"""A statement that is built and compiled once, and run by the driver past SQLAlchemy's execution.
 
 SQLAlchemy writes the SQL and says how values are bound; asyncpg runs it on a connection of our pool. That saves what
 costs most of a short read: building the statement, the engine's connection, its cursor and its result, and two switches
@@ -26,7 +26,7 @@ Ts = TypeVarTuple("Ts")
 # PostgreSQL's numbers for two of its types.
 FLOAT8, NUMERIC = 701, 1700
 
-# Types of ranges and bit strings look into the driver when they are asked how they are read.
+# The types of ranges and bit strings need the driver's module to say how their values are read.
 _DIALECT: Dialect = dialect(dbapi=dialect.import_dbapi())  # type: ignore[no-untyped-call]  # SQLAlchemy leaves its dialects bare.
 
 
@@ -90,7 +90,7 @@ class Query(Generic[*Ts]):
 
     @cached_property
     def _constants(self) -> dict[str, Any]:
-        """What the statement itself holds, also the values of `bindparam("name", value)`, which a call may replace."""
+        """The values in the statement, with those of `bindparam("name", value)`, which a call may replace."""
         binds, values = self._compiled.binds, self._expanded.parameters
         return {n: values[n] for n in self._expanded.positiontup or () if n not in binds or not binds[n].required}
 
@@ -134,7 +134,7 @@ class QueryRow(asyncpg.Record):
 
 
 def _reasons_against(statement: Any) -> Iterator[str]:
-    """Say what of a statement a Query cannot do; found without compiling it, since models may not be complete yet."""
+    """List the reasons against a Query that are seen without compiling it: models may not be complete yet."""
     if isinstance(statement, TextClause):
         yield "its columns are not known; say text(…).columns(…), or use session.execute."
     elif not getattr(statement, "exported_columns", ()):
@@ -167,7 +167,7 @@ def _is_entity(selected: Any) -> bool:
 
 
 def _reasons_when_compiled(compiled: SQLCompiler) -> Iterator[str]:
-    """Say what a Query cannot do, as far as only the compiled statement shows it."""
+    """List the reasons against a Query that only the compiled statement shows."""
     if compiled.prefetch:
         names = ", ".join(sorted({str(column.key) for column in compiled.prefetch}))
         yield f"the default of {names} is made in Python; use server_default, bind the value, or use session.execute."

@@ -35,7 +35,7 @@ class Sampler:
     """Writes the first line of a burst at once, then every `seconds` one line that counts its repetitions.
 
     The counting line is the last of the repetitions with two fields more: `repeated`, how many there were, and
-    `over_seconds`. A burst ends after `seconds` without a repetition; the next line is a first one again. Whoever owns
+    `over_seconds`. A burst ends after `seconds` without a repetition; the next line is a first one again. The owner of
     a sampler calls `flush` about once a second, and with `everything` at the end. Not for several threads.
     """
 

@@ -3,10 +3,10 @@
     one request = one session = one connection = one transaction
 
 The session's type says what may be done: `ReadSession` or `WriteSession`. Routes name those of their request
-(`pglifeguard.fastapi`); code outside a request says `async with
-databases.reading()` (or `.writing()`). A session is lazy: until its first statement it holds nothing. It keeps its one
-connection until it is closed, so what was read is read at one place, and what the commit left behind (its LSN) can be
-asked where it happened. Only `rows` on a replica, where no transaction binds them, take a connection each.
+(`pglifeguard.fastapi`); code outside a request writes `async with databases.reading()` (or `.writing()`). A session is
+lazy: it holds no connection until its first statement. It keeps one connection until it is closed. So all its reads
+see one server, and the LSN of its commit is asked on the server that committed. Only `rows` on a replica without a
+transaction acquires a connection for each call.
 """
 
 from collections.abc import Iterable, Sequence
@@ -25,7 +25,7 @@ from pglifeguard.driver_failures import LOST, SWALLOWED
 from pglifeguard.effects import effect_of
 from pglifeguard.errors import ConnectionLost, TransactionAborted
 from pglifeguard.lease import DriverLane, Lease, fetch_once
-from pglifeguard.orm import ENDED, PINNED, HeldConnection, OneConnection, refuse_of_transactions
+from pglifeguard.orm import ENDED, PINNED, HeldConnection, OneConnection, refuse_transaction_options
 from pglifeguard.query import Query
 from pglifeguard.replica import ServerCheck
 
@@ -40,8 +40,8 @@ NO_QUERY = (
 class ReadSession(AsyncSession):
     """A session that reads. The database refuses its writes; mypy refuses them before.
 
-    It asks by the driver (`rows`) until SQLAlchemy's own session is needed, which then goes on with the same connection
-    in the same transaction.
+    `rows` runs in the driver's lane until SQLAlchemy's own session is needed, which then goes on with the same
+    connection in the same transaction.
     """
 
     sync_session_class = OneConnection
@@ -60,7 +60,7 @@ class ReadSession(AsyncSession):
         self._lease: Lease | None = None
         self._beginning = False
         self.ended = False
-        # Whether somebody else ends the transaction: then nothing here may.
+        # Whether the layer of the Idempotency-Key ends the transaction: then all methods here that would end it refuse.
         self.pinned = False
 
     @property
@@ -87,7 +87,11 @@ class ReadSession(AsyncSession):
         return connection
 
     def _start(self) -> None:
-        """Begin to get a connection; nobody would give one back that comes after the end, or beside another."""
+        """Note that a connection is being acquired.
+
+        Raises: RuntimeError after the session's end, or beside another acquire: that connection would never be
+        released.
+        """
         if self.ended:
             raise RuntimeError(ENDED)
         if self._beginning:
@@ -97,8 +101,8 @@ class ReadSession(AsyncSession):
     async def rows(self, query: Query[*Ts], **parameters: Any) -> Sequence[Row[*Ts]]:
         """Return all rows of a query, past the unit of work: flush before, if objects were changed.
 
-        It runs in the session's transaction. On a replica, while there is none, each call takes a connection for
-        itself, one round trip, and gives it back; a query that means something to a transaction begins one.
+        It runs in the session's transaction. On a replica without a transaction each call acquires a connection for one
+        round trip and releases it; a query with an effect on its transaction begins one.
         """
         given: object = query
         if not isinstance(given, Query):
@@ -119,11 +123,11 @@ class ReadSession(AsyncSession):
     async def _begin(self) -> Lease:
         self._start()
         try:
-            lease = await self._lease_begun()
-            # For the rest of the session it is this connection, or the primary.
+            lease = await self._acquire_lease()
+            # The check is done once: the session keeps this connection, or goes to the primary.
             check, self._server_check = self._server_check, None
-            if check is not None and not await self._stays(check, lease):
-                lease = await self._lease_begun()
+            if check is not None and not await self._may_serve(check, lease):
+                lease = await self._acquire_lease()
         finally:
             self._beginning = False
         if self.ended:
@@ -136,11 +140,11 @@ class ReadSession(AsyncSession):
             return await fetch_once(self._database, query, parameters)
         lease = Lease(self._database, await self._database.pool.acquire(), readonly=True)
         if lease.connection.pooled:
-            # Only in a transaction does the next statement reach the same server.
+            # Behind a pooler only a transaction keeps the check and the query on one server.
             lease.give_back()
             self._lease = await self._begin()
             return await self._lease.rows(query, parameters)
-        if await self._stays(self._server_check, lease):
+        if await self._may_serve(self._server_check, lease):
             try:
                 return await lease.rows(query, parameters)
             finally:
@@ -148,8 +152,8 @@ class ReadSession(AsyncSession):
         self._server_check = None
         return await self.rows(query, **parameters)
 
-    async def _stays(self, check: ServerCheck, lease: Lease) -> bool:
-        """Tell whether a lease may serve; else end it, and go to the database that serves in its place."""
+    async def _may_serve(self, check: ServerCheck, lease: Lease) -> bool:
+        """Return whether the server of a lease may serve; if not, end the lease and switch to the primary."""
         try:
             other = await check.redirect(lease)
         except BaseException:
@@ -161,7 +165,7 @@ class ReadSession(AsyncSession):
         self._database, self._mode = other, other.reads
         return False
 
-    async def _lease_begun(self) -> Lease:
+    async def _acquire_lease(self) -> Lease:
         lease = Lease(self._database, await self._database.pool.acquire(), readonly=self.reads)
         await lease.begin(self._mode.begin)
         return lease
@@ -170,11 +174,10 @@ class ReadSession(AsyncSession):
         try:
             await lease.begin(self._mode.begin)
         except BaseException:
-            self._lease = None  # It has given its connection back.
+            self._lease = None  # It has released its connection.
             raise
 
-    # Transactions. What SQLAlchemy's session does not know of is the transaction of the driver's lane, until it takes
-    # that over.
+    # Transactions. SQLAlchemy's session does not know the transaction of the driver's lane until it takes that over.
 
     def begin(self) -> AsyncSessionTransaction:
         """Begin a transaction that is committed when its block ends: `async with session.begin():`.
@@ -196,7 +199,7 @@ class ReadSession(AsyncSession):
         return super().get_transaction()
 
     def _join(self) -> None:
-        """Let SQLAlchemy's session take over what `rows` has begun; nothing is sent for that."""
+        """Let SQLAlchemy's session take over the transaction that `rows` has begun; nothing is sent for that."""
         if self._lease is not None:
             self.sync_session.join()
 
@@ -206,7 +209,7 @@ class ReadSession(AsyncSession):
         The driver's own is `(await connection.get_raw_connection()).driver_connection`; what it sends is part of the
         transaction too.
         """
-        refuse_of_transactions(options.get("execution_options") or {})
+        refuse_transaction_options(options.get("execution_options") or {})
         return await super().connection(*arguments, **options)
 
     def get_bind(self, *_arguments: Any, **_options: Any) -> Engine:
@@ -288,7 +291,7 @@ class ReadSession(AsyncSession):
                 self.sync_session.flush()
         finally:
             if held is None or (not self.sync_session.in_transaction() and not held.checkout.connection.needs_reset):
-                # There is nothing to undo on the server, and so nothing to wait for.
+                # Nothing has to be undone on the server, so this does not wait.
                 self.sync_session.close()
             else:
                 await super().__aexit__(kind, error, trace)
@@ -409,7 +412,7 @@ class WriteSession(ReadSession):
             if error is None:
                 await self.commit()
             else:
-                # What was committed before the error stands, and the client may look for it.
+                # The earlier commits of the block stand, and the client may read them with a token.
                 await self._note_commits()
         except BaseException as late:
             self.failure = late
@@ -418,7 +421,7 @@ class WriteSession(ReadSession):
             await super().__aexit__(kind, error, trace)
 
     async def _note_commits(self) -> None:
-        """Ask how far the WAL reaches after a commit, where somebody reads from a replica."""
+        """Ask for a consistency token after a commit, where there are replicas."""
         checkout = self._checkout()
         if checkout is None or not checkout.connection.committed:
             return
@@ -437,7 +440,7 @@ class WriteSession(ReadSession):
 
 
 def _raise_for_swallowed(error: PendingRollbackError, *, lost: bool) -> Never:
-    """Say what it means that somebody went on after a flush or the connection had failed."""
+    """Name the failure of a block that went on after a flush or the connection had failed."""
     if lost:
         raise ConnectionLost(LOST) from error
     raise TransactionAborted(SWALLOWED) from error

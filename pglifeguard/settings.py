@@ -1,4 +1,4 @@
-"""Every knob of the library, with its unit, its bounds and the reason for its default.
+"""Every setting of the library, with its unit, its bounds and the reason for its default.
 
 `DatabasesSettings()` reads the environment over `.env` and answers a mistake with `SettingsError`, one sentence for
 each, naming the variable. A service that has settings of its own makes them a subclass. The three databases share one
@@ -33,7 +33,7 @@ def _checked_url(secret: SecretStr) -> SecretStr:
     text = secret.get_secret_value().strip()
     parameters = parse_url(text)
     for name, path in parameters.files.items():
-        # The driver would say so at each connect, and that looks like a database that is away.
+        # The driver would report this at each connect, where it looks like a database that is away.
         if not os.access(path, os.R_OK):
             raise ValueError(f"names {path} as {name}, which is not there or cannot be read")
     if parameters.lacks_root_certificate and not _has_root_certificate():
@@ -54,7 +54,7 @@ def _has_user() -> bool:
 
 
 def _has_root_certificate() -> bool:
-    # Where libpq and asyncpg look when the URL names none.
+    # The defaults of libpq and asyncpg for a URL that names none.
     named = os.environ.get("PGSSLROOTCERT") or Path("~/.postgresql/root.crt").expanduser()
     return os.access(named, os.R_OK)
 
@@ -108,7 +108,7 @@ class DatabaseSettings(BaseModel):
 
     @property
     def capacity(self) -> int:
-        """Connections at work at most."""
+        """The most connections that are checked out at once."""
         return self.pool_size + self.max_overflow
 
     @property
@@ -118,17 +118,17 @@ class DatabaseSettings(BaseModel):
 
     @cached_property
     def parameters(self) -> ConnectionParameters:
-        """The URL, taken apart; it holds the password."""
+        """The parts of the URL; they hold the password."""
         return parse_url(self.url.get_secret_value())
 
     @property
     def server(self) -> str:
-        """Host and port: what databases share that share a server."""
+        """Host and port, by which databases on one server are grouped."""
         return self.parameters.server
 
     @property
     def location(self) -> str:
-        """Host, port and database: what may be shown."""
+        """Host, port and database, without user and password, for logs and answers."""
         return self.parameters.location
 
     @model_validator(mode="before")
@@ -301,7 +301,7 @@ class DatabasesSettings(BaseSettings):
 
     @cached_property
     def listening(self) -> DatabaseSettings | None:
-        """The primary as LISTEN_URL leads to it; None where nobody may listen."""
+        """The primary as LISTEN_URL leads to it; None where LISTEN_URL is not set."""
         if self.listen_url is None:
             return None
         return DatabaseSettings(**self.primary.model_dump() | {"url": self.listen_url})
