@@ -43,7 +43,7 @@ SLOW_FILES = {
     "app": {"test_cli", "test_main", "test_openapi", "test_security"},
     "tests": {
         "test_alerts", "test_balancer", "test_concurrently", "test_cost", "test_extending", "test_migrations",
-        "test_servers",
+        "test_patterns", "test_servers",
     },
     "users": {"test_sync"},
 }  # fmt: skip

@@ -19,14 +19,15 @@ from starlette.websockets import WebSocketDisconnect
 
 from app import patients
 from app.main import create_app
-from pglifeguard.errors import DatabaseUnreachable, NotFound
-from pglifeguard.fastapi import problems
-from pglifeguard.fastapi.sessions import (
+from pglifeguard import NotFound
+from pglifeguard.errors import DatabaseUnreachable
+from pglifeguard.fastapi import (
     AnalyticsDB,
     ReadDB,
     WriteDB,
     analytics_session,
     databases_of,
+    problems,
     read_session,
     write_session,
 )
