@@ -149,7 +149,7 @@ async def test_lock_timeout_is_answered(primary: Service, database: Database) ->
 
 
 async def test_stale_statement_is_answered(primary: Service, database: Database) -> None:
-    """A prepared statement whose result has changed its type since is weather; the statement after it is a new one."""
+    """A prepared statement whose result type has changed is a transient failure; the next statement is prepared anew."""
     returning = executing("SELECT full_name FROM patients")
     assert (await write(primary, returning)).status_code == 200
     owner = await asyncpg.connect(database.url("app_owner"))
@@ -252,14 +252,14 @@ async def test_swallowed_failure_is_a_bug_and_never_a_success(primary: Service) 
 
 
 async def test_write_in_a_read_session_is_a_bug(primary: Service, service: Service) -> None:
-    """On the primary and on the replica the database refuses it, and it is no weather: 500."""
+    """On the primary and on the replica the database refuses it, and it is no transient failure: 500."""
     for running in (primary, service):
         assert_problem(await read(running, executing(INSERT)), 500, "internal_error")
         assert (await running.client.get("/patients")).json() == []
 
 
 async def test_os_error_of_our_own_is_a_bug(primary: Service) -> None:
-    """A route that raises OSError or TimeoutError has not met the database's weather: 500."""
+    """An OSError or TimeoutError that a route raises is no failure of the database: 500."""
 
     async def fail(error: Exception) -> None:
         raise error

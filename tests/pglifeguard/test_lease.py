@@ -166,7 +166,7 @@ async def test_swallowed_failure_of_the_driver_is_never_committed(service: Servi
 
 
 async def test_server_that_ends_a_session_is_answered_503(service: Service) -> None:
-    """A backend that is told to go says 57P01: weather, and its connection serves nobody else."""
+    """A backend that is ended says 57P01: a transient failure, and its connection serves no other request."""
 
     @service.app.post("/killed")
     async def killed(session: WriteDB) -> None:
@@ -191,7 +191,7 @@ async def test_server_that_ends_a_session_is_answered_503(service: Service) -> N
 async def test_connection_that_the_server_has_just_ended(
     database: Database, proxy: Proxy, execute: Execute, request_line: str, code: str
 ) -> None:
-    """Taken between the server's last word and the end of its socket, it is weather and no bug, and not used again."""
+    """Acquired between the server's last message and the end of its socket, it is a transient failure and not used again."""
     primary = {"url": proxy.url(database.url()), "pool_size": 1, "max_overflow": 0, "command_timeout_seconds": 1}
     async with quiet(database.settings(replica=False, primary=primary, statement_timeout_seconds=0.5)) as service:
 
@@ -248,7 +248,7 @@ async def test_stale_plan_on_the_replica_is_made_anew(database: Database, servic
 
 
 async def test_demoted_server_is_left(service: Service) -> None:
-    """An address that leads to a server without writes is weather, and none of its connections is used again."""
+    """A server that takes no writes is a transient failure, and none of its connections is used again."""
 
     @service.app.post("/demoted")
     async def demoted(session: WriteDB) -> None:

@@ -1,4 +1,4 @@
-"""What would be lost in silence, or end in a riddle, raises with a sentence that says what to write."""
+"""Misuse that would lose data in silence raises an error whose sentence says what to write."""
 
 from collections.abc import Awaitable, Callable
 from datetime import date

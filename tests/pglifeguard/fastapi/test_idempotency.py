@@ -148,26 +148,26 @@ async def test_housekeeping_deletes_what_is_forgotten(service: Service, database
 
     first = await purge_expired(service.databases, hours=24)
     assert (first, await count(database, "idempotency_keys")) == (PURGE_ROWS, PURGE_ROWS + 2)
-    house = asyncio.create_task(purge_expired_keys(service.databases, hours=24, interval_seconds=0.01))
+    purge = asyncio.create_task(purge_expired_keys(service.databases, hours=24, interval_seconds=0.01))
 
     async def one_left() -> bool:
         return await count(database, "idempotency_keys") == 1
 
     assert await eventually(one_left, 5)
-    house.cancel()
+    purge.cancel()
 
 
 async def test_housekeeping_outlives_an_outage(service: Service, caplog: pytest.LogCaptureFixture) -> None:
     """A round that cannot reach the database is logged, and the next one comes."""
     service.databases.primary.pool.close()
-    house = asyncio.create_task(purge_expired_keys(service.databases, hours=24, interval_seconds=0.01))
+    purge = asyncio.create_task(purge_expired_keys(service.databases, hours=24, interval_seconds=0.01))
 
     async def twice() -> bool:
         return sum(record.message == "idempotency keys not purged" for record in caplog.records) >= 2
 
     assert await eventually(twice, 5)
-    assert not house.done()
-    house.cancel()
+    assert not purge.done()
+    purge.cancel()
 
 
 @pytest.mark.parametrize("headers", [{}, {HEADER: "one"}], ids=["without", "with"])
