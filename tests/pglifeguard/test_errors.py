@@ -149,7 +149,7 @@ async def test_lock_timeout_is_answered(primary: Service, database: Database) ->
 
 
 async def test_stale_statement_is_answered(primary: Service, database: Database) -> None:
-    """A prepared statement whose result type has changed is a transient failure; the next statement is prepared anew."""
+    """A prepared statement whose result type has changed is a transient failure; the next one is prepared anew."""
     returning = executing("SELECT full_name FROM patients")
     assert (await write(primary, returning)).status_code == 200
     owner = await asyncpg.connect(database.url("app_owner"))

@@ -191,7 +191,7 @@ async def test_server_that_ends_a_session_is_answered_503(service: Service) -> N
 async def test_connection_that_the_server_has_just_ended(
     database: Database, proxy: Proxy, execute: Execute, request_line: str, code: str
 ) -> None:
-    """Acquired between the server's last message and the end of its socket, it is a transient failure and not used again."""
+    """Acquired after the server's last message and before its FIN, it is a transient failure and not used again."""
     primary = {"url": proxy.url(database.url()), "pool_size": 1, "max_overflow": 0, "command_timeout_seconds": 1}
     async with quiet(database.settings(replica=False, primary=primary, statement_timeout_seconds=0.5)) as service:
 
