@@ -5,12 +5,12 @@ from typing import Annotated, Any, Self
 from fastapi import Path
 from pydantic import BaseModel, ConfigDict, StringConstraints, model_validator
 
-# One line of text. Control characters are refused: PostgreSQL cannot store NUL, and the others only hide things.
+# One line of text without control characters: PostgreSQL cannot store NUL, and the others make text unreadable.
 Line = Annotated[
     str,
     StringConstraints(strip_whitespace=True, min_length=1, max_length=200, pattern=r"^[^\x00-\x1f\x7f]*$"),
 ]
-# A primary key; larger numbers do not fit PostgreSQL's bigint.
+# A primary key. Larger numbers do not fit into PostgreSQL's bigint.
 Id = Annotated[int, Path(ge=1, le=2**63 - 1)]
 
 

@@ -1,4 +1,4 @@
-"""Put the service together: the only place where settings, databases, security and routes meet.
+"""Build the service: the only place where settings, databases, security and routes meet.
 
 `create_app(Settings(...))` may be called more than once in a process; `uvicorn --factory app.main:create_app` calls it
 without arguments, and then it reads the environment.
@@ -57,7 +57,7 @@ def create_app(settings: Settings | None = None, **options: Any) -> FastAPI:
     async def lifespan(app: FastAPI) -> AsyncIterator[dict[str, Any]]:
         async with AsyncExitStack() as stack:
             state = await stack.enter_async_context(lifeguard.lifespan(app))
-            # What exists now lives until the end, so the garbage collector can leave it out.
+            # All objects of now live until the end, so the garbage collector need not visit them.
             gc.collect()
             gc.freeze()
             more = None if inner is None else await stack.enter_async_context(inner(app))

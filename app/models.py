@@ -1,4 +1,4 @@
-"""What every table shares: names for constraints, times with a zone, text without a length."""
+"""The base of all tables: names for constraints, times with a zone, text without a length."""
 
 from datetime import datetime
 from importlib import import_module
@@ -9,17 +9,17 @@ from sqlalchemy import BigInteger, MetaData, Text, event
 from sqlalchemy.dialects.postgresql import TIMESTAMP
 from sqlalchemy.orm import DeclarativeBase, Mapper
 
-# These send a query when the attribute is read, which an async session cannot do, nor a reader see.
+# With these, reading the attribute sends a query. An async session cannot do that, and a reader does not see it.
 HIDDEN_QUERIES = frozenset({"select", True, "dynamic"})
 
 
 class Base(DeclarativeBase):
-    """Declares tables. Relationships say how they are loaded, `lazy="raise"` if in doubt: none hides a query.
+    """Declares tables. Each relationship says how it is loaded, `lazy="raise"` if in doubt.
 
-    Raises: TypeError for one that would, when the service is put together.
+    Raises: TypeError, when the service is built, for a relationship that sends a query when it is read.
     """
 
-    # Without names of our own a constraint could not be dropped by a migration, nor told apart in an error.
+    # A migration drops a constraint by its name, and `constraint(error)` tells violations apart by it.
     metadata = MetaData(
         naming_convention={
             "pk": "pk_%(table_name)s",
@@ -44,6 +44,6 @@ def _refuse_hidden_queries(mapper: Mapper[object], _model: type[object]) -> None
 
 
 def load_models() -> None:
-    """Import the models of every domain, so that `Base.metadata` is whole: for migrations."""
+    """Import the models of every domain, so that `Base.metadata` has all tables; migrations call this."""
     for found in sorted(Path(__file__).parent.glob("*/models.py")):
         import_module(f"app.{found.parent.name}.models")

@@ -1,4 +1,4 @@
-"""Key-set paging: a page starts after the last key of the one before, so page 1,000 costs what page 1 costs.
+"""Key-set paging: a page starts after the last key of the page before, so page 1,000 is as cheap as page 1.
 
 Lists are plain JSON arrays; the next page is in the Link header (RFC 8288). The cursor in it is opaque to clients.
 """
@@ -14,7 +14,7 @@ from pglifeguard import ServiceError
 from pglifeguard.fastapi import public_path
 
 PAGE_LIMIT = 200
-# A name of 200 characters, each of four bytes, in base64, and an id.
+# Enough for a name of 200 characters of four bytes, in base64, and an id.
 CURSOR_CHARACTERS = 2000
 RowT = TypeVar("RowT")
 
@@ -49,7 +49,7 @@ def decode_cursor(after: str | None, *types: type) -> list[Any] | None:
     try:
         padded = after.encode() + b"=" * (-len(after) % 4)
         key: Any = json.loads(base64.b64decode(padded, altchars=b"-_", validate=True))
-        # Half of a surrogate pair, which JSON can write and PostgreSQL cannot store, fails here as well.
+        # This also refuses half of a surrogate pair, which JSON can express and PostgreSQL cannot store.
         ours = isinstance(key, list) and encode_cursor(*key) == after
     except (ValueError, RecursionError):
         ours = False

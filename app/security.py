@@ -1,8 +1,8 @@
-"""Bearer tokens (JWT, HS256) with scopes. Checked before any connection is taken; never touches the database.
+"""Bearer tokens (JWT, HS256) with scopes, checked before a connection is acquired and without the database.
 
-Each route says which scopes it needs by its dependencies, its router's or those of an inclusion: `needs("ops")`, or
-`OPEN` for everybody. Where nothing is said, `read` allows GET and HEAD, and `write` every other method and WebSockets:
-what is not declared open is closed. Without AUTH_SECRET the routes are open, which `ENVIRONMENT=production` refuses.
+A route declares the scopes that it needs in its dependencies, its router's or those of an inclusion: `needs("ops")`, or
+`OPEN` for everybody. Undeclared routes are closed: `read` allows GET and HEAD, `write` every other method and
+WebSockets. Without AUTH_SECRET all routes are open, which `ENVIRONMENT=production` refuses.
 """
 
 from collections.abc import Collection
@@ -26,7 +26,7 @@ _GRANTED = "app.granted"
 
 
 class Unauthorized(ServiceError):
-    """No bearer token, or not one of ours."""
+    """The bearer token is missing or not valid."""
 
     status = 401
     code = "unauthorized"
@@ -40,17 +40,17 @@ class Forbidden(ServiceError):
 
 
 class Needs:
-    """A dependency that lets a request through whose token has these scopes.
+    """A dependency that refuses requests whose token lacks one of these scopes.
 
-    The guard reads it from the route, before a body is read. It is checked again where FastAPI solves it, so it holds
-    in the signature of an endpoint, and in another dependency, too.
+    The guard finds it on the route, before a body is read. FastAPI solves it again, so it also works in an endpoint's
+    signature and in another dependency.
     """
 
     def __init__(self, *scopes: Scope) -> None:
         self.scopes = frozenset(scopes)
 
     async def __call__(self, connection: HTTPConnection) -> None:
-        """Refuse what the token does not allow. Where no guard is installed, everything is allowed."""
+        """Refuse the request if its token lacks a scope. Without a guard every request is allowed."""
         granted = connection.scope.get(_GRANTED)
         if granted is not None:
             _check_scopes(self.scopes, granted)
@@ -75,10 +75,10 @@ def issue_token(secret: SecretStr, *, subject: str, scopes: list[Scope], lifetim
 
 
 class BearerGuard:
-    """Let a request through with the scopes that its route needs; without them, refuse it before anything else is done.
+    """Refuse a request whose token lacks a scope that its route needs, before anything else is done.
 
-    It stands between the exception handlers and the router: it sees the path that the router sees, whatever middleware
-    has made of it, and its refusals are answered as every other error is. An unknown path is refused like a known one.
+    The guard stands between the exception handlers and the router. So it sees the same path as the router, after all
+    middleware, and its refusals are answered like every other error. An unknown path is refused like a known one.
     `request.state.caller` is the token's subject.
     """
 
@@ -107,7 +107,7 @@ class BearerGuard:
     def needed(self, route: Any, method: str | None) -> frozenset[str]:
         """Return the scopes that a request of this method for this route needs; a WebSocket has no method."""
         if route is not None and not hasattr(route, "dependencies"):
-            # Mounts, static files and FastAPI's own pages have nothing but their path, of which parts are not compared.
+            # Mounts, static files and FastAPI's own pages have no dependencies; their whole path template decides.
             declared = [frozenset[str]()] if getattr(route, "path", None) in self._open_paths else []
         else:
             dependencies = getattr(route, "dependencies", ())
@@ -135,10 +135,10 @@ def _check_scopes(needed: frozenset[str], granted: frozenset[str]) -> None:
 
 
 def install(app: FastAPI, secret: SecretStr, *, open_paths: Collection[str] = ()) -> None:
-    """Guard the service, and tell its OpenAPI document so.
+    """Guard the service, and declare the guard in its OpenAPI document.
 
-    The document and its page are open; `open_paths` names further routes without dependencies that are, each by its
-    whole path template: a mount's is what it is mounted at, "/static".
+    The document and its page are open. `open_paths` opens further routes that cannot have dependencies, each by its
+    whole path template; a mount's is its mount path, "/static".
     """
     pages = {path for path in (app.openapi_url, app.docs_url, app.redoc_url) if path is not None}
     guard = BearerGuard(app.router.middleware_stack, app.router, secret, frozenset({*pages, *open_paths}))

@@ -1,4 +1,4 @@
-"""Every knob of the service that is not the library's: see `DatabasesSettings` for pools, replicas and limits.
+"""The settings of the service; `DatabasesSettings` has those of the library: pools, replicas and limits.
 
 Nothing else reads the environment. `docs/settings.md` is compared with both.
 """
@@ -9,10 +9,10 @@ from pydantic import AfterValidator, Field, SecretStr, model_validator
 
 from pglifeguard import DatabasesSettings
 
-# HS256 wants a key as long as its hash (RFC 7518, section 3.2).
+# HS256 needs a key at least as long as its hash (RFC 7518, section 3.2).
 SECRET_CHARACTERS = 32
-# What docker-compose.yml's default passwords begin with.
-DEVELOPMENT_SECRET = "development-"  # noqa: S105  # It is what a secret must not look like.
+# The default passwords of docker-compose.yml begin so.
+DEVELOPMENT_SECRET = "development-"  # noqa: S105  # It is a prefix, not a secret.
 
 
 def _checked_secret(secret: SecretStr) -> SecretStr:

@@ -1,6 +1,6 @@
 """Every statement about patients. Each function takes the session first; none commits.
 
-Reads give rows and not entities: nothing is loaded by accident, and a row costs a third of an entity.
+Reads return rows and not entities: a row loads nothing by accident and costs a third of an entity.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,16 +16,16 @@ from pglifeguard import Conflict, NotFound, Query, ReadSession, WriteSession, co
 COLUMNS = (Patient.id, Patient.mrn, Patient.full_name, Patient.birth_date, Patient.created_at, Patient.updated_at)
 PatientRow: TypeAlias = Row[int, str, str, date, datetime, datetime]
 NamedPatientRow: TypeAlias = Row[int, str, str, date, datetime, datetime, str]
-# The expression of the index ix_patients_name, to the letter.
+# Exactly the expression of the index ix_patients_name, or PostgreSQL would not use it.
 NAME_KEY = func.lower(Patient.full_name).collate("C")
-# Sorts behind every character, so that what begins with a prefix lies between the prefix and the prefix with this.
-# A range uses the index in every plan, where LIKE does only while the planner sees the pattern.
+# Sorts behind every other character: the names with a prefix lie between the prefix and the prefix with this appended.
+# A range uses the index in every plan; LIKE does so only while the planner sees the pattern.
 LAST_CHARACTER = "\U0010ffff"
 UNIQUE = "uq_patients_mrn"
-# Built and compiled once: that costs as much as sending them.
+# Built and compiled once, because compiling costs as much as the round trip.
 BY_ID = Query(select(*COLUMNS).where(Patient.id == bindparam("patient_id")))
 PAGE = Query(select(*COLUMNS).where(Patient.id > bindparam("after_id")).order_by(Patient.id).limit(bindparam("limit")))
-# From the prefix to the last name that starts with it: a range of the index, in which no character is special.
+# No character of the prefix is special here, as % and _ are in LIKE.
 IN_PREFIX = NAME_KEY.between(func.lower(bindparam("prefix")), func.lower(bindparam("prefix")).concat(LAST_CHARACTER))
 BY_MRN = Query(select(*COLUMNS).where(Patient.mrn == bindparam("mrn"), IN_PREFIX))
 SEARCH = Query(

@@ -1,4 +1,4 @@
-"""What clients send and get."""
+"""The JSON of patients: what clients send and receive."""
 
 import re
 from datetime import UTC, date, datetime, timedelta
@@ -12,14 +12,14 @@ _DATE = re.compile(r"\d{4}-\d{2}-\d{2}")
 
 
 def _written_as_date(value: object) -> object:
-    # Pydantic would take 0 and "0" for 1970.
+    # Pydantic would read 0 and "0" as 1970-01-01.
     if not isinstance(value, str) or _DATE.fullmatch(value) is None:
         raise ValueError("must be a date, written as YYYY-MM-DD")
     return value
 
 
 def _not_in_future(birth_date: date) -> date:
-    # Somewhere on earth it is already tomorrow.
+    # East of UTC it may be tomorrow already.
     if birth_date > datetime.now(UTC).date() + timedelta(days=1):
         raise ValueError("must not be in the future")
     return birth_date
@@ -42,7 +42,7 @@ class PatientIn(BaseModel):
 
 
 class PatientChange(Change):
-    """What to change of a patient."""
+    """The fields of a patient to change."""
 
     mrn: Mrn | None = None
     full_name: Line | None = None

@@ -1,4 +1,4 @@
-"""Reports: on the analytics database, in a small pool of their own, never in the way of the other routes."""
+"""Reports, on the analytics database and its own small pool, so that they take no connection from other routes."""
 
 from app.reports.routes import router
 

@@ -21,7 +21,7 @@ BY_DAY = text("""
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """What one snapshot counts: rows of (decade, patients) and of (day, patients)."""
+    """Counts of one snapshot: rows of (decade, patients) and of (day, patients)."""
 
     as_of: datetime
     by_decade: Sequence[Row[int, int]]

@@ -1,4 +1,4 @@
-"""What clients get."""
+"""The JSON of reports."""
 
 from datetime import date, datetime
 
@@ -24,7 +24,7 @@ class Day(BaseModel):
 
 
 class Summary(BaseModel):
-    """Counts of one snapshot: the parts agree with each other."""
+    """Counts of one snapshot, so that the parts add up."""
 
     as_of: datetime
     patients: int

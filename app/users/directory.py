@@ -26,7 +26,7 @@ class DirectoryFailed(ServiceError):
 
 
 class Profile(BaseModel):
-    """What the directory knows of a user."""
+    """A user's profile in the directory."""
 
     full_name: Line
     is_active: bool

@@ -9,7 +9,7 @@ from app.models import Base
 
 
 class User(Base):
-    """A person who may use the service. The email is unique whatever its case."""
+    """A person who may use the service. The email is unique, upper and lower case being the same."""
 
     __tablename__ = "users"
 

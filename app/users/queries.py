@@ -1,6 +1,6 @@
 """Every statement about users. Each function takes the session first; none commits.
 
-Reads give rows and not entities: nothing is loaded by accident, and a row costs a third of an entity.
+Reads return rows and not entities: a row loads nothing by accident and costs a third of an entity.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,7 @@ COLUMNS = (User.id, User.email, User.full_name, User.is_active, User.created_at)
 
 UNIQUE = "uq_users_email_lower"
 UserRow: TypeAlias = Row[int, str, str, bool, datetime]
-# Built and compiled once: that costs as much as sending them.
+# Built and compiled once, because compiling costs as much as the round trip.
 BY_ID = Query(select(*COLUMNS).where(User.id == bindparam("user_id")))
 PAGE = Query(select(*COLUMNS).where(User.id > bindparam("after_id")).order_by(User.id).limit(bindparam("limit")))
 ADD = Query(
@@ -33,7 +33,7 @@ class UserNotFound(NotFound):
 
 
 class EmailTaken(Conflict):
-    """Another user has this email, in whatever case."""
+    """Another user has this email, in upper or lower case."""
 
     code = "email_taken"
 

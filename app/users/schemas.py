@@ -1,4 +1,4 @@
-"""What clients send and get."""
+"""The JSON of users: what clients send and receive."""
 
 from datetime import datetime
 from typing import Annotated
@@ -21,7 +21,7 @@ class UserIn(BaseModel):
 
 
 class UserChange(Change):
-    """What to change of a user."""
+    """The fields of a user to change."""
 
     email: Email | None = None
     full_name: Line | None = None

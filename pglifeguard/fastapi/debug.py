@@ -1,4 +1,4 @@
-"""What operators look at when it is slow: pool figures, who holds connections. Never behind a request pool."""
+"""Operators' routes for a slow service: pool figures, holders of connections. They use no request pool."""
 
 from dataclasses import asdict
 from typing import Any
@@ -13,9 +13,9 @@ from pglifeguard.fastapi.health import DatabasesOfApp
 from pglifeguard.fastapi.problems import documented
 from pglifeguard.fastapi.shared import shared
 
-# For an answer while somebody waits for it, and for a server that is in trouble already.
+# An operator waits for the answer, and the server may be overloaded already.
 ASK_SECONDS = 2.0
-# Sessions that wait for a lock, told at most: a crowd behind one lock is told by its first.
+# At most this many sessions that wait for a lock: the first of a crowd show what it waits for.
 MAX_BLOCKED = 50
 router = APIRouter(tags=["operations"], responses=documented(401, 403))
 
@@ -28,11 +28,10 @@ async def get_pool_stats(databases: DatabasesOfApp) -> dict[str, dict[str, int]]
 
 @router.get("/debug/connections")
 async def get_connections(databases: DatabasesOfApp, request: Request) -> dict[str, Any]:
-    """List what this process holds and for how long, each server's connections, and who blocks whom there.
+    """List the connections that this process holds, those of each server, and the sessions that block others there.
 
-    `server` counts by application and state.
-    `blocked` has a row for each session that waits for a lock and each that it waits for, those who have waited longest
-    first.
+    `server` counts by application and state. `blocked` has a row for each pair of a session that waits for a lock and a
+    session that it waits for; the longest wait comes first.
     """
     asked = shared(request.app, "connections", lambda: _all_connections(databases), min_pause_seconds=0.05)
     return await asked.get()

@@ -1,4 +1,4 @@
-"""`/metrics`, as Prometheus reads it, written down without holding the event loop up."""
+"""`/metrics`, as Prometheus reads it, written without blocking the event loop."""
 
 import asyncio
 from copy import copy
@@ -14,7 +14,7 @@ from pglifeguard.fastapi.problems import documented
 from pglifeguard.fastapi.shared import shared
 from pglifeguard.serving.workers import exposition
 
-# Lines written in one go.
+# Samples written before other requests get the event loop.
 SLICE_SAMPLES = 200
 router = APIRouter(tags=["operations"], responses=documented(401, 403))
 
@@ -30,15 +30,15 @@ async def _expose(databases: Databases) -> bytes:
     databases.publish()
     folder = databases.settings.prometheus_multiproc_dir
     if folder is not None:
-        # It reads the files of all workers, and waits for their lock.
+        # This reads the files of all workers and waits for their lock, so it runs in a thread.
         return await asyncio.to_thread(exposition, folder)
     return await in_slices(databases.metrics.registry)
 
 
 async def in_slices(registry: CollectorRegistry) -> bytes:
-    """Write the exposition down in slices of a millisecond or two, and let others have the event loop in between.
+    """Write the exposition in slices of a millisecond or two; other requests get the event loop between two slices.
 
-    In a thread it would take the interpreter's lock for 5 ms at a time, as often as another request wanted it.
+    A thread would not help: it would hold the interpreter's lock for 5 ms at a time.
     """
     parts = []
     for family in registry.collect():
@@ -47,14 +47,14 @@ async def in_slices(registry: CollectorRegistry) -> bytes:
             part = copy(family)
             part.samples = family.samples[start : start + SLICE_SAMPLES]
             text = generate_latest(_One(part))
-            parts.append(text if start == 0 else text.split(b"\n", 2)[2])  # Without HELP and TYPE once more.
+            parts.append(text if start == 0 else text.split(b"\n", 2)[2])  # HELP and TYPE are in the first slice.
             await asyncio.sleep(0)
     return b"".join(parts)
 
 
 @dataclass(frozen=True, slots=True)
 class _One:
-    """A single family in the place of a registry."""
+    """A registry of one family."""
 
     family: Metric
 

@@ -1,4 +1,4 @@
-"""Is it alive, may traffic come, and how are the databases? None of it waits behind requests."""
+"""Health routes: the process, its readiness, its databases. None of them waits behind requests."""
 
 import asyncio
 import time
@@ -13,13 +13,13 @@ from pglifeguard.fastapi.shared import shared
 
 router = APIRouter(prefix="/health", tags=["operations"])
 DatabasesOfApp = Annotated[Databases, Depends(databases_of)]
-# The same body as with 200, and no problem document: a probe's answer is the description.
+# A probe reads the same body with 200 and 503, so this is no problem document.
 UNAVAILABLE: dict[int | str, dict[str, Any]] = {503: {"description": "Service Unavailable", "model": dict[str, Any]}}
 
 
 @router.get("/live")
 async def get_live() -> dict[str, str]:
-    """Say that the process runs; touches nothing."""
+    """Say that the process runs, without any I/O."""
     return {"status": "alive"}
 
 

@@ -1,10 +1,10 @@
-"""`Idempotency-Key`: a POST or PATCH that is sent twice is done once, and answered twice alike.
+"""`Idempotency-Key`: a POST or PATCH that is sent twice is done once, and both times answered alike.
 
-The key is claimed, the work done and the answer stored in one transaction, so a COMMIT that was lost or never known is
-safe to repeat: either all of it happened or nothing. A twin that comes while the first is at work waits for it on the
-claim. Only an answer that was committed is stored; an error rolls the claim back with the work.
+One transaction claims the key, does the work and stores the answer. So a request whose COMMIT was lost can be repeated
+safely: either all of it happened or nothing. A second request with the same key waits on the claim of the first. Only a
+committed answer is stored; an error rolls the claim back with the work.
 
-Routers opt in by `APIRouter(route_class=IdempotentRoute)`; their routes take `WriteDB` as ever.
+Routers opt in by `APIRouter(route_class=IdempotentRoute)`; their routes take `WriteDB` as usual.
 """
 
 import asyncio
@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 HEADER = "Idempotency-Key"
 METHODS = frozenset({"POST", "PATCH"})
 MAX_CHARACTERS = 255
-# Rows deleted by one round of housekeeping: few enough not to be felt.
+# Rows deleted by one statement: few enough not to disturb requests.
 PURGE_ROWS = 1000
 # An answer is kept in memory and in a row of the database, inside the transaction.
 MAX_BYTES = 1_048_576
@@ -87,7 +87,7 @@ class IdempotencyKey(_Base):
 
     __tablename__ = "idempotency_keys"
 
-    # SHA-256 of caller and key: nobody meets another caller's answer, and no key can be read from the table.
+    # SHA-256 of caller and key: callers cannot reach each other's answers, and the table shows no key.
     digest: Mapped[bytes] = mapped_column(LargeBinary, primary_key=True)
     fingerprint: Mapped[bytes] = mapped_column(LargeBinary)
     status: Mapped[int | None] = mapped_column(SmallInteger)
@@ -105,7 +105,7 @@ IDEMPOTENCY_TABLE = cast("Table", IdempotencyKey.__table__)
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """One request's key: whose and which (digest), and what was asked (fingerprint)."""
+    """One request's key: the caller and the key (digest), and the request (fingerprint)."""
 
     digest: bytes
     fingerprint: bytes
@@ -114,9 +114,9 @@ class Claim:
 class IdempotentRoute(APIRoute):
     """A route that honours the header on POST and PATCH.
 
-    The key is claimed by the last of the `dependencies=` of application, inclusion, router and route: who they refuse
-    gets no stored answer either. What the endpoint's signature names is part of the work and comes after the key: a
-    repetition is answered without it, so a guard does not belong there.
+    The key is claimed after all `dependencies=` of application, inclusion, router and route, so a caller whom these
+    refuse gets no stored answer either. The dependencies in the endpoint's signature come after the key: a repeated
+    request is answered without them, so a guard does not belong there.
     """
 
     def __init__(
@@ -147,7 +147,7 @@ class IdempotentRoute(APIRoute):
             keys = request.headers.getlist(HEADER)
             if not keys or request.method not in METHODS:
                 return await handler(request)
-            # The body is kept by it, for a form too, which FastAPI would read from the socket.
+            # This reads and keeps the body, also a form's, which FastAPI would read from the socket.
             request.scope[_ASKED] = await _claim_of(request, keys)
             consistency_of(request.scope).keyed = True
             try:
@@ -156,7 +156,7 @@ class IdempotentRoute(APIRoute):
                 return replayed.response
             claimed: _Claimed | None = request.scope.get(_CLAIMED)
             if claimed is None:
-                return response  # Somebody overrode the claim.
+                return response  # The application overrode `_claim`.
             return await _kept(claimed, request, response)
 
         return handle
@@ -164,7 +164,7 @@ class IdempotentRoute(APIRoute):
 
 @dataclass(frozen=True, slots=True)
 class _Claimed:
-    """A key that this request has, and the session whose transaction holds it."""
+    """The key that this request has claimed, and the session whose transaction holds the claim."""
 
     session: WriteSession
     claim: Claim
@@ -179,18 +179,18 @@ class _Replayed(Exception):  # It carries an answer.
 
 
 async def _session_of(session: WriteDB) -> None:
-    """Name the session; it is solved for, and never called."""
+    """Name the session for FastAPI's solving; this function is never called."""
 
 
 _SESSION_OF = get_dependant(path="", call=_session_of, scope="function")
 
 
 async def _claim(request: Request) -> None:
-    """Claim the request's key, if it has one, in the transaction of its `WriteDB`. The commit is that session's."""
+    """Claim the request's key, if it has one, in the transaction of its `WriteDB`, which commits it."""
     claim: Claim | None = request.scope.get(_ASKED)
     if claim is None:
         return
-    # As FastAPI would, `dependency_overrides` included, but only where there is a key: nobody else asked for a session.
+    # FastAPI would do the same, `dependency_overrides` included, but open a session for requests without a key too.
     stack: AsyncExitStack = request.scope["fastapi_inner_astack"]
     solved = await solve_dependencies(
         request=request,
@@ -200,7 +200,7 @@ async def _claim(request: Request) -> None:
         embed_body_fields=False,
     )
     session: WriteSession = solved.values["session"]
-    session.pinned = True  # A commit in the middle would keep a key without its answer.
+    session.pinned = True  # A commit before the end would store a key without its answer.
     stored = await claim_key(session, claim, hours=databases_of(request).settings.idempotency_hours)
     if stored is not None:
         raise _Replayed(replay(claim, stored))
@@ -208,9 +208,9 @@ async def _claim(request: Request) -> None:
 
 
 async def claim_key(session: WriteSession, claim: Claim, *, hours: float) -> Row[*tuple[Any, ...]] | None:
-    """Take the key for this transaction: None when it is ours, else the row of the request that had it.
+    """Claim the key for this transaction: return None, or the row of the request that has claimed it before.
 
-    Waits for a twin that is at work with it. A key older than `hours` is as good as new.
+    Waits for a transaction that holds the claim. A key older than `hours` may be claimed again.
     """
     keys = IdempotencyKey
     statement = (
@@ -230,7 +230,7 @@ async def claim_key(session: WriteSession, claim: Claim, *, hours: float) -> Row
 
 
 def replay(claim: Claim, stored: Row[*tuple[Any, ...]]) -> Response:
-    """Answer as the first time.
+    """Build the stored answer again.
 
     Raises: IdempotencyKeyReused when the key belongs to another request.
     """
@@ -264,7 +264,7 @@ async def store_answer(session: WriteSession, claim: Claim, response: Response) 
 
 
 async def _kept(claimed: _Claimed, request: Request, response: Response) -> Response:
-    """Store the answer, and return it as one that is whole."""
+    """Store the answer, and return it with its whole body."""
     if type(response).__call__ is not Response.__call__:
         response = await _whole(request, response)
     if len(response.body) > MAX_BYTES:
@@ -274,14 +274,14 @@ async def _kept(claimed: _Claimed, request: Request, response: Response) -> Resp
 
 
 async def _whole(request: Request, response: Response) -> Response:
-    """Run an answer that makes its body while it is sent, a stream or a file, and return what it would have sent.
+    """Run an answer that produces its body while it is sent (a stream, a file), and return it with its body.
 
     Raises: AnswerNotKept when it is too long, or a stream of events, which may never end.
     """
     if (response.media_type or "").startswith("text/event-stream"):
         raise AnswerNotKept("A stream of events cannot be kept with an Idempotency-Key; send the request without one.")
     whole = Response(background=response.background)
-    response.background = None  # It begins when the answer was sent.
+    response.background = None  # Background tasks start after the answer was sent.
     body = bytearray()
 
     async def collect(message: Message) -> None:
@@ -292,9 +292,9 @@ async def _whole(request: Request, response: Response) -> Response:
         if len(body) > MAX_BYTES:
             raise AnswerNotKept(_TOO_LONG)
 
-    # Without extensions, or a server could be handed the file's name in place of its content. And a client that leaves
-    # ends no answer that is to be kept.
-    asgi = {"version": "3.0", "spec_version": "2.4"}  # Of which Starlette watches for a client that leaves by `send`.
+    # Without extensions Starlette sends a file's content, not its name. A client that leaves must not end an answer
+    # that is to be stored: from this version of ASGI on, Starlette notices the client by `send` alone.
+    asgi = {"version": "3.0", "spec_version": "2.4"}
     await response({**request.scope, "asgi": asgi, "extensions": {}}, request.receive, collect)
     whole.body = bytes(body)
     if "content-length" not in whole.headers:
@@ -337,7 +337,7 @@ async def _claim_of(request: Request, keys: list[str]) -> Claim:
         raise InvalidIdempotencyKey(
             f"{HEADER} must be one of 1 to {MAX_CHARACTERS} printable ASCII characters, no spaces."
         )
-    # A new token of the same caller, after a retry that took an hour, is no other caller.
+    # A retry may come with a new token of the same caller.
     caller = request.scope.get("state", {}).get("caller") or request.headers.get("authorization", "")
     asked = f"{request.method} {request.url.path}?{request.url.query}\n".encode() + await request.body()
     return Claim(hashlib.sha256(f"{caller}\n{keys[0]}".encode()).digest(), hashlib.sha256(asked).digest())

@@ -58,7 +58,7 @@ class Lifeguard:
         app.state.databases = self.databases
         app.state.shared = {}
         problems.install(app)
-        # Innermost, inside the exception handlers: what is run again meets all that inclusion adds to its route.
+        # Innermost, inside the exception handlers: a retried request passes the dependencies of inclusions again.
         app.router.middleware_stack = RetryOnPrimary(
             RetryOnCollision(app.router.middleware_stack, self.databases), self.databases
         )

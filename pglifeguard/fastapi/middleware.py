@@ -27,7 +27,7 @@ from pglifeguard.consistency import Consistency, current_consistency
 from pglifeguard.databases import Databases
 from pglifeguard.errors import BodyTooLarge, BodyTooSlow, Failure
 from pglifeguard.fastapi.failures import report_bug
-from pglifeguard.fastapi.problems import answer_unforeseen, gravest, problem
+from pglifeguard.fastapi.problems import answer_unforeseen, most_severe, problem
 from pglifeguard.fastapi.sessions import (
     DATABASES,
     SAFE_METHODS,
@@ -45,21 +45,21 @@ from pglifeguard.settings import DatabasesSettings
 
 logger = logging.getLogger(__name__)
 
-# The id of the request that is being served in this context; for log lines.
+# The id of the request of this context, for log lines.
 request_id: ContextVar[str | None] = ContextVar("request_id", default=None)
 
-# What the field counts for a client that did not wait for its answer; nobody gets to see it.
+# The status by which nginx and others count a client that left before its answer. It is never sent.
 CLIENT_LEFT = 499
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
-# Longer than a replica that replays nothing stays unnoticed: while few bytes are missing, it goes on serving.
+# A replica that replays nothing is noticed sooner than this, even while few bytes are missing.
 TOKEN_SECONDS = 3600
 
 
 class ObserveRequests:
-    """Give each request an id, count and time it, and let no failure leave unanswered.
+    """Give each request an id, count and time it, and answer the exceptions that no handler takes.
 
-    The id is the client's own if it is a plain one; it goes into the log and X-Request-ID. Three duties in one layer:
-    with layers of their own they took a twelfth of a short read's calls (docs/performance.md).
+    The id is the client's X-Request-ID if it is plain, else a new one; the log and the answer carry it. Three duties
+    share one layer because separate layers cost more calls for each request (docs/performance.md).
     """
 
     def __init__(self, app: ASGIApp, metrics: Metrics, sampler: Sampler) -> None:
@@ -75,7 +75,7 @@ class ObserveRequests:
             await self._app(scope, receive, send)
             return
         given = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"")
-        # It need not be unguessable, and random bytes of the kernel would cost ten times as much.
+        # The id is no secret, and random bytes of the kernel would cost ten times as much.
         chosen = given if _PLAIN_ID.fullmatch(given) else b"%016x" % random.getrandbits(64)
         request_id.set(chosen.decode())
         status: int | None = None
@@ -94,7 +94,7 @@ class ObserveRequests:
         self._in_progress.inc()
         try:
             await self._app(scope, receive, send_marked)
-            # Servers drop what is sent to a client that has left, and Starlette ends a stream to it, without a word.
+            # Servers silently drop data for a client that has left, and Starlette ends a stream to it without an error.
             left = not complete
         except ClientDisconnect:
             left = True
@@ -105,14 +105,14 @@ class ObserveRequests:
                 await problem(Request(scope), failure)(scope, receive, send_marked)
             raise
         except Exception as error:
-            # The edge of the request: whatever comes here is a bug, and the next request must not suffer from it.
+            # The process edge: an exception that comes here is a bug, and the next request must not suffer from it.
             report_bug(self._sampler, scope, error)
             if status is not None or scope["app"].debug:
                 raise
             answer = await answer_unforeseen(Request(scope), error)
             await answer(scope, receive, send_marked)
         finally:
-            # The protocol of `serve` knows of the others, which the application has no way to see.
+            # The protocol of `serve` also sees clients leave while the application neither reads nor sends.
             left = left or scope.get("state", {}).get("client_left", False)
             self._count(scope, CLIENT_LEFT if left else status or 500, time.perf_counter() - started)
 
@@ -120,7 +120,7 @@ class ObserveRequests:
         self._in_progress.dec()
         # A client may send any word as its method; the label may not.
         method = scope["method"] if scope["method"] in METHODS else "other"
-        # A method that a route does not have is not the route's: anybody could make a series for each.
+        # Otherwise clients could make a new series by each method that a route does not have.
         route = "unmatched" if status == HTTPStatus.METHOD_NOT_ALLOWED else route_of(scope)
         if status == CLIENT_LEFT:
             logger.debug("client left", extra={"route": route})
@@ -129,15 +129,15 @@ class ObserveRequests:
 
 
 class ReadYourWrites:
-    """What a client wrote, it reads, whichever database serves it.
+    """Let each client read its own writes, whichever database serves it.
 
-    A write answers with the LSN after its COMMIT, the consistency token, in a header and a cookie; a request that sends
-    either back is read from a replica only when that has replayed as much. What changes something reads on the primary.
+    A write answers with the LSN after its COMMIT, the consistency token, in a header and a cookie. A request that sends
+    it back reads from a replica only when that replica has replayed this LSN. Unsafe methods read on the primary.
     """
 
     def __init__(self, app: ASGIApp, metrics: Metrics, settings: DatabasesSettings) -> None:
         self._app = app
-        # Two services on one domain are told apart by its name or its path: a browser sends each what is its own.
+        # Two services on one domain use different names or paths, so that a browser sends each its own cookie.
         self._cookie_name = name = settings.consistency_cookie_name
         self._cookie = re.compile(rb"(?:^|;\s*)" + re.escape(name.encode()) + rb"=([^;]*)")
         self._cookie_path = settings.consistency_cookie_path
@@ -157,7 +157,7 @@ class ReadYourWrites:
         # POST, PUT, PATCH and DELETE are never retried, so their reads go to the primary from the start.
         consistency = Consistency(self._wanted(scope), primary_only=scope["method"] not in SAFE_METHODS)
         scope.setdefault("state", {})["consistency"] = consistency
-        # Read before mounts make it longer.
+        # A mount lengthens root_path later.
         path = self._cookie_path or quote(scope.get("root_path", "")) or "/"
 
         async def send_with_token(message: Message) -> None:
@@ -194,10 +194,10 @@ class ReadYourWrites:
 
 
 class BodyLimit:
-    """Bound each request's body, while it is read: what nobody reads is not waited for.
+    """Bound each request's body while it is read. A body that is not read is not waited for.
 
-    FastAPI's `max_body_size=` of a route or a router goes before the setting. What is over a limit is raised where the
-    body is read, before the rest of it has come.
+    FastAPI's `max_body_size=` of a route or a router overrides the setting. An excess is raised where the body is read,
+    before the rest of it has arrived.
     """
 
     def __init__(self, app: ASGIApp, settings: DatabasesSettings) -> None:
@@ -224,12 +224,12 @@ class BodyLimit:
 
 
 class RetryOnPrimary:
-    """Run a read once more, on the primary, that its replica failed or whose subject it did not find there.
+    """Retry a read on the primary when a replica failed it or did not have its row.
 
-    It stands around the router, inside the exception handlers, so it serves every kind of route: plain ones, included
-    and mounted ones. When the first answer is about to start it is thrown away, and the dependencies of the first
-    attempt are ended as those of a request that was cancelled; then the request is routed again. It also tells the
-    sessions of a request, in mounted applications too, which databases are theirs.
+    This layer stands around the router, inside the exception handlers, so it serves plain, included and mounted routes.
+    When the first answer is about to start, it is discarded, and the first attempt's dependencies see a cancelled
+    request; then the request is routed again. The layer also tells the sessions of a request, in mounted applications
+    too, which databases they belong to.
     """
 
     def __init__(self, app: ASGIApp, databases: Databases) -> None:
@@ -247,11 +247,11 @@ class RetryOnPrimary:
         except BaseExceptionGroup as group:
             if isinstance(group, Exception):
                 raise
-            raise gravest(group) from None  # A cancellation: servers and the edge look for nothing but itself.
+            raise most_severe(group) from None  # Servers and ObserveRequests expect a bare CancelledError.
 
     async def _read(self, scope: Scope, receive: Receive, send: Send) -> None:
         before = dict(scope)
-        # Databases that were closed and opened again have another one.
+        # Closing and opening the databases makes a new one, so it is read for each request.
         primary_retry = self._databases.primary_retry
         consistency = consistency_of(scope)
         received: list[Message] = []
@@ -269,7 +269,7 @@ class RetryOnPrimary:
             if message["type"] == "http.response.start":
                 failure = why_read_failed(scope, message["status"])
                 if failure is not None:
-                    reason = primary_retry.reason(consistency, gravest(failure))
+                    reason = primary_retry.reason(consistency, most_severe(failure))
             if reason is not None:
                 raise _Abandoned
             await send(message)
@@ -281,18 +281,18 @@ class RetryOnPrimary:
                 raise
             # Errors of the dependencies' cleanup are dropped: the client gets the answer of the second attempt.
         if reason is not None:
-            # Routing, mounts and dependencies have left their traces.
+            # Routing, mounts and dependencies have changed the scope.
             scope.clear()
             scope.update(before)
             await primary_retry.run(reason, consistency, lambda: self._app(scope, receive_again, send))
 
 
 class RetryOnCollision:
-    """Run a request again whose transaction collided, before anything of its answer is sent.
+    """Retry a request whose transaction collided with another one, before any of its answer is sent.
 
-    Only where the route asks for an isolation level (`SerializableDB`), and so says that it may run several times; not
-    when it has committed a part. It stands around the router, so each attempt is routed, has its own dependencies
-    and session, and reads the body again. The last attempt's answer is sent, whatever it is.
+    Only a route that asks for an isolation level (`SerializableDB`) is retried, because it has agreed to run several
+    times; and only while it has committed nothing. This layer stands around the router, so each attempt is routed, has
+    its own dependencies and session, and reads the body again. The answer of the last attempt is sent as it is.
     """
 
     def __init__(self, app: ASGIApp, databases: Databases) -> None:
@@ -309,7 +309,7 @@ class RetryOnCollision:
 
         async def receive_kept() -> Message:
             message = await receive()
-            # What comes in one piece is small; of an upload nothing is kept but where it may be asked for again.
+            # A body in one piece is small and is kept. An upload is kept only where the route may read it again.
             if not (message.get("more_body") and _runs_once(scope)):
                 received.append(message)
             return message
@@ -336,7 +336,7 @@ class RetryOnCollision:
 
 
 class _Body:
-    """One request's body as far as it has come."""
+    """The part of one request's body that has arrived."""
 
     def __init__(self, scope: Scope, *, max_bytes: int, max_values: int, seconds: float) -> None:
         headers = dict(scope["headers"])
@@ -344,7 +344,7 @@ class _Body:
         self._max_values = max_values
         self._seconds = seconds
         self._deadline = asyncio.get_running_loop().time() + seconds
-        # Of several such headers FastAPI reads the first one, and upper case is lower case to it.
+        # FastAPI reads the first of several such headers, in any case.
         self._is_json = any(name == b"content-type" and b"json" in value.lower() for name, value in scope["headers"])
         self._bytes = 0
         self._commas = 0
@@ -354,7 +354,7 @@ class _Body:
             raise BodyTooLarge(self._too_many_bytes())
 
     async def receive(self, receive: Receive) -> Message:
-        """Receive what comes next. Once the body is there, nothing but the client's leaving can come: that may take."""
+        """Receive the next message. After a complete body only the client's disconnect comes, without a deadline."""
         if self._complete:
             return await receive()
         try:
@@ -370,8 +370,8 @@ class _Body:
         if self._bytes > self._max_bytes:
             raise BodyTooLarge(self._too_many_bytes())
         if self._is_json:
-            # Each value but the first follows a comma. Checked before it is parsed: an error for each of many values
-            # costs a hundred times what the values do.
+            # Each value but the first follows a comma. The count comes before parsing: a validation error for each of
+            # many values costs a hundred times as much as the values.
             self._commas += chunk.count(b",")
             if self._commas >= self._max_values:
                 raise BodyTooLarge(f"The body has more than {self._max_values} values.")
@@ -382,14 +382,14 @@ class _Body:
 
 
 class _Abandoned(BaseException):
-    """Ends a first attempt whose answer nobody wants, so that its background tasks never begin.
+    """Ends a first attempt whose answer is discarded, so that its background tasks never start.
 
-    No `except Exception` of a dependency or of a mounted application may take it for a failure.
+    It is a BaseException, so that no `except Exception` of a dependency or a mounted application catches it.
     """
 
 
 def _runs_once(scope: Scope) -> bool:
-    """Tell that the request has reached a route that asks for no isolation level: nobody needs its body again."""
+    """Say whether the request has reached a route without an isolation level, whose body is read once."""
     return isinstance(scope.get("route"), APIRoute) and isolation_of(scope) is None
 
 
@@ -410,7 +410,7 @@ def _replaying(kept: list[Message], receive: Receive) -> Receive:
 
 
 async def _dropped() -> None:
-    """Take a message that nobody is to have."""
+    """Discard a message of an attempt that is retried."""
 
 
 _CUT_SAFELY = Failure(503, "closing", "The service shut down before the answer was there.")

@@ -1,4 +1,4 @@
-"""Failures as answers: RFC 9457 problem documents with a stable `code`, for every exception that a route may raise."""
+"""Exceptions as answers: RFC 9457 problem documents with a stable `code`, for every exception of a route."""
 
 import re
 from contextlib import suppress
@@ -22,7 +22,7 @@ from pglifeguard.errors import MEDIA_TYPE, PHRASES, BodyTooLarge, BodyTooSlow, F
 from pglifeguard.fastapi.failures import report_failure
 from pglifeguard.fastapi.sessions import note_failure
 
-# Of a 422: enough for a person to mend what was sent, and never more than what was sent took.
+# Limits of a 422: enough to correct the request, and an answer that is not much larger than the request.
 ERRORS_TOLD = 20
 LOC_PARTS = 20
 LOC_CHARACTERS = 100
@@ -37,8 +37,8 @@ def problem(request: Request | WebSocket, failure: Failure, **more: Any) -> Resp
         databases = getattr(request.app.state, "databases", None)
         headers["Retry-After"] = "1" if databases is None else str(databases.settings.retry_after_seconds)
     if failure.status == 408 or (failure.status == 413 and "expect" in request.headers):  # noqa: PLR2004
-        # The rest of the body will not come. After another 413 it does, and a connection that is closed before it has
-        # been read past is reset, which takes the answer from the client.
+        # The rest of the body will not come. After any other 413 it does, and closing before it was read would reset
+        # the connection, so that the client loses the answer.
         headers["Connection"] = "close"
     if failure.status == 401:  # noqa: PLR2004
         headers["WWW-Authenticate"] = "Bearer"
@@ -76,7 +76,7 @@ def install(app: FastAPI) -> None:
 
 
 async def answer_unforeseen(request: Request, error: Exception) -> Response:
-    """Answer a bug by the application's own handler for `Exception` or 500, else by `internal_error`."""
+    """Answer a bug with the application's own handler for `Exception` or 500, else with `internal_error`."""
     handlers = request.app.exception_handlers
     handler = handlers.get(HTTPStatus.INTERNAL_SERVER_ERROR) or handlers.get(Exception)
     answer = None if handler is None else await _call(handler, request, error)
@@ -89,7 +89,7 @@ _UNFORESEEN = Failure(500, "internal_error", "The service failed. The log has th
 async def _answer_failure(connection: Request | WebSocket, error: Exception) -> Response | None:
     failure = classify(error)
     if failure is None:
-        raise error  # A bug: the last resort in middleware.py logs it and answers 500.
+        raise error  # A bug: `ObserveRequests` logs it and answers 500.
     note_failure(connection.scope, error)
     if failure.status >= HTTPStatus.INTERNAL_SERVER_ERROR:
         report_failure(connection, failure, error)
@@ -97,7 +97,7 @@ async def _answer_failure(connection: Request | WebSocket, error: Exception) -> 
 
 
 async def _send_back(connection: Request | WebSocket, answer: Response) -> Response | None:
-    """Refuse a WebSocket with the answer where the server can, else close it; answer a request."""
+    """Return the answer to a request. Refuse a WebSocket with it where the server can, else close it."""
     if not isinstance(connection, WebSocket):
         return answer
     if connection.application_state is WebSocketState.CONNECTING:
@@ -117,13 +117,13 @@ async def _send_back(connection: Request | WebSocket, answer: Response) -> Respo
 
 
 async def _answer_group(connection: Request | WebSocket, group: Exception) -> Response | None:
-    """Answer what came out of a TaskGroup as its gravest failure would be, by whoever handles that one."""
+    """Answer the exceptions of a TaskGroup as the most severe of them, by the handler of that one."""
     failures = [failure for failure in leaves(group) if isinstance(failure, Exception)]
     handlers = [_handler_of(connection, failure) for failure in failures]
     if None in handlers:
-        # A bug. Of several failures the log has to name each.
+        # A bug. The log must name each of several exceptions.
         raise failures[0] if len(failures) == 1 else group
-    chosen = gravest(group)
+    chosen = most_severe(group)
     for failure in failures:
         known = classify(failure)
         if failure is not chosen and known is not None and known.status >= HTTPStatus.INTERNAL_SERVER_ERROR:
@@ -132,17 +132,14 @@ async def _answer_group(connection: Request | WebSocket, group: Exception) -> Re
 
 
 def leaves(error: BaseException) -> list[BaseException]:
-    """Return the failures of a group, of the groups in it too; what is no group is its own only one."""
+    """Return the exceptions in a group and in its nested groups; any other exception is its own only leaf."""
     if isinstance(error, BaseExceptionGroup):
         return [leaf for one in error.exceptions for leaf in leaves(one)]
     return [error]
 
 
-def gravest(error: BaseException) -> BaseException:
-    """Return the failure that stands for a group: a cancellation, else a bug, else the highest status; else the first.
-
-    A group of one is that one.
-    """
+def most_severe(error: BaseException) -> BaseException:
+    """Return the exception that stands for a group: a cancellation, else a bug, else the highest status."""
     return max(leaves(error), key=_severity)
 
 
@@ -158,7 +155,7 @@ def _severity(error: BaseException) -> int:
 
 
 def _handler_of(connection: Request | WebSocket, error: BaseException) -> Any:
-    # As Starlette looks for it: first by the status of an HTTPException, then by the classes of the error.
+    # Starlette's order: first the status of an HTTPException, then the classes of the exception.
     by_class, by_status = connection.scope["starlette.exception_handlers"]
     handler = by_status.get(error.status_code) if isinstance(error, HTTPException) else None
     return handler or next((by_class[kind] for kind in type(error).__mro__ if kind in by_class), None)
@@ -174,7 +171,7 @@ async def _call(handler: Any, connection: Request | WebSocket, error: BaseExcept
 
 
 async def _answer_invalid(request: Request, error: Exception) -> Response:
-    # What was sent stays out of the answer and the log: it is health data.
+    # The values that were sent are health data: neither the answer nor the log has them.
     mistakes = error.errors() if isinstance(error, RequestValidationError) else []
     errors = [
         {
@@ -190,7 +187,7 @@ async def _answer_invalid(request: Request, error: Exception) -> Response:
 
 
 async def _answer_http(connection: Request | WebSocket, error: HTTPException) -> Response | None:
-    # FastAPI wraps whatever keeps it from reading a body into a 400.
+    # FastAPI wraps every exception of reading a body into a 400.
     if isinstance(error.__cause__, ClientDisconnect):
         raise error.__cause__
     if isinstance(error.__cause__, (BodyTooLarge, BodyTooSlow)):
@@ -198,7 +195,7 @@ async def _answer_http(connection: Request | WebSocket, error: HTTPException) ->
     note_failure(connection.scope, error)
     if error.status_code < HTTPStatus.OK or error.status_code in {204, 205, 304}:
         return Response(status_code=error.status_code, headers=error.headers)  # These have no body.
-    # Status, detail and headers are its author's. FastAPI's own exception takes details that are no text.
+    # Status, detail and headers are the author's. The detail of FastAPI's own exception may be any JSON value.
     phrase = PHRASES.get(error.status_code)
     code = f"http_{error.status_code}" if phrase is None else re.sub("[^a-z]+", "_", phrase.lower())
     answer = problem(connection, Failure(error.status_code, code, error.detail))

@@ -13,10 +13,9 @@ from starlette.types import Scope
 
 
 def selected_route(router: APIRouter, scope: Scope) -> Any:
-    """Return the route that `router` will choose: its own, or what stands for it where a router was included.
+    """Return the route that `router` will choose, with the path and the dependencies of its inclusions.
 
-    What stands for it has the path and the dependencies of the inclusion. A path that is there without the method is
-    the first route of that path, as in the router; None leads nowhere.
+    Where a path exists without the method, it is the first route of the path, as in the router. None means no route.
     """
     partial = None
     for route in router.routes:

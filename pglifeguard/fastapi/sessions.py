@@ -1,14 +1,14 @@
 """The sessions of a request: `ReadDB`, `WriteDB`, `AnalyticsDB`, for endpoints and for dependencies.
 
-A session ends with the endpoint and before the response starts, so a COMMIT that fails is never a 2xx. However often a
-request names one kind of session, it has one of them. `SerializableDB` and `RepeatableReadDB` are the session that
+A session ends with the endpoint and before the response starts, so a COMMIT that fails is never a 2xx. A request has
+one session of each kind, however often it names it. `SerializableDB` and `RepeatableReadDB` are the session that
 writes, at an isolation level; an endpoint that names one may run several times for one request
-(`collision_retry`), so what it does beside the database has to bear that.
+(`RetryOnCollision`), so its effects outside the database must allow that.
 
 Behind each stands a function that `app.dependency_overrides` takes: `read_session`, `write_session`,
-`analytics_session`. What stands in for one is the session of endpoints and dependencies, and of an `Idempotency-Key`.
+`analytics_session`. An override is the session of endpoints and dependencies, and of an `Idempotency-Key`.
 
-What the layers of a request tell each other stands in its ASGI scope: the functions at the top read it.
+The layers of a request share state in its ASGI scope; the functions at the top read it.
 """
 
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
@@ -36,9 +36,9 @@ from pglifeguard.sessions import ReadSession, WriteSession
 Scope = MutableMapping[str, Any]
 SAFE_METHODS = frozenset({"GET", "HEAD"})
 DATABASES = "lifeguard.databases"
-# Where the request's session that writes is found.
+# The scope's key of the request's `WriteSession`.
 WRITE = "lifeguard.write"
-# Where the failure is kept that the answer was made of.
+# The scope's key of the exception that the answer was made of.
 FAILURE = "lifeguard.failure"
 SessionT = TypeVar("SessionT", bound=ReadSession)
 READ, REPORT = "lifeguard.read", "lifeguard.report"
@@ -51,8 +51,8 @@ SYNC = (
     "write `async def`, and await each call; slow work without the database goes to `run_in_threadpool`"
 )
 MIXED = (
-    "this request's `WriteDB` was opened without isolation level {isolation}, where nobody could see it asked for: the "
-    "route or one of its dependencies has to name `SerializableDB` or `RepeatableReadDB` in its signature"
+    "this request's `WriteDB` was opened without isolation level {isolation}: the route or one of its dependencies has "
+    "to name `SerializableDB` or `RepeatableReadDB` in its signature"
 )
 
 
@@ -79,7 +79,7 @@ def public_path(request: Request) -> str:
 
 
 def consistency_of(scope: Mapping[str, Any]) -> Consistency:
-    """Return what the middleware left for the sessions of this request."""
+    """Return what `ReadYourWrites` noted for the sessions of this request."""
     found = scope.get("state", {}).get("consistency")
     return found if isinstance(found, Consistency) else Consistency()
 
@@ -92,7 +92,7 @@ def databases_of(connection: HTTPConnection) -> Databases:
 
 
 def note_failure(scope: Scope, error: BaseException) -> None:
-    """Remember, for the layers around it, what a request failed with before it was made an answer."""
+    """Keep the first exception of a request for the layers around it, which see only the answer."""
     scope.setdefault(FAILURE, error)
 
 
@@ -104,9 +104,9 @@ class Isolated:
 
 
 def isolation_of(scope: Mapping[str, Any]) -> Isolation | None:
-    """Return the isolation level that something in this request's route asks for, the strictest; None for the server's.
+    """Return the strictest isolation level that this request's route asks for; None for the server's default.
 
-    Whoever opens the session first, a guard or an Idempotency-Key, opens it at this level.
+    The session is opened at this level by whichever dependency comes first, a guard or an Idempotency-Key.
     """
     context = scope.get("fastapi", {}).get("effective_route_context")
     asked = {
@@ -127,7 +127,7 @@ def _calls(dependant: Dependant | None) -> Iterator[Any]:
 
 
 async def databases_of_request(connection: HTTPConnection) -> Databases:
-    """Return the databases, for `write_once` and for sessions of one's own; what they do counts for the route."""
+    """Return the databases, for `write_once` and for further sessions; metrics count both for the route."""
     return databases_of(connection)
 
 
@@ -166,7 +166,7 @@ class AtIsolation(Isolated):
     """Gives the request's session that writes, whose transaction is at an isolation level."""
 
     async def __call__(self, session: WriteDB) -> WriteSession:
-        """Return the session; the route has been looked through for this level when it was opened.
+        """Return the session, which was opened at the strictest level that the route names.
 
         Raises: RuntimeError when it is at a lower level.
         """
@@ -184,7 +184,7 @@ _SESSIONS = {read_session, write_session, analytics_session}
 
 
 def refuse_plain_functions(app: FastAPI) -> None:
-    """Refuse endpoints that take a session and could not use it, also in applications mounted beneath.
+    """Refuse plain `def` endpoints that take a session, also in mounted applications.
 
     Raises: RuntimeError with the endpoint's name and what to write.
     """
@@ -212,11 +212,11 @@ def _is_async(endpoint: Callable[..., Any]) -> bool:
 
 
 def why_read_failed(scope: Scope, status: int) -> BaseException | None:
-    """Return what a read that is answered with `status` failed with, if it changed nothing and may be run again."""
+    """Return the exception behind a read's answer with `status`; None if the read must not be retried."""
     consistency = consistency_of(scope)
     written = consistency.committed or (WRITE in scope and scope[WRITE].committed)
     if written or consistency.token is not None:
-        return None  # What it wrote stands, and would be written twice.
+        return None  # A retry would write a second time.
     failure: BaseException | None = scope.get(FAILURE)
     if failure is None and status == HTTPStatus.NOT_FOUND and WRITE not in scope:
         return NotFound("The endpoint says so.")
@@ -232,8 +232,8 @@ def _opened(connection: HTTPConnection, key: str, open_one: Callable[[Databases]
         if sentence := _misuse(scope.get("route")):
             raise RuntimeError(sentence)
         session = scope[key] = open_one(databases_of(connection))
-        # FastAPI's stack of what ends before the answer is sent. A generator would be put on it for three context
-        # managers more, and on the other stack by whoever leaves out `scope="function"`.
+        # FastAPI unwinds this stack before the answer is sent. A generator dependency would cost three more context
+        # managers, and without `scope="function"` FastAPI would end it after the answer.
         stack: AsyncExitStack = scope["fastapi_function_astack"]
         stack.push_async_exit(session)
         stack.push(partial(_note, scope))
@@ -243,6 +243,6 @@ def _opened(connection: HTTPConnection, key: str, open_one: Callable[[Databases]
 def _note(
     scope: Scope, _kind: type[BaseException] | None, error: BaseException | None, _trace: TracebackType | None
 ) -> None:
-    # Whichever handler makes an answer of it: the layer around the router has to know.
+    # A handler turns the exception into an answer; `RetryOnPrimary` needs the exception.
     if error is not None:
         note_failure(scope, error)

@@ -1,4 +1,4 @@
-"""One answer for all who ask at the same time: what operators ask for is dear, and anybody may ask for it."""
+"""One answer for all requests that ask at the same time: an expensive answer is computed once."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -8,16 +8,16 @@ from fastapi import FastAPI
 
 T = TypeVar("T")
 
-# After each answer, this many times as long as it took: making them takes a tenth of the time, however many ask.
+# After each answer comes a pause this many times as long, so answers take a tenth of the time at most.
 PAUSE_FACTOR = 9
-# A database that does not answer makes an answer slow without making it dear.
+# A database that does not answer makes an answer slow, but not expensive.
 MAX_PAUSE_SECONDS = 0.5
 
 
 class Shared(Generic[T]):
-    """Makes one answer at a time, with a pause after each; who comes meanwhile waits and gets the next one.
+    """Makes one answer at a time, with a pause after each. A request that comes meanwhile waits for the next answer.
 
-    Nobody is told anything older than the question: an answer that has been begun is only for those who asked before.
+    No answer is older than its question: one that has been started is for the requests that came before it started.
     """
 
     def __init__(self, make: Callable[[], Awaitable[T]], *, min_pause_seconds: float = 0.0) -> None:
@@ -31,7 +31,7 @@ class Shared(Generic[T]):
         """Return the next answer, or raise what kept it from being made."""
         if self._next is None or self._next.done():
             self._next = asyncio.create_task(self._make_next())
-        # Shielded: one who goes away does not take the answer from the others.
+        # Shielded: a request that is cancelled does not cancel the answer of the others.
         return await asyncio.shield(self._next)
 
     async def _make_next(self) -> T:
@@ -50,7 +50,7 @@ class Shared(Generic[T]):
 
 
 def shared(app: FastAPI, name: str, make: Callable[[], Awaitable[T]], *, min_pause_seconds: float = 0.0) -> Shared[T]:
-    """Return what an application's requests share under this name; the first one brings the way to make it."""
+    """Return the `Shared` of an application under this name; the first call makes it."""
     everything: dict[str, Shared[Any]] = app.state.shared
     found = everything.get(name)
     if found is None:

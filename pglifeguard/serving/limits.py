@@ -1,4 +1,4 @@
-"""What a connection may take: the head of a request, the time for it, and how many clients there may be."""
+"""The limits of a client's connection: size and time of a request's head, and the number of clients."""
 
 import resource
 from dataclasses import dataclass
@@ -11,13 +11,13 @@ from pglifeguard.settings import DatabasesSettings
 
 # The key of the lifespan's state under which a connection finds its limits.
 LIMITS = "connection_limits"
-# Files kept for what is no client: pools, logs, modules.
+# File descriptors that clients may not use: pools, logs and modules need them.
 OTHER_FILES = 200
 
 
 @dataclass(frozen=True, slots=True)
 class ConnectionLimits:
-    """The limits of each connection, and the counter of those that were over one of them."""
+    """The limits of each connection, and the counter of connections that exceeded one."""
 
     head_bytes: int
     head_seconds: float
@@ -27,7 +27,7 @@ class ConnectionLimits:
 
     @classmethod
     def of(cls, settings: DatabasesSettings, metrics: Metrics) -> Self:
-        """Take them from the settings. A client gets no file that a pool would miss then."""
+        """Take the limits from the settings, and leave enough file descriptors for the pools."""
         files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         return cls(
             settings.request_head_bytes,

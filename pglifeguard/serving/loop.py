@@ -1,7 +1,7 @@
-"""Is the event loop late, and who holds it up?
+"""Measure how late the event loop is, and name the line that blocks it.
 
-One blocking call in one route stops every request of the process, and no database figure shows it. The lateness of a
-timer is a metric; in development a thread also names the line that the loop stands in.
+One blocking call in one route stops every request of the process, and no database metric shows it. The lateness of a
+timer is a metric. In development a thread also logs the line that the loop is in.
 """
 
 import asyncio
@@ -23,7 +23,7 @@ NOT_OURS = (*{get_path(name) for name in ("stdlib", "purelib", "platlib")}, "<fr
 
 
 class LoopWatch:
-    """Measures how late the loop is, every `INTERVAL_SECONDS`; `accuse` names what blocks it for `blocked_seconds`."""
+    """Measures how late the loop is, every `INTERVAL_SECONDS`; `accuse` logs what blocks it for `blocked_seconds`."""
 
     def __init__(self, lag: Histogram, *, blocked_seconds: float, accuse: bool) -> None:
         self._lag = lag
@@ -56,7 +56,7 @@ class LoopWatch:
 
 
 def culprit(frame: FrameType | None) -> str:
-    """Name the innermost line of a stack that is neither Python's own nor a library's, else the innermost of all."""
+    """Return the innermost line of a stack outside Python and the installed packages, else the innermost line."""
     innermost = "" if frame is None else _line(frame)
     while frame is not None:
         if not frame.f_code.co_filename.startswith(NOT_OURS):

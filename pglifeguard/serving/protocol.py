@@ -1,7 +1,7 @@
-"""What a connection may take before there is a request, for `python -m app serve`: bytes, time and number.
+"""Limits of a client's connection before its request is complete: bytes, time and number of clients.
 
-uvicorn bounds none of these. A balancer in front should do the same earlier (haproxy/haproxy.cfg), and this holds where
-there is none. A request's body is bounded in pglifeguard/fastapi/middleware.py, which works under every server.
+uvicorn has none of these. A balancer in front should enforce them earlier (haproxy/haproxy.cfg); this protocol enforces
+them where there is no balancer. `BodyLimit` of pglifeguard/fastapi/middleware.py bounds the body, under every server.
 """
 
 import asyncio
@@ -16,9 +16,9 @@ from uvicorn.server import ServerState
 from pglifeguard.errors import HEAD_TOO_LARGE, HEAD_TOO_SLOW, MALFORMED, MEDIA_TYPE, Failure, document
 from pglifeguard.serving.limits import LIMITS, ConnectionLimits
 
-# As many as HAProxy lets through (tune.http.maxhdr).
+# HAProxy's limit (tune.http.maxhdr).
 MAX_HEADERS = 100
-# Requests that wait on one connection for the one before them.
+# Requests that wait on one connection for the request before them.
 MAX_PIPELINED = 100
 
 
@@ -27,9 +27,10 @@ class _TooLarge(Exception):  # Raised into the parser, which turns it into an er
 
 
 class LimitedProtocol(HttpToolsProtocol):
-    """uvicorn's protocol, with a limit to whatever a client can do before and after a request is at work.
+    """uvicorn's protocol with limits on what a client may send and on how slowly it may read.
 
-    One timer is enough: while a request is awaited it bounds that; while one is answered, a client that does not read.
+    One timer is enough. Between requests it bounds the time for the next head; during an answer it bounds the time in
+    which the client reads nothing.
     """
 
     def __init__(
@@ -48,7 +49,7 @@ class LimitedProtocol(HttpToolsProtocol):
         self._failure = MALFORMED
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # As uvicorn has it.
-        """Let the client in, unless there are too many."""
+        """Accept the client, or close its connection when there are too many."""
         super().connection_made(transport)
         if len(self.connections) > self._limits.max_clients:
             self._refuse("too_many")
@@ -56,26 +57,26 @@ class LimitedProtocol(HttpToolsProtocol):
             self._start(self._limits.head_seconds, self._give_up_head)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Forget the client, and tell the request, if one is at work, that it has left."""
+        """Stop the timer, and tell a request in progress that its client has left."""
         self._stop()
         if self.cycle is not None and not self.cycle.response_complete:
             self.cycle.scope["state"]["client_left"] = True
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Parse what came, and bound the time for what is still missing of a head."""
+        """Parse the data, and bound the time for the rest of a head."""
         self._unreported += len(data)
         super().data_received(data)
         if self._unreported > self._limits.head_bytes:
             self._failure = HEAD_TOO_LARGE
             self.send_400_response("")
         elif self._timer is None and self in self.connections and self._awaits_request():
-            # Also for the rest of a body that was answered before it was there, and is read past. A WebSocket has left
-            # `connections`, and has a protocol of its own.
+            # This also bounds the rest of a body whose request was answered early. A WebSocket has left `connections`
+            # and has its own protocol.
             self._start(self._limits.head_seconds, self._give_up_head)
 
     def on_message_begin(self) -> None:
-        """Count from the start."""
+        """Start counting the bytes of a head."""
         super().on_message_begin()
         self._head_bytes = self._unreported = 0
 
@@ -90,7 +91,7 @@ class LimitedProtocol(HttpToolsProtocol):
         self._count(len(name) + len(value))
 
     def on_headers_complete(self) -> None:
-        """Begin with the request; what bounds it from now on is its body's limit, and its answer's."""
+        """Start the request. From now on the limits of its body and of its answer apply."""
         self._head_bytes = self._unreported = 0
         if len(self.pipeline) >= MAX_PIPELINED:
             raise _TooLarge
@@ -103,28 +104,28 @@ class LimitedProtocol(HttpToolsProtocol):
         super().on_body(body)
 
     def on_response_complete(self) -> None:
-        """Go on with the next request, or bound the time in which a client reads the last answer."""
+        """Take the next request, or bound the time in which the client reads the last answer."""
         super().on_response_complete()
         if self.transport.is_closing():
             self._watch_reader()
 
     def pause_writing(self) -> None:
-        """Wait for a client that does not read, and not for ever."""
+        """Bound the time in which the client reads nothing."""
         super().pause_writing()
         self._watch_reader()
 
     def resume_writing(self) -> None:
-        """Go on: it reads."""
+        """Stop the timer: the client reads."""
         self._stop()
         super().resume_writing()
 
     def timeout_keep_alive_handler(self) -> None:
-        """Close a connection that idles; one that has not even read its answer gets a little more time."""
+        """Close an idle connection; a client that has not read its answer yet gets `stall_seconds` more."""
         super().timeout_keep_alive_handler()
         self._watch_reader()
 
     def send_400_response(self, msg: str) -> None:
-        """Refuse what is no request, or too large a one, and close."""
+        """Refuse a request that cannot be parsed or is too large, and close the connection."""
         del msg
         if not self.transport.is_closing():
             self._limits.refused.labels(self._failure.code).inc()
@@ -152,7 +153,7 @@ class LimitedProtocol(HttpToolsProtocol):
         self.transport.abort()
 
     def _watch_reader(self, before: int | None = None) -> None:
-        """Wait for what was written to be read, as long as there is less of it each time."""
+        """Close the connection when the client has read nothing of the answer since the last call."""
         unread = self.transport.get_write_buffer_size()
         if before is not None and unread >= before:
             self._refuse("stalled")
@@ -160,7 +161,7 @@ class LimitedProtocol(HttpToolsProtocol):
             self._start(self._limits.stall_seconds, partial(self._watch_reader, unread))
 
     def _answer(self, failure: Failure) -> None:
-        """Say why the connection ends, unless that would end up in the middle of another answer."""
+        """Answer with the reason and close. During another answer, only close."""
         if self._awaits_request():
             body = document(failure)
             headers = f"content-type: {MEDIA_TYPE}\r\ncontent-length: {len(body)}\r\nconnection: close\r\n\r\n"

@@ -1,4 +1,4 @@
-"""`serve`: uvicorn with bounds on what a client may take, and with figures of several workers as one."""
+"""`serve`: uvicorn with limits for each client, and with the metrics of several workers as one."""
 
 import resource
 from contextlib import nullcontext
@@ -10,8 +10,8 @@ from pglifeguard.serving.protocol import LimitedProtocol
 from pglifeguard.serving.workers import shared_figures
 from pglifeguard.settings import DatabasesSettings
 
-# A worker answers its parent once it has imported the service, and is replaced if it does not. On a busy machine none
-# would get through within uvicorn's own 5 s.
+# uvicorn replaces a worker that does not answer its parent within 5 s. A worker answers once it has imported the
+# service, which takes longer on a busy machine: with 5 s no worker would ever start there.
 WORKER_ANSWERS_SECONDS = 60
 
 
@@ -21,7 +21,7 @@ def serve(factory: str, settings: DatabasesSettings, **options: Any) -> None:
     Requests in flight are finished first, for GRACEFUL_TIMEOUT_SECONDS at most. `options` are uvicorn's own: host,
     port, log_config and so on. The application's lifespan has to yield what `Lifeguard.lifespan` gives.
     """
-    # The usual soft limit, 1,024, is a few hundred clients away from a pool that cannot open a connection any more.
+    # With the usual soft limit of 1,024 files, some hundred clients would keep a pool from opening a connection.
     _, files = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
     with shared_figures() if settings.workers > 1 else nullcontext():
@@ -33,7 +33,7 @@ def serve(factory: str, settings: DatabasesSettings, **options: Any) -> None:
             http=LimitedProtocol,
             lifespan="on",
             proxy_headers=True,
-            # Longer than any statement, so that none in flight is cut; the pools are drained after that.
+            # Longer than any statement, so that none in flight is cut. The pools are drained afterwards.
             timeout_graceful_shutdown=settings.graceful_timeout_seconds,
             timeout_worker_healthcheck=WORKER_ANSWERS_SECONDS,
             server_header=False,

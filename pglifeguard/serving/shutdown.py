@@ -1,9 +1,10 @@
-"""SIGTERM in two steps: readiness says no, and after a delay the listener closes; a second signal ends at once.
+"""Shutdown in two steps: SIGTERM makes readiness say no, and after a delay the listener closes.
 
-A balancer that still believes in this instance would otherwise meet a closed port. uvicorn's own handler does the
-second step; this one goes in front of it for as long as the lifespan runs.
+Without the delay, a balancer that has not probed this instance since would send requests to a closed port. A second
+signal ends the process at once. uvicorn's own handler closes the listener; the handler here runs before it, for as long
+as the lifespan runs.
 
-A worker whose parent was killed would serve on, with its connections, and nobody could end it: it ends itself.
+A worker whose parent process was killed ends itself. Otherwise it would go on serving, and hold its connections.
 """
 
 import asyncio
@@ -25,7 +26,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 @contextmanager
 def draining_first(databases: Databases, *, delay_seconds: float) -> Iterator[None]:
-    """Put the drain in front of uvicorn's signal handlers; served by something else, change nothing."""
+    """Start the drain before uvicorn's signal handlers run. Under another server, change nothing."""
     loop = asyncio.get_running_loop()
     handlers = {sig: signal.getsignal(sig) for sig in SIGNALS}
     servers = {sig: owner for sig, handler in handlers.items() if isinstance(owner := _owner(handler), Server)}
@@ -53,7 +54,7 @@ def draining_first(databases: Databases, *, delay_seconds: float) -> Iterator[No
 
 @contextmanager
 def ending_with_parent() -> Iterator[None]:
-    """End this worker process as SIGTERM would when its parent is gone; in a process of its own, change nothing."""
+    """End this worker as SIGTERM would when its parent is gone. In a process that is no worker, change nothing."""
     parent, loop = multiprocessing.parent_process(), asyncio.get_running_loop()
     if parent is None:
         yield
