@@ -24,7 +24,7 @@ from pglifeguard.checkout import Checkout, PoolWatch
 from pglifeguard.connector import Connector, KeptAliveConnection
 from pglifeguard.driver_failures import Fate, examine
 from pglifeguard.effects import effect_of
-from pglifeguard.errors import DatabaseUnreachable
+from pglifeguard.errors import ConnectionLost, DatabaseUnreachable
 from pglifeguard.pool import ConnectionPool, OnConnect
 from pglifeguard.settings import DatabaseSettings
 
@@ -183,7 +183,9 @@ class EngineWatch:
             failure.is_disconnect = True
         elif meaning.fate is Fate.DEMOTED:
             failure.is_disconnect = self._pool.leave_demoted()
-        if meaning.error is not None:
+        # SQLAlchemy's own exception says `connection_invalidated`, and its users catch it. It leaves an OSError bare.
+        names_loss = failure.sqlalchemy_exception is not None and isinstance(meaning.error, ConnectionLost)
+        if meaning.error is not None and not names_loss:
             raise meaning.error from error
 
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import asyncpg
 import pytest
-from sqlalchemy import func, select
+from sqlalchemy import func, select, text
 from sqlalchemy.exc import DBAPIError
 
 from pglifeguard.consistency import Consistency
@@ -64,6 +64,28 @@ def test_bare_failures_get_a_name() -> None:
     assert isinstance(late.error, CommandTimeout)
     assert isinstance(reset.error, ConnectionLost)
     assert {late.fate, reset.fate} == {Fate.CLOSED}
+
+
+def test_server_that_shuts_down_ends_the_connection() -> None:
+    """Its last message is an answer, after which the socket may look open for a moment."""
+    ended = examine(asyncpg.AdminShutdownError("terminating connection"), None, database="primary", reads_only=False)
+
+    assert (ended.error, ended.fate) == (None, Fate.CLOSED)
+
+
+async def test_loss_that_sqlalchemy_names_is_its_own_exception(database: Database) -> None:
+    """A connection that asyncpg finds closed is a DBAPIError with `connection_invalidated`, which is answered 503."""
+    async with pooled(database.url()) as p, p.database.engine.connect() as connection:
+        await connection.execute(text("SELECT 1"))
+        driver: Any = (await connection.get_raw_connection()).driver_connection
+        driver.terminate()
+
+        with pytest.raises(DBAPIError) as failed:
+            await connection.execute(text("SELECT 1"))
+
+        answer = classify(failed.value)
+        assert answer is not None
+        assert (failed.value.connection_invalidated, answer.code) == (True, "connection_lost")
 
 
 async def test_two_tasks_on_one_connection_are_a_bug(database: Database) -> None:

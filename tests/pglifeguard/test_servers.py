@@ -468,7 +468,7 @@ async def test_server_that_lacks_what_it_is_asked_is_unknown(
         (replica,) = service.databases.router.replicas
         answers: list[Any] = []
         for question in ("SELECT no_such_function()", "SELECT 1 / 0"):
-            monkeypatch.setattr(Monitor, "question", question)
+            monkeypatch.setattr(Monitor, "position_sql", question)
             lease = Lease(replica.database, await replica.database.pool.acquire(), readonly=True)
             try:
                 answers.append(await replica._ask(lease))
