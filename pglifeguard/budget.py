@@ -3,8 +3,9 @@
     workers x instances x (pool_size + max_overflow + 1)  <=  limit - reserve
 
 The 1 is the pool's monitor. Pools on one server are added up, and LISTEN_URL adds 1 for each process. Sizes are per
-process, so each worker and each instance multiplies them: that is how three instances of fifty meet a server of one
-hundred. `check_budget` refuses it at start; `python -m app doctor` shows it for a running server.
+process, and each worker and each instance multiplies them: three instances with pools of 50 need more than a server
+with 100 connections has. `check_budget` refuses that at start; `python -m app doctor` shows the sum of a running
+server.
 """
 
 import math

@@ -1,8 +1,8 @@
-"""Collisions: PostgreSQL refuses a transaction because another one was faster, and running it again is the remedy.
+"""Collisions: PostgreSQL refuses a transaction because another one was faster, and the caller has to run it again.
 
-Under REPEATABLE READ and SERIALIZABLE that is how correctness is kept (40001); deadlocks (40P01) end alike. All that
-the transaction read has to be read again, so what is run again is the whole: the endpoint with its dependencies, or the
-function given to `Databases.run_transaction`.
+REPEATABLE READ and SERIALIZABLE keep data correct in this way (40001); deadlocks (40P01) end alike. The transaction has
+to read everything again, so the whole is run again: the endpoint with its dependencies, or the function given to
+`Databases.run_transaction`.
 """
 
 import random
@@ -13,10 +13,10 @@ from sqlalchemy.exc import DBAPIError
 
 from pglifeguard.errors import sqlstate
 
-# By SQLSTATE, with the code that a client is told when no attempt is left.
+# By SQLSTATE, with the code of the answer when no attempt is left.
 COLLISIONS = {"40001": "serialization_failure", "40P01": "deadlock"}
-# Attempts in all. Each pause is drawn between nothing and twice what the last one could be, so that those that collided
-# do not meet again: up to 10, 20, 40 and 80 ms, below what a client notices and above what a transaction takes.
+# Attempts in all. Each pause is random, so that the transactions do not collide again: up to 10, 20, 40 and 80 ms,
+# longer than a transaction takes and shorter than a client notices.
 ATTEMPTS = 5
 FIRST_PAUSE_SECONDS = 0.01
 

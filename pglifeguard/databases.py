@@ -1,7 +1,7 @@
 """The databases of the service: each an engine, its pool and its monitor, opened and closed together.
 
-`Databases` is opened by whoever owns the event loop: the lifespan of an application, a worker, a script. It opens with
-any of the databases down: readiness says so, and the monitors notice when they are back.
+The owner of the event loop opens `Databases`: the lifespan of an application, a worker, a script. It opens also when a
+database is down: readiness reports that, and the monitors notice when the database is back.
 """
 
 import asyncio

@@ -1,10 +1,9 @@
 """The effect of a statement beside reading and writing rows, judged by its text: `effect_of`.
 
-A connection goes from one request to the next, so what a statement changes about the *session* (a SET, a session lock,
-a temporary table) has to be undone before that; and what it changes about the *transaction* (SET LOCAL, a transaction
-lock) is lost where there is none. The text is looked at once per distinct statement and errs on the safe side: a
-function that is not known to be harmless is a doubt, and costs a reset when the connection is given back. What a
-trigger or an operator's function sets is not seen.
+A connection goes from one request to the next, so changes of the *session* (a SET, a session lock, a temporary table)
+must be undone at its release. Changes of the *transaction* (SET LOCAL, a transaction lock) are lost where there is no
+transaction. Each distinct text is judged once, and on the safe side: a function that is not known to be harmless is a
+doubt, and costs a reset at the release. Changes made by a trigger or by an operator's function are not seen.
 """
 
 import re

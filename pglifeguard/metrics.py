@@ -1,8 +1,8 @@
 """Every Prometheus object: name, help, labels, buckets. No logic.
 
-Wait, connect, query and hold are four different times: a request first waits for a connection (`acquire`, which
-includes connecting when it must), then asks (`query`), and holds the connection meanwhile (`hold`); what it holds
-without asking anything is `idle hold`, the price of slow work done at the wrong place.
+Wait, connect, query and hold are four different times. A request first waits for a connection (`acquire`, which
+includes a login where one is needed), then runs statements (`query`), and holds the connection meanwhile (`hold`). The
+time that it holds the connection without a statement is `idle hold`: slow work that is done at the wrong place.
 
 `Metrics` is made once per application, with a registry of its own, so that two applications in one process do not
 share figures. In multi-process mode (PROMETHEUS_MULTIPROC_DIR) gauges are the sum over the living workers, or the

@@ -117,17 +117,17 @@ class OneTransaction(SessionTransaction):
     session: "OneConnection"
 
     def commit(self, _to_root: bool = False) -> None:  # noqa: FBT001, FBT002  # SQLAlchemy's signature.
-        """Commit what was done so far."""
+        """Commit."""
         self.session.refuse_if_pinned("commit")
         super().commit(_to_root)
 
     def rollback(self, _capture_exception: bool = False, _to_root: bool = False) -> None:  # noqa: FBT001, FBT002  # As above.
-        """Take back what was done."""
+        """Roll back."""
         self.session.refuse_if_pinned("rollback")
         super().rollback(_capture_exception, _to_root)
 
     def close(self, invalidate: bool = False) -> None:  # noqa: FBT001, FBT002  # As above.
-        """End it; what is not committed is rolled back."""
+        """Roll back what is not committed, and end."""
         self.session.refuse_if_pinned("close")
         super().close(invalidate)
 
@@ -184,25 +184,25 @@ class OneConnection(Session):
         return super().connection(bind_arguments, execution_options)
 
     def commit(self) -> None:
-        """Commit what was done so far; what comes next is another transaction on the same connection."""
+        """Commit; the next statement begins another transaction on the same connection."""
         self.refuse_if_pinned("commit")
         super().commit()
 
     def rollback(self) -> None:
-        """Take back what was done since the last commit."""
+        """Roll back to the last commit."""
         self.refuse_if_pinned("rollback")
         super().rollback()
 
     def close(self) -> None:
-        """Give the connection back; what is not committed is rolled back."""
+        """Roll back what is not committed, and release the connection."""
         self._end("close", super().close)
 
     def reset(self) -> None:
-        """Give the connection back; what is not committed is rolled back."""
+        """Roll back what is not committed, and release the connection."""
         self._end("reset", super().reset)
 
     def invalidate(self) -> None:
-        """Close the connection, which nobody uses again."""
+        """Close the connection, so that it is not used again."""
         self.refuse_if_pinned("invalidate")
         if self.held is not None:
             self.held.checkout.connection.terminate()

@@ -1,15 +1,16 @@
-"""Does the pooler in front of a database keep the prepared statements of its clients?
+"""Finding out whether the pooler in front of a database keeps the prepared statements of its clients.
 
 asyncpg prepares each statement once per connection, under a name, and sends the name from then on. A pooler in
-transaction mode gives each transaction another server connection: it must know which statements its client has prepared
-(PgBouncer since 1.21 with `max_prepared_statements`), or the name means nothing there, or another client's statement.
+transaction mode gives each transaction another server connection. So it must keep track of the statements that its
+client has prepared (PgBouncer since 1.21 with `max_prepared_statements`). Otherwise the name is unknown on the server
+connection, or it is another client's statement.
 """
 
 import asyncpg
 
-# As a prepared statement this one finds itself in the list, under the name that the server knows.
+# asyncpg prepares this statement too, so it is in its own answer, under the name that the server knows.
 STATEMENTS = "SELECT pg_backend_pid() AS process, ARRAY(SELECT name FROM pg_prepared_statements) AS names"
-# What asyncpg calls its statements; a pooler that keeps them gives them names of its own.
+# asyncpg's names for its statements; a pooler that keeps track of them gives them other names.
 DRIVERS_NAME = "__asyncpg_"
 WARNING = (
     "a pooler in front of this database hands prepared statements on and does not keep them: in transaction mode "

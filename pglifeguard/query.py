@@ -1,10 +1,10 @@
 """A statement that is built and compiled once, and run by the driver past SQLAlchemy's execution.
 
-SQLAlchemy writes the SQL and says how values are bound; asyncpg runs it on a connection of our pool. That saves what
-costs most of a short read: building the statement, the engine's connection, its cursor and its result, and two switches
-of greenlet. `docs/performance.md` has the figures; `Lease` runs it, and decision 0003 says when SQLAlchemy does.
+SQLAlchemy writes the SQL and binds the values; asyncpg runs it on a connection of the pool. That saves most of the cost
+of a short read: building the statement, the engine's connection, its cursor and its result, and two switches of
+greenlets. `docs/performance.md` has the figures; `Lease` runs the query, and decision 0003 says when SQLAlchemy does.
 
-What only SQLAlchemy's execution can do is refused with a sentence: as soon as the `Query` is made where that can be
+A statement that needs SQLAlchemy's execution is refused with a sentence: when the `Query` is made where that can be
 seen, else when it is compiled. `tests/app/test_queries.py` compiles every constant of the service.
 """
 

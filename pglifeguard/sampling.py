@@ -1,7 +1,7 @@
 """Log lines that many requests would write at once: the first of a burst at once, the others counted.
 
 An outage or a client can make each request write a line, and container logs are rotated by size: hundreds of equal
-lines a second push out the few that tell what happened before. No line is lost without its count.
+lines a second push out the few lines that show what happened before. Each line that is left out is counted.
 """
 
 import asyncio

@@ -221,7 +221,7 @@ class ReadSession(AsyncSession):
         return self._mode.engine
 
     async def commit(self) -> None:
-        """Commit what was done so far; what comes next is another transaction, on the same connection.
+        """Commit; the next statement begins another transaction on the same connection.
 
         A session commits by itself when its block ends, so this is for jobs that store their work in steps.
 
@@ -245,25 +245,25 @@ class ReadSession(AsyncSession):
             _raise_for_swallowed(error, lost=held is not None and held.invalidated)
 
     async def rollback(self) -> None:
-        """Take back what the session did since its last commit; what comes next is another transaction."""
+        """Roll back to the last commit; the next statement begins another transaction."""
         await self._end_lease("rollback")
         if self.sync_session.in_use:
             await super().rollback()
 
     async def close(self) -> None:
-        """Give the connection back; what is not committed is rolled back."""
+        """Roll back what is not committed, and release the connection."""
         await self._end_lease("close")
         if self.sync_session.in_use:
             await super().close()
 
     async def reset(self) -> None:
-        """Give the connection back; what is not committed is rolled back."""
+        """Roll back what is not committed, and release the connection."""
         await self._end_lease("reset")
         if self.sync_session.in_use:
             await super().reset()
 
     async def invalidate(self) -> None:
-        """Close the connection, which nobody uses again; what is not committed is rolled back."""
+        """Roll back what is not committed, and close the connection."""
         if self._lease is not None:
             self._refuse_if_pinned("invalidate")
             self._lease.connection.terminate()
@@ -274,7 +274,7 @@ class ReadSession(AsyncSession):
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Give the connection back; what is not committed is rolled back.
+        """Roll back what is not committed, and release the connection.
 
         Raises: TypeError when objects were changed, which nobody would store. TransactionAborted when a flush failed,
         and the block went on as if it had not.
@@ -376,7 +376,7 @@ class WriteSession(ReadSession):
         return await self._lease.copy(table, records, columns, schema=schema)
 
     async def commit(self) -> None:
-        """Commit what was done so far; what comes next is another transaction, on the same connection.
+        """Commit; the next statement begins another transaction on the same connection.
 
         A session commits by itself when its block ends, so this is for jobs that store their work in steps.
 
@@ -387,17 +387,17 @@ class WriteSession(ReadSession):
         await self._note_commits()
 
     async def close(self) -> None:
-        """Give the connection back; what is not committed is rolled back."""
+        """Roll back what is not committed, and release the connection."""
         await self._note_commits()
         await super().close()
 
     async def reset(self) -> None:
-        """Give the connection back; what is not committed is rolled back."""
+        """Roll back what is not committed, and release the connection."""
         await self._note_commits()
         await super().reset()
 
     async def invalidate(self) -> None:
-        """Close the connection, which nobody uses again; what is not committed is rolled back."""
+        """Roll back what is not committed, and close the connection."""
         await self._note_commits()
         await super().invalidate()
 

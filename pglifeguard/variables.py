@@ -1,8 +1,8 @@
-"""Which variables of the environment are ours, which are somebody's typing error, and which a platform put there.
+"""Sorting the variables of the environment: settings, typing errors of settings, and those of a platform.
 
-A typing error that is ignored leaves a default in place in silence, so it ends the start. But the environment is not
-ours alone: Kubernetes adds seven variables for each service beside us (`DATABASE_SERVICE_HOST` for one that is called
-"database"), and providers write what they know of a database under names that begin with DATABASE_. Those are told,
+A typing error that is ignored leaves the default in place in silence, so it ends the start. But other programs write
+into the environment too. Kubernetes adds seven variables for each service in the namespace (`DATABASE_SERVICE_HOST` for
+one that is called "database"), and providers describe a database by names that begin with DATABASE_. These are reported
 and ignored.
 """
 
@@ -43,7 +43,7 @@ class Findings:
 
 
 def inspect(names: Iterable[str], known: Iterable[str], *, guarding: AbstractSet[str]) -> Findings:
-    """Sort the variables that are nobody's setting; all names are in lower case.
+    """Sort the variables that are no setting; all names are in lower case.
 
     `known` are the settings, each of which may end in _FILE too. What begins with DATABASE_ is ours to be strict about.
     Of the others it is only told what looks like a typing error, and refused if it looks like one of `guarding`, whose
