@@ -18,11 +18,14 @@ CLIENTS = 6
 ROUTES = (
     ("GET", "/patients/7", 200, 2.0),
     ("GET", "/patients?limit=50", 200, 2.5),
-    ("POST", "/patients", 201, 2.5),
+    ("POST", "/patients", 201, 2.0),
+    ("POST", "/once", 201, 2.0),
     ("GET", "/patients/999999", 404, 2.5),
     ("GET", "/nothing", 404, 2.5),
 )
 TIMES_TEXTBOOK = 2.5
+# The most that a read of ours may cost beside FastAPI and asyncpg doing the same work.
+TIMES_BARE = 1.1
 NAMES = {"bare_fastapi": "bare FastAPI"}
 
 
@@ -35,10 +38,13 @@ async def run(stage: Stage, plan: Plan, tell: Callable[[str], None]) -> Section:
         stage.serving("ours") as ours,
         stage.serving("textbook") as textbook,
         stage.serving("bare_fastapi") as bare,
+        stage.serving("ours_at_work", name="ours, write_once") as at_work,
     ):
-        for method, path, status, most in ROUTES[:3] if plan.quick else ROUTES:
-            _same_answer(floor, ours, path, method)
-            servers = [floor, bare, ours]
+        for method, path, status, most in ROUTES[:4] if plan.quick else ROUTES:
+            # `write_once` is the one route that the service does not have.
+            measured = at_work if path == "/once" else ours
+            _same_answer(floor, measured, path, method)
+            servers = [floor, bare, measured]
             if path == "/patients/7":
                 servers.append(textbook)
             found = await alternate(
@@ -47,13 +53,13 @@ async def run(stage: Stage, plan: Plan, tell: Callable[[str], None]) -> Section:
             if path == "/patients/7":
                 one_patient = found
             floors = {name: row.cpu.median / found["floor"].cpu.median for name, row in found.items()}
-            ratio = floors["ours"]
+            ratio = floors[measured.name]
             claim = f"{method} {path}: {ratio:.2f} floors, at most {most:g} wanted"
             rows.append(
                 [
                     f"`{method} {path}` → {status}",
                     found["floor"].cpu.text(),
-                    found["ours"].cpu.text(),
+                    found[measured.name].cpu.text(),
                     f"{floors['bare_fastapi']:.2f}",
                     f"{ratio:.2f}",
                     f"≤ {most:g}",
@@ -62,6 +68,7 @@ async def run(stage: Stage, plan: Plan, tell: Callable[[str], None]) -> Section:
             )
     section.table(["request", "floor, µs CPU", "ours, µs CPU", "bare FastAPI, floors", "ours, floors", "bar", ""], rows)
     _against_textbook(section, one_patient["textbook"], one_patient["ours"])
+    _against_bare(section, one_patient["bare_fastapi"], one_patient["ours"])
     section.table(
         ["`GET /patients/7`", "µs CPU", "requests/s", "in floors", "new sessions for 1,000 requests"],
         [
@@ -84,7 +91,8 @@ async def run(stage: Stage, plan: Plan, tell: Callable[[str], None]) -> Section:
     section.say(
         "The floor answers the same status and body. It has no metrics, request id, gate, routing to the replica, "
         "validation or error handling. Bare FastAPI does the floor's work in FastAPI's routes with a schema for what "
-        "comes and goes, and nothing else. In all a POST is an INSERT that commits by itself and a look at the LSN."
+        "comes and goes, and nothing else. All take the same round trips: a read one, POST /patients four (BEGIN, "
+        "INSERT, COMMIT and the question for the LSN), POST /once two (an INSERT that commits by itself, and the LSN)."
     )
     return section
 
@@ -93,6 +101,12 @@ def _against_textbook(section: Section, textbook: Row, ours: Row) -> None:
     times = ours.rate.median / textbook.rate.median
     claim = f"{times:.2f} times the textbook's requests/s, at least {TIMES_TEXTBOOK:g} wanted"
     section.say(f"Ours serves {claim}: {section.verdict(claim, held=times >= TIMES_TEXTBOOK)}.")
+
+
+def _against_bare(section: Section, bare: Row, ours: Row) -> None:
+    times = ours.cpu.median / bare.cpu.median
+    claim = f"{times:.2f} times the CPU of bare FastAPI, at most {TIMES_BARE:g} wanted"
+    section.say(f"A read of ours takes {claim}: {section.verdict(claim, held=times <= TIMES_BARE)}.")
 
 
 def _same_answer(floor: Served, ours: Served, path: str, method: str) -> None:

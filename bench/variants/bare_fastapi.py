@@ -1,16 +1,14 @@
 """The floor's work as FastAPI routes, and nothing else: what the framework takes before a service adds anything."""
 
-import os
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from datetime import date
 from typing import Any
 
-import asyncpg
 from fastapi import FastAPI, HTTPException, Request, Response
 from pydantic import BaseModel
 
-from bench.variants.floor import ADD, GET, LIST, LSN, POOL_SIZE
+from bench.variants.floor import ADD, GET, LIST, LSN, open_pool
 from bench.variants.patients import PatientOut
 
 
@@ -25,10 +23,8 @@ class PatientIn(BaseModel):
 @asynccontextmanager
 async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     """Open the pools and close them."""
-    async with (
-        asyncpg.create_pool(os.environ["DATABASE_REPLICA_URL"], min_size=5, max_size=POOL_SIZE) as app.state.reader,
-        asyncpg.create_pool(os.environ["DATABASE_URL"], min_size=5, max_size=POOL_SIZE) as app.state.writer,
-    ):
+    async with await open_pool("DATABASE_REPLICA_URL") as reader, await open_pool("DATABASE_URL") as writer:
+        app.state.reader, app.state.writer = reader, writer
         yield
 
 
@@ -53,6 +49,15 @@ def create_app() -> FastAPI:
 
     @app.post("/patients", status_code=201, response_model=PatientOut)
     async def add_patient(request: Request, response: Response, new: PatientIn) -> Any:
+        async with request.app.state.writer.acquire() as connection:
+            async with connection.transaction():
+                row = await connection.fetchrow(ADD, new.mrn, new.full_name, new.birth_date)
+            response.headers["X-Consistency-Token"] = await connection.fetchval(LSN)
+        response.headers["Location"] = f"/patients/{row['id']}"
+        return dict(row)
+
+    @app.post("/once", status_code=201, response_model=PatientOut)
+    async def add_once(request: Request, response: Response, new: PatientIn) -> Any:
         async with request.app.state.writer.acquire() as connection:
             row = await connection.fetchrow(ADD, new.mrn, new.full_name, new.birth_date)
             response.headers["X-Consistency-Token"] = await connection.fetchval(LSN)

@@ -1,17 +1,27 @@
-"""Ours, with a query that waits and a query that computes, on the service's own pools, and a way to resize them."""
+"""Ours, with a write of one query, queries that wait and that compute, and a way to resize the pools."""
 
-from fastapi import FastAPI, Request
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
 from sqlalchemy import text
 
 from app.main import create_app as create_service
+from app.patients.queries import ADD
+from app.patients.schemas import PatientIn, PatientOut
 from bench.variants.patients import COMPUTE, WAIT
-from pglifeguard.databases import Databases
-from pglifeguard.fastapi.sessions import ReadDB
+from pglifeguard import Databases
+from pglifeguard.fastapi import ReadDB, RequestDatabases
 
 
 def create_app() -> FastAPI:
     """Make the application."""
     app = create_service()
+
+    @app.post("/once", status_code=201, response_model=PatientOut)
+    async def add_once(databases: RequestDatabases, new: PatientIn, response: Response) -> Any:
+        (patient,) = await databases.write_once(ADD, **vars(new))
+        response.headers["Location"] = f"/patients/{patient.id}"
+        return patient
 
     @app.get("/wait")
     async def wait(session: ReadDB) -> None:
