@@ -9,8 +9,8 @@ from pglifeguard.activity import BLOCKED, BY_STATE
 from pglifeguard.database import Database
 from pglifeguard.databases import Databases
 from pglifeguard.errors import DatabaseUnavailable
-from pglifeguard.fastapi.health import DatabasesOfApp
 from pglifeguard.fastapi.problems import documented
+from pglifeguard.fastapi.sessions import RequestDatabases
 from pglifeguard.fastapi.shared import shared
 
 # An operator waits for the answer, and the server may be overloaded already.
@@ -21,13 +21,13 @@ router = APIRouter(tags=["operations"], responses=documented(401, 403))
 
 
 @router.get("/debug/pool-stats")
-async def get_pool_stats(databases: DatabasesOfApp) -> dict[str, dict[str, int]]:
+async def get_pool_stats(databases: RequestDatabases) -> dict[str, dict[str, int]]:
     """Count the connections of each pool of this process, now."""
     return {database.name: asdict(database.pool.figures()) for database in databases.all()}
 
 
 @router.get("/debug/connections")
-async def get_connections(databases: DatabasesOfApp, request: Request) -> dict[str, Any]:
+async def get_connections(databases: RequestDatabases, request: Request) -> dict[str, Any]:
     """List the connections that this process holds, those of each server, and the sessions that block others there.
 
     `server` counts by application and state. `blocked` has a row for each pair of a session that waits for a lock and a

@@ -9,8 +9,8 @@ from fastapi.responses import PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Metric, generate_latest
 
 from pglifeguard.databases import Databases
-from pglifeguard.fastapi.health import DatabasesOfApp
 from pglifeguard.fastapi.problems import documented
+from pglifeguard.fastapi.sessions import RequestDatabases
 from pglifeguard.fastapi.shared import shared
 from pglifeguard.serving.workers import exposition
 
@@ -20,7 +20,7 @@ router = APIRouter(tags=["operations"], responses=documented(401, 403))
 
 
 @router.get("/metrics", response_class=PlainTextResponse)
-async def get_metrics(databases: DatabasesOfApp, request: Request) -> Response:
+async def get_metrics(databases: RequestDatabases, request: Request) -> Response:
     """Expose the metrics to Prometheus; with several workers, those of all of them."""
     content = await shared(request.app, "metrics", lambda: _expose(databases)).get()
     return Response(content, headers={"Content-Type": CONTENT_TYPE_LATEST})

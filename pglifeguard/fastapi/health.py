@@ -2,17 +2,16 @@
 
 import asyncio
 import time
-from typing import Annotated, Any
+from typing import Any
 
-from fastapi import APIRouter, Depends, Request, Response, status
+from fastapi import APIRouter, Request, Response, status
 
 from pglifeguard.database import Database
 from pglifeguard.databases import Databases
-from pglifeguard.fastapi.sessions import databases_of
+from pglifeguard.fastapi.sessions import RequestDatabases
 from pglifeguard.fastapi.shared import shared
 
 router = APIRouter(prefix="/health", tags=["operations"])
-DatabasesOfApp = Annotated[Databases, Depends(databases_of)]
 # A probe reads the same body with 200 and 503, so this is no problem document.
 UNAVAILABLE: dict[int | str, dict[str, Any]] = {503: {"description": "Service Unavailable", "model": dict[str, Any]}}
 
@@ -24,7 +23,7 @@ async def get_live() -> dict[str, str]:
 
 
 @router.get("/ready", responses=UNAVAILABLE)
-async def get_ready(databases: DatabasesOfApp, response: Response) -> dict[str, Any]:
+async def get_ready(databases: RequestDatabases, response: Response) -> dict[str, Any]:
     """Say whether traffic may come: the primary answered the last probe, and no shutdown is under way. No I/O.
 
     With READY_WITHOUT_PRIMARY a replica that serves reads is enough; writes are then answered by 503.
@@ -39,7 +38,7 @@ async def get_ready(databases: DatabasesOfApp, response: Response) -> dict[str, 
 
 
 @router.get("/db", responses=UNAVAILABLE)
-async def get_databases(databases: DatabasesOfApp, request: Request, response: Response) -> dict[str, Any]:
+async def get_databases(databases: RequestDatabases, request: Request, response: Response) -> dict[str, Any]:
     """Look at each database now, for at most HEALTH_TIMEOUT_SECONDS, and tell its pool's figures."""
     asked = shared(request.app, "health", lambda: _describe_all(databases), min_pause_seconds=0.05)
     body = await asked.get()

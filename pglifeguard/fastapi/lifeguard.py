@@ -85,7 +85,7 @@ class Lifeguard:
         loop_watch = LoopWatch(
             self.metrics.event_loop_lag_seconds,
             blocked_seconds=settings.blocked_after_seconds,
-            accuse=settings.trace_checkouts,
+            locate=settings.trace_checkouts,
         )
         tasks = [asyncio.create_task(loop_watch.run())]
         if _keeps_keys(app):

@@ -96,13 +96,6 @@ def note_failure(scope: Scope, error: BaseException) -> None:
     scope.setdefault(FAILURE, error)
 
 
-class Isolated:
-    """A dependency that gives the request's session that writes, at an isolation level."""
-
-    def __init__(self, isolation: Isolation) -> None:
-        self.isolation = isolation
-
-
 def isolation_of(scope: Mapping[str, Any]) -> Isolation | None:
     """Return the strictest isolation level that this request's route asks for; None for the server's default.
 
@@ -113,17 +106,10 @@ def isolation_of(scope: Mapping[str, Any]) -> Isolation | None:
         call.isolation
         for route in (context, scope.get("route"))
         for call in _calls(getattr(route, "dependant", None))
-        if isinstance(call, Isolated)
+        if isinstance(call, AtIsolation)
     }
     strictest: tuple[Isolation, ...] = ("SERIALIZABLE", "REPEATABLE READ", "READ COMMITTED")
     return next((level for level in strictest if level in asked), None)
-
-
-def _calls(dependant: Dependant | None) -> Iterator[Any]:
-    if dependant is not None:
-        yield dependant.call
-        for inner in dependant.dependencies:
-            yield from _calls(inner)
 
 
 async def databases_of_request(connection: HTTPConnection) -> Databases:
@@ -162,8 +148,11 @@ WriteDB = Annotated[WriteSession, Depends(write_session, scope="function")]
 AnalyticsDB = Annotated[ReadSession, Depends(analytics_session, scope="function")]
 
 
-class AtIsolation(Isolated):
-    """Gives the request's session that writes, whose transaction is at an isolation level."""
+class AtIsolation:
+    """A dependency that gives the request's `WriteSession`, whose transaction is at an isolation level."""
+
+    def __init__(self, isolation: Isolation) -> None:
+        self.isolation = isolation
 
     async def __call__(self, session: WriteDB) -> WriteSession:
         """Return the session, which was opened at the strictest level that the route names.
@@ -221,6 +210,13 @@ def why_read_failed(scope: Scope, status: int) -> BaseException | None:
     if failure is None and status == HTTPStatus.NOT_FOUND and WRITE not in scope:
         return NotFound("The endpoint says so.")
     return failure
+
+
+def _calls(dependant: Dependant | None) -> Iterator[Any]:
+    if dependant is not None:
+        yield dependant.call
+        for inner in dependant.dependencies:
+            yield from _calls(inner)
 
 
 def _opened(connection: HTTPConnection, key: str, open_one: Callable[[Databases], SessionT]) -> SessionT:

@@ -23,19 +23,19 @@ NOT_OURS = (*{get_path(name) for name in ("stdlib", "purelib", "platlib")}, "<fr
 
 
 class LoopWatch:
-    """Measures how late the loop is, every `INTERVAL_SECONDS`; `accuse` logs what blocks it for `blocked_seconds`."""
+    """Measures how late the loop is, every `INTERVAL_SECONDS`; with `locate`, logs a line that blocks it for long."""
 
-    def __init__(self, lag: Histogram, *, blocked_seconds: float, accuse: bool) -> None:
+    def __init__(self, lag: Histogram, *, blocked_seconds: float, locate: bool) -> None:
         self._lag = lag
         self._blocked_seconds = blocked_seconds
-        self._accuse = accuse
+        self._locate = locate
         self._beat = time.monotonic()
         self._stop = threading.Event()
 
     async def run(self) -> None:
         """Measure until cancelled."""
         loop_thread = threading.get_ident()
-        if self._accuse:
+        if self._locate:
             threading.Thread(target=self._watch, args=(loop_thread,), name="loop-watch", daemon=True).start()
         with suppress(asyncio.CancelledError):
             while True:
@@ -45,17 +45,17 @@ class LoopWatch:
         self._stop.set()
 
     def _watch(self, loop_thread: int) -> None:
-        accused = 0.0
+        reported = 0.0
         while not self._stop.wait(INTERVAL_SECONDS):
             beat = self._beat
             late = time.monotonic() - beat - INTERVAL_SECONDS
-            if late >= self._blocked_seconds and beat != accused:
-                accused = beat
+            if late >= self._blocked_seconds and beat != reported:
+                reported = beat
                 frame = sys._current_frames().get(loop_thread)  # noqa: SLF001  # The only way to see another thread.
-                logger.warning("event loop blocked", extra={"seconds": round(late, 2), "where": culprit(frame)})
+                logger.warning("event loop blocked", extra={"seconds": round(late, 2), "where": blocking_line(frame)})
 
 
-def culprit(frame: FrameType | None) -> str:
+def blocking_line(frame: FrameType | None) -> str:
     """Return the innermost line of a stack outside Python and the installed packages, else the innermost line."""
     innermost = "" if frame is None else _line(frame)
     while frame is not None:

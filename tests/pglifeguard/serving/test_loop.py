@@ -5,12 +5,12 @@ import threading
 from types import FrameType
 
 from local.waiting import eventually
-from pglifeguard.serving.loop import culprit
+from pglifeguard.serving.loop import blocking_line
 
 
 def test_innermost_line_of_ours_is_named() -> None:
     """A line of the project's is named, though a library's may be deeper."""
-    assert culprit(sys._getframe()).endswith("in test_innermost_line_of_ours_is_named")
+    assert blocking_line(sys._getframe()).endswith("in test_innermost_line_of_ours_is_named")
 
 
 async def test_library_is_named_when_nothing_else_is_there() -> None:
@@ -28,8 +28,8 @@ async def test_library_is_named_when_nothing_else_is_there() -> None:
 
     try:
         assert await eventually(waits, 5)
-        assert "threading.py" in culprit(stack())
-        assert culprit(None) == ""
+        assert "threading.py" in blocking_line(stack())
+        assert blocking_line(None) == ""
     finally:
         done.set()
         thread.join()
