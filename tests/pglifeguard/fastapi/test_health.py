@@ -5,6 +5,7 @@ import time
 from typing import Any
 
 import pytest
+from anyio import to_thread
 
 from app.settings import Settings
 from local.cluster import Cluster
@@ -181,3 +182,20 @@ async def test_document_says_what_an_unhealthy_answer_is() -> None:
             answer = await service.client.get(path)
 
             assert answer.headers["content-type"] in document["paths"][path]["get"]["responses"]["503"]["content"]
+
+
+async def test_operations_routes_take_no_thread(service: Service) -> None:
+    """They answer while plain `def` endpoints have every thread of FastAPI's pool."""
+    limiter = to_thread.current_default_thread_limiter()
+    endpoints = [object() for _ in range(int(limiter.available_tokens))]
+    for endpoint in endpoints:
+        await limiter.acquire_on_behalf_of(endpoint)
+
+    try:
+        async with asyncio.timeout(30):
+            answers = [await service.client.get(path) for path in OPERATORS]
+    finally:
+        for endpoint in endpoints:
+            limiter.release_on_behalf_of(endpoint)
+
+    assert [answer.status_code for answer in answers] == [200] * 6
