@@ -1,12 +1,12 @@
 """Queries about the sessions of a server (pg_stat_activity, pg_locks), for operators.
 
-Of other roles' sessions a role without pg_read_all_stats sees process id, role, application and locks, and neither
-their kind nor their state, age or statement: those are NULL, and such a session must not be left out for that, since it
-may be the one that blocks all others. Its state is said to be `unknown`.
+A role without pg_read_all_stats sees the process id, role, application and locks of other roles' sessions. Their kind,
+state, age and statement are NULL. The queries list such a session all the same, with the state `unknown`, since it may
+be the one that blocks all others.
 """
 
-# A session whose kind is hidden is a client's when it is connected to a database in somebody's name: the server's own
-# workers have no name, and what streams the log has no database.
+# A session whose kind is hidden is a client's when it has a database and a user: the server's own workers have no user,
+# and a WAL sender has no database.
 CLIENTS = """
 (backend_type = 'client backend' OR (backend_type IS NULL AND datid IS NOT NULL AND usesysid IS NOT NULL))
 """

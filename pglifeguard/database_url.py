@@ -2,7 +2,7 @@
 
 The service, its migrations, `doctor` and PgBouncer's console all read their URLs here. A parameter is taken, or the
 URL is refused with a sentence that says what to write instead: the driver would send an unknown one to the server,
-which refuses the connection, and one that is dropped in silence would be a demand that nobody keeps.
+which refuses the connection, and a demand that is dropped in silence would not be met.
 
 Source: PostgreSQL 18 manual, "Connection URIs" and "Parameter Key Words" (34.1).
 """

@@ -97,7 +97,7 @@ class Opener(Protocol[S_co]):
 
 
 class ConnectionPool(Generic[S]):
-    """A pool of at most `pool_size + max_overflow` connections with a bounded, fair and timed line in front."""
+    """A pool of at most `pool_size + max_overflow` connections behind a bounded, fair and timed queue."""
 
     def __init__(
         self,

@@ -276,8 +276,8 @@ class ReadSession(AsyncSession):
     ) -> None:
         """Roll back what is not committed, and release the connection.
 
-        Raises: TypeError when objects were changed, which nobody would store. TransactionAborted when a flush failed,
-        and the block went on as if it had not.
+        Raises: TypeError when objects were changed, which this session cannot store. TransactionAborted when a flush
+        failed, and the block went on as if it had not.
         """
         self.ended, self.pinned = True, False
         if self._lease is not None:

@@ -63,7 +63,7 @@ OUTSIDE = (
     "again, which begins the next transaction"
 )
 POOLED = (
-    "behind a pooler the server's session belongs to whoever comes next, so nothing may be left in it: write SET LOCAL "
+    "behind a pooler the server's session goes to another client next, so nothing may be left in it: write SET LOCAL "
     "or set_config(…, true) in place of SET, pg_advisory_xact_lock in place of pg_advisory_lock, and "
     "databases.listen(channel) in place of LISTEN; temporary tables and cursors WITH HOLD need a connection past the "
     "pooler"
