@@ -18,6 +18,8 @@ from local.setup import PROJECT
 
 PAGE = PROJECT / "docs" / "benchmarks.md"
 PACKAGES = ("fastapi", "starlette", "uvicorn", "sqlalchemy", "asyncpg", "pydantic", "psycopg", "uvloop")
+# What is measured: the library and the service.
+MEASURED = ("pglifeguard/", "app/")
 # More than this before the run, and something else wants the cores too. (A load average would tell of the last minute.)
 QUIET_PERCENT = 10
 PROBE_SECONDS = 1.0
@@ -82,9 +84,8 @@ def describe(stage: Stage, busy: float, *, quick: bool) -> str:
     )
     commit = _output("git", "-C", str(PROJECT), "rev-parse", "--short", "HEAD")
     # A figure belongs to a commit; of a changed tree nobody can say what was measured.
-    changed = (
-        " **with uncommitted changes in app/**" if _output("git", "diff", "--name-only", "HEAD", "--", "app") else ""
-    )
+    differs = _output("git", "-C", str(PROJECT), "diff", "--name-only", "HEAD", "--", *MEASURED)
+    changed = f" **with uncommitted changes in {' or '.join(MEASURED)}**" if differs else ""
     packages = " · ".join(f"{name} {version(name)}" for name in PACKAGES)
     pinned = f"server on core {stage.server_core}" if stage.pinned else "one core for everything"
     rows = [

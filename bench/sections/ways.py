@@ -2,10 +2,6 @@
 
 from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack
-from itertools import pairwise
-from statistics import median
-
-import httpx
 
 from bench import pgbouncer, plots, wire
 from bench.load import open_loop
@@ -16,7 +12,6 @@ from bench.stage import Stage
 from bench.variants import MODULES, WAYS
 
 CLIENTS = 6
-TRIP_REQUESTS = 20
 Tell = Callable[[str], None]
 
 
@@ -59,7 +54,10 @@ async def _alone(  # noqa: PLR0913, PLR0917  # Private, and each is needed.
                 late[server.name].values.append(got.quantile(0.99))
     for way in ways:
         tell(f"round trips · {way}")
-        trips[way] = await _trips(stage, way, through if way == "pooled" else {})
+        variables = through if way == "pooled" else {}
+        (trips[way],) = await wire.round_trips(
+            stage, MODULES.get(way, way), [("GET", "/patients/7")], variables, name=way
+        )
     section.say(
         f"One process, {CLIENTS} clients, `GET /patients/7`; latencies at {rate:.0f} arrivals a second, the same for "
         "all. Round trips are counted on the wire between the service and what it is connected to."
@@ -86,20 +84,3 @@ async def _alone(  # noqa: PLR0913, PLR0917  # Private, and each is needed.
         {WAYS[way]: row.cpu for way, row in found.items()},
     )
     section.picture("ways", "CPU for each request by way to connect", figure)
-
-
-async def _trips(stage: Stage, way: str, through: Mapping[str, str]) -> float:
-    variables = {"DATABASE_REPLICA_URL": stage.environment["DATABASE_REPLICA_URL"], **through}
-    port = httpx.URL(variables["DATABASE_REPLICA_URL"]).port
-    async with wire.counting(int(port or 0)) as (trips, between):
-        variables["DATABASE_REPLICA_URL"] = variables["DATABASE_REPLICA_URL"].replace(f":{port}/", f":{between}/")
-        async with (
-            stage.serving(MODULES.get(way, way), variables, name=way) as server,
-            httpx.AsyncClient(trust_env=False) as client,
-        ):
-            counts = [trips.count]
-            for _ in range(TRIP_REQUESTS):
-                await client.get(server.url + "/patients/7")
-                counts.append(trips.count)
-    # The first ones prepare statements, and the monitor of ours looks at the replica over the same wire at times.
-    return median(after - before for before, after in pairwise(counts))
