@@ -87,7 +87,7 @@ async def round_trips(
 async def _median(client: httpx.AsyncClient, method: str, path: str, counts: Sequence[Trips]) -> float:
     seen = [sum(trips.count for trips in counts)]
     for _ in range(REQUESTS):
-        patient = {"mrn": f"T{uuid4().hex}", "full_name": "Ada Example", "birth_date": "1980-05-17"}
+        patient = {"mrn": f"T-{uuid4().hex[:24].upper()}", "full_name": "Ada Example", "birth_date": "1980-05-17"}
         answer = await client.request(method, path, json=patient if method == "POST" else None)
         if not answer.is_success:
             raise BenchError(f"{method} {path} was answered {answer.status_code}: {answer.text[:200]}")
