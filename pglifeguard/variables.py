@@ -106,7 +106,7 @@ class _Settings:
         for other, name, allowed in self._letters:
             # Most names are told apart by their lengths and letters: the distance takes a hundred times longer.
             if abs(len(letters) - len(other)) <= allowed and len(mine.symmetric_difference(other)) <= 2 * allowed:
-                mistakes = _mistakes(letters, other)
+                mistakes = _mistakes(letters, other, allowed)
                 if mistakes <= allowed:
                     yield mistakes, name
 
@@ -133,15 +133,18 @@ def _own_part(name: str) -> str:
 
 
 def _begins_like_ours(name: str) -> bool:
-    return _mistakes(name.partition("_")[0], PREFIX.removesuffix("_")) <= 2  # noqa: PLR2004
+    return _mistakes(name.partition("_")[0], PREFIX.removesuffix("_"), 2) <= 2  # noqa: PLR2004
 
 
 def _allowed_mistakes(letters: str) -> int:
     return (len(letters) >= _LETTERS_FOR_ONE_MISTAKE) + (len(letters) >= _LETTERS_FOR_TWO_MISTAKES)
 
 
-def _mistakes(one: str, other: str) -> int:
-    """Count the letters that are wrong, missing, too many or swapped (Damerau and Levenshtein's distance)."""
+def _mistakes(one: str, other: str, allowed: int) -> int:
+    """Count the letters that are wrong, missing, too many or swapped (Damerau and Levenshtein's distance).
+
+    Stops counting as soon as there are more than `allowed`.
+    """
     older: list[int] = []
     before: list[int] = []
     row = list(range(len(other) + 1))
@@ -152,4 +155,7 @@ def _mistakes(one: str, other: str) -> int:
             if i > 1 and j > 1 and (letter, one[i - 2]) == (other[j - 2], other_letter):
                 cost = min(cost, older[j - 2] + 1)
             row.append(cost)
+        # A swap looks back two rows, and no row has less than the least of the two before it.
+        if min(*before, *row) > allowed:
+            break
     return row[-1]

@@ -1,13 +1,16 @@
-"""The real databases that tests run on: one primary and one streaming replica per run, one database per test.
+"""The real databases that tests run on: a primary and a streaming replica per process, one database per test.
 
 `cluster` is `local.cluster.Cluster`: see there for `url()`, `wait_replayed()` and what its two servers can suffer.
-A test that stops, kills, freezes, promotes or reconfigures one asks for `breakable_cluster`. All that this test uses,
+A test or a file marked `shares_service` has its database and its service from the tests before it: tables are empty,
+connections and metrics are not new. One that needs a new service, or leaves more than rows, is marked `fresh_service`.
+A test that stops, kills, freezes, promotes or reconfigures a server asks for `breakable_cluster`. All that it uses,
 `database` and `service` too, is then on servers that the other tests do not share; it may leave the wreck behind.
 """
 
 import logging
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterator
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -15,18 +18,22 @@ from typing import Any, TypeAlias
 
 import asyncpg
 import pytest
+from starlette.routing import BaseRoute
 
 from app.settings import Settings
+from local import postgres
 from local.cluster import Cluster
 from pglifeguard.settings import DatabaseSettings
 from tests.proxy import Proxy
-from tests.servers import TEMPLATE, Servers, open_directory
+from tests.servers import Servers, open_directory
 from tests.service import Service, serving
 from tests.stopwatch import Stopwatch
 
 # Runs a statement on the primary as its superuser, beside the service, and returns its first value.
 Execute: TypeAlias = Callable[..., Awaitable[Any]]
 
+# What a test may have left in the database that it shares with others.
+EMPTY = "TRUNCATE users, patients, idempotency_keys RESTART IDENTITY"
 # What `make test-fast` leaves out: what starts programs, breaks servers, or does something a hundred times.
 SLOW_FOLDERS = {"bench", "chaos", "examples", "local"}
 SLOW_FILES = {
@@ -77,17 +84,69 @@ class Database:
         }
 
     def settings(self, *, replica: bool = True, **changes: Any) -> Settings:
-        """Return the service's settings over this database: `changes` by field, of all pools or of the service."""
+        """Return the service's settings over this database: `changes` by field, of all pools or of the service.
+
+        A pool keeps one connection, and analytics none: to open the default's five takes longer than most tests.
+        """
         pools = {name: changes.pop(name) for name in set(changes) & set(DatabaseSettings.model_fields)}
+        kept = {"pool_min_size": 1} | pools
         url = self.replica_url() if replica else self.url()
         fields: dict[str, Any] = {
             "environment": "test",
             "monitor_interval_seconds": 0.05,
-            "primary": {"url": self.url(), **pools},
-            "replicas": ({"url": url, **pools},) if replica else (),
+            "primary": {"url": self.url(), **kept},
+            "replicas": ({"url": url, **kept},) if replica else (),
             "analytics": {"url": url, "pool_size": 2, "max_overflow": 0, "pool_min_size": 0, **pools},
         }
         return Settings(_env_file=None, **(fields | changes))
+
+
+class SharedService:
+    """One service over one database that many tests use in turn: starting one takes longer than most tests do."""
+
+    def __init__(self, servers: Servers) -> None:
+        self._servers = servers
+        self._running = AsyncExitStack()
+        self._database: Database | None = None
+        self._service: Service | None = None
+        self._routes: list[BaseRoute] = []
+
+    async def database(self) -> Database:
+        """Return the database with empty tables, on the primary and on the replica."""
+        cluster = await self._servers.take()
+        if self._database is None or self._database.cluster is not cluster:
+            await self.end()
+            # Not among the names that the inspection of the servers drops, which may come between two tests.
+            self._database = Database(f"shared_{next(_numbers)}", cluster)
+            await self._servers.create_database(self._database.name)
+        else:
+            connection = await cluster.primary.connect(self._database.name)
+            await connection.execute(EMPTY)
+            await connection.close()
+            await self._servers.wait_replayed()
+        return self._database
+
+    async def service(self) -> Service:
+        """Return the service over `database()`, without the routes and overrides that other tests have added."""
+        if self._service is None:
+            assert self._database is not None
+            self._service = await self._running.enter_async_context(serving(self._database.settings()))
+            self._routes = self._service.app.router.routes[:]
+        self._service.app.router.routes[:] = self._routes
+        self._service.app.dependency_overrides.clear()
+        self._service.client.cookies.clear()
+        return self._service
+
+    async def end(self) -> None:
+        """Stop the service; the next test has a new one over a new database."""
+        self._database = self._service = None
+        await self._running.aclose()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Undo what pytest-xdist tells its workers about the terminal: `rich` would keep that width for every test."""
+    if hasattr(config, "workerinput"):
+        os.environ.pop("COLUMNS", None)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -105,6 +164,10 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
     if report.failed:
         item.stash[_failed] = True
     return report
+
+
+def _shares(item: pytest.Item) -> bool:
+    return bool(item.get_closest_marker("shares_service") and not item.get_closest_marker("fresh_service"))
 
 
 @pytest.fixture(name="open_directory")
@@ -130,6 +193,17 @@ def _no_settings_from_outside() -> None:
     for name in list(os.environ):
         if name.startswith("DATABASE_") or name.lower() in Settings.model_fields:
             del os.environ[name]
+    # Coverage is measured in the processes that run tests, not in the programs that tests start.
+    os.environ.pop("COVERAGE_PROCESS_CONFIG", None)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _ports_of_our_own() -> None:
+    """Share the ports out among the processes: none takes the port of a server that another one has stopped."""
+    worker = os.environ.get("PYTEST_XDIST_WORKER")
+    if worker is not None:
+        step = int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+        postgres.PORTS = postgres.PORTS[int(worker.removeprefix("gw")) :: step]
 
 
 @pytest.fixture(scope="session")
@@ -148,15 +222,25 @@ async def breakable_servers() -> AsyncIterator[Servers]:
     await servers.end()
 
 
+@pytest.fixture(scope="session")
+async def shared_service(shared_servers: Servers) -> AsyncIterator[SharedService]:
+    """Give what the tests marked `shares_service` use in turn."""
+    shared = SharedService(shared_servers)
+    yield shared
+    await shared.end()
+
+
 @pytest.fixture
-async def cluster(
-    request: pytest.FixtureRequest, shared_servers: Servers, breakable_servers: Servers
-) -> AsyncIterator[Cluster]:
+def servers(request: pytest.FixtureRequest, shared_servers: Servers, breakable_servers: Servers) -> Servers:
+    """Give the servers that the test is on."""
+    return breakable_servers if "breakable_cluster" in request.fixturenames else shared_servers
+
+
+@pytest.fixture
+async def cluster(request: pytest.FixtureRequest, servers: Servers) -> AsyncIterator[Cluster]:
     """Give the shared cluster, which the test leaves as it found it; beside `breakable_cluster`, that one."""
-    breaks = "breakable_cluster" in request.fixturenames
-    servers = breakable_servers if breaks else shared_servers
     yield await servers.take()
-    if breaks or request.node.stash.get(_failed, False):
+    if "breakable_cluster" in request.fixturenames or request.node.stash.get(_failed, False):
         await servers.inspect()
 
 
@@ -167,19 +251,30 @@ async def breakable_cluster(cluster: Cluster) -> Cluster:
 
 
 @pytest.fixture
-async def database(request: pytest.FixtureRequest, cluster: Cluster) -> AsyncIterator[Database]:
+async def database(
+    request: pytest.FixtureRequest, servers: Servers, cluster: Cluster, shared_service: SharedService
+) -> AsyncIterator[Database]:
     """Give a migrated, empty database that the replica has already replayed."""
+    if _shares(request.node):
+        yield await shared_service.database()
+        if request.node.stash.get(_failed, False):
+            await shared_service.end()
+        return
     name = f"test_{next(_numbers)}"
-    await cluster.create_database(name, template=TEMPLATE)
-    await cluster.wait_replayed()
+    await servers.create_database(name)
     yield Database(name, cluster)
     if "breakable_cluster" not in request.fixturenames:  # Else the servers may be down; their inspection drops it.
-        await cluster.drop_database(name)
+        await servers.drop_database(name)
 
 
 @pytest.fixture
-async def service(database: Database) -> AsyncIterator[Service]:
-    """Give the service over primary and replica, running, with every setting's default."""
+async def service(
+    request: pytest.FixtureRequest, database: Database, shared_service: SharedService
+) -> AsyncIterator[Service]:
+    """Give the service over primary and replica, running, with the settings of `Database.settings()`."""
+    if _shares(request.node):
+        yield await shared_service.service()
+        return
     async with serving(database.settings()) as running:
         yield running
 

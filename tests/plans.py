@@ -30,6 +30,9 @@ class Statements:
 async def noting_statements(service: Service) -> AsyncIterator[Statements]:
     """Collect what the connections that the service has open send meanwhile."""
     statements = Statements()
+    for database in service.databases.all():
+        async with database.engine.connect():  # A new pool has no connection before it is asked for one.
+            pass
     entries = [entry for database in service.databases.all() for entry in database.pool._idle]
     connections = [cast("asyncpg.Connection[Any]", entry.driver_connection) for entry in entries]
     for connection in connections:

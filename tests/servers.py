@@ -18,6 +18,7 @@ import asyncpg
 from local.account import LocalError
 from local.cluster import Cluster
 from local.postgres import HOST, Server
+from local.waiting import eventually
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +42,8 @@ class Servers:
         self.name = name
         self._cluster: Cluster | None = None
         self._own: dict[Server, dict[str, str]] = {}
+        # Kept open from test to test: logging in takes longer than what is asked.
+        self._connections: dict[Server, asyncpg.Connection[asyncpg.Record]] = {}
 
     async def take(self) -> Cluster:
         """Return the running cluster with its template database, made at the first call."""
@@ -51,8 +54,32 @@ class Servers:
             self._cluster = await self._make()
         return self._cluster
 
+    async def create_database(self, name: str) -> None:
+        """Copy the migrated template; returns when the replica has the copy."""
+        primary = await self._connect((await self.take()).primary)
+        await primary.execute(f'CREATE DATABASE "{name}" TEMPLATE "{TEMPLATE}" STRATEGY wal_log')
+        await self.wait_replayed()
+
+    async def drop_database(self, name: str) -> None:
+        """Drop a database, disconnecting whoever is in it."""
+        primary = await self._connect((await self.take()).primary)
+        await primary.execute(f'DROP DATABASE IF EXISTS "{name}" WITH (FORCE)')
+
+    async def wait_replayed(self) -> None:
+        """Wait until the replica shows what is committed on the primary now. Raises: TimeoutError."""
+        cluster = await self.take()
+        primary, replica = await self._connect(cluster.primary), await self._connect(cluster.replica)
+        target = await primary.fetchval("SELECT pg_current_wal_flush_lsn()::text")
+
+        async def replayed() -> bool:
+            return bool(await replica.fetchval("SELECT pg_last_wal_replay_lsn() >= $1::text::pg_lsn", target))
+
+        if not await eventually(replayed, 10):
+            raise TimeoutError(f"the replica has not replayed {target}")
+
     async def inspect(self) -> None:
         """Mend the cluster, or give it up so that the next `take` makes a fresh one."""
+        self._disconnect()
         cluster = self._cluster
         if cluster is None:
             return
@@ -65,6 +92,7 @@ class Servers:
 
     async def end(self) -> None:
         """Stop the servers and remove what they kept."""
+        self._disconnect()
         cluster, self._cluster = self._cluster, None
         if cluster is None:
             return
@@ -76,8 +104,12 @@ class Servers:
 
     async def _make(self) -> Cluster:
         cluster = Cluster(_directory())
+        for server in (cluster.primary, cluster.replica):
+            # Both sides compute each iteration at each login, and a test logs in a dozen times.
+            server.settings["scram_iterations"] = "1"
         try:
             await cluster.start()
+            await _hash_anew(cluster)
             await cluster.create_database(TEMPLATE)
             await cluster.migrate(TEMPLATE)
         except BaseException:
@@ -85,6 +117,17 @@ class Servers:
             raise
         self._own = {server: dict(server.settings) for server in (cluster.primary, cluster.replica)}
         return cluster
+
+    async def _connect(self, server: Server) -> "asyncpg.Connection[asyncpg.Record]":
+        if server not in self._connections or self._connections[server].is_closed():
+            self._connections[server] = await server.connect()
+            # A test may count the connections that have no name.
+            await self._connections[server].execute("SET application_name = 'fixtures'")
+        return self._connections[server]
+
+    def _disconnect(self) -> None:
+        while self._connections:
+            self._connections.popitem()[1].terminate()
 
     async def _sound(self, cluster: Cluster) -> bool:
         if any(server.settings != own for server, own in self._own.items()):
@@ -107,6 +150,15 @@ def _listens(server: Server) -> bool:
     except OSError:
         return False
     return True
+
+
+async def _hash_anew(cluster: Cluster) -> None:
+    """Set the superuser's password again: initdb has hashed it with PostgreSQL's own number of iterations."""
+    connection = await cluster.primary.connect()
+    try:
+        await connection.execute(f"ALTER ROLE postgres PASSWORD '{cluster.passwords['postgres']}'")
+    finally:
+        await connection.close()
 
 
 async def _ask(server: Server, question: str) -> bool:

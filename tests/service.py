@@ -39,7 +39,7 @@ class Service:
 
 @asynccontextmanager
 async def serving(settings: Settings, *, settled: bool = True) -> AsyncIterator[Service]:
-    """Run the service; returns when its databases have been looked at, unless told not to wait."""
+    """Run the service; returns when its databases are usable and its pools warm, unless told not to wait."""
     app = create_app(settings)
     databases: Databases = app.state.databases
     transport = httpx.ASGITransport(app=app)
@@ -50,7 +50,8 @@ async def serving(settings: Settings, *, settled: bool = True) -> AsyncIterator[
 
         async def all_usable() -> bool:
             replicas = all(replica.state == "usable" for replica in databases.router.replicas)
-            return replicas and databases.primary.monitor.healthy
+            warm = all(each.pool.figures().checked_in >= each.settings.warm_size for each in databases.all())
+            return replicas and warm and databases.primary.monitor.healthy
 
         if settled and not await eventually(all_usable, 10):
             raise TimeoutError("the service does not find its databases usable")

@@ -8,6 +8,7 @@ import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from statistics import median
 from types import FrameType
 from typing import Any
 
@@ -153,11 +154,15 @@ async def test_calls(counted: Service, name: str) -> None:
     for _ in range(WARM_UP):  # Caches fill: routes, labels, compiled and prepared statements.
         await client.send(cost)
 
+    counts = []
     with counting_calls() as calls:
         for _ in range(REPETITIONS):
+            before = calls.count
             await client.send(cost)
+            counts.append(calls.count - before)
 
-    made, expected = calls.count / REPETITIONS, cost.calls
+    # The median leaves out what the service does by itself, of which more falls into a request on a busy machine.
+    made, expected = median(counts), cost.calls
     assert expected is not None
     assert expected * (1 - BAND) <= made <= expected * (1 + BAND), f"{made:.0f} calls, {expected} written down"
 

@@ -35,14 +35,19 @@ async def sessions(database: Database, name: str) -> int:
 
 async def test_shutdown_leaves_no_session_on_the_servers(database: Database) -> None:
     """Warm pools and monitors are there while it runs, and gone from pg_stat_activity afterwards."""
-    async with serving(database.settings(application_name="come-and-go")):
-        during = await sessions(database, "come-and-go")
+    name = "come-and-go"
+    analytics = {"url": database.replica_url(), "pool_min_size": 0, "application_name": name}
+    async with serving(database.settings(pool_min_size=5, analytics=analytics, application_name=name)):
+
+        async def warm() -> bool:
+            # Five warm connections and a monitor each on primary and replica, and analytics' monitor.
+            return await sessions(database, "come-and-go") == 13
+
+        assert await eventually(warm, 5)
 
     async def gone() -> bool:
         return await sessions(database, "come-and-go") == 0
 
-    # Five warm connections and a monitor each on primary and replica, and analytics' monitor.
-    assert during == 13
     assert await eventually(gone, 5)
 
 

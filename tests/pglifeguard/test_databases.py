@@ -95,7 +95,7 @@ async def test_two_services_in_a_process_know_nothing_of_each_other(database: Da
 
 async def test_gauges_are_what_the_pools_are(database: Database) -> None:
     """Each scrape publishes the figures of its moment."""
-    async with quiet(database.settings(pool_size=2, max_overflow=1)) as service:
+    async with quiet(database.settings(pool_size=2, max_overflow=1, pool_min_size=2)) as service:
         async with service.databases.writing() as session:
             await session.execute(text("SELECT 1"))
             service.databases.publish()

@@ -25,6 +25,7 @@ from tests.conftest import Database, Execute
 from tests.proxy import Fate, Proxy
 from tests.service import Service, quiet
 
+pytestmark = pytest.mark.shares_service
 COUNT = "SELECT count(*) FROM patients"
 MRNS = "SELECT coalesce(string_agg(mrn, ',' ORDER BY mrn), '') FROM patients"
 BORN = date(1915, 12, 10)
@@ -54,6 +55,7 @@ async def driver_of(session: ReadSession) -> Any:
 # In steps.
 
 
+@pytest.mark.fresh_service
 @pytest.mark.parametrize("lane", LANES)
 async def test_commit_after_each_batch_stores_each_batch(service: Service, execute: Execute, lane: str) -> None:
     """A job that fails in its third batch has stored two, on one connection."""

@@ -18,8 +18,9 @@ from sqlalchemy.orm.exc import DetachedInstanceError
 from app.patients.models import Patient
 from pglifeguard.sessions import ReadSession
 from tests.conftest import Database, Execute
-from tests.service import Service, serving
+from tests.service import Service
 
+pytestmark = pytest.mark.shares_service
 COUNT = "SELECT count(*) FROM patients"
 KINDS = ("read", "write")
 # Sentences, by what they are about.
@@ -316,12 +317,11 @@ async def with_options(session: Any) -> None:
 
 
 @pytest.fixture
-async def seeded(database: Database, execute: Execute) -> Any:
+async def seeded(database: Database, service: Service, execute: Execute) -> Service:
     """Give a service over a database of one patient."""
     await execute("INSERT INTO patients (mrn, full_name, birth_date) VALUES ('SEED', 'Seed', '2000-01-01')")
     await database.cluster.wait_replayed()
-    async with serving(database.settings()) as running:
-        yield running
+    return service
 
 
 def opened(service: Service, kind: str) -> Any:

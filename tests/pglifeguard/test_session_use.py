@@ -19,6 +19,7 @@ from pglifeguard.sessions import ReadSession, WriteSession
 from tests.conftest import Database, Execute
 from tests.service import Service, serving
 
+pytestmark = pytest.mark.shares_service
 ADA = {"mrn": "A-1", "full_name": "Ada Lovelace", "birth_date": date(1915, 12, 10)}
 ADD = text("INSERT INTO patients (mrn, full_name, birth_date) VALUES (:mrn, 'Ada Lovelace', '1915-12-10')")
 MRNS = "SELECT coalesce(string_agg(mrn, ',' ORDER BY mrn), '') FROM patients"

@@ -7,6 +7,7 @@ import pytest
 from tests.conftest import Execute
 from tests.service import Service
 
+pytestmark = pytest.mark.shares_service
 ADA = {"email": "Ada@Example.com", "full_name": "Ada Lovelace"}
 
 
@@ -67,6 +68,7 @@ async def test_email_is_unique_in_any_case(service: Service) -> None:
         assert "ada" not in answer.text.lower()
 
 
+@pytest.mark.fresh_service
 async def test_other_constraint_is_no_conflict(service: Service, execute: Execute) -> None:
     """What the schema should have refused is a bug of ours, and not said to be taken."""
     first = await add(service)
@@ -96,12 +98,14 @@ async def test_other_constraint_is_no_conflict(service: Service, execute: Execut
 )
 async def test_invalid_body_is_refused(service: Service, changes: dict[str, Any]) -> None:
     """422, on POST and on PATCH, before any connection is taken."""
+    asked = service.sample("db_query_seconds_count", pool="primary")
+
     created = await service.client.post("/users", json=ADA | changes)
     changed = await service.client.patch("/users/1", json=changes)
 
     for answer in (created, changed):
         assert (answer.status_code, answer.json()["code"]) == (422, "invalid_request")
-    assert service.sample("db_query_seconds_count", pool="primary") == 0
+    assert service.sample("db_query_seconds_count", pool="primary") == asked
 
 
 async def test_method_and_path_that_do_not_exist_are_problems(service: Service) -> None:

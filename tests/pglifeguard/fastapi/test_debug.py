@@ -29,12 +29,19 @@ POOL_STATS = {
 }
 
 
-async def test_pool_stats_count_what_is_held(service: Service) -> None:
+@pytest.fixture
+async def warm(database: Database) -> AsyncIterator[Service]:
+    """Give a service whose pools open their connections at the start, as by default."""
+    async with serving(database.settings(pool_min_size=5, analytics={"url": database.replica_url()})) as running:
+        yield running
+
+
+async def test_pool_stats_count_what_is_held(warm: Service) -> None:
     """One connection at work is one checked out and one less available, of that pool alone."""
-    before = (await service.client.get("/debug/pool-stats")).json()
-    async with service.databases.primary.engine.connect():
-        during = (await service.client.get("/debug/pool-stats")).json()
-    after = (await service.client.get("/debug/pool-stats")).json()
+    before = (await warm.client.get("/debug/pool-stats")).json()
+    async with warm.databases.primary.engine.connect():
+        during = (await warm.client.get("/debug/pool-stats")).json()
+    after = (await warm.client.get("/debug/pool-stats")).json()
 
     assert list(before) == ["primary", "replica", "analytics"]
     assert set(before["primary"]) == POOL_STATS
@@ -44,10 +51,10 @@ async def test_pool_stats_count_what_is_held(service: Service) -> None:
     assert during["replica"] == before["replica"]
 
 
-async def test_connections_are_counted_by_application_and_state(service: Service) -> None:
+async def test_connections_are_counted_by_application_and_state(warm: Service) -> None:
     """The server's own view, and who holds what in this process."""
-    async with service.databases.primary.engine.connect():
-        body = (await service.client.get("/debug/connections")).json()
+    async with warm.databases.primary.engine.connect():
+        body = (await warm.client.get("/debug/connections")).json()
 
     assert list(body) == ["primary", "replica", "analytics"]
     (held,) = body["primary"]["held"]

@@ -38,7 +38,7 @@ async def test_all_is_well(service: Service) -> None:
         assert 0 < described["latency_ms"] < 1000
         expected = {"pool_size": 2 if name == "analytics" else 10, "checked_out": 0, "overflow": 0}
         assert described.items() >= expected.items()
-    assert body["databases"]["primary"]["checked_in"] == 5
+    assert body["databases"]["primary"]["checked_in"] == 1
     assert body["databases"]["replica"]["state"] == "usable"
     assert body["databases"]["replica"]["lag_bytes"] is not None
     assert "lag_seconds" not in body["databases"]["primary"]

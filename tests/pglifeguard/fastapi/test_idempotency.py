@@ -31,6 +31,7 @@ from pglifeguard.fastapi.sessions import ReadDB, WriteDB
 from tests.conftest import Database
 from tests.service import Service, serving
 
+pytestmark = pytest.mark.shares_service
 ADA = {"mrn": "K-1", "full_name": "Ada Example", "birth_date": "1980-05-17"}
 ADD_SOMEBODY = text(
     "INSERT INTO patients (mrn, full_name, birth_date) SELECT gen_random_uuid()::text, 'x', '1980-01-01'::date"
@@ -157,6 +158,7 @@ async def test_housekeeping_deletes_what_is_forgotten(service: Service, database
     purge.cancel()
 
 
+@pytest.mark.fresh_service
 async def test_housekeeping_outlives_an_outage(service: Service, caplog: pytest.LogCaptureFixture) -> None:
     """A round that cannot reach the database is logged, and the next one comes."""
     service.databases.primary.pool.close()
@@ -170,6 +172,7 @@ async def test_housekeeping_outlives_an_outage(service: Service, caplog: pytest.
     purge.cancel()
 
 
+@pytest.mark.fresh_service
 @pytest.mark.parametrize("headers", [{}, {HEADER: "one"}], ids=["without", "with"])
 async def test_end_of_a_dependency_is_part_of_the_work(
     service: Service, database: Database, headers: dict[str, str]
@@ -443,6 +446,7 @@ async def test_claim_can_be_overridden(service: Service, database: Database) -> 
     assert await count(database, "patients") == 2
 
 
+@pytest.mark.fresh_service
 async def test_row_of_the_version_before_is_answered(service: Service, execute: Any) -> None:
     """An answer that was kept without its headers has the three that were kept."""
     first = await post(service, ADA, "one")

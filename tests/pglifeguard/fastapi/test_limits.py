@@ -19,6 +19,7 @@ from pglifeguard.fastapi.sessions import ReadDB
 from tests.conftest import Database
 from tests.service import ADA, Service, listening, serving
 
+pytestmark = pytest.mark.shares_service
 KILOBYTE = 1024
 JSON = b"Content-Type: application/json\r\n"
 
