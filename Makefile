@@ -57,8 +57,8 @@ format: install  ## Format, and mend what can be mended
 	$(BIN)/ruff format .
 
 lock: install  ## Resolve the dependencies anew into the two hashed locks
-	$(BIN)/uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-header pyproject.toml -o requirements.txt
-	$(BIN)/uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-header pyproject.toml --group dev -c requirements.txt -o requirements-dev.txt
+	$(BIN)/uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-header --all-extras pyproject.toml --group service -o requirements.txt
+	$(BIN)/uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-header --all-extras pyproject.toml --group service --group dev -c requirements.txt -o requirements-dev.txt
 
 clean:  ## Remove what the other targets made
 	rm -rf .venv .local .coverage* .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -3,6 +3,7 @@
 import re
 import tomllib
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -196,17 +197,24 @@ def test_readme_repeats_settings_as_they_are() -> None:
             assert value == default(field), name
 
 
+def by_name(requirement: str) -> str:
+    """Return the name in a requirement."""
+    return re.split(r"[\[>=<]", requirement)[0]
+
+
 def test_dependencies_are_justified() -> None:
     """docs/dependencies.md has one row for each package of pyproject.toml, with the version of the lock."""
     project = tomllib.loads(read("pyproject.toml"))
+    extras = project["project"]["optional-dependencies"].values()
+    of_library = [*project["project"]["dependencies"], *chain.from_iterable(extras)]
     locked = dict(re.findall(r"^([a-z0-9-]+)==([^ ;]+)", read("requirements-dev.txt"), re.MULTILINE))
     text = read("docs/dependencies.md")
 
     for heading, wanted in (
-        ("In the image", project["project"]["dependencies"]),
+        ("In the image", sorted([*of_library, *project["dependency-groups"]["service"]], key=by_name)),
         ("For development", project["dependency-groups"]["dev"]),
     ):
-        names = [re.split(r"[\[>=<]", requirement)[0] for requirement in wanted]
+        names = list(dict.fromkeys(by_name(requirement) for requirement in wanted))
         rows = {match[1]: match for match in map(parse_dependency, table(text, heading))}
         assert list(rows) == names
         assert {name: match[2] for name, match in rows.items()} == {name: locked[name] for name in names}

@@ -1,5 +1,21 @@
 """Serving an application by uvicorn: limits of connections, shutdown in two steps, several workers."""
 
-from pglifeguard.serving.server import serve
+from typing import Any
+
+from pglifeguard.settings import DatabasesSettings
 
 __all__ = ["serve"]
+
+
+def serve(factory: str, settings: DatabasesSettings, **options: Any) -> None:
+    """Serve the application that `factory` ("package.module:function") makes, until SIGTERM or Ctrl-C.
+
+    Requests in flight are finished first, for GRACEFUL_TIMEOUT_SECONDS at most. `options` are uvicorn's own: host,
+    port, log_config and so on. The application's lifespan has to yield what `Lifeguard.lifespan` gives.
+
+    Raises: ModuleNotFoundError without the extra `serving`.
+    """
+    # Parts of this package serve applications that somebody else's server runs, where uvicorn may not be installed.
+    from pglifeguard.serving.server import run  # noqa: PLC0415
+
+    run(factory, settings, **options)

@@ -1,4 +1,4 @@
-"""`serve`: uvicorn with limits for each client, and with the metrics of several workers as one."""
+"""What `serve` does: uvicorn with limits for each client, and with the metrics of several workers as one."""
 
 import resource
 from contextlib import nullcontext
@@ -15,12 +15,8 @@ from pglifeguard.settings import DatabasesSettings
 WORKER_ANSWERS_SECONDS = 60
 
 
-def serve(factory: str, settings: DatabasesSettings, **options: Any) -> None:
-    """Serve the application that `factory` ("package.module:function") makes, until SIGTERM or Ctrl-C.
-
-    Requests in flight are finished first, for GRACEFUL_TIMEOUT_SECONDS at most. `options` are uvicorn's own: host,
-    port, log_config and so on. The application's lifespan has to yield what `Lifeguard.lifespan` gives.
-    """
+def run(factory: str, settings: DatabasesSettings, **options: Any) -> None:
+    """Serve an application: see `pglifeguard.serving.serve`."""
     # With the usual soft limit of 1,024 files, some hundred clients would keep a pool from opening a connection.
     _, files = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))

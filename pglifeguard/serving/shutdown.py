@@ -11,11 +11,11 @@ import asyncio
 import logging
 import multiprocessing
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
-
-from uvicorn import Server
+from typing import Any
 
 from pglifeguard.databases import Databases
 
@@ -29,7 +29,9 @@ def draining_first(databases: Databases, *, delay_seconds: float) -> Iterator[No
     """Start the drain before uvicorn's signal handlers run. Under another server, change nothing."""
     loop = asyncio.get_running_loop()
     handlers = {sig: signal.getsignal(sig) for sig in SIGNALS}
-    servers = {sig: owner for sig, handler in handlers.items() if isinstance(owner := _owner(handler), Server)}
+    servers: dict[signal.Signals, Any] = {
+        sig: owner for sig, handler in handlers.items() if _is_uvicorn(owner := _owner(handler))
+    }
 
     def drain(sig: int, frame: FrameType | None) -> None:
         server = servers[signal.Signals(sig)]
@@ -75,3 +77,9 @@ def ending_with_parent() -> Iterator[None]:
 def _owner(handler: object) -> object:
     """Return the object whose bound method this is."""
     return getattr(handler, "__self__", None)
+
+
+def _is_uvicorn(owner: object) -> bool:
+    # Without being imported: an application may be served by something else, and uvicorn not be installed.
+    module = sys.modules.get("uvicorn.server")
+    return module is not None and isinstance(owner, module.Server)
