@@ -25,17 +25,21 @@ from pglifeguard.settings import DatabasesSettings
 class Lifeguard:
     """The databases of one FastAPI application, with the middleware, the error answers and the routes around them.
 
-        lifeguard = Lifeguard(DatabasesSettings())
+        lifeguard = Lifeguard()
         app = FastAPI(lifespan=lifeguard.lifespan)
         lifeguard.install(app)
+
+    `settings` are read from the environment when they are not given: DATABASE_URL and the others.
 
     `on_connect` is awaited with each new connection of a pool (asyncpg's), before anybody has it: for codecs and
     session settings. What it sets stays; it counts into the time of a login.
 
-    Raises: SettingsError when the settings ask for more connections than CONNECTION_LIMIT grants.
+    Raises: SettingsError when a setting is missing or wrong, or when the settings ask for more connections than
+    CONNECTION_LIMIT grants.
     """
 
-    def __init__(self, settings: DatabasesSettings, *, on_connect: OnConnect | None = None) -> None:
+    def __init__(self, settings: DatabasesSettings | None = None, *, on_connect: OnConnect | None = None) -> None:
+        settings = DatabasesSettings() if settings is None else settings
         check_budget(settings)
         self.settings = settings
         self.metrics = Metrics()
