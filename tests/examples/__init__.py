@@ -1,0 +1,1 @@
+"""Tests of examples/: the library installed from its wheel, and programs that use it."""
