@@ -32,7 +32,7 @@ class Cost:
     """A request, the status of its answer, and what it may cost once everything is warm.
 
     Trips are turns on the wire at the primary and at the replica. Statements are those of `db_query_seconds`: without
-    BEGIN, COMMIT, ROLLBACK and the look at the LSN.
+    BEGIN, COMMIT, ROLLBACK and the question for the LSN.
     Calls are of Python functions, resumed coroutines included, from the outermost middleware inwards.
     """
 
@@ -45,7 +45,7 @@ class Cost:
     body: bytes = b""
 
 
-# The token is the last trip of a write; a miss is asked for once more, on the primary.
+# The token is the last trip of a write; a miss is retried on the primary.
 COSTS = {
     "read one": Cost("GET /patients/7", 200, 0, 1, 1, calls=494),
     "list 50": Cost("GET /patients?limit=50", 200, 0, 1, 1, calls=787),
