@@ -83,7 +83,8 @@ async def test_reads_follow_writes(
         on_replica = service.sample("db_reads_routed_total", target="replica", reason="replica")
         retried = service.sample("db_reads_retried_total", reason="not_found")
 
-    measured(f"{PAIRS} pairs: {tell(counts)}; {on_replica:.0f} reads went to the replica, {retried:.0f} retried on the primary")
+    reads = f"{on_replica:.0f} reads went to the replica, {retried:.0f} retried on the primary"
+    measured(f"{PAIRS} pairs: {tell(counts)}; {reads}")
     assert counts["with token: fresh"] == PAIRS
     assert set(counts) == {"with token: fresh", "without token: fresh", "without token: stale"}
     assert retried > 0
