@@ -1,6 +1,6 @@
 """Behind PgBouncer in transaction mode the server's session is everybody's: nothing may be left in it."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,9 @@ async def pooled(database: Database, open_directory: Path) -> AsyncIterator[Serv
 
 
 @pytest.mark.parametrize("sql", REFUSED)
-async def test_session_state_is_refused_behind_a_pooler(pooled: Service, sql: str) -> None:
+async def test_session_state_is_refused_behind_a_pooler(
+    pooled: Service, sql: str, measured: Callable[[str], None]
+) -> None:
     """What would reach another client's request raises before it is sent, with the way that works."""
     for _ in range(2):
         async with pooled.databases.writing() as session:
@@ -43,10 +45,13 @@ async def test_session_state_is_refused_behind_a_pooler(pooled: Service, sql: st
     async with pooled.databases.reading() as session:
         assert (await session.execute(text("SELECT current_setting('app.tenant', true)"))).scalar_one() is None
         assert (await session.execute(text("SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'"))).scalar() == 0
+    measured(f"`{sql}` refused")
 
 
 @pytest.mark.parametrize("sql", ALLOWED)
-async def test_transaction_state_works_behind_a_pooler(pooled: Service, sql: str) -> None:
+async def test_transaction_state_works_behind_a_pooler(
+    pooled: Service, sql: str, measured: Callable[[str], None]
+) -> None:
     """What ends with the transaction is nobody else's."""
     async with pooled.databases.writing() as session:
         await session.execute(text(sql))
@@ -54,3 +59,4 @@ async def test_transaction_state_works_behind_a_pooler(pooled: Service, sql: str
     async with pooled.databases.writing() as session:
         found = (await session.execute(text("SELECT current_setting('app.tenant', true)"))).scalar_one()
         assert found in {None, ""}
+    measured(f"`{sql}` worked, and nothing was left")

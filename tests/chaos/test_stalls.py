@@ -111,7 +111,7 @@ async def test_waiters_are_served_at_once_after_an_outage(database: Database, me
     in_time(slowest <= 0.5, slowest)
 
 
-async def test_waiters_hear_of_a_refusal_at_once(database: Database) -> None:
+async def test_waiters_hear_of_a_refusal_at_once(database: Database, measured: Callable[[str], None]) -> None:
     """When connects begin to be refused, the whole queue is answered, not only the one that tried."""
     async with Proxy(database.cluster.primary.port) as proxy:
         primary = {"url": proxy.url(database.url()), "pool_timeout": 5, "connect_timeout_seconds": 5} | POOL
@@ -129,5 +129,7 @@ async def test_waiters_hear_of_a_refusal_at_once(database: Database) -> None:
             refused = time.monotonic()
             answers = await asyncio.gather(*reads)
 
+    seconds = max(answer.answered_at for answer in answers) - refused
+    measured(f"{WAITING} waiting requests answered {seconds:.2f} s after the refusal")
     assert {answer.status for answer in answers} == {503}
-    in_time(max(answer.answered_at for answer in answers) - refused <= 0.5)
+    in_time(seconds <= 0.5, seconds)
