@@ -27,8 +27,9 @@ async def work_until_stopped(databases: Databases, stopping: asyncio.Event) -> N
         try:
             if await work_once(databases):
                 continue
-        except DatabaseUnavailable as error:
-            # A restart of the server must not end the worker. The job is still there: it was rolled back.
+        except (DatabaseUnavailable, DBAPIError) as error:
+            # A restart of the server must not end the worker. What it cuts off within a statement is SQLAlchemy's
+            # DBAPIError. The job is still there: it was rolled back.
             logger.warning("the database is away, trying again: %s", error)
         with suppress(TimeoutError):
             await asyncio.wait_for(stopping.wait(), IDLE_SECONDS)
@@ -56,6 +57,8 @@ async def do(db: WriteSession, recipient: str) -> str | None:
         async with db.begin_nested():
             await db.execute(WRITE_LETTER, {"recipient": recipient})
     except DBAPIError as error:
+        if error.connection_invalidated:
+            raise  # The job is not to blame.
         logger.exception("a job failed")
         return type(error).__name__
     return None
