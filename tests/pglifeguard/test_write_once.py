@@ -243,7 +243,7 @@ async def test_what_comes_after_it_takes_nothing_back(service: Service, execute:
     assert await execute(MRNS) == "A-1"
 
 
-async def test_get_that_wrote_is_not_run_primary_retry(service: Service, execute: Execute) -> None:
+async def test_get_that_wrote_is_not_retried_on_the_primary(service: Service, execute: Execute) -> None:
     """A 404 from the replica is not asked of the primary when that would write twice."""
 
     @service.app.get("/visited")
@@ -259,7 +259,9 @@ async def test_get_that_wrote_is_not_run_primary_retry(service: Service, execute
     assert service.sample("db_query_seconds_count", pool="primary") == 1
 
 
-async def test_get_that_committed_is_not_run_primary_retry(database: Database, proxy: Proxy, execute: Execute) -> None:
+async def test_get_that_committed_is_not_retried_on_the_primary(
+    database: Database, proxy: Proxy, execute: Execute
+) -> None:
     """Nor when the position of its commit could not be asked, so that there is no token to tell."""
     primary = {"url": proxy.url(database.url()), "command_timeout_seconds": 0.5}
     async with quiet(database.settings(primary=primary, statement_timeout_seconds=0.4)) as service:
@@ -277,7 +279,7 @@ async def test_get_that_committed_is_not_run_primary_retry(database: Database, p
     assert await execute("SELECT count(*) FROM patients") == 1
 
 
-async def test_get_that_has_not_written_yet_is_run_primary_retry(behind: Service, execute: Execute) -> None:
+async def test_get_that_has_not_written_yet_is_retried_on_the_primary(behind: Service, execute: Execute) -> None:
     """That it might write is no reason for a 404 of a row that exists."""
 
     @behind.app.get("/visited/{patient_id}")
