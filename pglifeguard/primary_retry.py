@@ -11,7 +11,7 @@ from functools import lru_cache
 from http import HTTPStatus
 from typing import TypeVar
 
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, NoResultFound
 
 from pglifeguard.checkout import holder
 from pglifeguard.consistency import Consistency
@@ -58,7 +58,10 @@ class PrimaryRetry:
         database = consistency.read_from
         if not self._allowed or database is None or database.role != "replica":
             return None
-        if isinstance(failure, NotFound) or getattr(failure, "status_code", None) == HTTPStatus.NOT_FOUND:
+        if (
+            isinstance(failure, (NotFound, NoResultFound))
+            or getattr(failure, "status_code", None) == HTTPStatus.NOT_FOUND
+        ):
             return "not_found"
         known = classify(failure)
         if known is None or known.code not in REPLICA_FAILURES:

@@ -84,6 +84,7 @@ class PoolAdapter(Pool):
         try:
             if self._on_connect is not None:
                 await self._on_connect(connection)
+                connection.customized = True
             entry = cast("ConnectionPoolEntry", await greenlet_spawn(self._create_connection))
         except (DBAPIError, EmulatedDBAPIException) as error:
             connection.terminate()

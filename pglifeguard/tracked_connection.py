@@ -77,7 +77,7 @@ class TrackedConnection(_Connection):
     here, and statements outside of one are refused. `committed` says that a COMMIT was answered during this checkout.
     """
 
-    __slots__ = ("_reported_settings", "bound", "committed", "left", "pooled", "reported")
+    __slots__ = ("_reported_settings", "bound", "committed", "customized", "left", "pooled", "reported")
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
@@ -85,6 +85,8 @@ class TrackedConnection(_Connection):
         self.committed = False
         # Whether a pooler stands in between; the connector finds out when it opens the connection.
         self.pooled = False
+        # Whether the application has set it up: RESET ALL would take that back too.
+        self.customized = False
         self.mark_clean()
 
     def mark_clean(self) -> None:
@@ -111,7 +113,7 @@ class TrackedConnection(_Connection):
 
     async def reset(self, *, timeout: float | None = RESET_SECONDS) -> None:  # noqa: ASYNC109  # asyncpg's signature.
         """Undo what was left in the session; close the connection when that takes longer than `timeout` seconds."""
-        if self.is_closed() or self.left >= Effect.CONNECTION or self.is_in_transaction():
+        if self.customized or self.is_closed() or self.left >= Effect.CONNECTION or self.is_in_transaction():
             self.terminate()
             return
         seconds = RESET_SECONDS if timeout is None else timeout

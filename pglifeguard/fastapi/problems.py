@@ -11,14 +11,24 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.exception_handlers import http_exception_handler, request_validation_exception_handler
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import RouteContext, iter_route_contexts
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, NoResultFound
 from starlette._utils import is_async_callable
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.routing import Match
 from starlette.websockets import WebSocketState
 
-from pglifeguard.errors import MEDIA_TYPE, PHRASES, BodyTooLarge, BodyTooSlow, Failure, ServiceError, classify, document
+from pglifeguard.errors import (
+    MEDIA_TYPE,
+    PHRASES,
+    BodyTooLarge,
+    BodyTooSlow,
+    Failure,
+    NotFound,
+    ServiceError,
+    classify,
+    document,
+)
 from pglifeguard.fastapi.failures import report_failure
 from pglifeguard.fastapi.sessions import note_failure
 
@@ -66,6 +76,7 @@ def install(app: FastAPI) -> None:
         ServiceError: _answer_failure,
         DBAPIError: _answer_failure,
         asyncpg.PostgresError: _answer_failure,
+        NoResultFound: _answer_no_result,
         RequestValidationError: _answer_invalid,
         HTTPException: _answer_http,
         ExceptionGroup: _answer_group,
@@ -84,6 +95,13 @@ async def answer_unforeseen(request: Request, error: Exception) -> Response:
 
 
 _UNFORESEEN = Failure(500, "internal_error", "The service failed. The log has the reason by X-Request-ID.")
+
+
+async def _answer_no_result(connection: Request | WebSocket, error: Exception) -> Response | None:
+    """Answer `session.get_one(…)` and `.one()` that found nothing: the thing that the request is about is not there."""
+    missing = NotFound("Nothing was found.")
+    missing.__cause__ = error
+    return await _answer_failure(connection, missing)
 
 
 async def _answer_failure(connection: Request | WebSocket, error: Exception) -> Response | None:
