@@ -65,6 +65,8 @@ class Database:
 
     name: str
     cluster: Cluster
+    # What a pool keeps open unless a test says otherwise.
+    pool_min_size: int | None = 1
 
     def url(self, role: str = "app_rw") -> str:
         """Return where it is on the primary; roles are those of postgres/roles.sql and the superuser `postgres`."""
@@ -89,7 +91,7 @@ class Database:
         A pool keeps one connection, and analytics none: to open the default's five takes longer than most tests.
         """
         pools = {name: changes.pop(name) for name in set(changes) & set(DatabaseSettings.model_fields)}
-        kept = {"pool_min_size": 1} | pools
+        kept = {"pool_min_size": self.pool_min_size} | pools
         url = self.replica_url() if replica else self.url()
         fields: dict[str, Any] = {
             "environment": "test",

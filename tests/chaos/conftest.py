@@ -1,12 +1,14 @@
 """How large the tests are, and the table of what they measured."""
 
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from local.cluster import Cluster
 from tests.chaos import FULL
+from tests.conftest import Database
 
 TABLE = Path(__file__).parents[2] / "docs" / "failures.md"
 # The column of the table, by position; the last one names the test.
@@ -24,6 +26,12 @@ def measured(request: pytest.FixtureRequest) -> Callable[[str], None]:
         _measured[name] = f"{_measured[name]}; {figures}" if name in _measured else figures
 
     return note
+
+
+@pytest.fixture
+def database(database: Database) -> Database:
+    """Give the database with pools as they are in production: what breaks meets open connections."""
+    return replace(database, pool_min_size=None)
 
 
 @pytest.fixture

@@ -27,8 +27,6 @@ class Retrying:
         self._app = app
         self._proxy = proxy
         self._keyed = keyed
-        # With a key the work is a transaction, without it a single statement.
-        self._stores = "COMMIT" if keyed else "INSERT INTO patients"
         self._chance = random.Random(4)  # noqa: S311  # The same cuts in every run.
         self._numbers = count()
         self.told: Counter[str] = Counter()
@@ -43,7 +41,7 @@ class Retrying:
         while self.told["outcome_unknown"] < cuts:
             mrn = f"I-{next(self._numbers)}"
             for attempt in range(20):
-                self._proxy.fates = {self._stores: self._chance.choice(FATES)} if attempt < 2 else {}
+                self._proxy.fates = {"COMMIT": self._chance.choice(FATES)} if attempt < 2 else {}
                 answer = await self.send(mrn)
                 self.told[answer.code or str(answer.status)] += 1
                 if answer.status != 503:
