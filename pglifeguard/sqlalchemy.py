@@ -15,7 +15,7 @@ import asyncpg
 from greenlet import getcurrent
 from sqlalchemy import event
 from sqlalchemy.engine import Connection, ExceptionContext
-from sqlalchemy.exc import DBAPIError, EmulatedDBAPIException
+from sqlalchemy.exc import EmulatedDBAPIException, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.pool import ConnectionPoolEntry, Pool, PoolProxiedConnection
 from sqlalchemy.util.concurrency import await_, greenlet_spawn
@@ -86,7 +86,8 @@ class PoolAdapter(Pool):
                 await self._on_connect(connection)
                 connection.customized = True
             entry = cast("ConnectionPoolEntry", await greenlet_spawn(self._create_connection))
-        except (DBAPIError, EmulatedDBAPIException) as error:
+        except (SQLAlchemyError, EmulatedDBAPIException) as error:
+            # A ResourceClosedError, too, where the connection is lost between two questions of the dialect.
             connection.terminate()
             raise DatabaseUnreachable(f"The database cannot be reached: {error}.") from error
         except BaseException:

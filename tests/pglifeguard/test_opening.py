@@ -15,6 +15,8 @@ from pglifeguard.errors import PoolExhausted
 from pglifeguard.metrics import Metrics
 from pglifeguard.query import Query
 from tests.conftest import Database
+from tests.proxy import Proxy
+from tests.service import ADA, serving
 
 ONE = Query(select(literal(1).label("one")))
 
@@ -124,3 +126,16 @@ async def test_one_application_serves_test_after_test(database: Database) -> Non
 
     for _ in range(2):
         assert await asyncio.to_thread(enter_and_ask) == 404
+
+
+async def test_connection_that_is_lost_while_sqlalchemy_sets_it_up(database: Database, proxy: Proxy) -> None:
+    """On the first connection of an engine its dialect asks for the version: lost then, the database is unreachable."""
+    primary = {"url": proxy.url(database.url()), "pool_min_size": 0}
+    async with serving(database.settings(replica=False, primary=primary)) as service:
+        proxy.fates["select pg_catalog.version()"] = "lose_request"
+        lost = await service.client.post("/patients", json=ADA)
+        proxy.fates.clear()
+        found = await service.client.post("/patients", json=ADA)
+
+    assert (lost.status_code, lost.json()["code"]) == (503, "database_unreachable")
+    assert found.status_code == 201

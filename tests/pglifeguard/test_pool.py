@@ -100,6 +100,7 @@ async def test_full_queue_refuses_at_once(database: Database, stopwatch: Stopwat
 async def test_waiting_ends_at_the_deadline(database: Database) -> None:
     """Who gets no connection in time is refused, and leaves the queue."""
     async with pooled(database.url(), pool_size=1, max_overflow=0, pool_timeout=0.05) as p, AsyncExitStack() as stack:
+        await p.pool.warm_up()
         await hold(p, stack, 1)
 
         with pytest.raises(PoolExhausted, match=r"No connection became free within 0\.05 s"):
