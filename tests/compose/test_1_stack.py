@@ -265,13 +265,14 @@ async def test_image_of_the_service_holds_what_runs_and_no_more(stack: Stack) ->
     script = (
         "command -v gcc cc make; "
         "find / -xdev \\( -name '*.h' -o -name '*.c' -o -name '*.pyx' -o -name Makefile \\) -path '*/opt/venv/*'; "
-        "ls -A /srv; find /srv/app -name '*.py' | wc -l; find /srv/app -name '*.pyc' | wc -l; touch /srv/x"
+        "ls -A /srv; find /srv/app /srv/pglifeguard -name '*.py' | wc -l; "
+        "find /srv/app /srv/pglifeguard -name '*.pyc' | wc -l; touch /srv/x"
     )
     printed = await stack.compose("exec", "-T", "app", "sh", "-c", script, check=False)
     lines = printed.splitlines()
 
-    assert lines[:3] == ["alembic.ini", "app", "migrations"]
-    assert int(lines[3]) == int(lines[4]) > 20
+    assert lines[:4] == ["alembic.ini", "app", "migrations", "pglifeguard"]
+    assert int(lines[4]) == int(lines[5]) > 50
     assert "Read-only file system" in printed
 
 
