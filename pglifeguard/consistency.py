@@ -23,13 +23,21 @@ class Consistency:
     read_from: Database | None = None
     reason: Reason | None = None
     token: str | None = None
-    # Whether `write_once` has stored something, which a second attempt would store again.
+    # Whether something is stored, by a session or by `write_once`, which a second attempt would store again.
     committed: bool = False
+    # Whether the request is over: a task that it has started goes on without it.
+    ended: bool = False
     # The holder that its sessions are counted for, once the route is known.
     label: str | None = None
     # Whether the request has an Idempotency-Key, and so is one transaction.
     keyed: bool = False
 
 
-# The record of the request that is being served in this context; None outside requests.
-current_consistency: ContextVar[Consistency | None] = ContextVar("consistency", default=None)
+# The record of the request that this context was made in; None outside requests.
+CURRENT: ContextVar[Consistency | None] = ContextVar("consistency", default=None)
+
+
+def current_consistency() -> Consistency | None:
+    """Return the record of the request that is being served in this context; None outside, and after its end."""
+    found = CURRENT.get()
+    return None if found is None or found.ended else found

@@ -115,7 +115,7 @@ class Databases:
         Each statement sees what is committed when it starts; for one snapshot over several, see `reporting`.
         """
         self._check_loop()
-        consistency = consistency or current_consistency.get() or Consistency()
+        consistency = consistency or current_consistency() or Consistency()
         database, consistency.reason = self.router.route(at_least=consistency.wanted, primary=consistency.primary_only)
         if consistency.read_from is None or consistency.read_from.role != "replica" or consistency.primary_only:
             # When one of several reads in a request went to a replica, the whole request can be run once more.
@@ -147,9 +147,14 @@ class Databases:
         before.
         """
         self._check_loop()
-        consistency = consistency or current_consistency.get()
+        consistency = consistency or current_consistency()
+        # Without a replica all reads go to the primary, and a token would cost a round trip for nothing.
         return WriteSession(
-            self.primary, label=_label(label), consistency=self._if_replicated(consistency), isolation=isolation
+            self.primary,
+            label=_label(label),
+            consistency=consistency,
+            asks_token=bool(self.replicas),
+            isolation=isolation,
         )
 
     async def run_transaction(
@@ -197,7 +202,7 @@ class Databases:
         given: object = query
         if not isinstance(given, Query):
             raise TypeError(NO_QUERY)
-        current = current_consistency.get()
+        current = current_consistency()
         holder.set(_label(None))
         token = current is not None and bool(self.replicas)
         return await write_once(self.primary, query, parameters, current or Consistency(), token=token)
@@ -269,10 +274,6 @@ class Databases:
         if asyncio.get_running_loop() is not self._loop and not self.closing:
             raise RuntimeError(NOT_OPEN if self._loop is None else OTHER_LOOP)
 
-    def _if_replicated(self, consistency: Consistency | None) -> Consistency | None:
-        # Without a replica all reads go to the primary, and a token would cost a round trip for nothing.
-        return consistency if self.replicas else None
-
     async def _upkeep(self) -> None:
         while True:
             await asyncio.sleep(UPKEEP_SECONDS)
@@ -312,7 +313,7 @@ def _label(given: str | None) -> str:
     """Return the holder that a session is counted for: the given one, else the request's route, else "background"."""
     if given is not None:
         return given
-    current = current_consistency.get()
+    current = current_consistency()
     return "background" if current is None or current.label is None else current.label
 
 

@@ -333,6 +333,7 @@ class WriteSession(ReadSession):
         *,
         label: str,
         consistency: Consistency | None,
+        asks_token: bool = True,
         isolation: Isolation | None = None,
     ) -> None:
         super().__init__(database, database.writes[isolation], label=label)
@@ -342,6 +343,7 @@ class WriteSession(ReadSession):
         # What ended it, if that was not its end: the block's error, or the commit's.
         self.failure: BaseException | None = None
         self._consistency = consistency
+        self._asks_token = asks_token
 
     def add(self, instance: object, *, _warn: bool = True) -> None:
         """Put an object into the session; `flush()` when the database must answer now."""
@@ -421,22 +423,22 @@ class WriteSession(ReadSession):
             await super().__aexit__(kind, error, trace)
 
     async def _note_commits(self) -> None:
-        """Ask for a consistency token after a commit, where there are replicas."""
+        """Note a commit for the layers around the request, and ask for its token where there are replicas."""
         checkout = self._checkout()
         if checkout is None or not checkout.connection.committed:
             return
         checkout.connection.committed, self.committed = False, True
-        await self._keep_token(checkout)
+        if self._consistency is not None:
+            self._consistency.committed = True
+            if self._asks_token:
+                lane = DriverLane(self._database, checkout, readonly=False)
+                self._consistency.token = await lane.written_token()
 
     def _checkout(self) -> Checkout | None:
         if self._lease is not None:
             return self._lease.checkout
         held = self.connection_held
         return None if held is None else held.checkout
-
-    async def _keep_token(self, checkout: Checkout) -> None:
-        if self._consistency is not None:
-            self._consistency.token = await DriverLane(self._database, checkout, readonly=False).written_token()
 
 
 def _raise_for_swallowed(error: PendingRollbackError, *, lost: bool) -> Never:

@@ -4,6 +4,7 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -19,25 +20,30 @@ ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
 # A reader who follows a request opens this many files at most.
 MOST = {"read one": 13, "create": 16}
+_asking = ContextVar("asking", default=False)
 HEADINGS = {"read one": "A read: `GET /patients/{id}`", "create": "A write: `POST /patients`"}
 
 
 @contextmanager
 def noting_files() -> Iterator[list[str]]:
-    """Note the files of both packages whose functions are entered, each once, in order."""
+    """Note the files of both packages whose functions this context enters, each once, in order.
+
+    Monitors, upkeep and the watch of the event loop have contexts of their own, whenever they run.
+    """
     files: list[str] = []
 
     def note(frame: FrameType, event: str, _argument: Any) -> None:
         name = frame.f_code.co_filename.removeprefix(f"{ROOT}/")
-        if event == "call" and name.startswith(("app/", "pglifeguard/")) and name not in files:
+        if _asking.get() and event == "call" and name.startswith(("app/", "pglifeguard/")) and name not in files:
             files.append(name)
 
-    before = sys.getprofile()
+    before, asking = sys.getprofile(), _asking.set(True)
     sys.setprofile(note)
     try:
         yield files
     finally:
         sys.setprofile(before)
+        _asking.reset(asking)
 
 
 def files_told(heading: str) -> list[str]:

@@ -23,7 +23,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pglifeguard.collisions import ATTEMPTS, collision, pause_seconds
-from pglifeguard.consistency import Consistency, current_consistency
+from pglifeguard.consistency import CURRENT, Consistency
 from pglifeguard.databases import Databases
 from pglifeguard.errors import BodyTooLarge, BodyTooSlow, Failure
 from pglifeguard.fastapi.failures import report_bug
@@ -165,11 +165,12 @@ class ReadYourWrites:
                 message["headers"] = [*message.get("headers", ()), *self._token_headers(consistency.token, path)]
             await send(message)
 
-        current = current_consistency.set(consistency)
+        before = CURRENT.set(consistency)
         try:
             await self._app(scope, receive, send_with_token)
         finally:
-            current_consistency.reset(current)
+            consistency.ended = True
+            CURRENT.reset(before)
 
     def _wanted(self, scope: Scope) -> Token | None:
         """Return the newer of the header's and the cookie's token; None without one."""
@@ -397,9 +398,7 @@ def _may_run_again(scope: Scope) -> WriteSession | None:
     session: WriteSession | None = scope.get(WRITE)
     if session is None or session.isolation is None or session.committed or not collision(session.failure):
         return None
-    if consistency_of(scope).committed:
-        return None
-    return session
+    return None if consistency_of(scope).committed else session
 
 
 def _replaying(kept: list[Message], receive: Receive) -> Receive:

@@ -202,9 +202,7 @@ def _is_async(endpoint: Callable[..., Any]) -> bool:
 
 def why_read_failed(scope: Scope, status: int) -> BaseException | None:
     """Return the exception behind a read's answer with `status`; None if the read must not be retried."""
-    consistency = consistency_of(scope)
-    written = consistency.committed or (WRITE in scope and scope[WRITE].committed)
-    if written or consistency.token is not None:
+    if consistency_of(scope).committed:
         return None  # A retry would write a second time.
     failure: BaseException | None = scope.get(FAILURE)
     if failure is None and status == HTTPStatus.NOT_FOUND and WRITE not in scope:

@@ -14,7 +14,7 @@ from sqlalchemy.exc import IntegrityError
 from app.patients import queries
 from app.patients.schemas import PatientIn
 from local.waiting import eventually
-from pglifeguard.consistency import Consistency, current_consistency
+from pglifeguard.consistency import CURRENT, Consistency
 from pglifeguard.errors import NotFound
 from pglifeguard.fastapi import IdempotentRoute, ReadDB, RequestDatabases, SerializableDB, WriteDB
 from pglifeguard.query import Query
@@ -298,8 +298,7 @@ async def test_get_that_has_not_written_yet_is_retried_on_the_primary(behind: Se
 
 
 async def _store(service: Service, consistency: Consistency, mrn: str) -> None:
-    # As the middleware does.
-    current_consistency.set(consistency)
+    CURRENT.set(consistency)  # As the middleware does.
     await service.databases.write_once(queries.ADD, **ADA | {"mrn": mrn})
 
 
@@ -355,3 +354,47 @@ async def test_it_takes_a_query_alone(service: Service) -> None:
         await service.databases.write_once(queries.ADD, mrn="A-1", full_name="x")
 
     assert service.databases.primary.pool.figures().checked_out == 0
+
+
+@pytest.mark.parametrize("replica", [False, True])
+async def test_transaction_that_collides_after_a_session_of_ones_own_is_not_run_again(
+    database: Database, execute: Execute, *, replica: bool
+) -> None:
+    """What `databases.writing()` has stored in the request would be stored twice as well."""
+    async with serving(database.settings(replica=replica)) as service:
+
+        @service.app.post("/collides")
+        async def collides(databases: RequestDatabases, session: SerializableDB) -> None:
+            async with databases.writing() as log:
+                await log.execute(ADD_SOMEBODY)
+            await session.execute(text("DO $$ BEGIN RAISE EXCEPTION 'x' USING ERRCODE = '40001'; END $$"))
+
+        answer = await service.client.post("/collides")
+
+    assert (answer.status_code, answer.json()["code"]) == (503, "serialization_failure")
+    assert await execute("SELECT count(*) FROM patients") == 1
+
+
+async def test_task_that_outlives_its_request_reads_where_others_do(service: Service) -> None:
+    """A loop that a POST has started is no part of it for ever: its reads go to the replica, and count for nobody."""
+    answered = asyncio.Event()
+    tasks: list[asyncio.Task[tuple[str, str]]] = []
+
+    async def read() -> tuple[str, str]:
+        session = service.databases.reading()
+        return session._database.name, session._label
+
+    async def read_afterwards() -> tuple[str, str]:
+        await answered.wait()
+        return await read()
+
+    @service.app.post("/starts")
+    async def starts(_databases: RequestDatabases) -> tuple[str, str]:
+        tasks.append(asyncio.create_task(read_afterwards()))
+        return await read()
+
+    within = (await service.client.post("/starts")).json()
+    answered.set()
+
+    assert within == ["primary", "/starts"]
+    assert await tasks[0] == ("replica", "background")
