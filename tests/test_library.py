@@ -68,6 +68,8 @@ def test_every_public_name_is_on_the_page(package: ModuleType) -> None:
 def private_imports(tree: ast.AST) -> Iterator[str]:
     """List what a module imports from private places of other packages."""
     for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if "._" in alias.name)
         if isinstance(node, ast.ImportFrom) and not str(node.module).startswith("pglifeguard"):
             for alias in node.names:
                 if any(part.startswith("_") for part in (*str(node.module).split("."), alias.name)):

@@ -11,7 +11,7 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.exception_handlers import http_exception_handler, request_validation_exception_handler
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import RouteContext, iter_route_contexts
-from sqlalchemy.exc import DBAPIError, NoResultFound
+from sqlalchemy.exc import DBAPIError, NoResultFound, SQLAlchemyError
 from starlette._utils import is_async_callable
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
@@ -69,14 +69,15 @@ def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
 def install(app: FastAPI) -> None:
     """Answer every exception of this service with a problem document, and log those that are no client's fault.
 
-    Handlers that the application has already stay, and those that it adds later replace these.
+    Handlers that the application has already stay, and those that it adds later replace these. So does one for a wider
+    class, `SQLAlchemyError` for example; one for `Exception` is asked last.
     """
     # To mypy a handler answers requests or WebSockets; these answer both.
     handlers: dict[type[Exception], Any] = {
         ServiceError: _answer_failure,
-        DBAPIError: _answer_failure,
+        DBAPIError: _answer_database_failure,
         asyncpg.PostgresError: _answer_failure,
-        NoResultFound: _answer_no_result,
+        NoResultFound: _answer_database_failure,
         RequestValidationError: _answer_invalid,
         HTTPException: _answer_http,
         ExceptionGroup: _answer_group,
@@ -97,8 +98,18 @@ async def answer_unforeseen(request: Request, error: Exception) -> Response:
 _UNFORESEEN = Failure(500, "internal_error", "The service failed. The log has the reason by X-Request-ID.")
 
 
-async def _answer_no_result(connection: Request | WebSocket, error: Exception) -> Response | None:
-    """Answer `session.get_one(…)` and `.one()` that found nothing: the thing that the request is about is not there."""
+async def _answer_database_failure(connection: Request | WebSocket, error: Exception) -> Response | None:
+    """Answer an exception of SQLAlchemy, unless the application has a handler for a wider class of them.
+
+    `session.get_one(…)` and `.one()` that found nothing are a 404: what the request is about is not there.
+    """
+    by_class, _ = connection.scope["starlette.exception_handlers"]
+    for kind in type(error).__mro__:
+        if issubclass(kind, SQLAlchemyError) and by_class.get(kind) not in {None, _answer_database_failure}:
+            note_failure(connection.scope, error)
+            return await _call(by_class[kind], connection, error)
+    if not isinstance(error, NoResultFound):
+        return await _answer_failure(connection, error)
     missing = NotFound("Nothing was found.")
     missing.__cause__ = error
     return await _answer_failure(connection, missing)

@@ -9,7 +9,7 @@ import httpx
 import pytest
 from fastapi import Depends, FastAPI, HTTPException, Request, Response
 from sqlalchemy import select, text
-from sqlalchemy.exc import NoResultFound
+from sqlalchemy.exc import NoResultFound, SQLAlchemyError
 
 from app.patients.models import Patient
 from pglifeguard.fastapi import Lifeguard, ReadDB, WriteDB
@@ -72,6 +72,35 @@ async def test_handlers_of_the_application_win(database: Database, order: str) -
         answer = await client.get("/fail")
 
     assert (answer.status_code, answer.text) == (418, "mine")
+
+
+@pytest.mark.parametrize("order", ["before", "after"])
+async def test_handler_of_a_wider_class_wins_too(database: Database, order: str) -> None:
+    """One for `SQLAlchemyError` has every failure of SQLAlchemy, though the library knows some of them by name."""
+    lifeguard = Lifeguard(database.settings(replica=False))
+    app = FastAPI(lifespan=lifeguard.lifespan)
+
+    async def mine(_request: Request, error: Exception) -> Response:
+        return Response(type(error).__name__, 418)
+
+    @app.get("/missing")
+    async def missing(db: ReadDB) -> None:
+        await db.get_one(Patient, 999)
+
+    @app.get("/wrong")
+    async def wrong(db: ReadDB) -> None:
+        await db.execute(text("SELECT 1 / 0"))
+
+    if order == "before":
+        app.add_exception_handler(SQLAlchemyError, mine)
+    lifeguard.install(app)
+    if order == "after":
+        app.add_exception_handler(SQLAlchemyError, mine)
+
+    async with running(app) as client:
+        answers = [await client.get(path) for path in ("/missing", "/wrong")]
+
+    assert [(answer.status_code, answer.text) for answer in answers] == [(418, "NoResultFound"), (418, "DBAPIError")]
 
 
 async def test_dependencies_guard_the_operations_routes(database: Database) -> None:
