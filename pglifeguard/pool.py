@@ -204,8 +204,9 @@ class ConnectionPool(Generic[S]):
         self._waiters[waiter] = None
         # A timer ends the wait, and not asyncio.timeout, which would cancel the task: a cancel in the same turn of the
         # event loop as a grant is how connections get lost (SQLAlchemy 2.0.43 and 2.1.1 lose slots in this way).
-        timer = loop.call_at(deadline, self._expire, waiter)
         self._open_more()
+        # Read after the logins of this request have begun: one that still goes on then is what it waited for.
+        timer = loop.call_at(deadline, self._expire, waiter, loop.time())
         try:
             slot = await waiter
         except asyncio.CancelledError:
@@ -250,16 +251,15 @@ class ConnectionPool(Generic[S]):
 
     # Refusals.
 
-    def _expire(self, waiter: asyncio.Future[S]) -> None:
+    def _expire(self, waiter: asyncio.Future[S], queued_at: float) -> None:
         """Refuse a request at its deadline, and say what it waited for: a release, or a login."""
         if waiter.done():
             return
         del self._waiters[waiter]
         seconds = self.settings.pool_timeout
-        began = asyncio.get_running_loop().time() - seconds
-        # A login that began before this request and goes on says that the database is away, and not that the pool is
-        # small.
-        connecting_hangs = any(opening.started_at <= began for opening in self._openings)
+        # A login that has gone on for as long as this request waited says that the database is away, and not that the
+        # pool is small.
+        connecting_hangs = any(opening.started_at <= queued_at for opening in self._openings)
         if self._failure is not None or connecting_hangs or not (self._out or self._in_hand):
             waiter.set_exception(self._unreachable())
         else:

@@ -109,6 +109,31 @@ async def test_waiting_ends_at_the_deadline(database: Database) -> None:
         assert (p.rejected("timeout"), p.pool.figures().waiting) == (1, 0)
 
 
+async def test_login_that_the_first_in_the_queue_asked_for_is_what_it_waited_for(
+    database: Database, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its wait and that login begin in the same moment, and the event loop may be on time to the microsecond."""
+    url = proxy.url(database.url())
+    async with pooled(url, pool_size=2, connect_timeout_seconds=30) as p, AsyncExitStack() as stack:
+        await hold(p, stack, 1)
+        proxy.hang()
+        waiting = asyncio.create_task(p.backend())
+
+        async def queued() -> bool:
+            return bool(p.pool._waiters)
+
+        assert await eventually(queued, 5)
+        (waiter,) = p.pool._waiters
+        loop: Any = asyncio.get_running_loop()
+        (timer,) = [each for each in loop._scheduled if waiter in (each._args or ())]
+        monkeypatch.setattr(loop, "time", timer.when)
+        timer._run()
+        monkeypatch.undo()
+
+        with pytest.raises(DatabaseUnreachable, match="no connection was opened within"):
+            await waiting
+
+
 async def test_connecting_ends_at_the_deadline(database: Database, proxy: Proxy) -> None:
     """Who waits for a server that accepts and says nothing is refused in time; the login serves the next one."""
     proxy.hang()
@@ -257,7 +282,7 @@ async def test_deadline_that_meets_a_grant_refuses_nobody(database: Database) ->
         (waiter,) = p.pool._waiters
 
         await held.close()
-        p.pool._expire(waiter)
+        p.pool._expire(waiter, 0.0)
 
         assert await second
         assert p.rejected("timeout") == 0
