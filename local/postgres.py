@@ -31,7 +31,16 @@ class Server:
     first start and stays.
     """
 
-    def __init__(self, data: Path, *, log: Path, password: str, base: str, account: Account) -> None:
+    def __init__(  # noqa: PLR0913  # Each is the server's own.
+        self,
+        data: Path,
+        *,
+        log: Path,
+        password: str,
+        base: str,
+        account: Account,
+        directory_of_programs: Path | None = None,
+    ) -> None:
         self.data = data
         self.log = log
         self.password = password
@@ -39,6 +48,8 @@ class Server:
         self.port = 0
         self.settings: dict[str, str] = {}
         self._base = base
+        # None stands for the embedded PostgreSQL.
+        self._directory_of_programs = directory_of_programs
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -130,7 +141,7 @@ class Server:
             offset = log.tell()
             # Popen returns at once; asyncio's own subprocesses do not all take an account.
             self._process = subprocess.Popen(  # noqa: ASYNC220
-                [programs(self.account) / "postgres", "-D", self.data],
+                [(self._directory_of_programs or programs(self.account)) / "postgres", "-D", self.data],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import asyncpg
 
+from pglifeguard import tls
 from pglifeguard.database_url import Host, KeepAlive
 from pglifeguard.driver_failures import DRIVER_FAILURES
 from pglifeguard.host_search import HostSearch
@@ -41,12 +42,13 @@ class KeptAliveConnection(TrackedConnection):
     others behind the same address; None where it does not say.
     """
 
-    __slots__ = ("server", "transport")
+    __slots__ = ("encryption", "server", "transport")
 
     def __init__(self, protocol: Any, transport: asyncio.Transport, *rest: Any) -> None:
         super().__init__(protocol, transport, *rest)
         self.server: float | None = None
         self.transport = transport
+        self.encryption = tls.encryption_of(transport)
 
     def keep_alive(self, wanted: KeepAlive) -> None:
         """Set the socket's options: those of the URL, else the defaults above."""
@@ -133,17 +135,22 @@ class Connector:
         loop = asyncio.get_running_loop()
         deadline = loop.time() + seconds
         await self._lookups.wait_for(host, deadline)
-        connection: KeptAliveConnection = await asyncpg.connect(
-            **parameters.arguments(),
-            host=host.name,
-            port=host.port,
-            timeout=deadline - loop.time(),
-            command_timeout=settings.command_timeout_seconds,
-            statement_cache_size=settings.statement_cache_size,
-            server_settings={**parameters.server_settings, "application_name": settings.application_name},
-            connection_class=KeptAliveConnection,
-            record_class=AnyRow,
-        )
+        try:
+            connection: KeptAliveConnection = await asyncpg.connect(
+                **parameters.arguments(),
+                host=host.name,
+                port=host.port,
+                timeout=deadline - loop.time(),
+                command_timeout=settings.command_timeout_seconds,
+                statement_cache_size=settings.statement_cache_size,
+                server_settings={**parameters.server_settings, "application_name": settings.application_name},
+                connection_class=KeptAliveConnection,
+                record_class=AnyRow,
+            )
+        except DRIVER_FAILURES as error:
+            if (failure := tls.explain(error, str(host), host.name, parameters.tls)) is None:
+                raise
+            raise failure from failure.__cause__
         connection.keep_alive(parameters.keepalive)
         takes_no_writes = not self.console and await _takes_no_writes(connection, deadline)
         if self.writable and takes_no_writes and len(self.hosts) > 1:

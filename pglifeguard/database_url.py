@@ -8,20 +8,18 @@ Source: PostgreSQL 18 manual, "Connection URIs" and "Parameter Key Words" (34.1)
 """
 
 import re
-import ssl
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from functools import lru_cache
 from ipaddress import AddressValueError, IPv6Address
 from typing import Any, Literal, cast
 from urllib.parse import unquote, urlencode
 
+from pglifeguard.tls import SYSTEM_AUTHORITIES, system_context
+
 SHAPE = "postgresql://user:password@host:5432/database"
 SCHEMES = {"postgresql", "postgres", "postgresql+asyncpg"}
 DEFAULT_PORT = 5432
-# Set `sslrootcert` to this, and the certificate authorities of the operating system are believed.
-SYSTEM_AUTHORITIES = "system"
 # PostgreSQL cuts a longer name off.
 NAME_CHARACTERS = 63
 MAX_CONNECT_SECONDS = 60
@@ -184,16 +182,15 @@ class ConnectionParameters:
         return mode.startswith("verify-") and "sslrootcert" not in self._of_the_driver
 
     @property
-    def files(self) -> Mapping[str, str]:
-        """The files that the driver cannot do without, by parameter."""
-        named = {name: self._of_the_driver.get(name) for name in ("sslrootcert", "sslcert", "sslkey", "sslcrl")}
-        return {name: path for name, path in named.items() if path is not None and path != SYSTEM_AUTHORITIES}
+    def tls(self) -> Mapping[str, str]:
+        """The parameters about TLS, as they are written; `sslpassword` is among them."""
+        return {name: value for name, value in self._of_the_driver.items() if name.startswith("ssl")}
 
     def arguments(self) -> dict[str, Any]:
         """Return the arguments of `asyncpg.connect`, but for the host and what the settings say."""
         read, context = dict(self._of_the_driver), None
         if read.get("sslrootcert") == SYSTEM_AUTHORITIES:
-            context = _system_context(frozenset(read.items()))
+            context = system_context(read)
             read = {name: read[name] for name in ("passfile", "sslnegotiation") if name in read}
         return {
             # asyncpg reads these from a URL only; user, password and database need no quoting as arguments.
@@ -388,27 +385,3 @@ def _keepalive(given: Mapping[str, str]) -> KeepAlive:
         probes=number("keepalives_count"),
         unacknowledged_milliseconds=number("tcp_user_timeout"),
     )
-
-
-@lru_cache(maxsize=8)
-def _system_context(parameters: frozenset[tuple[str, str]]) -> ssl.SSLContext:
-    """Verify certificates against the operating system's authorities: asyncpg would look for a file of that name.
-
-    Made once: reading more than a hundred authorities holds the event loop up.
-    """
-    given = dict(parameters)
-    context = ssl.create_default_context()
-    if "sslcert" in given:
-        context.load_cert_chain(given["sslcert"], given.get("sslkey"), password=lambda: given.get("sslpassword", ""))
-    if "sslcrl" in given:
-        context.load_verify_locations(cafile=given["sslcrl"])
-        context.verify_flags |= ssl.VERIFY_CRL_CHECK_CHAIN
-    context.minimum_version = _tls_version(given.get("ssl_min_protocol_version", "TLSv1.2"))
-    if "ssl_max_protocol_version" in given:
-        context.maximum_version = _tls_version(given["ssl_max_protocol_version"])
-    context.set_alpn_protocols(["postgresql"])
-    return context
-
-
-def _tls_version(name: str) -> ssl.TLSVersion:
-    return ssl.TLSVersion[name.replace(".", "_")]

@@ -25,6 +25,7 @@ from pglifeguard.environment import (
     split_urls,
     with_secret_files,
 )
+from pglifeguard.tls import fault_of_files
 from pglifeguard.variables import inspect
 
 
@@ -32,10 +33,8 @@ def _checked_url(secret: SecretStr) -> SecretStr:
     """Accept what pglifeguard/database_url.py accepts; never repeat the URL, it holds a password."""
     text = secret.get_secret_value().strip()
     parameters = parse_url(text)
-    for name, path in parameters.files.items():
-        # The driver would report this at each connect, where it looks like a database that is away.
-        if not os.access(path, os.R_OK):
-            raise ValueError(f"names {path} as {name}, which is not there or cannot be read")
+    if fault := fault_of_files(parameters.tls):
+        raise ValueError(fault)
     if parameters.lacks_root_certificate and not _has_root_certificate():
         raise ValueError(
             "has a sslmode that verifies the server's certificate, and does not say against what: add "

@@ -1,18 +1,25 @@
-"""TLS in front of a server of this machine: the embedded PostgreSQL is built without it."""
+"""Certificates of an authority of our own, and TLS in front of a server that is built without it.
+
+PostgreSQL with TLS of its own is `tests.tls_server`.
+"""
 
 import asyncio
 import shutil
 import ssl
 import subprocess
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Literal, Self
 
 from local.postgres import HOST
 
 # What a client sends first to ask for TLS: its length, and the number that stands for it.
 SSL_REQUEST = b"\x00\x00\x00\x08\x04\xd2\x16\x2f"
 NAME = "localhost"
+NEW_KEY = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1")
+
+Fate = Literal["end", "strip", "cut", "error"]
 
 
 def program() -> str | None:
@@ -20,39 +27,68 @@ def program() -> str | None:
     return shutil.which("openssl")
 
 
-def make_authority(directory: Path) -> Path:
-    """Make an authority and a certificate of it for NAME, and return the authority's own."""
-    directory.mkdir()
+@dataclass(frozen=True, slots=True)
+class Certificate:
+    """A certificate and its key, as files."""
 
-    def openssl(*arguments: str) -> None:
-        subprocess.run([str(program()), *arguments], cwd=directory, check=True, capture_output=True)
+    certificate: Path
+    key: Path
 
-    (directory / "names").write_text(f"subjectAltName=DNS:{NAME}\n", encoding="utf-8")
-    new = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes")
-    openssl("req", "-x509", *new, "-days", "2", "-subj", "/CN=authority", "-keyout", "ca.key", "-out", "ca.crt")
-    openssl("req", *new, "-subj", f"/CN={NAME}", "-keyout", "server.key", "-out", "server.csr")
-    openssl(
-        "x509", "-req", "-in", "server.csr", "-CA", "ca.crt", "-CAkey", "ca.key", "-CAcreateserial", "-days", "2",
-        "-extfile", "names", "-out", "server.crt",
-    )  # fmt: skip
-    return directory / "ca.crt"
+    @property
+    def parameters(self) -> str:
+        """What a URL says to log in with it."""
+        return f"sslcert={self.certificate}&sslkey={self.key}"
+
+
+class Authority:
+    """An authority that nobody knows, and what it signs. `certificate` is its own."""
+
+    def __init__(self, directory: Path) -> None:
+        directory.mkdir()
+        self._directory = directory
+        self.certificate = directory / "ca.crt"
+        made = ("-subj", "/CN=authority", "-keyout", "ca.key", "-out", "ca.crt")
+        self._openssl("req", "-x509", *NEW_KEY, "-nodes", "-days", "2", *made)
+
+    def issue(self, name: str, *, file: str | None = None, days: int = 2, password: str | None = None) -> Certificate:
+        """Sign a certificate for a host's or a role's name; with -1 day it has expired. `file` names its files."""
+        file = file or name
+        closed = ("-passout", f"pass:{password}") if password else ("-nodes",)
+        asked = ("-subj", f"/CN={name}", "-keyout", f"{file}.key", "-out", f"{file}.csr")
+        self._openssl("req", *NEW_KEY, *closed, *asked)
+        (self._directory / "names").write_text(f"subjectAltName=DNS:{name}\n", encoding="utf-8")
+        signed = ("-CA", "ca.crt", "-CAkey", "ca.key", "-CAcreateserial", "-days", str(days), "-extfile", "names")
+        self._openssl("x509", "-req", "-in", f"{file}.csr", *signed, "-out", f"{file}.crt")
+        return Certificate(self._directory / f"{file}.crt", self._directory / f"{file}.key")
+
+    def _openssl(self, *arguments: str) -> None:
+        subprocess.run([str(program()), *arguments], cwd=self._directory, check=True, capture_output=True)
 
 
 class Tls:
-    """Answers with TLS on a port of its own, and passes on what was in it."""
+    """A proxy on a port of its own that ends TLS and passes on what was in it, or does worse: see `fate`.
 
-    def __init__(self, upstream: int, authority: Path) -> None:
+    With `direct`, clients begin with TLS (sslnegotiation=direct) and do not ask for it.
+    """
+
+    def __init__(self, upstream: int, certificate: Certificate, *, direct: bool = False) -> None:
         self.upstream = upstream
+        self.direct = direct
         self.port = 0
-        # Connections that were encrypted.
+        # All connections, and those that were encrypted.
+        self.connections = 0
         self.encrypted = 0
+        # "strip" says that the server has no TLS, as an attacker would; "cut" hangs up instead of an answer; "error"
+        # answers with a message of the server's, before anybody knows who it is.
+        self.fate: Fate = "end"
         self._context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-        self._context.load_cert_chain(authority.with_name("server.crt"), authority.with_name("server.key"))
+        self._context.set_alpn_protocols(["postgresql"])
+        self._context.load_cert_chain(certificate.certificate, certificate.key)
         self._server: asyncio.Server | None = None
         self._links: set[asyncio.Task[None]] = set()
 
     async def __aenter__(self) -> Self:
-        self._server = await asyncio.start_server(self._link, HOST)
+        self._server = await asyncio.start_server(self._link, HOST, ssl=self._context if self.direct else None)
         self.port = self._server.sockets[0].getsockname()[1]
         return self
 
@@ -71,11 +107,9 @@ class Tls:
         self._links.add(task)
         try:
             first = await reader.readexactly(len(SSL_REQUEST))
+            self.connections += 1
             if first == SSL_REQUEST:
-                writer.write(b"S")
-                await writer.start_tls(self._context)
-                self.encrypted += 1
-                first = b""
+                first = await self._answer(reader, writer)
             behind_reader, behind_writer = await asyncio.open_connection(HOST, self.upstream)
             behind_writer.write(first)
             try:
@@ -87,6 +121,21 @@ class Tls:
         finally:
             writer.close()
             self._links.discard(task)
+
+    async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bytes:
+        """Answer a client that asks for TLS, and return the first bytes that it sends then."""
+        if self.fate == "strip":
+            writer.write(b"N")
+        elif self.fate == "error":
+            writer.write(b"E\x00\x00\x00\x2cSFATAL\x00VFATAL\x00C53300\x00Mtoo many clients\x00\x00")
+            raise ConnectionAbortedError
+        elif self.fate == "cut":
+            raise ConnectionAbortedError
+        else:
+            writer.write(b"S")
+            await writer.start_tls(self._context)
+            self.encrypted += 1
+        return await reader.readexactly(1)
 
 
 async def _pass_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

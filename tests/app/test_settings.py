@@ -1,7 +1,9 @@
 """The environment becomes settings, or one sentence for each mistake."""
 
+import shutil
 from pathlib import Path
 
+import certifi
 import pytest
 from pydantic import SecretStr
 
@@ -167,7 +169,7 @@ def test_certificate_is_verified_against_something(monkeypatch: pytest.MonkeyPat
     url = f"{URL}?sslmode=verify-full"
 
     refused = refusal(monkeypatch, DATABASE_URL=url)
-    (tmp_path / "authority").touch()
+    shutil.copyfile(certifi.where(), tmp_path / "authority")
     named = load(monkeypatch, DATABASE_URL=f"{url}&sslrootcert={tmp_path}/authority")
     of_the_system = load(monkeypatch, DATABASE_URL=f"{url}&sslrootcert=system")
     found = load(monkeypatch, DATABASE_URL=url, PGSSLROOTCERT=tmp_path / "authority")

@@ -4,9 +4,11 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import asyncpg
 from sqlalchemy.engine import make_url
@@ -18,6 +20,7 @@ from local.waiting import eventually
 
 # Since then it keeps track of prepared statements in transaction mode.
 TRACKS_STATEMENTS = (1, 21)
+NOTHING: Mapping[str, Any] = MappingProxyType({})
 # Debian puts it where only root's PATH looks.
 PLACES = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin"
 
@@ -35,11 +38,18 @@ def statement_cache_size() -> int:
 
 
 @asynccontextmanager
-async def pooling(
-    cluster: Cluster, directory: Path, *, size: int, keeps_statements: bool = True, mode: str = "transaction"
+async def pooling(  # noqa: PLR0913  # What PgBouncer is told.
+    cluster: Cluster,
+    directory: Path,
+    *,
+    size: int,
+    keeps_statements: bool = True,
+    mode: str = "transaction",
+    more: Mapping[str, Any] = NOTHING,
 ) -> AsyncIterator[int]:
     """Run PgBouncer in front of the primary; give its port. Before 1.21 it never keeps prepared statements.
 
+    `more` are settings beside those below.
     Its roles are app_rw and app_owner, who may use its console too.
     """
     port = free_port()
@@ -58,6 +68,7 @@ async def pooling(
         "default_pool_size": size,
         "max_client_conn": 200,
         **({"max_prepared_statements": 200 if keeps_statements else 0} if statement_cache_size() else {}),
+        **more,
     }
     lines = [f"{name} = {value}" for name, value in settings.items()]
     upstream = f"* = host={HOST} port={cluster.primary.port}"

@@ -1,37 +1,53 @@
-"""What a URL says about TLS is what happens, for the service, for `doctor` and for migrations."""
+"""What a URL says about TLS is what happens, for everything that connects: service, listener, jobs and commands."""
 
 import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from sqlalchemy import text
+from sqlalchemy.engine import make_url
 
-from pglifeguard import database_url
 from pglifeguard.connector import Connector
+from pglifeguard.environment import SettingsError
 from pglifeguard.errors import DatabaseUnreachable
 from pglifeguard.settings import DatabaseSettings
-from tests import tls
 from tests.app.test_cli import run
+from tests.chaos import pooler
+from tests.chaos.pooler import pooling
 from tests.conftest import Database
+from tests.pglifeguard.conftest import service_settings
+from tests.service import ADA, serving
 from tests.test_migrations import python
+from tests.tls import NAME, Authority, Certificate, Tls, program
 
-pytestmark = pytest.mark.skipif(tls.program() is None, reason="openssl is not installed: apt-get install openssl")
+pytestmark = pytest.mark.skipif(program() is None, reason="openssl is not installed: apt-get install openssl")
+needs_pgbouncer = pytest.mark.skipif(
+    pooler.program() is None, reason="PgBouncer is not installed: apt-get install pgbouncer"
+)
 
 
 @pytest.fixture(scope="module")
-def authority(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Give the certificate of an authority that nobody knows."""
-    return tls.make_authority(tmp_path_factory.mktemp("tls") / "one")
+def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    """Give an authority that nobody knows."""
+    return Authority(tmp_path_factory.mktemp("tls") / "one")
+
+
+@pytest.fixture(scope="module")
+def certificate(authority: Authority) -> Certificate:
+    """Give a certificate of that authority for NAME."""
+    return authority.issue(NAME)
 
 
 @pytest.fixture
-async def encrypted(database: Database, authority: Path) -> AsyncIterator[tls.Tls]:
+async def encrypted(database: Database, certificate: Certificate) -> AsyncIterator[Tls]:
     """Give TLS in front of the primary."""
-    async with tls.Tls(database.cluster.primary.port, authority) as running:
+    async with Tls(database.cluster.primary.port, certificate) as running:
         yield running
 
 
-def through(database: Database, to: tls.Tls, parameters: str, *, host: str = tls.NAME, role: str = "app_rw") -> str:
+def through(database: Database, to: Tls, parameters: str, *, host: str = NAME, role: str = "app_rw") -> str:
     """Return the way to the database through TLS."""
     password = database.cluster.passwords[role]
     return f"postgresql://{role}:{password}@{host}:{to.port}/{database.name}?{parameters}"
@@ -45,68 +61,182 @@ async def connects(url: str) -> None:
     await connection.close()
 
 
-@pytest.mark.parametrize(
-    "parameters", ["", "sslmode=prefer", "sslmode=require", "sslmode=verify-ca&{ca}", "sslmode=verify-full&{ca}"]
-)
-async def test_certificate_is_believed(
-    database: Database, encrypted: tls.Tls, authority: Path, parameters: str
-) -> None:
-    """Each mode is encrypted where the server can, and those that verify know the authority."""
-    await connects(through(database, encrypted, parameters.format(ca=f"sslrootcert={authority}")))
-
-    assert encrypted.encrypted == 1
-
-
-async def test_disabled_is_not_encrypted(database: Database, encrypted: tls.Tls) -> None:
-    """`sslmode=disable` does not ask for TLS."""
-    await connects(through(database, encrypted, "sslmode=disable"))
-
-    assert encrypted.encrypted == 0
-
-
-async def test_certificate_for_another_name_is_refused(database: Database, encrypted: tls.Tls, authority: Path) -> None:
-    """`verify-full` looks at the name, and `verify-ca` at the authority alone."""
-    by_address = through(database, encrypted, f"sslrootcert={authority}", host="127.0.0.1")
-
-    await connects(f"{by_address}&sslmode=verify-ca")
-    with pytest.raises(DatabaseUnreachable, match=r"not valid for '127\.0\.0\.1'"):
-        await connects(f"{by_address}&sslmode=verify-full")
-
-
-async def test_certificate_of_another_authority_is_refused(
-    database: Database, encrypted: tls.Tls, tmp_path: Path
-) -> None:
-    """Only the authority that the URL names is believed, with `require` too, as libpq has it."""
-    another = tls.make_authority(tmp_path / "another")
-
-    for mode in ("require", "verify-ca", "verify-full"):
-        with pytest.raises(DatabaseUnreachable, match="certificate verify failed"):
-            await connects(through(database, encrypted, f"sslmode={mode}&sslrootcert={another}"))
-
-
 async def test_authorities_of_the_system_are_believed(
-    database: Database, encrypted: tls.Tls, authority: Path, monkeypatch: pytest.MonkeyPatch
+    database: Database, encrypted: Tls, authority: Authority, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`sslrootcert=system` believes whom OpenSSL believes here, and nobody else."""
+    """`sslrootcert=system` believes whom OpenSSL believes here, and nobody else; a new list counts at once."""
     url = through(database, encrypted, "sslmode=verify-full&sslrootcert=system")
-    database_url._system_context.cache_clear()
 
-    with pytest.raises(DatabaseUnreachable, match="certificate verify failed"):
+    with pytest.raises(DatabaseUnreachable, match="an authority that is not believed"):
         await connects(url)
-    monkeypatch.setenv("SSL_CERT_FILE", str(authority))
-    database_url._system_context.cache_clear()
+    monkeypatch.setenv("SSL_CERT_FILE", str(authority.certificate))
     await connects(url)
-    database_url._system_context.cache_clear()
 
 
-async def test_migrations_and_doctor_verify_too(database: Database, encrypted: tls.Tls, authority: Path) -> None:
-    """The job and the operator's command go the same way as the service."""
-    parameters = f"sslmode=verify-full&sslrootcert={authority}"
-    owner = through(database, encrypted, parameters, role="app_owner")
-
-    migrated = await python("-m", "migrations", environment={"MIGRATIONS_URL": owner})
-    examined = await run("doctor", DATABASE_URL=through(database, encrypted, parameters))
+async def test_everything_that_connects_verifies(
+    database: Database, encrypted: Tls, authority: Authority, certificate: Certificate
+) -> None:
+    """Pools, monitors, replica, analytics and listener, then migrations and doctor: each connection is encrypted."""
+    verified = f"sslmode=verify-full&sslrootcert={authority.certificate}"
+    url = through(database, encrypted, verified)
+    owner = through(database, encrypted, verified, role="app_owner")
+    async with Tls(database.cluster.replica.port, certificate) as replica:
+        read = through(database, replica, verified, role="app_ro")
+        one = {"pool_size": 1, "pool_min_size": 1, "max_overflow": 0}
+        writing, reading = {"url": url} | one, {"url": read} | one
+        pools: dict[str, Any] = {"primary": writing, "replicas": (reading,), "analytics": reading}
+        settings = database.settings(**pools, listen_url=url)
+        async with serving(settings) as service, service.databases.listen("news") as news:
+            assert await anext(news) is None
+            async with service.databases.writing() as session:
+                await session.execute(text("SELECT pg_notify('news', 'encrypted')"))
+            assert await anext(news) == "encrypted"
+            path = (await service.client.post("/patients", json=ADA)).headers["location"]
+            assert (await service.client.get(path)).status_code == 200
+        migrated = await python("-m", "migrations", environment={"MIGRATIONS_URL": owner, "DATABASE_REPLICA_URL": read})
+        examined = await run("doctor", DATABASE_URL=url, DATABASE_REPLICA_URL=read)
 
     assert migrated[0] == 0, migrated[1]
     assert examined.exit_code == 0, examined.output
-    assert encrypted.encrypted == 3, "one for the job, and one each for primary and analytics"
+    # A pool, a monitor, the listener, the job and the doctor; two pools, two monitors, the job, and the doctor twice.
+    assert (encrypted.encrypted, replica.encrypted) == (encrypted.connections, replica.connections)
+    assert encrypted.encrypted >= 5
+    assert replica.encrypted >= 6
+
+
+async def test_certificate_that_fails_is_named_to_everybody(
+    database: Database, encrypted: Tls, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The client gets 503 database_unreachable, the log, the migrations and the doctor say TLS and why."""
+    another = Authority(tmp_path / "another")
+    verified = f"sslmode=verify-full&sslrootcert={another.certificate}"
+    url = through(database, encrypted, verified)
+    reason = f"TLS with {NAME}:{encrypted.port}: the server's certificate is signed by an authority that is not"
+    settings = database.settings(replica=False, primary={"url": url}, analytics={"url": url}, listen_url=url)
+    async with serving(settings, settled=False) as service:
+        answer = await service.client.get("/patients")
+        health = (await service.client.get("/health/db")).json()
+        with pytest.raises(DatabaseUnreachable, match=reason):
+            async with service.databases.listen("news"):
+                raise AssertionError("it listens")
+    migrated = await python(
+        "-m", "migrations", environment={"MIGRATIONS_URL": through(database, encrypted, verified, role="app_owner")}
+    )
+    examined = await run("doctor", DATABASE_URL=url)
+
+    assert (answer.status_code, answer.json()["code"]) == (503, "database_unreachable")
+    said = {str(vars(record).get("reason")) for record in caplog.records if record.msg == "database is %s"}
+    assert said
+    assert all(reason in line for line in said)
+    assert reason in health["databases"]["primary"]["error"]
+    assert migrated[0] != 0
+    assert reason in migrated[1]
+    assert examined.exit_code == 1
+    assert "TLS with" in examined.output
+    assert encrypted.encrypted == 0
+
+
+def copied(source: Path, directory: Path) -> Path:
+    """Copy a file to where PgBouncer's account can read it."""
+    copy = directory / source.name
+    copy.write_bytes(source.read_bytes())
+    copy.chmod(0o644)
+    return copy
+
+
+@needs_pgbouncer
+async def test_console_and_clients_of_pgbouncer_verify(
+    database: Database, authority: Authority, certificate: Certificate, open_directory: Path, tmp_path: Path
+) -> None:
+    """Through PgBouncer with TLS the service works and its console takes RECONNECT; another authority is refused."""
+    shown = {
+        "client_tls_sslmode": "require",
+        "client_tls_cert_file": copied(certificate.certificate, open_directory),
+        "client_tls_key_file": copied(certificate.key, open_directory),
+    }
+    another = Authority(tmp_path / "another")
+
+    async with pooling(database.cluster, open_directory, size=2, more=shown) as port:
+
+        def pooled(believed: Authority, role: str, name: str) -> str:
+            url = make_url(database.url(role)).set(host=NAME, port=port, database=name)
+            query = {"sslmode": "verify-full", "sslrootcert": str(believed.certificate)}
+            return url.set(query=query).render_as_string(hide_password=False)
+
+        url = pooled(authority, "app_rw", database.name)
+        one = {"url": url, "statement_cache_size": pooler.statement_cache_size()}
+        async with serving(database.settings(replica=False, primary=one, analytics=one)) as service:
+            assert (await service.client.get("/patients")).status_code == 200
+        job = {"MIGRATIONS_URL": database.url("app_owner")}
+        believed, refused = [
+            await python(
+                "-m", "migrations",
+                environment={**job, "PGBOUNCER_ADMIN_URL": pooled(known, "app_owner", "pgbouncer")},
+            )
+            for known in (authority, another)
+        ]  # fmt: skip
+
+    assert believed[0] == 0, believed[1]
+    assert refused[0] != 0
+    assert f"TLS with {NAME}:{port}: the server's certificate is signed by an authority" in refused[1]
+
+
+async def test_host_with_a_bad_certificate_is_passed_over(
+    database: Database, encrypted: Tls, authority: Authority
+) -> None:
+    """Of several hosts the one whose certificate holds is used; when none holds, each is named with its reason."""
+    expired = authority.issue(NAME, file="expired", days=-1)
+    verified = f"sslmode=verify-full&sslrootcert={authority.certificate}"
+    account = f"app_rw:{database.cluster.passwords['app_rw']}"
+    async with Tls(database.cluster.primary.port, expired) as bad:
+        await connects(f"postgresql://{account}@{NAME}:{bad.port},{NAME}:{encrypted.port}/{database.name}?{verified}")
+        with pytest.raises(DatabaseUnreachable) as refused:
+            await connects(
+                f"postgresql://{account}@{NAME}:{bad.port},127.0.0.1:{encrypted.port}/{database.name}?{verified}"
+            )
+
+    assert f"TLS with {NAME}:{bad.port}: the server's certificate has expired" in str(refused.value)
+    assert f"127.0.0.1:{encrypted.port}: the server's certificate is not valid for '127.0.0.1'" in str(refused.value)
+
+
+async def test_direct_tls_needs_no_question(database: Database, authority: Authority, certificate: Certificate) -> None:
+    """`sslnegotiation=direct` begins with TLS, which any proxy understands; its certificate is verified as well."""
+    direct = f"sslmode=verify-full&sslnegotiation=direct&sslrootcert={authority.certificate}"
+    async with Tls(database.cluster.primary.port, certificate, direct=True) as running:
+        await connects(through(database, running, direct))
+        with pytest.raises(DatabaseUnreachable, match=r"not valid for '127\.0\.0\.1'"):
+            await connects(through(database, running, direct, host="127.0.0.1"))
+
+    assert running.connections == 1
+
+
+@pytest.mark.parametrize(
+    ("parameters", "sentence"),
+    [
+        ("sslrootcert={none}", "names {none} as sslrootcert, which is not there or cannot be read"),
+        ("sslrootcert={text}", "names {text} as sslrootcert, in which there is nothing of that kind"),
+        ("sslcert={crt}&sslkey={other}", "names {other} as sslkey, which is not the key of {crt}"),
+        ("sslcert={closed}&sslkey={closed_key}", "the key has a password and sslpassword does not say it"),
+        ("sslcert={closed}&sslkey={closed_key}&sslpassword=hunter2", "which cannot be opened"),
+    ],
+)
+def test_files_are_opened_at_the_start(
+    authority: Authority, certificate: Certificate, tmp_path: Path, parameters: str, sentence: str
+) -> None:
+    """A file that is missing, of another kind or locked ends the start with a sentence that repeats no password."""
+    closed = authority.issue("closed", password="correct")
+    files = {
+        "none": tmp_path / "none",
+        "text": tmp_path / "text",
+        "crt": certificate.certificate,
+        "other": authority.issue("other").key,
+        "closed": closed.certificate,
+        "closed_key": closed.key,
+    }
+    files["text"].write_text("no certificate", encoding="utf-8")
+
+    with pytest.raises(SettingsError) as error:
+        service_settings(f"postgresql://u:hunter2@db/x?sslmode=require&{parameters.format(**files)}")
+
+    assert sentence.format(**files) in str(error.value)
+    assert "hunter2" not in str(error.value)
