@@ -47,6 +47,7 @@ _ALERTS = {
     "NO_CIPHERS_AVAILABLE": "OpenSSL has no cipher for the versions of TLS that the URL allows",
     "WRONG_VERSION_NUMBER": "what answers there speaks no TLS",
 }
+_HUNG_UP = "the server hung up once TLS was open: it ends, or does not take the certificate in sslcert"
 _DIRECT = "it hung up on a client that begins with TLS: sslnegotiation=direct takes PostgreSQL 17 or newer there"
 # asyncpg's words, and ours.
 _UPGRADES = {
@@ -145,11 +146,13 @@ def explain(error: BaseException, host: str, name: str, given: Mapping[str, str]
 
     `name` is what the certificate was compared with, and `given` are the parameters of the URL.
     """
-    cause = error
-    if isinstance(error, asyncpg.ConnectionDoesNotExistError) and error.__cause__ is not None:
-        # With TLS 1.3 a server refuses the client's certificate after the handshake.
+    cause: BaseException | None = error
+    hung_up = isinstance(error, asyncpg.ConnectionDoesNotExistError) and "sslcert" in given
+    if hung_up:
+        # With TLS 1.3 a server refuses the client's certificate after the handshake. Its alert is lost where the
+        # client was writing when it hung up.
         cause = error.__cause__
-    reason = _reason(cause, name, given)
+    reason = (cause and _reason(cause, name, given)) or (_HUNG_UP if hung_up else None)
     if reason is None:
         return None
     failure = TlsFailed(f"TLS with {host}: {reason}")

@@ -146,7 +146,7 @@ async def test_primary_is_found_among_several_hosts(database: Database, command:
 @pytest.mark.parametrize(
     ("parameters", "sentence"),
     [
-        ("sslmode=require", "The database cannot be reached: PostgreSQL server at"),
+        ("sslmode=require", "The database cannot be reached: TLS with"),
         ("channel_binding=require", "MIGRATIONS_URL: has channel_binding=require, which is not taken"),
     ],
 )

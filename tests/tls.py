@@ -19,7 +19,7 @@ SSL_REQUEST = b"\x00\x00\x00\x08\x04\xd2\x16\x2f"
 NAME = "localhost"
 NEW_KEY = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1")
 
-Fate = Literal["end", "strip", "cut", "error"]
+Fate = Literal["end", "strip", "cut", "error", "leave"]
 
 
 def program() -> str | None:
@@ -79,7 +79,7 @@ class Tls:
         self.connections = 0
         self.encrypted = 0
         # "strip" says that the server has no TLS, as an attacker would; "cut" hangs up instead of an answer; "error"
-        # answers with a message of the server's, before anybody knows who it is.
+        # answers with a message of the server's, before anybody knows who it is; "leave" hangs up once TLS is open.
         self.fate: Fate = "end"
         self._context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
         self._context.set_alpn_protocols(["postgresql"])
@@ -135,6 +135,8 @@ class Tls:
             writer.write(b"S")
             await writer.start_tls(self._context)
             self.encrypted += 1
+            if self.fate == "leave":
+                raise ConnectionAbortedError
         return await reader.readexactly(1)
 
 
