@@ -26,7 +26,15 @@ class Settings(DatabasesSettings):
 
     guards: ClassVar = frozenset({"auth_secret", "environment"})
     # migrations/settings.py
-    read_elsewhere: ClassVar = frozenset({"migrations_url", "pgbouncer_admin_url", "migrations_wait_seconds"})
+    read_elsewhere: ClassVar = frozenset(
+        {
+            "migrations_url",
+            "migrations_password_file",
+            "pgbouncer_admin_url",
+            "pgbouncer_admin_password_file",
+            "migrations_wait_seconds",
+        }
+    )
     without_database: ClassVar = ", or run `make run` for an embedded one"
 
     environment: Literal["development", "test", "production"] = Field(
@@ -63,9 +71,9 @@ class Settings(DatabasesSettings):
             return self
         listening = [] if self.listening is None else [("LISTEN_", self.listening)]
         refused = {
-            f"{prefix}URL holds a development password": None
+            f"{prefix}{'URL' if database.password_file is None else 'PASSWORD_FILE'} holds a development password": None
             for prefix, database in [*self.databases, *listening]
-            if (database.parameters.password or "").startswith(DEVELOPMENT_SECRET)
+            if database.first_password.startswith(DEVELOPMENT_SECRET)
         }
         if self.auth_secret is None:
             refused["AUTH_SECRET is not set, and every route would be open"] = None

@@ -26,7 +26,7 @@ async def connected(
     connector = Connector(to, writable=writable, console=console)
     patience = to.connect_timeout_seconds * len(connector.hosts)
     try:
-        connection = await connector.open(asyncio.get_running_loop().time() + patience)
+        connection = await connector.open_patiently(asyncio.get_running_loop().time() + patience)
         try:
             yield connection
         finally:

@@ -1,9 +1,12 @@
 """The settings of the migration job: where the primary is, past any pooler, and who must hear of a new schema."""
 
+from pathlib import Path
+
 from pydantic import Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from pglifeguard import DatabaseSettings, SettingsError
+from pglifeguard.database_url import holds_password
 from pglifeguard.environment import Variables, sentences, split_urls
 from pglifeguard.variables import PREFIX, inspect
 
@@ -21,10 +24,14 @@ class MigrationSettings(BaseSettings):
 
     # Looked at when they are used: a job that has a MIGRATIONS_URL does not care about the others.
     migrations_url: SecretStr | None = None
+    migrations_password_file: Path | None = None
     database_url: SecretStr | None = None
+    database_password_file: Path | None = None
     database_replica_url: SecretStr | None = None
+    database_replica_password_file: Path | None = None
     # PgBouncer's admin console: its server connections are replaced once the schema is new.
     pgbouncer_admin_url: SecretStr | None = None
+    pgbouncer_admin_password_file: Path | None = None
     # An index of a large table takes longer than a deployment should hang.
     migrations_wait_seconds: float = Field(900, ge=0, le=86_400)
 
@@ -34,10 +41,13 @@ class MigrationSettings(BaseSettings):
 
         Raises: SettingsError when neither is set, or it is wrong.
         """
+        kinds = ("primary", "read-write")
         if self.migrations_url is not None:
-            return _of_a_job("MIGRATIONS_URL", self.migrations_url, ("primary", "read-write"))
+            return _of_a_job("MIGRATIONS_", self.migrations_url, self.migrations_password_file, kinds)
+        if self.migrations_password_file is not None:
+            raise SettingsError("MIGRATIONS_PASSWORD_FILE is set, and MIGRATIONS_URL is not: whose password is it?")
         if self.database_url is not None:
-            return _of_a_job("DATABASE_URL", self.database_url, ("primary", "read-write"))
+            return _of_a_job("DATABASE_", self.database_url, self.database_password_file, kinds)
         raise SettingsError(
             "Neither MIGRATIONS_URL nor DATABASE_URL is set: say where to migrate, past any pooler, as "
             "postgresql://app_owner:password@host:5432/database."
@@ -48,13 +58,22 @@ class MigrationSettings(BaseSettings):
         """The replicas that a migration has to reach before it is over. Raises: SettingsError."""
         urls = "" if self.database_replica_url is None else self.database_replica_url.get_secret_value()
         kinds = ("standby", "read-only", "prefer-standby")
-        return [_of_a_job("DATABASE_REPLICA_URL", SecretStr(url), kinds) for url in split_urls(urls)]
+        return [
+            _of_a_job(
+                "DATABASE_REPLICA_",
+                SecretStr(url),
+                # As the service inherits it.
+                self.database_replica_password_file or (None if holds_password(url) else self.database_password_file),
+                kinds,
+            )
+            for url in split_urls(urls)
+        ]
 
     @property
     def console(self) -> DatabaseSettings | None:
         """PgBouncer's admin console. Raises: SettingsError."""
         url = self.pgbouncer_admin_url
-        return None if url is None else _of_a_job("PGBOUNCER_ADMIN_URL", url, ())
+        return None if url is None else _of_a_job("PGBOUNCER_ADMIN_", url, self.pgbouncer_admin_password_file, ())
 
     @classmethod
     def settings_customise_sources(
@@ -70,13 +89,22 @@ class MigrationSettings(BaseSettings):
         return init_settings, Variables(settings_cls, env_settings, dotenv_settings)
 
 
-def _of_a_job(variable: str, url: SecretStr, kinds: tuple[str, ...]) -> DatabaseSettings:
+def _of_a_job(prefix: str, url: SecretStr, password_file: Path | None, kinds: tuple[str, ...]) -> DatabaseSettings:
     """Read a URL of the migration job. A statement of a migration takes as long as its table is large."""
+    variable = f"{prefix}URL"
     try:
         # Nothing is asked twice, and a pooler that loses prepared statements may still be the way to a console.
-        found = DatabaseSettings(url=url, command_timeout_seconds=JOB_COMMAND_SECONDS, statement_cache_size=0)
+        found = DatabaseSettings(
+            url=url,
+            password_file=password_file,
+            command_timeout_seconds=JOB_COMMAND_SECONDS,
+            statement_cache_size=0,
+        )
     except ValidationError as error:
-        raise SettingsError(sentences(error).replace("URL: ", f"{variable}: ", 1)) from None
+        sentence = sentences(error)
+        # What is wrong about both of them together has no name of its own.
+        named = sentence.startswith(("URL: ", "PASSWORD_FILE: "))
+        raise SettingsError(f"{prefix}{sentence}" if named else f"{variable}: {sentence}") from None
     said = found.parameters
     if said.target_session_attrs not in {None, "any", *kinds}:
         raise SettingsError(f"{variable}: has target_session_attrs={said.target_session_attrs}; leave it out.")

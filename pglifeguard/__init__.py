@@ -4,6 +4,7 @@
 docs/library.md describes every public name.
 """
 
+from pglifeguard.credentials import Login, PasswordSource
 from pglifeguard.databases import Databases
 from pglifeguard.environment import SettingsError
 from pglifeguard.errors import Conflict, DatabaseUnavailable, NotFound, OutcomeUnknown, ServiceError, constraint
@@ -19,8 +20,10 @@ __all__ = [
     "DatabaseUnavailable",
     "Databases",
     "DatabasesSettings",
+    "Login",
     "NotFound",
     "OutcomeUnknown",
+    "PasswordSource",
     "Query",
     "ReadSession",
     "Repeats",

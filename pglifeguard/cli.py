@@ -14,6 +14,7 @@ from rich.table import Table
 from pglifeguard import budget
 from pglifeguard.activity import BLOCKED, CAPACITY, CLOSE_IDLE, EACH
 from pglifeguard.connector import Connector
+from pglifeguard.credentials import PasswordSource
 from pglifeguard.environment import SettingsError
 from pglifeguard.errors import DatabaseUnavailable
 from pglifeguard.metrics import Metrics
@@ -33,22 +34,31 @@ CloseIdle = Annotated[bool, typer.Option(help="Close this service's own connecti
 IdleSeconds = Annotated[int, typer.Option(help="Seconds that count as long.", min=1)]
 
 
-def database_commands(settings_cls: type[DatabasesSettings]) -> typer.Typer:
+def database_commands(settings_cls: type[DatabasesSettings], *, password: PasswordSource | None = None) -> typer.Typer:
     """Make the commands `doctor` and `connections`, which read these settings.
 
-    A service adds them to its own: `cli.add_typer(database_commands(Settings))`.
+    A service adds them to its own: `cli.add_typer(database_commands(Settings))`; with the function that gives its
+    passwords, if it has one.
     """
+
+    def read() -> DatabasesSettings:
+        settings = checked(settings_cls)
+        try:
+            return settings if password is None else settings.asking(password)
+        except SettingsError as error:
+            raise stop(str(error)) from None
+
     commands = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False)
 
     @commands.command("doctor")
     def _doctor() -> None:
         """Check the settings, reach each database, and do the arithmetic of connections."""
-        doctor(checked(settings_cls))
+        doctor(read())
 
     @commands.command("connections")
     def _connections(*, close_idle: CloseIdle = False, idle_seconds: IdleSeconds = IDLE_SECONDS) -> None:
         """Show the primary's connections and who blocks whom; close forgotten ones on request."""
-        connections(checked(settings_cls), close_idle=close_idle, idle_seconds=idle_seconds)
+        connections(read(), close_idle=close_idle, idle_seconds=idle_seconds)
 
     return commands
 

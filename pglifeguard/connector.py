@@ -11,8 +11,10 @@ from typing import Any, cast
 import asyncpg
 
 from pglifeguard import tls
+from pglifeguard.credentials import Login, Passwords, PasswordUnavailable
 from pglifeguard.database_url import Host, KeepAlive
 from pglifeguard.driver_failures import DRIVER_FAILURES
+from pglifeguard.errors import DatabaseUnreachable, sqlstate
 from pglifeguard.host_search import HostSearch
 from pglifeguard.lookup import Lookups
 from pglifeguard.server import is_missing_feature
@@ -24,6 +26,10 @@ KEEPALIVE_INTERVAL_SECONDS = 5
 KEEPALIVE_PROBES = 3
 # Data that the peer's kernel does not acknowledge for this long ends the connection: 30 s, as a statement may take.
 UNACKNOWLEDGED_MILLISECONDS = 30_000
+# SQLSTATE class of a login that the server refused.
+LOGIN_REFUSED = "28"
+# Seconds between two questions for a password that is late.
+RETRY_SECONDS = 0.1
 # The start time tells two servers behind one address apart: they were not started in the same microsecond.
 SERVER_IDENTITY = """
 SELECT current_setting('transaction_read_only')::boolean AS read_only, pg_backend_pid() AS process,
@@ -104,11 +110,14 @@ class Connector:
         self.hosts = self.parameters.hosts
         self.writable = writable
         self._lookups = Lookups()
+        source = settings.password_source
+        self._passwords = None if source is None else Passwords(source)
         self._search = HostSearch(
             self.hosts,
             self._open_host,
             expected=DRIVER_FAILURES,
             patience_seconds=settings.connect_timeout_seconds,
+            waits_for=self.waits_for,
         )
         # Whether the addresses have led to more than one server since the start, as the address of a balancer does.
         self.several = False
@@ -119,6 +128,11 @@ class Connector:
         """Seconds after which a login is given up, also when a request still waits for it."""
         return self._search.login_seconds
 
+    def waits_for(self) -> str | None:
+        """Say what logins wait for before the server is asked; None when they wait for nothing else."""
+        waits = self._passwords is not None and self._passwords.waited_for
+        return "the source of the password has not answered" if waits else None
+
     async def open(self, deadline: float) -> KeptAliveConnection:
         """Open a connection by `deadline` (the event loop's time).
 
@@ -126,18 +140,38 @@ class Connector:
         """
         return await self._search.connect(deadline)
 
+    async def open_patiently(self, deadline: float) -> KeptAliveConnection:
+        """Open a connection as `open` does, and ask again for a password that is refused or cannot be given now.
+
+        Raises: DatabaseUnreachable.
+        """
+        while True:
+            try:
+                return await self.open(deadline)
+            except DatabaseUnreachable as error:
+                left = deadline - asyncio.get_running_loop().time()
+                if left <= RETRY_SECONDS or not password_is_late(error, self.settings):
+                    raise
+            await asyncio.sleep(RETRY_SECONDS)
+
     async def close(self) -> None:
         """Give up the logins that have not ended."""
         await self._search.close()
+        if self._passwords is not None:
+            self._passwords.close()
 
     async def _open_host(self, host: Host, seconds: float) -> KeptAliveConnection:
         settings, parameters = self.settings, self.parameters
         loop = asyncio.get_running_loop()
         deadline = loop.time() + seconds
+        arguments = parameters.arguments()
+        if self._passwords is not None:
+            login = Login(host.name, host.port, settings.user, parameters.database)
+            arguments["password"] = await self._passwords.ask(login, deadline)
         await self._lookups.wait_for(host, deadline)
         try:
             connection: KeptAliveConnection = await asyncpg.connect(
-                **parameters.arguments(),
+                **arguments,
                 host=host.name,
                 port=host.port,
                 timeout=deadline - loop.time(),
@@ -159,6 +193,12 @@ class Connector:
         self.several = self.several or self._server not in {None, connection.server}
         self._server = connection.server
         return connection
+
+
+def password_is_late(error: Exception, settings: DatabaseSettings) -> bool:
+    """Tell a login with a password that the server does not know yet, or that its source cannot give now."""
+    refused = (sqlstate(error) or "").startswith(LOGIN_REFUSED)
+    return isinstance(error.__cause__, PasswordUnavailable) or (refused and settings.password_may_change)
 
 
 async def _takes_no_writes(connection: KeptAliveConnection, deadline: float) -> bool:

@@ -241,6 +241,14 @@ def parse_url(text: str) -> ConnectionParameters:
     )
 
 
+def holds_password(url: str) -> bool:
+    """Tell whether a URL has a password in it; one that is wrong has none."""
+    try:
+        return parse_url(url).password is not None
+    except ValueError:
+        return False
+
+
 def _parameters(query: str) -> dict[str, str]:
     """Read `name=value&…`; an empty value is an absent one, of two the last counts, and `host` may be a list."""
     given: dict[str, str] = {}

@@ -16,6 +16,7 @@ from sqlalchemy import Row
 from pglifeguard.checkout import holder
 from pglifeguard.collisions import ATTEMPTS, collision, pause_seconds
 from pglifeguard.consistency import Consistency, current_consistency
+from pglifeguard.credentials import PasswordSource
 from pglifeguard.database import Database, Isolation, Role
 from pglifeguard.errors import DatabaseUnavailable
 from pglifeguard.listening import Listener
@@ -60,9 +61,14 @@ class Databases:
     """
 
     def __init__(
-        self, settings: DatabasesSettings, metrics: Metrics | None = None, *, on_connect: OnConnect | None = None
+        self,
+        settings: DatabasesSettings,
+        metrics: Metrics | None = None,
+        *,
+        on_connect: OnConnect | None = None,
+        password: PasswordSource | None = None,
     ) -> None:
-        self.settings = settings
+        self.settings = settings = settings if password is None else settings.asking(password)
         self._on_connect = on_connect
         self.metrics = Metrics() if metrics is None else metrics
         self.sampler = Sampler()
@@ -220,6 +226,28 @@ class Databases:
         """
         self._check_loop()
         return self.listener.listen(channel)
+
+    async def renew_connections(self) -> None:
+        """Replace all connections by new ones, after a password was rotated or a role's settings were changed.
+
+        Each database is first asked for a new connection, which becomes the monitor's. Then the idle connections of its
+        pool are closed, and those at work at their release. Listeners hear None.
+
+        Raises: DatabaseUnreachable when a database lets no new connection in; its old ones go on then.
+        """
+        self._check_loop()
+        renewing = (
+            database.monitor.renew(timeout_seconds=self.settings.health_timeout_seconds) for database in self.all()
+        )
+        failures = await asyncio.gather(*renewing, return_exceptions=True)
+        for database, failure in zip(self.all(), failures, strict=True):
+            if failure is None:
+                database.pool.dispose()
+        if failures[0] is None:
+            self.listener.renew()
+        for failure in failures:
+            if failure is not None:
+                raise failure
 
     async def open(self) -> None:
         """Warm the pools and start the monitors. A database that is down does not keep the service from starting.

@@ -71,16 +71,19 @@ class HostSearch(Generic[C]):
         *,
         expected: tuple[type[Exception], ...],
         patience_seconds: float,
+        waits_for: Callable[[], str | None] = lambda: None,
     ) -> None:
         """Search `hosts` by `log_in(host, seconds)`; `expected` are its failures that another host may not have.
 
         A host that has not answered after `patience_seconds` counts as silent; its login goes on for a while.
+        `waits_for` says what else than the host a login waits for.
         """
         self.hosts = hosts
         self.login_seconds = patience_seconds * LATE_FACTOR
         self._log_in = log_in
         self._expected = expected
         self._patience = patience_seconds
+        self._waits_for = waits_for
         # The host that let the service in, None during a search.
         self._good: int | None = None
         self._last_good = 0
@@ -274,6 +277,8 @@ class HostSearch(Generic[C]):
             return
         attempt.late = True
         silence = f"{self.hosts[attempt.host]} has not let the service in within {self._patience:g} s"
+        if (reason := self._waits_for()) is not None:
+            silence = f"{silence}: {reason}"
         self._failures[attempt.host] = TimeoutError(silence)
         if self._good == attempt.host:
             self._good = None
@@ -303,7 +308,10 @@ class HostSearch(Generic[C]):
             caller.set_exception(self._unreachable())
 
     def _unreachable(self) -> DatabaseUnreachable:
-        said = list(self._failures.values()) or [TimeoutError("no host has let the service in in time")]
+        said = list(self._failures.values())
+        if not said:
+            reason = self._waits_for()
+            said = [TimeoutError(f"no host has let the service in in time{f': {reason}' if reason else ''}")]
         message = "; ".join(dict.fromkeys(str(error) or type(error).__name__ for error in said))
         failure = DatabaseUnreachable(f"The database cannot be reached: {message}.")
         failure.__cause__ = said[-1]

@@ -150,6 +150,11 @@ class Listener:
             self._connection.terminate()
         self._server = probe.server
 
+    def renew(self) -> None:
+        """Replace the connection; the listeners hear that they may have missed something."""
+        if self._connection is not None:
+            self._connection.terminate()
+
     def end(self) -> None:
         """Let all listeners end, and refuse new ones: a stream that waits for news would hold up the shutdown."""
         self._ended = True

@@ -188,6 +188,16 @@ class Monitor:
                 message = "no answer in time" if loop.time() >= deadline else str(error) or type(error).__name__
                 raise DatabaseUnreachable(f"The database cannot be reached: {message}.") from error
 
+    async def renew(self, *, timeout_seconds: float) -> None:
+        """Open a new connection and close the old one.
+
+        Raises: DatabaseUnreachable when none can be opened; the old one is kept then.
+        """
+        async with self._turn:
+            connection = await self._connector.open_patiently(asyncio.get_running_loop().time() + timeout_seconds)
+            self._disconnect()
+            self._connection = connection
+
     async def close(self) -> None:
         """Stop probing, and close the connection."""
         if self._probe is not None:

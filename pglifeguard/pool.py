@@ -28,7 +28,7 @@ from types import FrameType
 from typing import Any, Generic, Protocol, TypeAlias, TypeVar
 
 from pglifeguard.checkout import Checkout, Holding, PoolFigures, PoolWatch, holder, holding_of
-from pglifeguard.connector import KeptAliveConnection
+from pglifeguard.connector import KeptAliveConnection, password_is_late
 from pglifeguard.driver_failures import DRIVER_FAILURES
 from pglifeguard.errors import DatabaseUnreachable, PoolExhausted, sqlstate
 from pglifeguard.settings import DatabaseSettings
@@ -91,6 +91,9 @@ class Opener(Protocol[S_co]):
 
         Raises: DatabaseUnreachable, or one of DRIVER_FAILURES.
         """
+
+    def waits_for(self) -> str | None:
+        """Say what logins wait for beside the server; None when they wait for nothing else."""
 
     def frame(self) -> FrameType:
         """Return a frame that leads to the code that asked for a connection."""
@@ -284,7 +287,10 @@ class ConnectionPool(Generic[S]):
         """
         known = self._failure
         if known is None:
-            known = TimeoutError(f"no connection was opened within {self.settings.pool_timeout:g} s")
+            reason = self._opener.waits_for()
+            known = TimeoutError(
+                f"no connection was opened within {self.settings.pool_timeout:g} s{f': {reason}' if reason else ''}"
+            )
         if not isinstance(known, FAILURES):
             return known
         sentence = f"The database cannot be reached: {known or type(known).__name__}."
@@ -326,7 +332,9 @@ class ConnectionPool(Generic[S]):
             return "closed"
         if checkout.generation != self._generation:
             return "disposed"
-        if now >= checkout.expires_at:
+        # While no login succeeds, an old connection is better than none: a rotated password may reach the server
+        # minutes before it reaches this process.
+        if now >= checkout.expires_at and self._failure is None:
             return "age"
         if checkout.uses >= self.settings.pool_max_uses:
             return "uses"
@@ -412,7 +420,10 @@ class ConnectionPool(Generic[S]):
         if not known_already:
             self._watch.connect_failed()
         refused = len(self._waiters)
-        if self._out or self._in_hand:
+        if password_is_late(error, self.settings):
+            # The requests wait until their own deadlines: the next login asks for the password again.
+            refused = 0
+        elif self._out or self._in_hand:
             # The checked out connections will be released, and serve the queue. So nobody is refused when the server is
             # only full, and otherwise only as many requests as the pool had room for: they waited for this login.
             full = (sqlstate(error) or "").startswith(SERVER_FULL)
@@ -470,11 +481,21 @@ class ConnectionPool(Generic[S]):
 
         Raises: DatabaseUnreachable when one cannot be opened within `connect_timeout_seconds`; the others stay open.
         """
-        while self._opened < self.settings.warm_size and not self._closed:
+        while self._lacks_connections and not self._closed:
             opening = self._begin_opening(asyncio.get_running_loop())
             await self._open_one(opening, self.settings.connect_timeout_seconds)
             if self._failure is not None:
                 raise self._unreachable()
+
+    @property
+    def _lacks_connections(self) -> bool:
+        if self._opened < self.settings.warm_size:
+            return True
+        if self._failure is None or self._opened >= self.settings.capacity:
+            return False
+        # Connections outlive their time while logins fail. The login that succeeds lets `tend` close them.
+        now = self._clock()
+        return any(now >= _checkout(slot).expires_at for slot in (*self._idle, *self._out))
 
     @property
     def _opened(self) -> int:

@@ -8,14 +8,25 @@ set.
 
 import getpass
 import os
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self, cast
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    SecretStr,
+    ValidationError,
+    model_validator,
+)
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
-from pglifeguard.database_url import SHAPE, ConnectionParameters, parse_url
+from pglifeguard.credentials import NO_FUNCTION, PasswordSource, from_file, read_password
+from pglifeguard.database_url import SHAPE, ConnectionParameters, holds_password, parse_url
 from pglifeguard.environment import (
     SettingsError,
     Variables,
@@ -58,7 +69,21 @@ def _has_root_certificate() -> bool:
     return os.access(named, os.R_OK)
 
 
+def _checked_password_file(path: Path) -> Path:
+    """Find a wrong path at the start. Later the file may be gone for a moment: then the next login reads it."""
+    try:
+        password = read_password(path)
+    except OSError as error:
+        raise ValueError(f"names {path}, which cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise ValueError(f"names {path}: {error}") from None
+    if not password:
+        raise ValueError(f"names {path}, which is empty")
+    return path
+
+
 DatabaseUrl = Annotated[SecretStr, AfterValidator(_checked_url)]
+PasswordFile = Annotated[Path, AfterValidator(_checked_password_file)]
 
 
 class DatabaseSettings(BaseModel):
@@ -68,6 +93,9 @@ class DatabaseSettings(BaseModel):
 
     url: DatabaseUrl = Field(
         description="postgresql://user:password@host:port/database; several hosts as ?host=a:5432&host=b:5432."
+    )
+    password_file: PasswordFile | None = Field(
+        None, description="File of the password, read at each connect; the URL has no password then."
     )
     pool_size: int = Field(10, ge=1, le=500, description="Connections kept open.")
     max_overflow: int = Field(5, ge=0, le=500, description="Connections beyond pool_size under a burst.")
@@ -104,6 +132,47 @@ class DatabaseSettings(BaseModel):
     )
     application_name: str = Field("lifeguard", min_length=1, max_length=63, description="As pg_stat_activity shows it.")
     echo: bool = Field(False, description="Log every statement; never in production.")
+
+    _password: PasswordSource | None = PrivateAttr(None)
+
+    @property
+    def user(self) -> str:
+        """The role that logs in: the URL's, else PGUSER, else the account of this process."""
+        return self.parameters.user or os.environ.get("PGUSER") or getpass.getuser()
+
+    @property
+    def password_source(self) -> PasswordSource | None:
+        """What is asked for the password at each connect; None where the URL, PGPASSWORD or libpq's file has it."""
+        if self._password is None and self.password_file is not None:
+            return from_file(self.password_file)
+        return self._password
+
+    @property
+    def first_password(self) -> str:
+        """The password in the URL or the file, for checks at the start; empty where neither has one."""
+        if self.password_file is not None:
+            return read_password(self.password_file)
+        return self.parameters.password or ""
+
+    @property
+    def password_may_change(self) -> bool:
+        """Whether the next login may have another password than the last one."""
+        return self.parameters.password is None
+
+    def asking(self, source: PasswordSource) -> Self:
+        """Return these settings with a function that gives the password at each connect.
+
+        Raises: ValueError when the URL or a file has one already; TypeError when it is no function.
+        """
+        if not callable(source):
+            raise TypeError(NO_FUNCTION)
+        if self.parameters.password is not None:
+            raise ValueError("URL holds a password, and password= gives one too: keep one of them")
+        if self.password_file is not None:
+            raise ValueError("PASSWORD_FILE is set, and password= gives a password too: keep one of them")
+        asking = self.model_copy()
+        asking._password = source  # noqa: SLF001  # Of the same class.
+        return asking
 
     @property
     def capacity(self) -> int:
@@ -152,6 +221,10 @@ class DatabaseSettings(BaseModel):
                 f"POOL_MIN_SIZE {self.warm_size} > POOL_SIZE {self.pool_size}: the pool cannot keep more "
                 "connections warm than it keeps; lower the first or raise the second"
             )
+        if self.password_file is not None and self.parameters.password is not None:
+            raise ValueError(
+                "holds a password, and PASSWORD_FILE of this database is set: keep one of them, the file if it changes"
+            )
         return self
 
 
@@ -178,6 +251,9 @@ class DatabasesSettings(BaseSettings):
     listen_url: DatabaseUrl | None = Field(
         None,
         description="URL of the primary, past any pooler, for databases.listen(): one connection more per process.",
+    )
+    listen_password_file: PasswordFile | None = Field(
+        None, description="File of that URL's password, read at each connect; unset: DATABASE_PASSWORD_FILE."
     )
     max_clients: int = Field(
         12_000,
@@ -303,7 +379,36 @@ class DatabasesSettings(BaseSettings):
         """The primary as LISTEN_URL leads to it; None where LISTEN_URL is not set."""
         if self.listen_url is None:
             return None
-        return DatabaseSettings(**self.primary.model_dump() | {"url": self.listen_url})
+        own: dict[str, Any] = {"url": self.listen_url}
+        if self.listen_password_file is not None or holds_password(self.listen_url.get_secret_value()):
+            own["password_file"] = self.listen_password_file
+        listening = DatabaseSettings(**self.primary.model_dump() | own)
+        source = self.primary._password  # noqa: SLF001  # Of a class of this module.
+        return listening if source is None else listening.asking(source)
+
+    def asking(self, source: PasswordSource) -> Self:
+        """Return these settings with a function that gives every database's password, asked at each connect.
+
+        Raises: SettingsError when a URL or a file has a password already; TypeError when it is no function.
+        """
+
+        def ask(prefix: str, database: DatabaseSettings) -> DatabaseSettings:
+            try:
+                return database.asking(source)
+            except ValueError as error:
+                raise SettingsError(f"{prefix}{error}.") from None
+
+        databases = iter([ask(prefix, database) for prefix, database in self.databases])
+        if self.listening is not None:
+            ask("LISTEN_", self.listening)
+        update = {
+            "primary": next(databases),
+            "replicas": tuple(next(databases) for _ in self.replicas),
+            "analytics": next(databases),
+        }
+        asking = self.model_copy(update=update)
+        vars(asking).pop("listening", None)
+        return asking
 
     @model_validator(mode="after")
     def _agree(self) -> Self:
@@ -318,6 +423,9 @@ class DatabasesSettings(BaseSettings):
                     "DATABASE_REPLICA_URL names several hosts in one URL: what one of them has replayed would be "
                     "believed of the other; write a URL for each, separated by commas"
                 )
+        listen_url = "" if self.listen_url is None else self.listen_url.get_secret_value()
+        if self.listen_password_file is not None and holds_password(listen_url):
+            raise ValueError("LISTEN_URL holds a password, and LISTEN_PASSWORD_FILE is set: keep one of them")
         for prefix, database in self.databases:
             if wrong := self._wrong_session_attrs(prefix, database):
                 raise ValueError(f"{prefix}URL has target_session_attrs={wrong}")
@@ -372,6 +480,13 @@ class DatabasesSettings(BaseSettings):
         return init_settings, _DatabaseVariables(settings_cls, env_settings, dotenv_settings)
 
 
+def _inheriting(primary: Mapping[str, str], own: Mapping[str, str]) -> dict[str, str]:
+    """Take from the primary what a database does not say itself; a password in its URL stands for the file too."""
+    if "password_file" not in own and holds_password(own.get("url", "")):
+        primary = {**primary, "password_file": ""}
+    return {name: value for name, value in {**primary, **own}.items() if value}
+
+
 class _DatabaseVariables(Variables):
     """The variables of a service, those of its databases put together for each of them."""
 
@@ -397,11 +512,15 @@ class _DatabaseVariables(Variables):
         primary, replica = groups["primary"], groups["replicas"]
         urls = split_urls(replica.pop("url", ""))
         # The analytics pool is a bulkhead: it exists in every shape, where it harms least, and it stays small.
-        analytics = {"url": urls[0] if urls else primary["url"], "pool_size": "2", "max_overflow": "2"}
+        analytics = {"pool_size": "2", "max_overflow": "2", "pool_min_size": "0"}
+        replicas = tuple(_inheriting(primary, {**replica, "url": url}) for url in urls)
+        near = dict(primary)
+        if replicas:
+            near = {**primary, "url": replicas[0]["url"], "password_file": replicas[0].get("password_file", "")}
         return found | {
             "primary": primary,
-            "replicas": tuple({**primary, **replica, "url": url} for url in urls),
-            "analytics": {**primary, **analytics, "pool_min_size": "0"} | groups["analytics"],
+            "replicas": replicas,
+            "analytics": _inheriting(near, {**analytics, **groups["analytics"]}),
         }
 
     @cached_property

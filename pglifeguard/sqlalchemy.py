@@ -72,6 +72,10 @@ class PoolAdapter(Pool):
         """Seconds after which a login is given up, also when a request still waits for it."""
         return self._connector.login_seconds
 
+    def waits_for(self) -> str | None:
+        """Say what logins wait for beside the server; None when they wait for nothing else."""
+        return self._connector.waits_for()
+
     async def open_slot(self, deadline: float) -> tuple[ConnectionPoolEntry, KeptAliveConnection]:
         """Open a connection and let SQLAlchemy's dialect set it up, all by `deadline`.
 

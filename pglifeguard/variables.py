@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from difflib import SequenceMatcher
 
 PREFIX = "database_"
-# What platforms say of a database, word by word. None of these is in the name of a setting but URL and NAME.
+# What platforms say of a database, word by word. In the names of settings are URL, NAME, and PASSWORD with
+# FILE, but none of the others.
 _OF_PLATFORMS = frozenset(
     """
     addr address admin arn branch ca cert certificate cluster connection db dialect direct domain driver dsn

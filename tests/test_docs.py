@@ -114,7 +114,9 @@ def test_example_lists_every_variable_with_its_default() -> None:
     assert lines == [
         *of_service,
         "# MIGRATIONS_URL=",
+        "# MIGRATIONS_PASSWORD_FILE=",
         "# PGBOUNCER_ADMIN_URL=",
+        "# PGBOUNCER_ADMIN_PASSWORD_FILE=",
         "# MIGRATIONS_WAIT_SECONDS=900",
         *of_stack,
     ]

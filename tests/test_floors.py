@@ -10,8 +10,8 @@ ROOT = Path(__file__).parent.parent
 DOMAINS = sorted(path.parent.name for path in (ROOT / "app").glob("*/routes.py"))
 # A module imports from lower floors only. `TYPE_CHECKING` is no way around: no two modules import each other.
 LIBRARY = (
-    {"activity", "builtin_functions", "dialect", "errors", "metrics", "pooler", "query", "sampling", "tls",
-     "variables"},
+    {"activity", "builtin_functions", "credentials", "dialect", "errors", "metrics", "pooler", "query", "sampling",
+     "tls", "variables"},
     {"collisions", "database_url", "driver_failures", "effects", "environment", "server"},
     {"host_search", "lookup"},
     {"settings", "tracked_connection"},
@@ -48,8 +48,8 @@ FLOORS = {f"pglifeguard.{name}".rstrip("."): floor for floor, names in enumerate
 PUBLIC = {"pglifeguard", "pglifeguard.cli", "pglifeguard.fastapi", "pglifeguard.serving"}
 # The pool and all that it imports: SQLAlchemy is no part of it.
 POOL = {
-    "builtin_functions", "checkout", "connector", "database_url", "driver_failures", "effects", "environment", "errors",
-    "host_search", "lookup", "metrics", "pool", "sampling", "server", "settings", "tls",
+    "builtin_functions", "checkout", "connector", "credentials", "database_url", "driver_failures", "effects",
+    "environment", "errors", "host_search", "lookup", "metrics", "pool", "sampling", "server", "settings", "tls",
     "tracked_connection", "variables",
 }  # fmt: skip
 # What opens something or reads the environment, and so must not be called when a module is imported.

@@ -9,6 +9,7 @@ from fastapi import FastAPI, params
 from fastapi.routing import iter_route_contexts
 
 from pglifeguard.budget import check_budget
+from pglifeguard.credentials import PasswordSource
 from pglifeguard.databases import Databases
 from pglifeguard.fastapi import debug, exposition, health, problems
 from pglifeguard.fastapi.idempotency import IdempotentRoute, purge_expired_keys
@@ -34,16 +35,25 @@ class Lifeguard:
     `on_connect` is awaited with each new connection of a pool (asyncpg's), before anybody has it: for codecs and
     session settings. What it sets stays; it counts into the time of a login.
 
+    `password` is called with a `Login` at each connect, and returns the password or an awaitable of it: for tokens that
+    expire. The URLs then hold no password. docs/credentials.md has examples.
+
     Raises: SettingsError when a setting is missing or wrong, or when the settings ask for more connections than
     CONNECTION_LIMIT grants.
     """
 
-    def __init__(self, settings: DatabasesSettings | None = None, *, on_connect: OnConnect | None = None) -> None:
+    def __init__(
+        self,
+        settings: DatabasesSettings | None = None,
+        *,
+        on_connect: OnConnect | None = None,
+        password: PasswordSource | None = None,
+    ) -> None:
         settings = DatabasesSettings() if settings is None else settings
         check_budget(settings)
-        self.settings = settings
         self.metrics = Metrics()
-        self.databases = Databases(settings, self.metrics, on_connect=on_connect)
+        self.databases = Databases(settings, self.metrics, on_connect=on_connect, password=password)
+        self.settings = self.databases.settings
 
     def install(
         self,
