@@ -62,8 +62,12 @@ class Settings(DatabasesSettings):
 
     @model_validator(mode="before")
     @classmethod
-    def _trace_in_development(cls, given: dict[str, Any]) -> dict[str, Any]:
-        return {"trace_checkouts": given.get("environment", "development") == "development"} | given
+    def _of_the_environment(cls, given: dict[str, Any]) -> dict[str, Any]:
+        environment = given.get("environment", "development")
+        return {
+            "trace_checkouts": environment == "development",
+            "warn_unencrypted": environment == "production",
+        } | given
 
     @model_validator(mode="after")
     def _fit_for_production(self) -> Self:

@@ -5,8 +5,9 @@ the whole timeout. `host_search` decides which host is tried when; this module d
 """
 
 import asyncio
+import logging
 import socket
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import asyncpg
 
@@ -20,6 +21,8 @@ from pglifeguard.lookup import Lookups
 from pglifeguard.server import is_missing_feature
 from pglifeguard.settings import DatabaseSettings
 from pglifeguard.tracked_connection import TrackedConnection
+
+logger = logging.getLogger(__name__)
 
 KEEPALIVE_IDLE_SECONDS = 30
 KEEPALIVE_INTERVAL_SECONDS = 5
@@ -55,6 +58,11 @@ class KeptAliveConnection(TrackedConnection):
         self.server: float | None = None
         self.transport = transport
         self.encryption = tls.encryption_of(transport)
+
+    @property
+    def hop(self) -> Literal["pooler", "server"]:
+        """Where it leads: `encryption` is that of the way there, and says nothing about what is behind a pooler."""
+        return "pooler" if self.pooled else "server"
 
     def keep_alive(self, wanted: KeepAlive) -> None:
         """Set the socket's options: those of the URL, else the defaults above."""
@@ -102,7 +110,13 @@ class Connector:
     Keep one for each database, and `close` it: logins go on after the calls that asked for them.
     """
 
-    def __init__(self, settings: DatabaseSettings, *, writable: bool, console: bool = False) -> None:
+    def __init__(
+        self, settings: DatabaseSettings, *, writable: bool, console: bool = False, warn_as: str | None = None
+    ) -> None:
+        """Connect as `settings` say.
+
+        With `warn_as`, the log says once, under that name, that a connection leaves the machine without encryption.
+        """
         self.settings = settings
         # PgBouncer's admin console takes its own commands only, and closes the connection on a query.
         self.console = console
@@ -122,6 +136,9 @@ class Connector:
         # Whether the addresses have led to more than one server since the start, as the address of a balancer does.
         self.several = False
         self._server: float | None = None
+        # The connection that was opened last; it says what the next hop is, and what protects the way to it.
+        self.latest: KeptAliveConnection | None = None
+        self._warn_as = warn_as
 
     @property
     def login_seconds(self) -> float:
@@ -192,6 +209,11 @@ class Connector:
             raise ConnectionRefusedError(f"{host} takes no writes")
         self.several = self.several or self._server not in {None, connection.server}
         self._server = connection.server
+        self.latest = connection
+        if self._warn_as is not None and connection.encryption.exposed:
+            extra = {"database": self._warn_as, "host": str(host), "hop": connection.hop}
+            logger.warning(tls.EXPOSED, extra=extra)
+            self._warn_as = None
         return connection
 
 

@@ -61,7 +61,9 @@ class Database:
             slow_query_seconds=service.slow_query_seconds,
             idle_hold_seconds=service.idle_hold_seconds,
         )
-        self.connector = connector = Connector(settings, writable=role == "primary")
+        self.connector = connector = Connector(
+            settings, writable=role == "primary", warn_as=name if service.warn_unencrypted else None
+        )
         self.monitor = Monitor(name, connector, service, metrics)
         self.engine = create_async_engine(
             # SQLAlchemy reads the dialect from this URL; the connector knows where to connect.

@@ -104,7 +104,7 @@ class Databases:
             metrics,
             fallback=settings.replica_fallback,
         )
-        self.listener = Listener(settings.listening)
+        self.listener = Listener(settings.listening, warns=settings.warn_unencrypted)
         self.primary.monitor.listeners.append(self.listener.follow)
         self.primary_retry = PrimaryRetry(settings, self.router, metrics)
         self.closing = False

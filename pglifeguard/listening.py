@@ -103,9 +103,10 @@ class Notifications(AsyncIterator[str | None]):
 class Listener:
     """The connection of a process that listens, and those who share it. All of it runs on one event loop."""
 
-    def __init__(self, settings: DatabaseSettings | None) -> None:
+    def __init__(self, settings: DatabaseSettings | None, *, warns: bool = False) -> None:
         self._settings = settings
-        self._connector = None if settings is None else Connector(settings, writable=True)
+        warn_as = "listener" if warns else None
+        self._connector = None if settings is None else Connector(settings, writable=True, warn_as=warn_as)
         self._listening: set[Notifications] = set()
         self._connection: KeptAliveConnection | None = None
         # Something is to be done: a listener came or went, or the connection was lost.

@@ -359,6 +359,11 @@ class DatabasesSettings(BaseSettings):
         description="Remember the line that took each connection, name the one that blocks the loop; for development.",
     )
 
+    warn_unencrypted: bool = Field(
+        False,
+        description="Log once for each database that its connections leave the machine without TLS. On in production.",
+    )
+
     # Sentences about variables of the environment that look like settings and are none.
     ignored_variables: tuple[str, ...] = Field((), exclude=True)
 

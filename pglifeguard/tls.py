@@ -56,6 +56,11 @@ _UPGRADES = {
     "unexpected connection_lost() call": "the server hung up when it was asked for TLS",
 }
 
+EXPOSED = (
+    "connections leave this machine without encryption, and whoever is on the way can read them: write "
+    "sslmode=verify-full into the URL, or set WARN_UNENCRYPTED=false where that network is trusted (docs/tls.md)"
+)
+
 Verified = Literal["name", "authority", "nothing"]
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response, status
 
+from pglifeguard.connector import Connector
 from pglifeguard.database import Database
 from pglifeguard.databases import Databases
 from pglifeguard.fastapi.sessions import RequestDatabases
@@ -68,6 +69,7 @@ async def _describe(databases: Databases, database: Database) -> dict[str, Any]:
         "checked_in": figures.checked_in,
         "checked_out": figures.checked_out,
         "overflow": figures.overflow,
+        **_describe_way(database.connector),
     }
     if database.role == "primary" and probe.status == "healthy":
         seconds = probe.position.stalled
@@ -93,6 +95,18 @@ async def _describe(databases: Databases, database: Database) -> dict[str, Any]:
                     for _, position in replica.other_servers.values()
                 ]
     return described
+
+
+def _describe_way(connector: Connector) -> dict[str, str | None]:
+    """Say what protects the way to the next hop, by the newest connection; None before there was one."""
+    latest = connector.latest
+    if latest is None:
+        return {"tls": None, "tls_verified": None, "hop": None}
+    return {
+        "tls": latest.encryption.version or "none",
+        "tls_verified": latest.encryption.verified,
+        "hop": latest.hop,
+    }
 
 
 def _unavailable(databases: Databases, response: Response, body: dict[str, Any]) -> dict[str, Any]:

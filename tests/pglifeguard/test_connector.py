@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-import asyncpg
 import pytest
 
-from pglifeguard.connector import Connector
+from pglifeguard.connector import Connector, KeptAliveConnection
 from pglifeguard.database_url import Host
 from pglifeguard.errors import DatabaseUnreachable
 from pglifeguard.settings import DatabaseSettings
@@ -34,7 +33,7 @@ def several(database: Database, *ports: int) -> str:
 
 
 @asynccontextmanager
-async def opened(to: Connector, seconds: float = 5) -> AsyncIterator["asyncpg.Connection[Any]"]:
+async def opened(to: Connector, seconds: float = 5) -> AsyncIterator[KeptAliveConnection]:
     """Open a connection and close it again."""
     connection = await to.open(asyncio.get_running_loop().time() + seconds)
     try:
@@ -72,7 +71,7 @@ def test_hosts_are_listed_in_the_order_of_the_url(rest: str, hosts: list[Host]) 
 async def test_kernel_keeps_the_connection_alive(database: Database) -> None:
     """The socket has keepalive and a limit for unacknowledged data, which asyncpg sets neither of."""
     async with opened(connector(database.url())) as connection:
-        sock: socket.socket = connection._transport.get_extra_info("socket")  # type: ignore[attr-defined]  # The stubs lack it.
+        sock: socket.socket = connection._transport.get_extra_info("socket")
 
         assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
         options = ("TCP_KEEPIDLE", "TCP_KEEPINTVL", "TCP_KEEPCNT", "TCP_USER_TIMEOUT")
@@ -96,6 +95,7 @@ async def test_unix_socket_is_reached(database: Database, proxy: Proxy, tmp_path
 
     async with opened(connector(f"postgresql://{credentials}@/{database.name}?host={tmp_path}")) as connection:
         assert await connection.fetchval("SELECT 1") == 1
+        assert str(connection.encryption) == "none, stays on this machine"
     server.close()
 
 
@@ -119,7 +119,7 @@ async def test_url_says_what_else_the_session_is(database: Database) -> None:
     )
 
     async with opened(connector(url)) as connection:
-        sock: socket.socket = connection._transport.get_extra_info("socket")  # type: ignore[attr-defined]  # The stubs lack it.
+        sock: socket.socket = connection._transport.get_extra_info("socket")
         assert await connection.fetchval("SELECT current_setting('work_mem')") == "5MB"
         assert await connection.fetchval("SELECT current_setting('application_name')") == "told"
         assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == 77

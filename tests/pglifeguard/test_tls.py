@@ -1,6 +1,7 @@
 """What a URL says about TLS is what happens, for everything that connects: service, listener, jobs and commands."""
 
 import asyncio
+from asyncio.trsock import TransportSocket
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,12 @@ import pytest
 from sqlalchemy import text
 from sqlalchemy.engine import make_url
 
+from app.settings import Settings
 from pglifeguard.connector import Connector
 from pglifeguard.environment import SettingsError
 from pglifeguard.errors import DatabaseUnreachable
 from pglifeguard.settings import DatabaseSettings
+from pglifeguard.tls import EXPOSED
 from tests.app.test_cli import run
 from tests.chaos import pooler
 from tests.chaos.pooler import pooling
@@ -93,11 +96,15 @@ async def test_everything_that_connects_verifies(
             assert await anext(news) == "encrypted"
             path = (await service.client.post("/patients", json=ADA)).headers["location"]
             assert (await service.client.get(path)).status_code == 200
+            described = (await service.client.get("/health/db")).json()["databases"].values()
         migrated = await python("-m", "migrations", environment={"MIGRATIONS_URL": owner, "DATABASE_REPLICA_URL": read})
         examined = await run("doctor", DATABASE_URL=url, DATABASE_REPLICA_URL=read)
 
     assert migrated[0] == 0, migrated[1]
     assert examined.exit_code == 0, examined.output
+    assert [(each["tls"], each["tls_verified"], each["hop"]) for each in described] == [
+        ("TLSv1.3", "name", "server")
+    ] * 3
     # A pool, a monitor, the listener, the job and the doctor; two pools, two monitors, the job, and the doctor twice.
     assert (encrypted.encrypted, replica.encrypted) == (encrypted.connections, replica.connections)
     assert encrypted.encrypted >= 5
@@ -167,6 +174,7 @@ async def test_console_and_clients_of_pgbouncer_verify(
         one = {"url": url, "statement_cache_size": pooler.statement_cache_size()}
         async with serving(database.settings(replica=False, primary=one, analytics=one)) as service:
             assert (await service.client.get("/patients")).status_code == 200
+            primary = (await service.client.get("/health/db")).json()["databases"]["primary"]
         job = {"MIGRATIONS_URL": database.url("app_owner")}
         believed, refused = [
             await python(
@@ -176,6 +184,7 @@ async def test_console_and_clients_of_pgbouncer_verify(
             for known in (authority, another)
         ]  # fmt: skip
 
+    assert (primary["tls"], primary["tls_verified"], primary["hop"]) == ("TLSv1.3", "name", "pooler")
     assert believed[0] == 0, believed[1]
     assert refused[0] != 0
     assert f"TLS with {NAME}:{port}: the server's certificate is signed by an authority" in refused[1]
@@ -240,3 +249,41 @@ def test_files_are_opened_at_the_start(
 
     assert sentence.format(**files) in str(error.value)
     assert "hunter2" not in str(error.value)
+
+
+@pytest.fixture
+def far_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let every peer seem to be on another machine, of a private network."""
+    monkeypatch.setattr(TransportSocket, "getpeername", lambda _: ("10.1.2.3", 5432))
+
+
+async def warned(settings: Settings, caplog: pytest.LogCaptureFixture) -> list[str]:
+    """Start a service that listens too, and list the databases that the log warns about."""
+    async with serving(settings) as service, service.databases.listen("news"):
+        await service.databases.primary.pool.warm_up()
+    return sorted(vars(record)["database"] for record in caplog.records if record.msg == EXPOSED)
+
+
+@pytest.mark.usefixtures("far_away")
+async def test_production_warns_of_what_others_can_read(
+    database: Database, encrypted: Tls, authority: Authority, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Without TLS, each database and the listener are named once; in development, and with TLS, there is no word."""
+    production: dict[str, Any] = {"environment": "production", "auth_secret": "0123456789abcdef0123456789abcdef"}
+    secret = through(database, encrypted, f"sslmode=verify-full&sslrootcert={authority.certificate}")
+    safe: dict[str, Any] = {
+        "primary": {"url": secret},
+        "analytics": {"url": secret},
+        "replica": False,
+        "listen_url": secret,
+    }
+
+    assert not await warned(database.settings(listen_url=database.url()), caplog)
+    assert not await warned(database.settings(**production, **safe), caplog)
+    open_to_all = database.settings(**production, listen_url=database.url(), pool_min_size=2)
+    assert await warned(open_to_all, caplog) == ["analytics", "listener", "primary", "replica"]
+
+
+async def test_loopback_needs_no_warning(database: Database, caplog: pytest.LogCaptureFixture) -> None:
+    """What stays on the machine is not encrypted, and nobody else can read it."""
+    assert not await warned(database.settings(warn_unencrypted=True, listen_url=database.url()), caplog)

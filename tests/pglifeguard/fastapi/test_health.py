@@ -38,6 +38,7 @@ async def test_all_is_well(service: Service) -> None:
         assert 0 < described["latency_ms"] < 1000
         expected = {"pool_size": 2 if name == "analytics" else 10, "checked_out": 0, "overflow": 0}
         assert described.items() >= expected.items()
+        assert described.items() >= {"tls": "none", "tls_verified": "nothing", "hop": "server"}.items()
     assert body["databases"]["primary"]["checked_in"] == 1
     assert body["databases"]["replica"]["state"] == "usable"
     assert body["databases"]["replica"]["lag_bytes"] is not None
@@ -87,6 +88,7 @@ async def test_operators_are_answered_while_the_databases_are_down() -> None:
     primary = answers["/health/db"].json()["databases"]["primary"]
     assert (primary["status"], primary["latency_ms"]) == ("error", None)
     assert "cannot be reached" in primary["error"]
+    assert (primary["tls"], primary["tls_verified"], primary["hop"]) == (None, None, None)
     assert answers["/debug/connections"].json()["primary"]["server"] is None
     assert "cannot be reached" in answers["/debug/connections"].json()["primary"]["error"]
     assert (refused.status_code, refused.json()["code"]) == (503, "database_unreachable")
