@@ -181,14 +181,14 @@ class Connector:
         settings, parameters = self.settings, self.parameters
         loop = asyncio.get_running_loop()
         deadline = loop.time() + seconds
-        arguments = parameters.arguments()
+        secret = {}
         if self._passwords is not None:
             login = Login(host.name, host.port, settings.user, parameters.database)
-            arguments["password"] = await self._passwords.ask(login, deadline)
+            secret["password"] = await self._passwords.ask(login, deadline)
         await self._lookups.wait_for(host, deadline)
         try:
             connection: KeptAliveConnection = await asyncpg.connect(
-                **arguments,
+                **(parameters.arguments() | secret),
                 host=host.name,
                 port=host.port,
                 timeout=deadline - loop.time(),
