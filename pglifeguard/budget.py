@@ -1,11 +1,12 @@
 """The arithmetic of connections: how many a service needs, and how many it may take.
 
-    workers x instances x (pool_size + max_overflow + 1)  <=  limit - reserve
+    workers x (instances + surge) x (pool_size + max_overflow + 1) + migrations + jobs  <=  granted - reserved
 
 The 1 is the pool's monitor. Pools on one server are added up, and LISTEN_URL adds 1 for each process. Sizes are per
 process, and each worker and each instance multiplies them: three instances with pools of 50 need more than a server
-with 100 connections has. `check_budget` refuses that at start; `python -m app doctor` shows the sum of a running
-server.
+with 100 connections has. The surge is the instances that a rollout starts before it stops the old ones. Migrations and
+jobs run beside the service, on the primary's server. `check_budget` refuses more than CONNECTION_LIMIT at start,
+`python -m app doctor` compares with the running server, and so does the alert ConnectionBudgetExceeded.
 """
 
 import math
@@ -55,35 +56,70 @@ def by_load(requests_per_second: float, query_seconds: float) -> int:
     return max(5, math.ceil(round(requests_per_second * query_seconds * 1.2, 6)))
 
 
-def connections_of(settings: DatabasesSettings, databases: list[DatabaseSettings]) -> int:
-    """Count what all instances and workers may open to these databases, monitors included."""
-    per_process = sum(1 if database is settings.listening else database.capacity + 1 for database in databases)
-    return per_process * settings.workers * settings.instances
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """What the service may open on one server.
+
+    `per_instance` is one instance's part, `wanted` the sum for all of them with migrations and jobs, and `arithmetic`
+    is that sum written out.
+    """
+
+    server: str
+    databases: tuple[DatabaseSettings, ...]
+    per_instance: int
+    wanted: int
+    arithmetic: str
+
+    def exceeds(self, limit: int, reserve: int) -> str | None:
+        """Show the arithmetic when it is more than `limit` less the reserve; None when it is not."""
+        if self.wanted <= limit - reserve:
+            return None
+        return (
+            f"{self.arithmetic} = {self.wanted} connections > {limit} - {reserve} reserved. Lower DATABASE_POOL_SIZE, "
+            "DATABASE_MAX_OVERFLOW, WORKERS, INSTANCES or SURGE_INSTANCES, or put PgBouncer in between. (The 1 is the "
+            "connection that watches the database.)"
+        )
 
 
-def by_server(settings: DatabasesSettings) -> dict[str, list[DatabaseSettings]]:
-    """Sort the databases by host and port, and LISTEN_URL with them: those that share them share a budget."""
+def demands(settings: DatabasesSettings) -> list[Demand]:
+    """Work out what each server has to grant. Databases on the same host and port share one budget."""
     servers: dict[str, list[DatabaseSettings]] = {}
     listening = [] if settings.listening is None else [settings.listening]
     for database in [*(database for _, database in settings.databases), *listening]:
         servers.setdefault(database.server, []).append(database)
-    return servers
+    return [_demand(settings, server, databases) for server, databases in servers.items()]
 
 
-def over_budget(settings: DatabasesSettings, databases: list[DatabaseSettings], limit: int) -> str | None:
-    """Show the arithmetic when these databases can open more than `limit` less the reserve; None when they cannot."""
-    wanted = connections_of(settings, databases)
-    if wanted <= limit - settings.connection_reserve:
-        return None
-    pools = " + ".join(
+def _demand(settings: DatabasesSettings, server: str, databases: list[DatabaseSettings]) -> Demand:
+    sizes = [1 if database is settings.listening else database.capacity + 1 for database in databases]
+    terms = [
         "1 that listens" if each is settings.listening else f"({each.pool_size} + {each.max_overflow} + 1)"
         for each in databases
-    )
-    return (
-        f"{settings.workers} workers x {settings.instances} instances x {pools} = {wanted} connections > "
-        f"{limit} - {settings.connection_reserve} reserved. Lower DATABASE_POOL_SIZE, DATABASE_MAX_OVERFLOW, WORKERS "
-        "or INSTANCES, or put PgBouncer in between. (The 1 is the connection that watches the database.)"
-    )
+    ]
+    pools = terms[0] if len(terms) == 1 else f"({' + '.join(terms)})"
+    surge = settings.surge_instances
+    instances = f"({settings.instances} + {surge} surge)" if surge else str(settings.instances)
+    arithmetic = f"{settings.workers} workers x {instances} instances x {pools}"
+    per_instance = sum(sizes) * settings.workers
+    wanted = per_instance * (settings.instances + surge)
+    if server == settings.primary.server:
+        for count, purpose in ((settings.migration_connections, "migrations"), (settings.job_connections, "jobs")):
+            if count:
+                arithmetic += f" + {count} for {purpose}"
+                wanted += count
+    return Demand(server, tuple(databases), per_instance, wanted, arithmetic)
+
+
+def granted(settings: DatabasesSettings, by_server: int | None) -> int | None:
+    """Return how many connections this service may have on a server; None where nobody says.
+
+    `by_server` is what the server grants to ordinary roles, None where it is not known or a pooler stands in front:
+    what a pooler's clients may open is the pooler's to say, and CONNECTION_LIMIT says it here.
+    """
+    said = [] if by_server is None else [by_server]
+    if settings.connection_limit is not None:
+        said.append(settings.connection_limit - settings.connection_reserve)
+    return min(said, default=None)
 
 
 def check_budget(settings: DatabasesSettings) -> None:
@@ -93,6 +129,6 @@ def check_budget(settings: DatabasesSettings) -> None:
     """
     if settings.connection_limit is None:
         return
-    for server, databases in by_server(settings).items():
-        if sentence := over_budget(settings, databases, settings.connection_limit):
-            raise SettingsError(f"CONNECTION_LIMIT: {server} would get {sentence}")
+    for demand in demands(settings):
+        if sentence := demand.exceeds(settings.connection_limit, settings.connection_reserve):
+            raise SettingsError(f"CONNECTION_LIMIT: {demand.server} would get {sentence}")

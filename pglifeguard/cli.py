@@ -83,7 +83,7 @@ def doctor(settings: DatabasesSettings) -> None:
     """Check the settings, reach each database, and do the arithmetic of connections."""
     table = Table("database", "at", "status", "first answer", "pool", "max_connections", title="Databases")
     ok = True
-    servers, warnings = budget.by_server(settings), dict[str, str]()
+    demands, warnings = {each.server: each for each in budget.demands(settings)}, dict[str, str]()
     for prefix, database in settings.databases:
         started, granted = time.perf_counter(), None
         try:
@@ -99,16 +99,14 @@ def doctor(settings: DatabasesSettings) -> None:
                 ok, status = False, "[red]The server takes no writes.[/red]"
         pool = f"{database.pool_size} + {database.max_overflow}"
         table.add_row(f"{prefix}URL", escape(database.location), status, latency, pool, limit)
-        if granted is not None and (sentence := budget.over_budget(settings, servers[database.server], granted)):
+        if granted is not None and (sentence := demands[database.server].exceeds(granted, settings.connection_reserve)):
             # Behind a pooler it is the pooler's business, so this warns and does not fail.
             warnings[database.server] = sentence
     console.print(table)
     for server, sentence in warnings.items():
         console.print(f"[yellow]Too many for max_connections of {escape(server)}:[/yellow] {escape(sentence)}")
-    total = sum(budget.connections_of(settings, databases) for databases in servers.values())
-    console.print(
-        f"All pools: {settings.workers} workers x {settings.instances} instances = at most {total} connections."
-    )
+    for demand in demands.values():
+        console.print(f"{demand.server}: {demand.arithmetic} = at most {demand.wanted} connections.")
     console.print(_sizing(os.cpu_count() or 1), _presets())
     for sentence in settings.ignored_variables:
         console.print(f"[yellow]{escape(sentence)}[/yellow]")

@@ -13,6 +13,7 @@ from typing import Any, Self, TypeVar, TypeVarTuple
 
 from sqlalchemy import Row
 
+from pglifeguard.budget import demands, granted
 from pglifeguard.checkout import holder
 from pglifeguard.collisions import ATTEMPTS, collision, pause_seconds
 from pglifeguard.consistency import Consistency, current_consistency
@@ -107,6 +108,7 @@ class Databases:
         self.listener = Listener(settings.listening, warns=settings.warn_unencrypted)
         self.primary.monitor.listeners.append(self.listener.follow)
         self.primary_retry = PrimaryRetry(settings, self.router, metrics)
+        self._demands = demands(settings)
         self.closing = False
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -296,6 +298,14 @@ class Databases:
             metrics.pool_open.labels(name).set(figures.checked_out + figures.checked_in)
             metrics.pool_waiting.labels(name).set(figures.waiting)
             metrics.up.labels(name).set(database.monitor.healthy)
+        for demand in self._demands:
+            metrics.budget_wanted.labels(demand.server).set(demand.wanted)
+            metrics.budget_instance.labels(demand.server).set(demand.per_instance)
+            on_it = (database for database in self.all() if database.settings.server == demand.server)
+            said = [one for one in (database.monitor.granted for database in on_it) if one is not None]
+            allowed = granted(self.settings, min(said, default=None))
+            if allowed is not None:
+                metrics.budget_granted.labels(demand.server).set(allowed)
 
     def _check_loop(self) -> None:
         # During the shutdown the pools refuse late requests, which are answered 503; that is no mistake of the caller.

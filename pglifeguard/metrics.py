@@ -72,6 +72,26 @@ class Metrics:
             "reason",
         )
 
+        # What all instances together may open, by server.
+        self.budget_wanted = gauge(
+            "db_connection_budget_wanted",
+            "Connections that the settings allow: all instances with the surge of a rollout, migrations and jobs.",
+            "server",
+            mode="livemax",
+        )
+        self.budget_instance = gauge(
+            "db_connection_budget_instance",
+            "Connections that this instance may open; the sum over those that run is for db_connection_budget_granted.",
+            "server",
+            mode="livemax",
+        )
+        self.budget_granted = gauge(
+            "db_connection_budget_granted",
+            "Connections that the server has for this service; absent behind a pooler without CONNECTION_LIMIT.",
+            "server",
+            mode="livemin",
+        )
+
         # Having one.
         self.hold_seconds = histogram(
             "db_connection_hold_seconds", "Seconds a connection was held, by the route that held it.", "pool", "route"

@@ -70,6 +70,12 @@ class Monitor:
         return self.last.status == "healthy" or (self.last.status == "timeout" and self._misses == 1)
 
     @property
+    def granted(self) -> int | None:
+        """Connections that the server has for ordinary roles; None when unknown, and behind a pooler."""
+        direct = self._connection is not None and not self._connection.pooled
+        return self.position.granted if direct else None
+
+    @property
     def lacks_lsn(self) -> bool:
         """Whether the server was asked for its LSN and has no such function, or refuses it to this role."""
         return "lsn" in self._position_query.missing

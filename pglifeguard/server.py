@@ -42,6 +42,9 @@ PARTS = {
     " query_start))::float8 FROM pg_stat_activity WHERE state = 'active' AND pid <> pg_backend_pid()"
     " AND (wait_event IN ('SyncRep', 'WALSync', 'WalSync', 'WALWrite', 'WalWrite') OR query ILIKE 'commit%')), 0.0)"
     " END",
+    # What is left for ordinary roles. reserved_connections came with PostgreSQL 16.
+    "granted": "current_setting('max_connections')::int - current_setting('superuser_reserved_connections')::int"
+    " - coalesce(current_setting('reserved_connections', true)::int, 0)",
 }
 TIMELINES = ("written_timeline", "checkpoint_timeline", "recovery_timeline", "received_timeline")
 RECOVERY_KNOWN = "pg_is_in_recovery() AS r(in_recovery)"
@@ -64,7 +67,8 @@ def is_missing_feature(error: BaseException | None) -> bool:
 class Position:
     """The position that a server reported. Times are in seconds, `lsn` in bytes; None for a part that is not reported.
 
-    `stalled` is the waiting time of the oldest commit; 0.0 when no commit waits.
+    `stalled` is the waiting time of the oldest commit; 0.0 when no commit waits. `granted` is how many connections the
+    server has for ordinary roles.
     """
 
     in_recovery: bool | None = None
@@ -75,6 +79,7 @@ class Position:
     lsn: int | None = None
     replay_age: float | None = None
     stalled: float | None = None
+    granted: int | None = None
 
     def is_same_server(self, other: "Position") -> bool:
         """Whether both are of one server, and of one run of it."""

@@ -280,6 +280,21 @@ class DatabasesSettings(BaseSettings):
     )
     workers: int = Field(1, ge=1, le=64, description="Processes of one instance.")
     instances: int = Field(1, ge=1, le=10_000, description="Instances of the service; only the budget uses it.")
+    surge_instances: int = Field(
+        0,
+        ge=0,
+        le=10_000,
+        description="Instances that a rollout starts before it stops the old ones; the budget adds them.",
+    )
+    migration_connections: int = Field(
+        1, ge=0, le=1000, description="Connections of the migration job; the budget adds them to the primary's server."
+    )
+    job_connections: int = Field(
+        0,
+        ge=0,
+        le=100_000,
+        description="Connections of workers, scripts and exporters beside the service; added there too.",
+    )
     connection_limit: int | None = Field(
         None,
         ge=1,

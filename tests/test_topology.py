@@ -89,8 +89,9 @@ def test_budget_check_at_start_counts_what_the_pooler_grants(
     balancer = (ROOT / "haproxy/haproxy.cfg").read_text(encoding="utf-8")
 
     assert settings.connection_limit == pooler["max_client_conn"]
-    assert f"server-template app {settings.instances} " in balancer
-    assert settings.instances == 2 * 5
+    assert f"server-template app {settings.instances + settings.surge_instances} " in balancer
+    assert (settings.instances, settings.surge_instances) == (5, 5)
+    assert settings.migration_connections == 0, "migrations go past the pooler"
     assert services["pgbouncer"]["ulimits"]["nofile"] > pooler["max_client_conn"] + 2 * pooler["max_db_connections"]
 
 

@@ -228,7 +228,8 @@ async def test_doctor_reaches_every_database(database: Database) -> None:
     for expected in ("DATABASE_URL", "DATABASE_REPLICA_URL", "DATABASE_ANALYTICS_URL", "background worker"):
         assert expected in result.output
     assert result.output.count("healthy") == 3
-    assert "1 workers x 1 instances = at most 37 connections" in result.output
+    assert "1 workers x 1 instances x (10 + 5 + 1) + 1 for migrations = at most 17 connections" in result.output
+    assert "1 workers x 1 instances x ((10 + 5 + 1) + (2 + 2 + 1)) = at most 21 connections" in result.output
     assert "app_rw" not in result.output
 
 
@@ -243,7 +244,9 @@ async def test_doctor_warns_of_more_than_the_server_takes(database: Database) ->
     assert result.exit_code == 0, result.output
     said = " ".join(result.output.split())
     assert "Too many for max_connections" in said
-    assert "1 workers x 3 instances x (40 + 10 + 1) + (2 + 2 + 1) = 168 connections > 100 - 3 reserved" in said
+    assert (
+        "1 workers x 3 instances x ((40 + 10 + 1) + (2 + 2 + 1)) + 1 for migrations = 169 connections > 100 - 3" in said
+    )
 
 
 async def test_platforms_variables_are_told_once(database: Database, tmp_path: Path) -> None:
@@ -388,4 +391,7 @@ async def test_budget_is_checked_before_serving() -> None:
     result = await run("serve", DATABASE_URL="postgresql://a@b/c", CONNECTION_LIMIT="10", WORKERS="2")
 
     assert result.exit_code == 2
-    assert "2 workers x 1 instances x (10 + 5 + 1) + (2 + 2 + 1) = 42 connections > 10 - 3" in result.stderr
+    assert (
+        "2 workers x 1 instances x ((10 + 5 + 1) + (2 + 2 + 1)) + 1 for migrations = 43 connections > 10 - 3"
+        in result.stderr
+    )
