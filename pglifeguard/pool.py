@@ -42,7 +42,7 @@ OPENED_AT_ONCE = 3
 RENEW_SECONDS = 0.2
 # SQLSTATE class of a server that has no room for another connection. The open connections go on working.
 SERVER_FULL = "53"
-# Awaited with each new connection, before a request gets it.
+# Awaited with each new connection, before a request gets it; see `Lifeguard`.
 OnConnect: TypeAlias = Callable[[KeptAliveConnection], Awaitable[None]]
 # Opening a connection raises one of these when the database is away; anything else is a bug of the service.
 FAILURES = (DatabaseUnreachable, *DRIVER_FAILURES)

@@ -8,18 +8,19 @@ A statement that needs SQLAlchemy's execution is refused with a sentence: when t
 seen, else when it is compiled. `tests/app/test_queries.py` compiles every constant of the service.
 """
 
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from functools import cached_property
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cache, cached_property
 from operator import itemgetter
 from typing import Any, Generic, TypeVarTuple, cast
 
 import asyncpg
-from sqlalchemy import Float, Row, TextClause
+from sqlalchemy import ARRAY, Float, Row, TextClause
 from sqlalchemy.dialects.postgresql.asyncpg import dialect
 from sqlalchemy.engine.interfaces import Dialect
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.sql.compiler import ExpandedState, SQLCompiler
 from sqlalchemy.sql.selectable import TextualSelect, TypedReturnsRows
+from sqlalchemy.types import TypeEngine
 
 Ts = TypeVarTuple("Ts")
 
@@ -37,8 +38,8 @@ class Query(Generic[*Ts]):
     by position and by name, as SQLAlchemy's rows have them.
 
     Raises: TypeError when the statement needs SQLAlchemy's own execution: entities, loader options, execution options,
-    columns whose values SQLAlchemy converts, Python-side defaults, lists of changing length. Some of these are found
-    at the first use only, when the statement is compiled.
+    Python-side defaults, lists of changing length. Some of these are found at the first use only, when the statement is
+    compiled.
     """
 
     def __init__(self, statement: TypedReturnsRows[*Ts]) -> None:
@@ -64,16 +65,40 @@ class Query(Generic[*Ts]):
     def fetch(self, connection: asyncpg.Connection, parameters: Mapping[str, Any]) -> Awaitable[Sequence[Row[*Ts]]]:
         """Run it by the driver: one round trip once the connection knows the statement."""
         rows = connection.fetch(self.sql, *self.arguments(parameters), record_class=self._row_class)
-        return cast("Awaitable[Sequence[Row[*Ts]]]", rows)
+        return cast("Awaitable[Sequence[Row[*Ts]]]", self._read(rows) if self._readers else rows)
 
     @cached_property
     def _row_class(self) -> type[asyncpg.Record]:
         """A record whose columns are attributes too, as those of SQLAlchemy's rows are."""
-        names = tuple(self.statement.exported_columns.keys())
-        # Columns that a text names in any order are found by their names in the answer.
-        by_name = isinstance(self.statement, TextualSelect) and not self.statement.positional
-        columns = {name: property(itemgetter(name if by_name else number)) for number, name in enumerate(names)}
-        return type("Row", (QueryRow,), {"__slots__": (), "_fields": names, **columns})
+        names = self._columns
+        columns = {name: property(itemgetter(name if self._by_name else n)) for n, name in enumerate(names)}
+        fields = property(lambda row: tuple(row.keys())) if self._by_name else names
+        return type("Row", (QueryRow,), {"__slots__": (), "_fields": fields, **columns})
+
+    @cached_property
+    def _columns(self) -> tuple[str, ...]:
+        return tuple(self.statement.exported_columns.keys())
+
+    @cached_property
+    def _by_name(self) -> bool:
+        """Whether a text names its columns in any order: they are found by their names in the answer."""
+        return isinstance(self.statement, TextualSelect) and not self.statement.positional
+
+    @cached_property
+    def _readers(self) -> dict[str, Callable[[Any], Any]]:
+        """What SQLAlchemy makes of the values of some columns, those of enums for example."""
+        readers = {name: _reader(column.type) for name, column in self.statement.exported_columns.items()}
+        return {name: reader for name, reader in readers.items() if reader is not None}
+
+    async def _read(self, answer: Awaitable[Sequence[asyncpg.Record]]) -> Sequence[Any]:
+        """Make rows that hold what SQLAlchemy reads: a record of the driver cannot be changed."""
+        records = await answer
+        if not records:
+            return records
+        names = tuple(records[0].keys()) if self._by_name else self._columns
+        readers = [self._readers.get(name) for name in names]
+        row = _read_row(names)
+        return [row(v if read is None else read(v) for read, v in zip(readers, each, strict=True)) for each in records]
 
     @cached_property
     def _compiled(self) -> SQLCompiler:
@@ -119,18 +144,31 @@ class Query(Generic[*Ts]):
         return f"the call {' and '.join(parts)}: the Query takes {', '.join(sorted(required)) or 'no parameters'}"
 
 
-class QueryRow(asyncpg.Record):
-    """A row of a Query, with the attributes of SQLAlchemy's `Row` beside its columns."""
+class _Fields:
+    """The attributes of SQLAlchemy's `Row` beside its columns."""
 
     __slots__ = ()
     _fields: tuple[str, ...] = ()
 
     @property
     def _mapping(self) -> Mapping[str, Any]:
-        return dict(zip(self._fields, self, strict=True))
+        return self._asdict()
 
     def _asdict(self) -> dict[str, Any]:
-        return dict(zip(self._fields, self, strict=True))
+        return dict(zip(self._fields, cast("Iterable[Any]", self), strict=True))
+
+
+class QueryRow(_Fields, asyncpg.Record):
+    """A row of a Query, as the driver made it."""
+
+    __slots__ = ()
+
+
+@cache
+def _read_row(names: tuple[str, ...]) -> type[tuple[Any, ...]]:
+    """Make the class of rows with these columns, of values that SQLAlchemy has read."""
+    columns = {name: property(itemgetter(number)) for number, name in enumerate(names)}
+    return type("Row", (_Fields, tuple), {"__slots__": (), "_fields": names, **columns})
 
 
 def _reasons_against(statement: Any) -> Iterator[str]:
@@ -153,11 +191,17 @@ def _reasons_of_parts(statement: Any) -> Iterator[str]:
             yield f"it selects the text {str(selected)!r}, whose columns are not known; use literal_column(…)."
         elif _is_entity(selected):
             yield "it selects an entity, which only a session can make; name its columns, or use session.scalars."
-    for column in statement.exported_columns:
-        # Numbers are asked what the server will send: a double for floats, else a numeric.
-        sent = FLOAT8 if isinstance(column.type, Float) else NUMERIC
-        if column.type.dialect_impl(_DIALECT).result_processor(_DIALECT, sent) is not None:
-            yield f"{column} is a {column.type!r}, which needs SQLAlchemy to read it; use session.execute."
+
+
+def _reader(kind: TypeEngine[Any]) -> Callable[[Any], Any] | None:
+    """Return what SQLAlchemy does to the driver's value of a type; None where it takes it as it is."""
+    item = kind.item_type if isinstance(kind, ARRAY) else kind
+    # Numbers are asked what the server will send: a double for floats, else a numeric.
+    sent = FLOAT8 if isinstance(item, Float) else NUMERIC
+    if isinstance(kind, ARRAY) and not kind.as_tuple and _reader(item) is None:
+        return None  # SQLAlchemy would copy the driver's list.
+    reader: Callable[[Any], Any] | None = kind.dialect_impl(_DIALECT).result_processor(_DIALECT, sent)
+    return reader
 
 
 def _is_entity(selected: Any) -> bool:

@@ -5,6 +5,7 @@ driver's lane acquires the same entries from the pool itself.
 """
 
 import asyncio
+import logging
 import sys
 from collections.abc import Callable
 from contextvars import ContextVar
@@ -28,11 +29,17 @@ from pglifeguard.errors import ConnectionLost, DatabaseUnreachable
 from pglifeguard.pool import ConnectionPool, OnConnect
 from pglifeguard.settings import DatabaseSettings
 
+logger = logging.getLogger(__name__)
+
 # The entry that SQLAlchemy must take in this context in place of acquiring one.
 _adopted: ContextVar[ConnectionPoolEntry | None] = ContextVar("adopted", default=None)
 # The connection around which SQLAlchemy makes an entry in this context.
 _opened: ContextVar[KeptAliveConnection] = ContextVar("opened")
 T = TypeVar("T")
+# Seconds after the deadline at which on_connect is cancelled. The socket was cut before, so that asyncpg does not send
+# a cancel request to a server that hangs.
+GUARDED_SECONDS = 0.1
+OPEN_TRANSACTION = "on_connect has left a transaction open: use `async with connection.transaction():`, or no BEGIN"
 
 
 class PoolAdapter(Pool):
@@ -55,7 +62,11 @@ class PoolAdapter(Pool):
         super().__init__(creator, **for_pool)
         self.bounded: ConnectionPool[ConnectionPoolEntry] = ConnectionPool(settings, watch, self, trace=trace)
         self._connector = connector
+        self._name = watch.pool
         self._on_connect = on_connect
+        self._customizing = 0
+        # The failure of on_connect that the log has told; None since it succeeded.
+        self._told: str | None = None
 
     def adopt(self, entry: ConnectionPoolEntry, connect: Callable[[], T]) -> T:
         """Let SQLAlchemy `connect` to an entry that `acquire` gave; from then on SQLAlchemy releases it."""
@@ -74,22 +85,22 @@ class PoolAdapter(Pool):
 
     def waits_for(self) -> str | None:
         """Say what logins wait for beside the server; None when they wait for nothing else."""
-        return self._connector.waits_for()
+        return "on_connect has not ended" if self._customizing else self._connector.waits_for()
 
     async def open_slot(self, deadline: float) -> tuple[ConnectionPoolEntry, KeptAliveConnection]:
         """Open a connection and let SQLAlchemy's dialect set it up, all by `deadline`.
 
-        Raises: DatabaseUnreachable, or one of DRIVER_FAILURES.
+        Raises: DatabaseUnreachable, also when `on_connect` fails; or one of DRIVER_FAILURES.
         """
         connection = await self._connector.open(deadline)
         _opened.set(connection)
         # On the first connection of an engine the dialect asks for the server's version and more, without a deadline.
         guard = asyncio.get_running_loop().call_at(deadline, connection.cut)
         try:
-            if self._on_connect is not None:
-                await self._on_connect(connection)
-                connection.customized = True
             entry = cast("ConnectionPoolEntry", await greenlet_spawn(self._create_connection))
+            # After the dialect, whose codecs for JSON it may replace.
+            if self._on_connect is not None:
+                await self._customize(connection, self._on_connect, deadline)
         except (SQLAlchemyError, EmulatedDBAPIException) as error:
             # A ResourceClosedError, too, where the connection is lost between two questions of the dialect.
             connection.terminate()
@@ -100,6 +111,26 @@ class PoolAdapter(Pool):
         finally:
             guard.cancel()
         return entry, connection
+
+    async def _customize(self, connection: KeptAliveConnection, on_connect: OnConnect, deadline: float) -> None:
+        self._customizing += 1
+        try:
+            # The guard ends a wait for the server; this ends every other wait, a moment later.
+            async with asyncio.timeout_at(deadline + GUARDED_SECONDS):
+                await on_connect(connection)
+            _check_no_transaction(connection)
+        except Exception as error:
+            late = asyncio.get_running_loop().time() >= deadline
+            reason = "on_connect did not end in time" if late else f"on_connect failed: {type(error).__name__}: {error}"
+            if reason != self._told:
+                logger.warning("on_connect failed", exc_info=error, extra={"pool": self._name})
+            self._told = reason
+            raise DatabaseUnreachable(f"The database cannot be reached: {reason}.") from error
+        finally:
+            self._customizing -= 1
+        self._told = None
+        connection.customized = True
+        connection.mark_clean()
 
     # SQLAlchemy's side.
 
@@ -140,6 +171,11 @@ class PoolAdapter(Pool):
         parent = getcurrent().parent
         # Outside a greenlet the code that asked is on this stack.
         return sys._getframe() if parent is None else cast("FrameType", parent.gr_frame)  # noqa: SLF001  # As documented.
+
+
+def _check_no_transaction(connection: KeptAliveConnection) -> None:
+    if connection.is_in_transaction():
+        raise RuntimeError(OPEN_TRANSACTION)
 
 
 async def opened_connection() -> KeptAliveConnection:

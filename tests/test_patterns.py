@@ -498,3 +498,42 @@ async def test_tenant_of_a_session_is_refused_behind_a_pooler(behind_a_pooler: D
     async with behind_a_pooler.writing() as session:
         with pytest.raises(RuntimeError, match=r"set_config\(…, true\)"):
             await session.execute(text("SET app.tenant = 'a'"))
+
+
+# Extensions and codecs
+
+
+PLACES = """
+    CREATE EXTENSION vector; CREATE TYPE kind AS ENUM ('CAFE', 'PARK');
+    CREATE TABLE places (id int GENERATED ALWAYS AS IDENTITY PRIMARY KEY, kind kind NOT NULL, tags text[] NOT NULL,
+        embedding vector(3) NOT NULL);
+    GRANT SELECT, INSERT ON places TO app_rw, app_ro
+"""
+
+
+async def test_codecs_hold_in_both_lanes(database: Database, page: dict[str, Any]) -> None:
+    """Arrays, enums and vectors are written and read by the ORM and by a Query, on the primary and on its replica."""
+    owner = await asyncpg.connect(database.url("postgres"))
+    await owner.execute(PLACES)
+    await owner.close()
+    await database.cluster.wait_replayed()
+    place, kind = page["Place"], page["Kind"]
+    async with Databases(database.settings(), on_connect=page["on_connect"]) as databases:
+        async with databases.writing() as session:
+            session.add(place(kind=kind.PARK, tags=["green", "quiet"], embedding=[1, 2.5, 3]))
+            session.add(place(kind=kind.CAFE, tags=[], embedding=[9, 9, 9]))
+            session.add(place(kind=kind.CAFE, tags=["loud"], embedding=[5, 5, 5]))
+        await database.cluster.wait_replayed()
+        async with databases.reading() as session:
+            wanted = {"near": [5, 5, 6], "kinds": [kind.CAFE]}
+            rows = await session.rows(page["NEAREST"], **wanted)
+            same = (await session.execute(page["NEAREST"].statement, wanted)).all()
+            loaded = (await session.scalars(select(place).order_by(place.id))).first()
+            document = await session.scalar(text("""SELECT '{"n": 1.5}'::jsonb"""))
+
+    assert [tuple(row) for row in rows] == [tuple(row) for row in same]
+    assert [tuple(row) for row in rows] == [(kind.CAFE, ["loud"], [5, 5, 5]), (kind.CAFE, [], [9, 9, 9])]
+    assert rows[0].kind is kind.CAFE
+    assert loaded is not None
+    assert (loaded.kind, loaded.tags, loaded.embedding) == (kind.PARK, ["green", "quiet"], [1, 2.5, 3])
+    assert document == {"n": 1.5}

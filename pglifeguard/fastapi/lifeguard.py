@@ -33,7 +33,7 @@ class Lifeguard:
     `settings` are read from the environment when they are not given: DATABASE_URL and the others.
 
     `on_connect` is awaited with each new connection of a pool (asyncpg's), before anybody has it: for codecs and
-    session settings. What it sets stays; it counts into the time of a login.
+    session settings. What it sets stays; it counts into the time of a login. When it fails, the login has failed.
 
     `password` is called with a `Login` at each connect, and returns the password or an awaitable of it: for tokens that
     expire. The URLs then hold no password. docs/credentials.md has examples.
