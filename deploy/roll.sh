@@ -26,14 +26,18 @@ balanced() {
         sed -n "s/^haproxy_backend_active_servers{proxy=\"instances\"} //p" <&3'
 }
 
-# Starts one instance beside those that there are. `--no-recreate` leaves the old ones as they are.
+# Starts one instance beside those that there are, and waits for that one alone: an old one that is ill must not keep its
+# replacement away, so this is not `up --wait`. `--no-recreate` leaves the old ones as they are.
 add_instance() {
-    local had=$1 found
+    local had=$1 before=$2 found new state second
     found=$(balanced)
-    docker compose up --detach --wait --wait-timeout "$PATIENCE_SECONDS" --no-deps --no-recreate --scale app=$((had + 1)) app ||
-        return 1
+    docker compose up --detach --no-deps --no-recreate --scale app=$((had + 1)) app || return 1
+    new=$(comm -13 <(echo "$before") <(instances))
     for ((second = 0; second < PATIENCE_SECONDS; second++)); do
-        if (($(balanced) > found)); then return 0; fi
+        state=$(docker inspect --format '{{.State.Health.Status}} {{.RestartCount}}' "$new")
+        # It ended and was started again: its settings are wrong, and waiting mends nothing.
+        if [[ $state != *' 0' ]]; then return 1; fi
+        if [[ $state == 'healthy 0' ]] && (($(balanced) > found)); then return 0; fi
         sleep 1
     done
     return 1
@@ -49,7 +53,7 @@ docker compose run --rm --no-deps migrate
 
 for leaving in "${old[@]}"; do
     before=$(instances)
-    if ! add_instance "${#old[@]}"; then
+    if ! add_instance "${#old[@]}" "$before"; then
         for failed in $(comm -13 <(echo "$before") <(instances)); do
             docker logs --tail 20 "$failed" >&2 || true
             docker rm --force "$failed" >/dev/null
