@@ -53,6 +53,8 @@ class Monitor:
         # The position of the last probe that was answered; it is kept when the database goes away.
         self.position = UNKNOWN
         self.listeners: list[Callable[[Probe], None]] = []
+        # Whether it has been healthy since the start of the process.
+        self.was_healthy = False
         self._misses = 0
         self._pooler_examined = False
         self._connector = connector
@@ -120,6 +122,7 @@ class Monitor:
             logger.log(level, "database is %s", found.status, extra={"database": self.name, "reason": found.error})
         self._misses = 0 if found.status == "healthy" else self._misses + 1
         self.last = found
+        self.was_healthy = self.was_healthy or found.status == "healthy"
         if self._connector.writable:
             self._report_stall(before=stalled)
         for listener in self.listeners:

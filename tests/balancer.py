@@ -37,11 +37,11 @@ class Balancer:
         """Where clients connect to."""
         return int(urlsplit(self.url).port or 0)
 
-    async def up(self) -> int:
-        """Count the instances that it believes to be there."""
+    async def up(self, backend: str = "instances") -> int:
+        """Count the instances that it believes to be there; in `starting` also those that have never been ready."""
         async with httpx.AsyncClient(base_url=self.operators_url, timeout=10, trust_env=False) as client:
             text = (await client.get("/metrics")).text
-        found = re.search(r'^haproxy_backend_active_servers\{proxy="instances"\} (\d+)', text, re.MULTILINE)
+        found = re.search(rf'^haproxy_backend_active_servers\{{proxy="{backend}"\}} (\d+)', text, re.MULTILINE)
         assert found is not None, text
         return int(found[1])
 

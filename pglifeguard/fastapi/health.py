@@ -27,14 +27,17 @@ async def get_live() -> dict[str, str]:
 async def get_ready(databases: RequestDatabases, response: Response) -> dict[str, Any]:
     """Say whether traffic may come: the primary answered the last probe, and no shutdown is under way. No I/O.
 
-    With READY_WITHOUT_PRIMARY a replica that serves reads is enough; writes are then answered by 503.
+    With READY_WITHOUT_PRIMARY a replica that serves reads is enough; writes are then answered by 503. The status is
+    "starting" while the primary has not answered since the start.
     """
     if databases.closing:
         return _unavailable(databases, response, {"status": "closing"})
     if not databases.primary.monitor.healthy:
         if databases.settings.ready_without_primary and databases.router.serves_reads:
             return {"status": "ready", "writes": "primary database is not healthy"}
-        return _unavailable(databases, response, {"status": "primary database is not healthy"})
+        # A balancer may keep a new instance back for this word, and must not take out all when the database goes away.
+        status = "primary database is not healthy" if databases.primary.monitor.was_healthy else "starting"
+        return _unavailable(databases, response, {"status": status})
     return {"status": "ready"}
 
 

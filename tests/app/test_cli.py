@@ -52,8 +52,10 @@ class Process:
 
 
 @asynccontextmanager
-async def served(directory: Path, environment: dict[str, str], *arguments: str) -> AsyncIterator[Process]:
-    """Run `python …` with a port, wait until it is ready, and make sure that it ends."""
+async def served(
+    directory: Path, environment: dict[str, str], *arguments: str, path: str = "/health/ready"
+) -> AsyncIterator[Process]:
+    """Run `python …` with a port, wait until it is ready, or `path` succeeds, and make sure that it ends."""
     port, log = free_port(), directory / "log"
     with log.open("wb") as output:
         process = await asyncio.create_subprocess_exec(
@@ -65,7 +67,7 @@ async def served(directory: Path, environment: dict[str, str], *arguments: str) 
 
         async def ready_or_ended() -> bool:
             try:
-                return (await client.get("/health/ready")).is_success
+                return (await client.get(path)).is_success
             except httpx.TransportError:
                 return process.returncode is not None
 

@@ -225,7 +225,7 @@ async def test_frozen_instance_is_left_aside(
     measured(f"out after {seconds:.1f} s; {len(late)} of {len(ledger.answers)} requests waited in it")
     assert gone or not FULL
     assert set(ledger.outcomes()) == {"GET 200", "POST 201"}
-    # As many as the other one has at the same time, for it is asked when both have as few.
+    # As many as the other one has at the same time, for it is asked when balancer have as few.
     assert len(late) <= PER_SECOND / 5
 
 
@@ -257,3 +257,40 @@ async def test_instance_that_is_told_to_leave_fails_nobody(
 
     measured(f"{tell(ledger.outcomes())}; out after {seconds:.1f} s")
     assert set(ledger.outcomes()) == {"GET 200", "POST 201"}
+
+
+async def test_instance_that_never_was_ready_gets_nothing(
+    database: Database, tmp_path: Path, measured: Callable[[str], None]
+) -> None:
+    """A new instance with a wrong password takes no request from the old one. When nobody else is there, it answers:
+    that the database cannot be reached is the service's to say.
+    """
+    (tmp_path / "new").mkdir()
+    wrong = database.environment() | POOLS | {"DATABASE_URL": database.url().replace("app_rw:", "app_rw:not-", 1)}
+    async with AsyncExitStack() as stack:
+        (tmp_path / "old").mkdir()
+        old = await stack.enter_async_context(served(tmp_path / "old", database.environment() | POOLS, *MODULE))
+        new = await stack.enter_async_context(served(tmp_path / "new", wrong, *MODULE, path="/health/live"))
+        balancer = await stack.enter_async_context(balanced(tmp_path, old.url, new.url))
+
+        async def new_one_is_seen() -> bool:
+            return (await balancer.up("starting"), await balancer.up()) == (2, 1)
+
+        assert await eventually(new_one_is_seen, 10)
+        ledger = Ledger(balancer)
+        await ledger.begin()
+        await offer(ledger.send, per_second=PER_SECOND, until=after(1), first=1)
+        up = await balancer.up()
+        old.process.kill()
+
+        async def old_one_is_out() -> bool:
+            return (await balancer.up("starting"), await balancer.up()) == (1, 0)
+
+        assert await eventually(old_one_is_out, 10)
+        alone = await ledger.client.ask("POST", "/patients", ADA | {"mrn": "B-ALONE"})
+        ledger.client.close()
+
+    measured(f"{tell(ledger.outcomes())}; alone: {alone.code}")
+    assert up == 1
+    assert set(ledger.outcomes()) == {"GET 200", "POST 201"}
+    assert alone.code == "database_unreachable"

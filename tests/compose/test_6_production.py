@@ -107,20 +107,20 @@ async def _change_password(production: Stack, folder: Path, url: str) -> None:
     assert {Path(line).name for line in said.splitlines()} == {"app_rw_password", "database_url"}
     assert before != after
     assert refused == 1, reason
-    assert set(meanwhile) == {201}, Counter(meanwhile)
+    assert set(meanwhile) == {"created"}, Counter(meanwhile)
     assert (rolled, written.status_code) == (0, 201), log
 
 
-async def _write_until(done: asyncio.Task[Any], client: httpx.AsyncClient) -> list[int]:
+async def _write_until(done: asyncio.Task[Any], client: httpx.AsyncClient) -> list[str]:
     """Write twice a second, as the users of the old instances do, until the task is done; return the answers.
 
-    A connection that is idle for half a minute would be probed before its next use, and a busy machine may be late with
-    the answer. The old instance could not replace that connection: the password that it knows opens nothing any more.
+    A connection that is idle for half a minute is probed before its next use, and a busy machine may be late with the
+    answer. The old instance could not replace that connection: the password that it knows opens nothing any more.
     """
-    answers: list[int] = []
+    answers: list[str] = []
     while not answers or not done.done():
         written = await client.post("/patients", json=PATIENT | {"mrn": f"FORGOTTEN-{len(answers)}"})
-        answers.append(written.status_code)
+        answers.append("created" if written.is_success else written.text)
         await asyncio.wait({done}, timeout=0.5)
     return answers
 
