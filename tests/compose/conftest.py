@@ -27,6 +27,9 @@ async def stack(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Stack
         "lifeguard-test",
         "docker-compose.yml",
         "tests/compose/docker-compose.test.yml",
+        # The stack, its clients and the engine share the few processors of a test's machine, where a request may not
+        # get its turn within the usual half a second: then it would be the patience that is tested.
+        DATABASE_POOL_TIMEOUT="2",
         TEST_RULES=str(_impatient_rules(folder)),
         ALERT_WEBHOOKS_DIR=str(_webhooks(folder)),
     )

@@ -22,11 +22,7 @@ BACKENDS = "SELECT count(*) FROM pg_stat_activity WHERE usename IN ('app_rw', 'a
 
 @pytest.fixture
 async def five(stack: Stack) -> AsyncIterator[None]:
-    """Run five instances of twenty, and one of five again afterwards.
-
-    The machine of a test gives all of them, the servers and the clients a few processors, where a request may not get
-    its turn within the usual half a second: then it would be the patience that is tested, and not what is shared.
-    """
+    """Run five instances of twenty, and one of five again afterwards."""
     sizes = {"DATABASE_POOL_SIZE": str(POOL), "DATABASE_POOL_MIN_SIZE": str(POOL), "DATABASE_POOL_TIMEOUT": "5"}
     await stack.up("--scale", f"app={INSTANCES}", env=sizes)
     yield
