@@ -110,8 +110,8 @@ def _of_a_job(prefix: str, url: SecretStr, password_file: Path | None, kinds: tu
         raise SettingsError(f"{variable}: has target_session_attrs={said.target_session_attrs}; leave it out.")
     return found.model_copy(
         update={
-            "application_name": said.application_name or "lifeguard-migrations",
-            "connect_timeout_seconds": said.connect_timeout_seconds or JOB_CONNECT_SECONDS,
+            "application_name": said.settings.get("application_name", "lifeguard-migrations"),
+            "connect_timeout_seconds": said.settings.get("connect_timeout_seconds", JOB_CONNECT_SECONDS),
         }
     )
 

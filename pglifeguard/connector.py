@@ -121,7 +121,7 @@ class Connector:
         # PgBouncer's admin console takes its own commands only, and closes the connection on a query.
         self.console = console
         self.parameters = settings.parameters
-        self.hosts = self.parameters.hosts
+        self.hosts = self.parameters.hosts_to_try
         self.writable = writable
         self._lookups = Lookups()
         source = settings.password_source

@@ -1,24 +1,29 @@
-"""What a database's URL says: the one place that decides about every parameter that libpq knows.
+"""What a database's URL says: the one place that takes a URL apart.
 
-The service, its migrations, `doctor` and PgBouncer's console all read their URLs here. A parameter is taken, or the
-URL is refused with a sentence that says what to write instead: the driver would send an unknown one to the server,
-which refuses the connection, and a demand that is dropped in silence would not be met.
+The service, its migrations, `doctor` and PgBouncer's console all read their URLs here. What becomes of each parameter
+is decided in `url_parameters`. Everything else is as libpq has it, or refused with a sentence that says what to write
+instead and repeats nothing that may be a piece of the password.
 
-Source: PostgreSQL 18 manual, "Connection URIs" and "Parameter Key Words" (34.1).
+Source: PostgreSQL 18 manual, "Connection URIs" (34.1.1.2).
 """
 
+import random
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from ipaddress import AddressValueError, IPv6Address
 from typing import Any, Literal, cast
-from urllib.parse import unquote, urlencode
+from urllib.parse import quote, urlencode
 
+from pglifeguard import url_parameters
+from pglifeguard.service_file import parameters_of_service
 from pglifeguard.tls import SYSTEM_AUTHORITIES, system_context
+from pglifeguard.url_parameters import decoded
 
 SHAPE = "postgresql://user:password@host:5432/database"
-SCHEMES = {"postgresql", "postgres", "postgresql+asyncpg"}
+# What SQLAlchemy, Django and Rails call a URL of PostgreSQL; a driver's name is not for the server.
+_SCHEMES = {"postgresql", "postgres", "postgis"}
+_DRIVERS = {"asyncpg", "psycopg", "psycopg_async", "psycopg2", "psycopg2cffi", "pg8000"}
 DEFAULT_PORT = 5432
 # PostgreSQL cuts a longer name off.
 NAME_CHARACTERS = 63
@@ -26,11 +31,6 @@ MAX_CONNECT_SECONDS = 60
 
 SessionKind = Literal["any", "read-write", "read-only", "primary", "standby", "prefer-standby"]
 
-# Handed to the driver as they are.
-_OF_THE_DRIVER = {
-    "passfile", "sslmode", "sslnegotiation", "sslcert", "sslkey", "sslrootcert", "sslcrl", "sslpassword",
-    "ssl_min_protocol_version", "ssl_max_protocol_version",
-}  # fmt: skip
 # What Linux takes for a socket: with more, every login would fail after it had succeeded.
 _LARGEST = {
     "keepalives_idle": 32_767,
@@ -38,77 +38,10 @@ _LARGEST = {
     "keepalives_count": 127,
     "tcp_user_timeout": 2**31 - 1,
 }
-_TLS_VERSIONS = {"TLSv1", "TLSv1.1", "TLSv1.2", "TLSv1.3"}
-_CHOICES: Mapping[str, set[str]] = {
-    "sslmode": {"disable", "allow", "prefer", "require", "verify-ca", "verify-full"},
-    "sslnegotiation": {"postgres", "direct"},
-    "ssl_min_protocol_version": _TLS_VERSIONS,
-    "ssl_max_protocol_version": _TLS_VERSIONS,
-    "target_session_attrs": {"any", "read-write", "read-only", "primary", "standby", "prefer-standby"},
-    "keepalives": {"0", "1"},
-}
-# The values that say what happens anyway, and what to do about every other.
-_GRANTED: Mapping[str, tuple[set[str], str]] = {
-    "channel_binding": (
-        {"disable", "prefer"},
-        "the driver cannot bind a login to its TLS channel; write sslmode=verify-full&sslrootcert=system instead",
-    ),
-    "gssencmode": ({"disable", "prefer"}, "the driver does not encrypt by Kerberos; write sslmode=verify-full"),
-    "gssdelegation": ({"0"}, "the driver does not delegate Kerberos credentials"),
-    "load_balance_hosts": (
-        {"disable"},
-        "hosts are not drawn by lot here: the one that worked last is tried first; leave it out",
-    ),
-    "client_encoding": ({"utf8", "utf-8", "unicode"}, "the driver speaks UTF8 alone"),
-    "sslcompression": ({"0"}, "TLS is not compressed; leave it out"),
-    "sslsni": ({"1"}, "the driver always names the host when it opens TLS; leave it out"),
-    "sslcertmode": ({"allow"}, "the driver sends a certificate when the server asks for one; leave it out"),
-    "min_protocol_version": ({"3.0"}, "the driver speaks protocol 3.0; leave it out"),
-    "max_protocol_version": ({"3.0", "3.2", "latest"}, "the driver speaks protocol 3.0; leave it out"),
-    "replication": ({"false", "off", "no", "0"}, "the service does not replicate; leave it out"),
-}
-_REFUSED: Mapping[str, str] = {
-    "service": "write host, port, user and database into the URL: service files are not read",
-    "servicefile": "write host, port, user and database into the URL: service files are not read",
-    "require_auth": "the driver answers whichever way of logging in the server asks for; pg_hba.conf decides which",
-    "requirepeer": "the driver does not look at the owner of a socket; leave it out",
-    "requiressl": "write sslmode=require",
-    "sslcrldir": "the driver reads revoked certificates from one file: write sslcrl",
-    "sslkeylogfile": "set SSLKEYLOGFILE in the environment",
-    "krbsrvname": "logging in by Kerberos is not built in; use a password or sslcert and sslkey",
-    "gsslib": "logging in by Kerberos is not built in; use a password or sslcert and sslkey",
-    "scram_client_key": "write the password; the driver computes the key",
-    "scram_server_key": "write the password; the driver computes the key",
-    "oauth_issuer": "the driver does not log in by OAuth; use a password",
-    "oauth_client_id": "the driver does not log in by OAuth; use a password",
-    "oauth_client_secret": "the driver does not log in by OAuth; use a password",
-    "oauth_scope": "the driver does not log in by OAuth; use a password",
-    # Other drivers' and tools'.
-    "ssl": "write sslmode=require, or verify-full",
-    "sslaccept": "write sslmode=require, or verify-full",
-    "database": "write dbname, or end the URL's path with the name",
-    "pgbouncer": "leave it out; DATABASE_STATEMENT_CACHE_SIZE=0 is for poolers that lose prepared statements",
-    "prepared_statement_cache_size": "set DATABASE_STATEMENT_CACHE_SIZE",
-    "statement_cache_size": "set DATABASE_STATEMENT_CACHE_SIZE",
-    "prepareThreshold": "set DATABASE_STATEMENT_CACHE_SIZE",
-    "connection_limit": "set DATABASE_POOL_SIZE and DATABASE_MAX_OVERFLOW",
-    "pool_size": "set DATABASE_POOL_SIZE",
-    "max_overflow": "set DATABASE_MAX_OVERFLOW",
-    "pool_timeout": "set DATABASE_POOL_TIMEOUT",
-    "command_timeout": "set DATABASE_COMMAND_TIMEOUT_SECONDS",
-    "timeout": "write connect_timeout",
-    "ApplicationName": "write application_name",
-    "schema": "ALTER ROLE … SET search_path holds through poolers too; directly, options=-csearch_path%3D… does",
-    "currentSchema": "ALTER ROLE … SET search_path holds through poolers too; directly, options=-csearch_path%3D… does",
-    "search_path": "ALTER ROLE … SET search_path holds through poolers too; directly, options=-csearch_path%3D… does",
-    "statement_timeout": "ALTER ROLE … SET statement_timeout holds through poolers too (postgres/roles.sql)",
-}
-_OWN = {
-    "host", "hostaddr", "port", "dbname", "user", "password", "application_name", "fallback_application_name",
-    "connect_timeout", "options", "target_session_attrs", "keepalives", "keepalives_idle", "keepalives_interval",
-    "keepalives_count", "tcp_user_timeout",
-}  # fmt: skip
-PARAMETERS = frozenset({*_OWN, *_OF_THE_DRIVER, *_GRANTED, *_REFUSED})
+# What consoles show where the password belongs: [YOUR-PASSWORD], <password>, ${PASSWORD}, ********.
+_PLACEHOLDER = re.compile(r"[\[<{][\w -]*pass(word|wd)?[\w -]*[\]>}]|\$\{[^}]*\}|\*{4,}", re.IGNORECASE)
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]{0,19}")
+_QUOTES = "\"'`\u201c\u201d\u2018\u2019"
 
 # As libpq splits it: credentials end at an @ that comes before the first slash.
 _URL = re.compile(
@@ -119,7 +52,7 @@ _URL = re.compile(
     r"(?:\?(?P<query>.*))?"
 )
 # A socket's directory, an IPv6 address in its brackets, or a name; and perhaps a port.
-_HOST_AND_PORT = re.compile(r"(?:\[(?P<bracketed>[^\]]*)\]|(?P<name>/[^:]*|[^/:\[]*))(?::(?P<port>\d*))?")
+_HOST_AND_PORT = re.compile(r"(?:\[(?P<bracketed>[^\]]*)\]|(?P<name>/.*?|[^/:\[]*))(?::(?P<port>\d*))?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +63,7 @@ class Host:
     port: int
 
     def __str__(self) -> str:
-        return f"[{self.name}]:{self.port}" if ":" in self.name else f"{self.name}:{self.port}"
+        return f"[{self.name}]:{self.port}" if ":" in self.name and not self.is_socket else f"{self.name}:{self.port}"
 
     @property
     def is_socket(self) -> bool:
@@ -157,9 +90,11 @@ class ConnectionParameters:
     user: str | None
     password: str | None = field(repr=False)
     database: str
-    application_name: str | None
-    connect_timeout_seconds: float | None
+    # What the URL says of settings of the database, by their names; it counts where their variables are not set.
+    settings: Mapping[str, str | float]
     target_session_attrs: SessionKind | None
+    # Whether the order of the hosts is to be drawn by lot.
+    by_lot: bool
     keepalive: KeepAlive
     # Sent to the server when the connection opens.
     server_settings: Mapping[str, str]
@@ -176,10 +111,14 @@ class ConnectionParameters:
         return ",".join(map(str, self.hosts))
 
     @property
-    def lacks_root_certificate(self) -> bool:
-        """Whether the certificate is to be verified, and the URL does not say against what."""
-        mode = self._of_the_driver.get("sslmode", "")
-        return mode.startswith("verify-") and "sslrootcert" not in self._of_the_driver
+    def hosts_to_try(self) -> tuple[Host, ...]:
+        """The hosts in the URL's order, or in one drawn by lot at each call (`load_balance_hosts=random`)."""
+        return tuple(random.sample(self.hosts, len(self.hosts))) if self.by_lot else self.hosts
+
+    @property
+    def passfile(self) -> str | None:
+        """The file of passwords that the URL names."""
+        return self._of_the_driver.get("passfile")
 
     @property
     def tls(self) -> Mapping[str, str]:
@@ -205,39 +144,39 @@ class ConnectionParameters:
 
 
 def parse_url(text: str) -> ConnectionParameters:
-    """Take a URL apart as libpq does.
+    """Take a URL apart as libpq does, and read the service file that it names.
 
     Raises: ValueError, whose text follows the variable's name and repeats no value that may be secret.
     """
-    match = _URL.fullmatch(text.strip())
-    if match is None:
-        raise ValueError(f"is not a URL; write {SHAPE}")
-    part = match.groupdict()
-    if part["scheme"] not in SCHEMES:
-        raise ValueError(f"has the scheme {part['scheme']!r}; this service speaks to postgresql:// only")
-    if "@" in part["hosts"][1:] or (part["user"] is None and "@" in (part["database"] or "")):
-        raise ValueError("is not a URL: its user or password holds a / or an @; write them as %2F and %40 there")
-    given = _parameters(part["query"] or "")
-    _check(given)
+    part = _split(text.strip())
+    given = url_parameters.parameters_of(part["query"] or "")
+    for name in ("user", "password"):
+        if part[name]:
+            given.setdefault(name, decoded(part[name], secret=name == "password"))
+    if part["database"]:
+        given.setdefault("dbname", decoded(part["database"]))
+    given = _with_service(given, part["hosts"])
+    url_parameters.check(given)
     hosts = _hosts(part["hosts"], given)
-    database = given.get("dbname") or unquote(part["database"] or "")
-    if not database:
+    if "dbname" not in given:
         raise ValueError("names no database; end it with /database")
-    of_the_driver = {name: value for name, value in given.items() if name in _OF_THE_DRIVER}
-    if all(host.is_socket for host in hosts):
-        # As libpq: a socket does not leave the machine, and sslmode says nothing about it.
-        of_the_driver = {name: value for name, value in of_the_driver.items() if not name.startswith("ssl")}
+    if _PLACEHOLDER.fullmatch(given.get("password", "")):
+        raise ValueError("has a placeholder where the password belongs; write the password there")
+    given = url_parameters.meet_demands_of_tls(
+        url_parameters.from_environment() | given, by_socket=all(host.is_socket for host in hosts)
+    )
+    options = url_parameters.server_options(given)
     return ConnectionParameters(
         hosts=hosts,
-        user=given.get("user") or unquote(part["user"] or "") or None,
-        password=given.get("password") or unquote(part["password"] or "") or None,
-        database=database,
-        application_name=_application_name(given),
-        connect_timeout_seconds=_connect_timeout(given.get("connect_timeout")),
+        user=given.get("user"),
+        password=given.get("password"),
+        database=given["dbname"],
+        settings=_settings(given),
         target_session_attrs=cast("SessionKind | None", given.get("target_session_attrs")),
+        by_lot=given.get("load_balance_hosts") == "random",
         keepalive=_keepalive(given),
-        server_settings={"options": given["options"]} if "options" in given else {},
-        _of_the_driver=of_the_driver,
+        server_settings={} if options is None else {"options": options},
+        _of_the_driver={name: given[name] for name in given if name in url_parameters.OF_THE_DRIVER},
     )
 
 
@@ -249,49 +188,45 @@ def holds_password(url: str) -> bool:
         return False
 
 
-def _parameters(query: str) -> dict[str, str]:
-    """Read `name=value&…`; an empty value is an absent one, of two the last counts, and `host` may be a list."""
-    given: dict[str, str] = {}
-    for pair in filter(None, query.split("&")):
-        name, equals, value = (unquote(part) for part in pair.partition("="))
-        if not equals:
-            raise ValueError("is not a URL: a parameter after its ? has no value; write name=value&name=value")
-        if value == "":
-            continue
-        if (name, value) == ("ssl", "true"):  # As libpq, for URLs that were written for JDBC.
-            name, value = "sslmode", "require"
-        given[name] = f"{given[name]},{value}" if name == "host" and name in given else value
-    return given
-
-
-def _check(given: Mapping[str, str]) -> None:
-    for name, value in given.items():
-        if name in _REFUSED:
-            raise ValueError(f"has the parameter {name}, which is not taken: {_REFUSED[name]}")
-        if name not in PARAMETERS:
-            raise ValueError(_unknown(name))
-        if name in _CHOICES and value not in _CHOICES[name]:
-            raise ValueError(f"has {name}={value}; it is one of {', '.join(sorted(_CHOICES[name]))}")
-        if name in _GRANTED:
-            granted, reason = _GRANTED[name]
-            if value.lower() not in granted:
-                raise ValueError(f"has {name}={value}, which is not taken: {reason}")
-    mode = given.get("sslmode")
-    if given.get("sslrootcert") == SYSTEM_AUTHORITIES and mode != "verify-full":
-        # As libpq: anybody can have a certificate from a public authority, for another name.
+def _split(text: str) -> dict[str, str]:
+    """Split a URL into its parts, each of them still percent-encoded; "" where one is not there."""
+    if text[:1] and text[0] in _QUOTES:
+        # Docker's env files keep quotation marks, and consoles show some.
+        raise ValueError("is not a URL: it begins with a quotation mark; write it without")
+    if any(letter.isspace() or not letter.isprintable() for letter in text):
         raise ValueError(
-            "has sslrootcert=system, which says nothing without the host's name: write sslmode=verify-full"
+            f"is not a URL: it holds a space, a line break or an invisible character; write {SHAPE} and nothing else, "
+            "and %20 for a space of a password"
         )
-    if given.get("sslnegotiation") == "direct" and mode not in {"require", "verify-ca", "verify-full"}:
-        raise ValueError("has sslnegotiation=direct, which takes sslmode=require, verify-ca or verify-full")
+    if text.startswith("jdbc:"):
+        raise ValueError(f"is a URL of JDBC, whose parameters mean other things; write {SHAPE}")
+    match = _URL.fullmatch(text)
+    if match is None:
+        raise ValueError(f"is not a URL; write {SHAPE}")
+    part = match.groupdict(default="")
+    scheme, _, driver = part["scheme"].partition("+")
+    if scheme not in _SCHEMES or (driver and driver not in _DRIVERS):
+        shown = f"the scheme {part['scheme']!r}" if _SCHEME.fullmatch(part["scheme"]) else "an unknown scheme"
+        raise ValueError(f"has {shown}; this service speaks to postgresql:// only")
+    if "@" in part["hosts"][1:] or (not part["user"] and "@" in part["database"]):
+        raise ValueError("is not a URL: its user or password holds a / or an @; write them as %2F and %40 there")
+    return part
 
 
-def _unknown(name: str) -> str:
-    # A piece of a password that was not percent-encoded may end up here: only a likely name is repeated.
-    near = get_close_matches(name, sorted(PARAMETERS), n=1, cutoff=0.75)
-    if not near:
-        return "has a parameter that libpq does not know; docs/settings.md lists those that are taken"
-    return f"has the parameter {name}, which libpq does not know. Did you mean {near[0]}?"
+def _with_service(given: Mapping[str, str], authority: str) -> dict[str, str]:
+    """Add what the service file says; the URL is stronger, word by word. Raises: ValueError."""
+    service = given.get("service")
+    if service is None:
+        return dict(given)
+    described = parameters_of_service(service, file=given.get("servicefile"))
+    of_the_file = url_parameters.parameters_of(urlencode(described, quote_via=quote))
+    said = [_host_and_port(decoded(entry)) for entry in authority.split(",")]
+    if any(name for name, _ in said) or "host" in given or "hostaddr" in given:
+        of_the_file.pop("host", None)
+        of_the_file.pop("hostaddr", None)
+    if any(port for _, port in said):
+        of_the_file.pop("port", None)
+    return {**of_the_file, **given}
 
 
 def _hosts(authority: str, given: Mapping[str, str]) -> tuple[Host, ...]:
@@ -302,7 +237,7 @@ def _hosts(authority: str, given: Mapping[str, str]) -> tuple[Host, ...]:
             "hostaddr alone"
         )
     listed = given.get("host") or given.get("hostaddr")
-    from_authority = [_host_and_port(unquote(entry)) for entry in authority.split(",")] if authority else []
+    from_authority = [_host_and_port(decoded(entry)) for entry in authority.split(",")] if authority else []
     entries = [_host_and_port(entry) for entry in listed.split(",")] if listed else from_authority
     names = [name for name, _ in entries]
     if not all(names) or not names:
@@ -357,39 +292,30 @@ def _is_ipv6(text: str) -> bool:
 def _port(text: str | None) -> int | None:
     if not text:
         return None
-    if not text.isdecimal() or not 0 < int(text) < 65_536:  # noqa: PLR2004  # TCP's ports.
+    if not (text.isascii() and text.isdecimal() and len(text) <= 5 and 0 < int(text) < 65_536):  # noqa: PLR2004  # TCP's ports.
         raise ValueError("is not a URL: a port is a number from 1 to 65535")
     return int(text)
 
 
-def _application_name(given: Mapping[str, str]) -> str | None:
+def _settings(given: Mapping[str, str]) -> dict[str, str | float]:
+    """Return what the URL says of the settings of its database. Raises: ValueError."""
+    said: dict[str, str | float] = {name: int(given[name]) for name in url_parameters.SETTINGS if name in given}
     name = given.get("application_name") or given.get("fallback_application_name")
-    if name is not None and len(name) > NAME_CHARACTERS:
-        raise ValueError(f"has an application_name of {len(name)} characters; PostgreSQL keeps {NAME_CHARACTERS}")
-    return name
-
-
-def _connect_timeout(text: str | None) -> float | None:
-    if text is None:
-        return None
-    if not text.isdecimal() or not 0 < int(text) <= MAX_CONNECT_SECONDS:
-        # libpq waits for ever when it is 0 or less.
-        raise ValueError(f"has connect_timeout={text}; it is from 1 to {MAX_CONNECT_SECONDS} seconds, for each host")
-    return float(text)
+    if name is not None:
+        if len(name) > NAME_CHARACTERS:
+            raise ValueError(f"has an application_name of {len(name)} characters; PostgreSQL keeps {NAME_CHARACTERS}")
+        said["application_name"] = name
+    if "connect_timeout" in given:
+        seconds = url_parameters.whole(given, "connect_timeout", MAX_CONNECT_SECONDS)
+        if seconds == 0:
+            raise ValueError("has connect_timeout=0, and libpq would wait for ever: write 1 or more seconds")
+        said["connect_timeout_seconds"] = float(seconds)
+    return said
 
 
 def _keepalive(given: Mapping[str, str]) -> KeepAlive:
-    def number(name: str) -> int | None:
-        text = given.get(name, "0")
-        if not text.isdecimal() or int(text) > _LARGEST[name]:
-            raise ValueError(f"has {name}={text}; it is a whole number up to {_LARGEST[name]}")
-        # As libpq, where 0 is the system's default: here it is the service's.
-        return int(text) or None
-
-    return KeepAlive(
-        enabled=given.get("keepalives") != "0",
-        idle_seconds=number("keepalives_idle"),
-        interval_seconds=number("keepalives_interval"),
-        probes=number("keepalives_count"),
-        unacknowledged_milliseconds=number("tcp_user_timeout"),
+    # As libpq, where 0 is the system's default: here it is the service's.
+    idle, interval, probes, unacknowledged = (
+        url_parameters.whole(given, name, largest) or None for name, largest in _LARGEST.items()
     )
+    return KeepAlive(given.get("keepalives") != "0", idle, interval, probes, unacknowledged)

@@ -1,10 +1,13 @@
 """Reading the environment: the process's over `.env`, secrets from files, and DATABASE_* sorted by database."""
 
+import os
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
+from dotenv.parser import parse_stream
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, DotEnvSettingsSource, EnvSettingsSource, PydanticBaseSettingsSource
@@ -41,8 +44,34 @@ class Variables(PydanticBaseSettingsSource):
     def __call__(self) -> dict[str, Any]:
         """Return what the environment says of the fields."""
         names = self.settings_cls.model_fields
-        variables = with_secret_files(self.variables, lambda name: name in names)
+        variables = self.read(lambda name: name in names)
         return {name: variables[name] for name in names if name in variables}
+
+    def read(self, is_known: Callable[[str], bool]) -> dict[str, str]:
+        """Return all variables, those of known settings from their files too.
+
+        Raises: SettingsError when a known one is set twice, or its file cannot be read.
+        """
+        for where, values in self._written():
+            for name, said in values.items():
+                if is_known(name.removesuffix("_file")) and len(set(filter(None, said))) > 1:
+                    raise SettingsError(f"{name.upper()} is set {len(said)} times in {where}, and differs; keep one.")
+        return with_secret_files(self.variables, is_known)
+
+    def _written(self) -> Iterator[tuple[str, Mapping[str, list[str]]]]:
+        """List what is written where, by lower-case name; the sources above keep the last of two in silence."""
+        in_process: defaultdict[str, list[str]] = defaultdict(list)
+        for name, value in os.environ.items():
+            in_process[name.lower()].append(value)
+        yield "the environment, in capitals and not", in_process
+        in_file: defaultdict[str, list[str]] = defaultdict(list)
+        path = Path(str(self.settings_cls.model_config.get("env_file")))
+        if path.is_file():
+            with path.open(encoding="utf-8") as lines:
+                for line in parse_stream(lines):
+                    if line.key is not None:
+                        in_file[line.key.lower()].append(line.value or "")
+        yield str(path), in_file
 
 
 def with_secret_files(variables: Mapping[str, str], is_known: Callable[[str], bool]) -> dict[str, str]:
@@ -57,10 +86,15 @@ def with_secret_files(variables: Mapping[str, str], is_known: Callable[[str], bo
             continue
         if target in variables:
             raise SettingsError(f"Both {target.upper()} and {name.upper()} are set; keep one.")
+        # The path is not repeated: it is a password where somebody wrote the secret itself.
         try:
             resolved[target] = Path(value).read_text(encoding="utf-8").strip()
         except OSError as error:
-            raise SettingsError(f"{name.upper()} names {value}, which cannot be read: {error.strerror}.") from None
+            raise SettingsError(f"{name.upper()} names a file that cannot be read: {error.strerror}.") from None
+        except UnicodeDecodeError:
+            raise SettingsError(f"{name.upper()} names a file that is no text in UTF-8.") from None
+        if not resolved[target]:
+            raise SettingsError(f"{name.upper()} names a file that is empty.")
         del resolved[name]
     return resolved
 

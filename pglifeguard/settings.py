@@ -34,7 +34,6 @@ from pglifeguard.environment import (
     names_by_database,
     sentences,
     split_urls,
-    with_secret_files,
 )
 from pglifeguard.tls import fault_of_files
 from pglifeguard.variables import inspect
@@ -46,11 +45,8 @@ def _checked_url(secret: SecretStr) -> SecretStr:
     parameters = parse_url(text)
     if fault := fault_of_files(parameters.tls):
         raise ValueError(fault)
-    if parameters.lacks_root_certificate and not _has_root_certificate():
-        raise ValueError(
-            "has a sslmode that verifies the server's certificate, and does not say against what: add "
-            "sslrootcert=/path/to/authority.crt, or sslmode=verify-full&sslrootcert=system for a public authority"
-        )
+    if parameters.passfile is not None:
+        _check_passfile(Path(parameters.passfile))
     if parameters.user is None and not _has_user():
         raise ValueError(f"names no user, and the system has no name for this account; write {SHAPE}")
     return SecretStr(f"postgresql+asyncpg://{text.partition('://')[2]}")
@@ -63,10 +59,12 @@ def _has_user() -> bool:
         return False
 
 
-def _has_root_certificate() -> bool:
-    # The defaults of libpq and asyncpg for a URL that names none.
-    named = os.environ.get("PGSSLROOTCERT") or Path("~/.postgresql/root.crt").expanduser()
-    return os.access(named, os.R_OK)
+def _check_passfile(path: Path) -> None:
+    # The driver would log in without a password, and the server would be said to refuse it.
+    if not os.access(path, os.R_OK):
+        raise ValueError(f"names {path} as passfile, which is not there or cannot be read")
+    if path.stat().st_mode & 0o077:
+        raise ValueError(f"names {path} as passfile, which others may read, so it does not count: chmod 600 it")
 
 
 def _checked_password_file(path: Path) -> Path:
@@ -208,11 +206,7 @@ class DatabaseSettings(BaseModel):
             parameters = parse_url(url.get_secret_value() if isinstance(url, SecretStr) else str(url))
         except ValueError:
             return given  # The field's own check says what is wrong.
-        said = {
-            "application_name": parameters.application_name,
-            "connect_timeout_seconds": parameters.connect_timeout_seconds,
-        }
-        return {name: value for name, value in said.items() if value is not None} | given
+        return {**parameters.settings, **given}
 
     @model_validator(mode="after")
     def _agree(self) -> Self:
@@ -399,7 +393,8 @@ class DatabasesSettings(BaseSettings):
         """The primary as LISTEN_URL leads to it; None where LISTEN_URL is not set."""
         if self.listen_url is None:
             return None
-        own: dict[str, Any] = {"url": self.listen_url}
+        said = parse_url(self.listen_url.get_secret_value()).settings
+        own: dict[str, Any] = {**said, "url": self.listen_url}
         if self.listen_password_file is not None or holds_password(self.listen_url.get_secret_value()):
             own["password_file"] = self.listen_password_file
         listening = DatabaseSettings(**self.primary.model_dump() | own)
@@ -516,9 +511,7 @@ class _DatabaseVariables(Variables):
         findings = inspect(self.variables, known, guarding=settings_cls.guards)
         if findings.refused:
             raise SettingsError("\n".join(findings.refused))
-        variables = with_secret_files(
-            self.variables, lambda name: name in self._of_service or name in self._of_databases
-        )
+        variables = self.read(lambda name: name in self._of_service or name in self._of_databases)
         if "prometheus_multiproc_dir" in variables and "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
             raise SettingsError(
                 "PROMETHEUS_MULTIPROC_DIR: is set in .env, where prometheus-client does not look, and /metrics would "

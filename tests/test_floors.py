@@ -11,8 +11,9 @@ DOMAINS = sorted(path.parent.name for path in (ROOT / "app").glob("*/routes.py")
 # A module imports from lower floors only. `TYPE_CHECKING` is no way around: no two modules import each other.
 LIBRARY = (
     {"activity", "builtin_functions", "credentials", "dialect", "errors", "metrics", "pooler", "query", "sampling",
-     "tls", "variables"},
-    {"collisions", "database_url", "driver_failures", "effects", "environment", "server"},
+     "service_file", "tls", "variables"},
+    {"collisions", "driver_failures", "effects", "environment", "server", "url_parameters"},
+    {"database_url"},
     {"host_search", "lookup"},
     {"settings", "tracked_connection"},
     {"budget", "connector"},
@@ -49,8 +50,8 @@ PUBLIC = {"pglifeguard", "pglifeguard.cli", "pglifeguard.fastapi", "pglifeguard.
 # The pool and all that it imports: SQLAlchemy is no part of it.
 POOL = {
     "builtin_functions", "checkout", "connector", "credentials", "database_url", "driver_failures", "effects",
-    "environment", "errors", "host_search", "lookup", "metrics", "pool", "sampling", "server", "settings", "tls",
-    "tracked_connection", "variables",
+    "environment", "errors", "host_search", "lookup", "metrics", "pool", "sampling", "server", "service_file",
+    "settings", "tls", "tracked_connection", "url_parameters", "variables",
 }  # fmt: skip
 # What opens something or reads the environment, and so must not be called when a module is imported.
 OPENERS = {
@@ -196,8 +197,11 @@ def at_import(node: ast.AST) -> Iterator[ast.AST]:
 
 
 def only_settings_read_the_environment(module: str, tree: ast.Module) -> Iterator[str]:
-    """Allow os.environ to the settings and to those who hand it on to worker processes, and nobody else."""
-    if module in {"app.cli", "pglifeguard.serving.workers", "pglifeguard.settings"}:
+    """Allow os.environ to the settings, to libpq's own variables, and to those who hand it on to worker processes."""
+    settings = {"pglifeguard.environment", "pglifeguard.settings"}
+    if module in {*settings, "pglifeguard.service_file", "pglifeguard.url_parameters"}:
+        return
+    if module in {"app.cli", "pglifeguard.serving.workers"}:
         return
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and node.attr in {"environ", "environb", "getenv"}:

@@ -147,7 +147,7 @@ async def test_primary_is_found_among_several_hosts(database: Database, command:
     ("parameters", "sentence"),
     [
         ("sslmode=require", "The database cannot be reached: TLS with"),
-        ("channel_binding=require", "MIGRATIONS_URL: has channel_binding=require, which is not taken"),
+        ("require_auth=none", "MIGRATIONS_URL: has the parameter require_auth, which is not taken"),
     ],
 )
 @pytest.mark.parametrize("command", [("-m", "alembic", "upgrade", "head"), ("-m", "migrations")])

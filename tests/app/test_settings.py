@@ -150,9 +150,9 @@ def test_settings_that_are_made_are_taken_as_they_are() -> None:
 
 def test_parameter_of_a_url_is_refused_under_its_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     """The sentence says which URL it is, and what to write instead."""
-    sentence = refusal(monkeypatch, DATABASE_REPLICA_URL=f"{REPLICA}?channel_binding=require")
+    sentence = refusal(monkeypatch, DATABASE_REPLICA_URL=f"{REPLICA}?require_auth=scram-sha-256")
 
-    assert sentence.startswith("DATABASE_REPLICA_URL: has channel_binding=require, which is not taken")
+    assert sentence.startswith("DATABASE_REPLICA_URL: has the parameter require_auth, which is not taken")
 
 
 @pytest.mark.parametrize("name", ["sslrootcert", "sslcert", "sslkey", "sslcrl"])
@@ -325,8 +325,35 @@ def test_secret_is_read_from_its_file(monkeypatch: pytest.MonkeyPatch, tmp_path:
 
 
 def test_unreadable_secret_file_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A file that is not there is named, with the reason."""
-    assert "AUTH_SECRET_FILE names /nowhere" in refusal(monkeypatch, AUTH_SECRET_FILE="/nowhere")
+    """The variable is named, with the reason; where somebody wrote the secret itself, it is not repeated."""
+    sentence = refusal(monkeypatch, AUTH_SECRET_FILE=SECRET)
+
+    assert sentence == "AUTH_SECRET_FILE names a file that cannot be read: No such file or directory."
+
+
+@pytest.mark.parametrize(("content", "reason"), [(b"\xff\xfe", "is no text in UTF-8"), (b" \n", "is empty")])
+def test_secret_file_without_a_secret_is_said(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, content: bytes, reason: str
+) -> None:
+    """A file of bytes, or one that nobody has written yet, is no secret."""
+    (tmp_path / "secret").write_bytes(content)
+
+    assert reason in refusal(monkeypatch, AUTH_SECRET_FILE=tmp_path / "secret")
+
+
+def test_variable_that_is_set_twice_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """In capitals and not, or on two lines of .env: which of them counts would be chance."""
+    monkeypatch.setenv("database_url", REPLICA)
+    of_the_process = refusal(monkeypatch)
+    monkeypatch.setenv("database_url", URL)
+    (tmp_path / ".env").write_text(f"# One.\nLISTEN_URL={URL}\n\nexport LISTEN_URL='{REPLICA}'\nOTHER=1\nOTHER=2\n")
+    of_the_file = refusal(monkeypatch)
+    (tmp_path / ".env").write_text(f"LISTEN_URL={URL}\nLISTEN_URL={URL}\n")
+
+    assert "DATABASE_URL is set 2 times in the environment, in capitals and not, and differs" in of_the_process
+    assert "LISTEN_URL is set 2 times in .env, and differs" in of_the_file
+    assert "hunter2" not in of_the_process + of_the_file
+    assert load(monkeypatch).listen_url is not None
 
 
 def test_secret_and_file_together_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -425,7 +452,7 @@ def test_migrations_are_patient_and_have_a_name(monkeypatch: pytest.MonkeyPatch)
     ("name", "value", "reason"),
     [
         ("MIGRATIONS_URL", "mysql://a:hunter2@b/c", "has the scheme 'mysql'"),
-        ("DATABASE_URL", "postgresql://a:hunter2@b/c?channel_binding=require", "cannot bind a login"),
+        ("DATABASE_URL", "postgresql://a:hunter2@b/c?require_auth=none", "sslmode=verify-full"),
         ("DATABASE_URL", "postgresql://a:hunter2@b/c?target_session_attrs=standby", "target_session_attrs=standby"),
         ("DATABASE_REPLICA_URL", f"{REPLICA},postgresql://a:hunter2@b", "names no database"),
         ("DATABASE_REPLICA_URL", f"{REPLICA}?target_session_attrs=primary", "target_session_attrs=primary"),
