@@ -119,6 +119,7 @@ class PoolWatch:
         self._idle_hold_seconds = idle_hold_seconds
         self._acquire = metrics.acquire_seconds.labels(pool)
         self._wait = metrics.wait.labels(pool)
+        self._metrics = metrics
         self._connect = metrics.connect_seconds.labels(pool)
         self._connect_failures = metrics.connect_failures.labels(pool)
         self._query = metrics.query_seconds.labels(pool)
@@ -142,6 +143,10 @@ class PoolWatch:
     def waited(self) -> None:
         """Count an acquisition that has to queue."""
         self._wait.inc()
+
+    def woke(self, seconds: float) -> None:
+        """Count an acquisition that waited for a sleeping database, and the seconds that it waited."""
+        self._metrics.wake_seconds.labels(self.pool).observe(seconds)
 
     def rejected(self, reason: str) -> None:
         """Count a refusal. Many come at once, so the log has them at DEBUG only."""

@@ -19,7 +19,6 @@ from pglifeguard.collisions import ATTEMPTS, collision, pause_seconds
 from pglifeguard.consistency import Consistency, current_consistency
 from pglifeguard.credentials import PasswordSource
 from pglifeguard.database import Database, Isolation, Role
-from pglifeguard.environment import SettingsError
 from pglifeguard.errors import DatabaseUnavailable
 from pglifeguard.listening import Listener
 from pglifeguard.metrics import Metrics
@@ -130,8 +129,10 @@ class Databases:
             # When one of several reads in a request went to a replica, the whole request can be run once more.
             consistency.read_from = database
         check = None
-        if database.role == "replica" and (consistency.wanted is not None or database.connector.several):
-            # The monitor probes one server; the connection may lead to another.
+        if database.role == "replica" and (
+            consistency.wanted is not None or database.connector.several or database.settings.profile == "sleeping"
+        ):
+            # The monitor probes one server; the connection may lead to another, or to one that has just woken up.
             check = ServerCheck(self.router, database, consistency)
         return ReadSession(database, database.reads, label=_label(label), server_check=check)
 
@@ -255,8 +256,7 @@ class Databases:
     async def open(self) -> None:
         """Warm the pools and start the monitors. A database that is down does not keep the service from starting.
 
-        Raises: RuntimeError when they are open already; SettingsError when a pooler stands in front of one that would
-        make its data wrong.
+        Raises: RuntimeError when they are open already.
         """
         if self._loop is not None and not self._loop.is_closed():
             raise RuntimeError(STILL_OPEN)
@@ -264,20 +264,9 @@ class Databases:
             # Pools and monitors end with their event loop, which may have ended before they were closed.
             self._make()
         self._loop = asyncio.get_running_loop()
-        await asyncio.gather(*(_meet(database) for database in self.all()))
-        await self._refuse_poolers()
+        await asyncio.gather(*(_warm_up(database) for database in self.all()))
         self._tasks = [asyncio.create_task(database.monitor.probe_forever()) for database in self.all()]
         self._tasks += [asyncio.create_task(self._upkeep()), asyncio.create_task(self._log_figures())]
-
-    async def _refuse_poolers(self) -> None:
-        refused = [
-            f"{prefix}URL {database.connector.look.refusal}."
-            for (prefix, _), database in zip(self.settings.databases, self.all(), strict=True)
-            if database.connector.look is not None and database.connector.look.refusal is not None
-        ]
-        if refused:
-            await self.close()
-            raise SettingsError("\n".join(dict.fromkeys(refused)))
 
     async def close(self, *, grace_seconds: float = 5.0) -> None:
         """Refuse new requests, drain the pools for `grace_seconds` at most, close every connection."""
@@ -310,7 +299,12 @@ class Databases:
             metrics.pool_checked_out.labels(name).set(figures.checked_out)
             metrics.pool_open.labels(name).set(figures.checked_out + figures.checked_in)
             metrics.pool_waiting.labels(name).set(figures.waiting)
-            metrics.up.labels(name).set(database.monitor.healthy)
+            metrics.asleep.labels(name).set(database.monitor.asleep)
+            if database.monitor.asleep:
+                # The last value would say that the database answers, however long ago that was.
+                metrics.forget(metrics.up, name)
+            else:
+                metrics.up.labels(name).set(database.monitor.healthy)
         for demand in self._demands:
             metrics.budget_wanted.labels(demand.server).set(demand.wanted)
             metrics.budget_instance.labels(demand.server).set(demand.per_instance)
@@ -366,14 +360,6 @@ def _label(given: str | None) -> str:
         return given
     current = current_consistency()
     return "background" if current is None or current.label is None else current.label
-
-
-async def _meet(database: Database) -> None:
-    """Open what the pool keeps warm, and so find out what the database is; without any, the monitor's connection."""
-    if database.settings.warm_size:
-        await _warm_up(database)
-    else:
-        await database.monitor.probe(timeout_seconds=database.settings.connect_timeout_seconds)
 
 
 async def _warm_up(database: Database) -> None:

@@ -8,11 +8,15 @@ begins after a pause. So an outage costs a handful of logins a second, however m
 
 A login is not bound to the request that asked for it. It goes on when the request has ended, and serves the next one:
 on a server that takes two seconds to log in, a deadline of half a second would never get a connection.
+
+A caller may say that the database is asleep. A refusal is then no answer: the caller waits for further rounds, until
+its deadline. And a login gets more time before its host counts as silent, so that one login wakes the database.
 """
 
 import asyncio
 import logging
 import random
+import ssl
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
 from contextvars import Context
@@ -20,7 +24,7 @@ from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar, cast
 
 from pglifeguard.database_url import Host
-from pglifeguard.errors import DatabaseUnreachable
+from pglifeguard.errors import DatabaseUnreachable, sqlstate
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +39,8 @@ FIRST_PAUSE_SECONDS = 0.05
 LAST_PAUSE_SECONDS = 0.2
 # Seconds for which a connection is kept when no caller waits for it any more.
 SPARE_SECONDS = 2.0
+# SQLSTATE classes of refusals by a server that is awake: the user, the database or a parameter is wrong.
+FINAL = ("22", "28", "3D", "42", "0A")
 
 
 class Connection(Protocol):
@@ -52,9 +58,13 @@ C = TypeVar("C", bound=Connection)
 
 @dataclass(slots=True, eq=False)
 class _Attempt:
-    """One login; `late` when its host counts as silent and the search no longer waits for it."""
+    """One login; `late` when its host counts as silent and the search no longer waits for it.
+
+    `patience` is the seconds after which it does.
+    """
 
     host: int
+    patience: float
     started_at: float
     late: bool = False
     task: asyncio.Task[None] = field(init=False)
@@ -88,7 +98,8 @@ class HostSearch(Generic[C]):
         self._good: int | None = None
         self._last_good = 0
         self._succeeded_at = float("-inf")
-        self._callers: OrderedDict[asyncio.Future[C], None] = OrderedDict()
+        # The callers, with the patience of a login for those that wake the database; None for the others.
+        self._callers: OrderedDict[asyncio.Future[C], float | None] = OrderedDict()
         self._attempts: set[_Attempt] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._spares: dict[C, asyncio.TimerHandle] = {}
@@ -99,8 +110,11 @@ class HostSearch(Generic[C]):
         self._next_round_at = 0.0
         self._timer: asyncio.TimerHandle | None = None
 
-    async def connect(self, deadline: float) -> C:
+    async def connect(self, deadline: float, *, waking_seconds: float | None = None) -> C:
         """Return a connection to the good host by `deadline` (the event loop's time).
+
+        With `waking_seconds` the database may be asleep: a host counts as silent after as many seconds, and a host that
+        refuses is tried again until the deadline.
 
         Raises: DatabaseUnreachable, caused by what the hosts said; whatever else `log_in` raises, as it is.
         """
@@ -115,7 +129,7 @@ class HostSearch(Generic[C]):
         if self._failures and not self._attempts and self._next_round_at >= deadline:
             raise self._unreachable()
         caller: asyncio.Future[C] = loop.create_future()
-        self._callers[caller] = None
+        self._callers[caller] = waking_seconds
         ending = loop.call_at(deadline, self._expire, caller)
         self._advance()
         try:
@@ -202,9 +216,11 @@ class HostSearch(Generic[C]):
         self._pause = min(max(2 * self._pause, FIRST_PAUSE_SECONDS * count), LAST_PAUSE_SECONDS * count)
         self._next_round_at = loop.time() + self._pause * random.uniform(0.5, 1.0)  # noqa: S311  # Not a secret.
         if not self._attempts:
+            awake = any(_is_final(error) for error in self._failures.values())
             for caller in self._waiting():
-                del self._callers[caller]
-                caller.set_exception(self._unreachable())
+                if awake or self._callers[caller] is None:
+                    del self._callers[caller]
+                    caller.set_exception(self._unreachable())
         self._advance()
 
     def _end_round(self) -> None:
@@ -217,9 +233,11 @@ class HostSearch(Generic[C]):
 
     def _start(self, host: int) -> None:
         loop = asyncio.get_running_loop()
-        attempt = _Attempt(host, loop.time())
+        # The most patient caller decides: a second login beside the first would not wake the database sooner.
+        patience = max(self._patience, *(seconds or 0.0 for seconds in self._callers.values()))
+        attempt = _Attempt(host, patience, loop.time())
         self._attempts.add(attempt)
-        attempt.timer = loop.call_later(self._patience, self._mark_silent, attempt)
+        attempt.timer = loop.call_later(patience, self._mark_silent, attempt)
         # A context of its own: in that of a request, the log lines of the login would carry the request's id.
         attempt.task = loop.create_task(self._try_host(attempt), context=Context())
         self._tasks.add(attempt.task)
@@ -235,7 +253,7 @@ class HostSearch(Generic[C]):
 
     async def _try_host(self, attempt: _Attempt) -> None:
         try:
-            connection = await self._log_in(self.hosts[attempt.host], self.login_seconds)
+            connection = await self._log_in(self.hosts[attempt.host], attempt.patience * LATE_FACTOR)
         except Exception as error:  # noqa: BLE001  # The edge of a task; the callers are told.
             self._end(attempt)
             self._failed(attempt, error)
@@ -273,10 +291,10 @@ class HostSearch(Generic[C]):
         if self._good == attempt.host and self._succeeded_at > attempt.started_at:
             # The host is slow, and more logins would make it slower.
             attempt.started_at = loop.time()
-            attempt.timer = loop.call_later(self._patience, self._mark_silent, attempt)
+            attempt.timer = loop.call_later(attempt.patience, self._mark_silent, attempt)
             return
         attempt.late = True
-        silence = f"{self.hosts[attempt.host]} has not let the service in within {self._patience:g} s"
+        silence = f"{self.hosts[attempt.host]} has not let the service in within {attempt.patience:g} s"
         if (reason := self._waits_for()) is not None:
             silence = f"{silence}: {reason}"
         self._failures[attempt.host] = TimeoutError(silence)
@@ -316,3 +334,10 @@ class HostSearch(Generic[C]):
         failure = DatabaseUnreachable(f"The database cannot be reached: {message}.")
         failure.__cause__ = said[-1]
         return failure
+
+
+def _is_final(error: Exception) -> bool:
+    """Whether a server that is awake has refused the login, or has another certificate than it should have."""
+    if isinstance(error.__cause__, ssl.SSLCertVerificationError):
+        return True
+    return (sqlstate(error) or "").startswith(FINAL)

@@ -9,10 +9,27 @@ share figures. In multi-process mode (PROMETHEUS_MULTIPROC_DIR) gauges are the s
 worst of them.
 """
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
+import math
+from collections.abc import Iterator
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, disable_created_metrics
 
 ACQUIRE_BUCKETS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
+# What a gauge is set to while nobody knows its value. It loses against the value of any other worker, by the way in
+# which the gauges of several workers are put together.
+UNKNOWN = {"livemin": math.inf, "livemax": -math.inf}
 SECONDS_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+
+
+class Registry(CollectorRegistry):
+    """A registry that leaves out the gauges whose value nobody knows."""
+
+    def collect(self) -> Iterator[Metric]:
+        """Give the families, without those samples."""
+        for family in super().collect():
+            if family.type == "gauge":
+                family.samples = [sample for sample in family.samples if not math.isinf(sample.value)]
+            yield family
 
 
 class Metrics:
@@ -21,10 +38,13 @@ class Metrics:
     def __init__(self) -> None:
         # Without this each counter and histogram has a second series with the time at which it was made.
         disable_created_metrics()  # type: ignore[no-untyped-call]  # prometheus-client annotates only parts.
-        self.registry = registry = CollectorRegistry()
+        self.registry = registry = Registry()
+        self._modes: dict[Gauge, str] = {}
 
         def gauge(name: str, text: str, *labels: str, mode: str = "livesum") -> Gauge:
-            return Gauge(name, text, labels, registry=registry, multiprocess_mode=mode)  # type: ignore[arg-type]
+            made = Gauge(name, text, labels, registry=registry, multiprocess_mode=mode)  # type: ignore[arg-type]
+            self._modes[made] = mode
+            return made
 
         def counter(name: str, text: str, *labels: str) -> Counter:
             return Counter(name, text, labels, registry=registry)
@@ -42,7 +62,18 @@ class Metrics:
         self.pool_checked_out = gauge("db_pool_connections_checked_out", "Connections at work.", "pool")
         self.pool_open = gauge("db_pool_connections_open", "Connections open, at work or idle.", "pool")
         self.pool_waiting = gauge("db_pool_connections_waiting", "Requests in the queue for a connection.", "pool")
-        self.up = gauge("db_up", "Whether the database answered the last probe: 1 or 0.", "pool", mode="livemin")
+        self.up = gauge(
+            "db_up",
+            "Whether the database answered the last probe: 1 or 0; absent while asleep.",
+            "pool",
+            mode="livemin",
+        )
+        self.asleep = gauge(
+            "db_asleep",
+            "Whether the database may sleep, because nobody asks: 1 or 0. Nothing else is known of it then.",
+            "pool",
+            mode="livemin",
+        )
 
         # Getting a connection.
         self.acquire_seconds = histogram(
@@ -57,6 +88,11 @@ class Metrics:
             "Acquisitions refused: queue_full, timeout (the deadline passed) or closing.",
             "pool",
             "reason",
+        )
+        self.wake_seconds = histogram(
+            "db_connection_wake_seconds",
+            "Seconds to get a connection while a sleeping database woke up; not in db_connection_acquire_seconds.",
+            "pool",
         )
         self.connect_seconds = histogram(
             "db_connection_connect_seconds", "Seconds to open a connection, authentication included.", "pool"
@@ -117,24 +153,28 @@ class Metrics:
         )
         self.replica_lag_seconds = gauge(
             "db_replica_lag_seconds",
-            "Seconds the replica is behind; 0 with nothing left to replay.",
+            "Seconds the replica is behind; 0 with nothing left to replay. Absent while it or the primary is asleep.",
             "pool",
             mode="livemax",
         )
         self.replica_lag_bytes = gauge(
             "db_replica_lag_bytes",
-            "Bytes of WAL between the primary and what the replica replayed.",
+            "Bytes of WAL between the primary and what the replica replayed; absent as the seconds are.",
             "pool",
             mode="livemax",
         )
         self.write_stall_seconds = gauge(
             "db_write_stall_seconds",
-            "Seconds for which the oldest commit has been waiting, once it is more than one; else 0.",
+            "Seconds for which the oldest commit has been waiting, once it is more than one; else 0. "
+            "Absent while asleep.",
             "pool",
             mode="livemax",
         )
         self.replica_usable = gauge(
-            "db_replica_usable", "Whether reads go to this replica: 1 or 0.", "pool", mode="livemin"
+            "db_replica_usable",
+            "Whether reads go to this replica: 1 or 0; absent while asleep.",
+            "pool",
+            mode="livemin",
         )
         self.tokens = counter(
             "db_consistency_tokens_total",
@@ -166,3 +206,8 @@ class Metrics:
         self.event_loop_lag_seconds = histogram(
             "event_loop_lag_seconds", "Seconds by which the event loop was late for a timer."
         )
+
+    def forget(self, gauge: Gauge, *labels: str) -> None:
+        """Leave a series out of the exposition, because nobody knows its value now; setting it brings it back."""
+        # Gauge.remove would not do: prometheus-client cannot remove a series from the files of several workers (0.26).
+        gauge.labels(*labels).set(UNKNOWN[self._modes[gauge]])

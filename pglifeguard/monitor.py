@@ -2,14 +2,17 @@
 
 Health, readiness, lag and the queries of operators use it. So none of them waits behind requests, and a full pool is
 not mistaken for a dead database. The monitor probes every `monitor_interval_seconds`, and at once when it is asked to.
+
+A database that sleeps when nobody asks is watched only while requests use it: see `let_sleep`.
 """
 
 import asyncio
 import logging
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import asyncpg
 
@@ -17,6 +20,7 @@ from pglifeguard.connector import Connector, KeptAliveConnection
 from pglifeguard.driver_failures import DRIVER_FAILURES
 from pglifeguard.errors import DatabaseUnavailable, DatabaseUnreachable
 from pglifeguard.metrics import Metrics
+from pglifeguard.pooler import STATEMENTS, WARNING, forgets_statements
 from pglifeguard.server import UNKNOWN, Position, PositionQuery, is_missing_feature
 from pglifeguard.settings import DatabasesSettings
 
@@ -31,15 +35,27 @@ STALLED_SECONDS = 1.0
 class Probe:
     """The result of one probe. `at` is of time.monotonic(); `position` is what the server said of itself.
 
-    `server` is the one that the monitor's connection was opened to: see `KeptAliveConnection`.
+    "asleep" is no answer: nobody uses the database, so that it may sleep, and it was not asked. `server` is the one
+    that the monitor's connection was opened to: see `KeptAliveConnection`.
     """
 
     at: float
-    status: Literal["healthy", "timeout", "error", "unknown"]
+    status: Literal["healthy", "timeout", "error", "unknown", "asleep"]
     latency_seconds: float | None = None
     error: str | None = None
     position: Position = UNKNOWN
     server: float | None = None
+
+
+class SleepingPool(Protocol):
+    """The pool of a database that sleeps, as far as the monitor needs to know it."""
+
+    @property
+    def asked(self) -> bool:
+        """Whether requests use the database, did lately, or failed to reach it lately."""
+
+    def let_sleep(self) -> bool:
+        """Close the idle connections, unless requests use the database or failed to; return whether nobody does."""
 
 
 class Monitor:
@@ -54,6 +70,7 @@ class Monitor:
         # Whether it has been healthy since the start of the process.
         self.was_healthy = False
         self._misses = 0
+        self._pooler_examined = False
         self._connector = connector
         self._settings = settings
         self._metrics = metrics
@@ -62,6 +79,7 @@ class Monitor:
         self._missing: frozenset[str] = frozenset()
         self._probe: asyncio.Task[Probe] | None = None
         self._turn = asyncio.Lock()
+        self._pool: SleepingPool | None = None
 
     @property
     def healthy(self) -> bool:
@@ -73,6 +91,11 @@ class Monitor:
         """Connections that the server has for ordinary roles; None when unknown, and behind a pooler."""
         direct = self._connection is not None and not self._connection.pooled
         return self.position.granted if direct else None
+
+    @property
+    def asleep(self) -> bool:
+        """Whether nothing is asked, because nobody uses the database: it may sleep, and may be down."""
+        return self.last.status == "asleep"
 
     @property
     def lacks_lsn(self) -> bool:
@@ -89,6 +112,11 @@ class Monitor:
         """Whether commits have been waiting for longer than STALLED_SECONDS while the database answers."""
         return self.healthy and (self.position.stalled or 0.0) >= STALLED_SECONDS
 
+    def let_sleep(self, pool: SleepingPool) -> None:
+        """Ask nothing, and keep no connection, while nobody uses the database: a probe would keep it awake."""
+        self._pool = pool
+        self.last = replace(self.last, status="asleep")
+
     async def probe_forever(self) -> None:
         """Probe every `monitor_interval_seconds`, until the task is cancelled."""
         while True:
@@ -97,7 +125,13 @@ class Monitor:
             await asyncio.sleep(self._settings.monitor_interval_seconds)
 
     async def probe(self, *, timeout_seconds: float | None = None) -> Probe:
-        """Probe now. Callers at the same time share one probe. Never raises: the result says what was wrong."""
+        """Probe now. Callers at the same time share one probe. Never raises: the result says what was wrong.
+
+        A database that may sleep is not asked; the result is "asleep".
+        """
+        if self._pool is not None and not self._pool.asked and not self._turn.locked():
+            self._fall_asleep()
+            return self.last
         if self._probe is None or self._probe.done():
             seconds = self._settings.health_timeout_seconds if timeout_seconds is None else timeout_seconds
             self._probe = asyncio.create_task(self._probe_once(seconds))
@@ -114,17 +148,42 @@ class Monitor:
         else:
             self._log_missing()
             found = self._judge(position, started)
+        if found.status != "healthy" and self._pool is not None and self._pool.let_sleep():
+            # Nobody asks, and the server has ended the connections: it went to sleep by itself. Whether it is down, the
+            # next request will tell.
+            self._fall_asleep()
+            return self.last
+        self._tell(found, was_stalled=stalled)
+        if found.status == "healthy" and not self._pooler_examined:
+            await self._examine_pooler(seconds)
+        return found
+
+    def _fall_asleep(self) -> None:
+        self._disconnect()
+        if not self.asleep:
+            self._tell(Probe(time.monotonic(), "asleep"), was_stalled=False)
+
+    def _tell(self, found: Probe, *, was_stalled: bool) -> None:
+        """Log a change, keep what was found, and tell the listeners."""
         if found.status != self.last.status:
-            level = logging.INFO if found.status == "healthy" else logging.WARNING
+            level = logging.INFO if found.status in {"healthy", "asleep"} else logging.WARNING
             logger.log(level, "database is %s", found.status, extra={"database": self.name, "reason": found.error})
         self._misses = 0 if found.status == "healthy" else self._misses + 1
         self.last = found
         self.was_healthy = self.was_healthy or found.status == "healthy"
         if self._connector.writable:
-            self._report_stall(before=stalled)
+            self._report_stall(before=was_stalled)
         for listener in self.listeners:
             listener(found)
-        return found
+
+    async def _examine_pooler(self, seconds: float) -> None:
+        """Say once, at the start, that a pooler will break prepared statements; the answers say it too."""
+        # Once only, whatever the result: a server without this view is as healthy.
+        self._pooler_examined = True
+        with suppress(DatabaseUnavailable):
+            (statements,) = await self.ask(STATEMENTS, timeout_seconds=seconds)
+            if self._connection is not None and forgets_statements(self._connection, statements):
+                logger.warning(WARNING, extra={"database": self.name})
 
     def _judge(self, position: Position, started: float) -> Probe:
         now = time.monotonic()
@@ -151,6 +210,9 @@ class Monitor:
 
     def _report_stall(self, *, before: bool) -> None:
         """Report writes that hang: the database answers, so nothing else shows it."""
+        if self.asleep:
+            self._metrics.forget(self._metrics.write_stall_seconds, self.name)
+            return
         seconds = self.position.stalled or 0.0
         self._metrics.write_stall_seconds.labels(self.name).set(seconds if self.stalled else 0.0)
         if self.stalled and not before:

@@ -40,6 +40,8 @@ OPENED_AT_ONCE = 3
 # The least time between two disposals because of a demoted server. Without it each write that met the demoted server
 # disposed of all connections, and so cost a login.
 RENEW_SECONDS = 0.2
+# A request that waits for a sleeping database gives up this much later than the login, which can say why.
+TELL_SECONDS = 0.1
 # SQLSTATE class of a server that has no room for another connection. The open connections go on working.
 SERVER_FULL = "53"
 # Awaited with each new connection, before a request gets it; see `Lifeguard`.
@@ -68,10 +70,12 @@ class _Opening:
     """A connection that is being opened.
 
     `generation` is the pool's at the start of the login. `keep` is the server that it must lead to, None for any.
+    With `waking` it may have to wake the database.
     """
 
     started_at: float
     generation: int
+    waking: bool = False
     keep: float | None = None
 
 
@@ -86,8 +90,8 @@ class Opener(Protocol[S_co]):
     def login_seconds(self) -> float:
         """Seconds after which a login is given up, also when a request still waits for it."""
 
-    async def open_slot(self, deadline: float) -> tuple[S_co, KeptAliveConnection]:
-        """Open a connection by `deadline` (the event loop's time).
+    async def open_slot(self, deadline: float, *, waking: bool = False) -> tuple[S_co, KeptAliveConnection]:
+        """Open a connection by `deadline` (the event loop's time); with `waking` the database may be asleep.
 
         Raises: DatabaseUnreachable, or one of DRIVER_FAILURES.
         """
@@ -126,7 +130,7 @@ class ConnectionPool(Generic[S]):
         self._waiters: OrderedDict[asyncio.Future[S], None] = OrderedDict()
         # The error of the last login; None when the last login succeeded.
         self._failure: Exception | None = None
-        self._returned_at = self._renewed_at = float("-inf")
+        self._returned_at = self._renewed_at = self._failed_at = float("-inf")
         self._generation = 0
         self._closed = False
         self._drained: asyncio.Event | None = None
@@ -144,7 +148,8 @@ class ConnectionPool(Generic[S]):
         if self._closed:
             raise self._refusal("closing", "The service is shutting down.")
         started = self._clock()
-        deadline = asyncio.get_running_loop().time() + self.settings.pool_timeout
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + self.settings.pool_timeout
         while self._idle:
             # The most recently used connection comes first. It is the likeliest to live, and the others stay idle, so
             # that `tend` can close them. Handed out in turn, all of them stay in use, however few the requests are.
@@ -158,8 +163,13 @@ class ConnectionPool(Generic[S]):
             raise self._full(free)
         if len(self._waiters) >= free:
             self._watch.waited()
-        slot = await self._wait_in_queue(deadline)
-        return self._hand_out(slot, _checkout(slot), started)
+        if not self.asleep:
+            slot = await self._wait_in_queue(deadline)
+            return self._hand_out(slot, _checkout(slot), started)
+        slot = await self._wait_in_queue(loop.time() + self.settings.wake_seconds + TELL_SECONDS)
+        # The time of a wake-up is counted by itself: else each morning would be an alert of slow acquisitions.
+        self._watch.woke(self._clock() - started)
+        return self._hand_out(slot, _checkout(slot), self._clock())
 
     def release(self, slot: S) -> None:
         """Take back a connection that `acquire` gave; a closed or old one is replaced."""
@@ -360,15 +370,21 @@ class ConnectionPool(Generic[S]):
         opening = len(self._openings)
         room = self._free - len(self._idle)
         loop = next(iter(self._waiters)).get_loop()
-        for _ in range(min(len(self._waiters), room, OPENED_AT_ONCE) - opening):
-            # A context of its own: in that of a request, the log lines of the login would carry the request's id.
-            login = self._open_one(self._begin_opening(loop), self._opener.login_seconds)
-            task = loop.create_task(login, context=Context())
-            self._login_tasks.add(task)
-            task.add_done_callback(self._login_tasks.discard)
+        # One login wakes a sleeping database; the others begin when it has succeeded.
+        at_once = 1 if self.asleep else OPENED_AT_ONCE
+        for _ in range(min(len(self._waiters), room, at_once) - opening):
+            self._start_login(loop)
+
+    def _start_login(self, loop: asyncio.AbstractEventLoop) -> None:
+        opening = self._begin_opening(loop)
+        seconds = self.settings.wake_seconds if opening.waking else self._opener.login_seconds
+        # A context of its own: in that of a request, the log lines of the login would carry the request's id.
+        task = loop.create_task(self._open_one(opening, seconds), context=Context())
+        self._login_tasks.add(task)
+        task.add_done_callback(self._login_tasks.discard)
 
     def _begin_opening(self, loop: asyncio.AbstractEventLoop) -> _Opening:
-        opening = _Opening(loop.time(), self._generation)
+        opening = _Opening(loop.time(), self._generation, waking=self.asleep)
         self._openings.add(opening)
         return opening
 
@@ -376,10 +392,11 @@ class ConnectionPool(Generic[S]):
         """Open a connection within `seconds`, and give it to the request that is then first in the queue."""
         started = self._clock()
         try:
-            slot, connection = await self._opener.open_slot(asyncio.get_running_loop().time() + seconds)
+            deadline = asyncio.get_running_loop().time() + seconds
+            slot, connection = await self._opener.open_slot(deadline, waking=opening.waking)
         except Exception as error:  # noqa: BLE001  # The edge of a task; the waiting requests are refused.
             self._openings.discard(opening)
-            self._refuse_waiting(error)
+            self._refuse_waiting(error, opening)
         else:
             self._openings.discard(opening)
             now = self._clock()
@@ -409,12 +426,13 @@ class ConnectionPool(Generic[S]):
         else:
             self._idle.insert(0, slot)
 
-    def _refuse_waiting(self, error: Exception) -> None:
+    def _refuse_waiting(self, error: Exception, opening: _Opening) -> None:
         """Tell the requests that waited for this login; those that a release may still serve wait on.
 
         SQLAlchemy's QueuePool (2.1) wakes none of them, so after an outage they wait until their timeout.
         """
         known, self._failure = self._failure, error
+        self._failed_at = self._clock()
         # Several logins end with one cause when they waited for one search of the hosts: one failure, counted once.
         known_already = known is not None and known.__cause__ is not None and known.__cause__ is error.__cause__
         if not known_already:
@@ -422,6 +440,9 @@ class ConnectionPool(Generic[S]):
         refused = len(self._waiters)
         if password_is_late(error, self.settings):
             # The requests wait until their own deadlines: the next login asks for the password again.
+            refused = 0
+        elif self.asleep and not opening.waking:
+            # The database went to sleep during this login. The next login has the time to wake it.
             refused = 0
         elif self._out or self._in_hand:
             # The checked out connections will be released, and serve the queue. So nobody is refused when the server is
@@ -471,6 +492,37 @@ class ConnectionPool(Generic[S]):
                 checkout.reported = True
                 found.append(holding_of(checkout, now))
         return found
+
+    # A database that sleeps.
+
+    @property
+    def asleep(self) -> bool:
+        """Whether the database sleeps when nobody asks it, and this pool has no connection to it."""
+        if not self.settings.sleeps or self._out or self._in_hand:
+            return False
+        # A server that goes to sleep closes them; to ask it then would wake it up again.
+        return all(_checkout(slot).connection.is_closed() for slot in self._idle)
+
+    @property
+    def asked(self) -> bool:
+        """Whether requests use the database, did within `pool_idle_seconds`, or failed to reach it within them."""
+        return not self.asleep or self._failed_lately
+
+    def wake(self) -> None:
+        """Begin to open a connection, unless one is open or being opened."""
+        if not self._opened and not self._closed:
+            self._start_login(asyncio.get_running_loop())
+
+    def let_sleep(self) -> bool:
+        """Close the idle connections, unless requests use the database or failed to; return whether nobody does."""
+        if self.load or self._failed_lately:
+            return False
+        self.dispose()
+        return True
+
+    @property
+    def _failed_lately(self) -> bool:
+        return self._clock() - self._failed_at < self.settings.pool_idle_seconds
 
     # Upkeep, which `Databases` calls.
 

@@ -14,6 +14,10 @@ been written by the primary.
 
 When the primary has not answered since the start, a standby serves reads without being compared (`alone`): no newer
 answer can be had. Tokens are honoured there as elsewhere.
+
+Of a replica that sleeps nothing is known (`asleep`). The primary serves the reads while the replica wakes up. Where the
+primary sleeps too, the read waits for the replica, and its server is asked before it serves. A replica whose primary
+sleeps is compared with what the primary had written when it was last seen: see docs/sleeping.md.
 """
 
 import asyncio
@@ -38,14 +42,16 @@ from pglifeguard.settings import DatabasesSettings
 logger = logging.getLogger(__name__)
 
 # The state of a replica. `alone`: a standby whose primary has not answered yet, so that nothing can be compared;
-# `promoted`: no standby any more; `foreign`: of another cluster; `diverged`: on another timeline; `unmeasured`: its
-# server reports no position.
-State = Literal["usable", "alone", "unknown", "lagging", "broken", "promoted", "foreign", "diverged", "unmeasured"]
+# `asleep`: nobody uses it, so it was not asked; `promoted`: no standby any more; `foreign`: of another cluster;
+# `diverged`: on another timeline; `unmeasured`: its server reports no position.
+State = Literal[
+    "usable", "alone", "unknown", "asleep", "lagging", "broken", "promoted", "foreign", "diverged", "unmeasured"
+]
 # These states serve reads.
 SERVING: frozenset[State] = frozenset({"usable", "alone"})
 # The server is not this primary's standby, and the answers of reads that run there may be wrong.
 NO_STANDBY: frozenset[State] = frozenset({"promoted", "foreign", "diverged"})
-# Reads go to the primary for these reasons, and for "behind_token", which is no fault of the replica.
+# Reads go to the primary for these reasons, and for "behind_token" and "asleep", which are no fault of the replica.
 FALLING_BACK: tuple[Reason, ...] = ("unknown", "lagging", "broken", "promoted", "foreign", "diverged", "unmeasured")
 # The primary had not answered, or reported no position, when these states were found.
 UNCOMPARED: frozenset[State] = frozenset({"unknown", "alone", "unmeasured"})
@@ -66,7 +72,7 @@ class Replica:
 
     def __init__(self, database: Database, primary: Monitor, settings: DatabasesSettings, metrics: Metrics) -> None:
         self.database = database
-        self.state: State = "unknown"
+        self.state: State = "asleep" if database.monitor.asleep else "unknown"
         self._primary = primary
         self._settings = settings
         self._metrics = metrics
@@ -87,18 +93,24 @@ class Replica:
     def lag_bytes(self) -> int | None:
         """Bytes between what the primary wrote and what this replica replayed; None when either is unknown.
 
-        None, too, where the two cannot be compared: on different timelines, or of different clusters.
+        None, too, where the two cannot be compared: on different timelines, or of different clusters, or while one of
+        them is asleep.
         """
-        return self._lag(self.position)[0]
+        return self.lag_of(self.position)
 
     @property
     def lag_seconds(self) -> float | None:
         """Seconds behind; 0.0 when nothing is left to replay, however long ago the last transaction was."""
-        return self._lag(self.position)[1]
+        return None if self._old else self._lag(self.position)[1]
 
     def lag_of(self, position: Position) -> int | None:
         """Bytes behind of another server of the address; None as `lag_bytes`."""
-        return self._lag(position)[0]
+        return None if self._old else self._lag(position)[0]
+
+    @property
+    def _old(self) -> bool:
+        """Whether one of the two positions may be old, because its server is not asked."""
+        return self._primary.asleep or self.database.monitor.asleep
 
     def trip(self) -> None:
         """Send reads elsewhere, because a request found that the replica refuses a login or does not answer."""
@@ -155,7 +167,7 @@ class Replica:
             # A primary may be named as its own replica. Any other server that takes writes has its own history.
             return "usable" if position.is_same_server(written) else "promoted"
         if written == UNKNOWN:
-            return "alone" if self._primary.last.status in {"error", "timeout"} else "unknown"
+            return "alone" if self._primary.last.status in {"error", "timeout", "asleep"} else "unknown"
         return "diverged" if position.is_diverged(written) else self._state_by_lag(position)
 
     def _fails(self, position: Position, token: Token | None) -> Reason | None:
@@ -187,7 +199,10 @@ class Replica:
             self.other_servers.popitem(last=False)
 
     def _judge(self, probe: Probe) -> None:
-        if probe.status != "healthy":
+        if probe.status == "asleep":
+            self._note_lag()
+            self._become("asleep")
+        elif probe.status != "healthy":
             self._broken_at = probe.at
             self._become("broken")
             if not self.database.monitor.healthy:
@@ -201,6 +216,8 @@ class Replica:
 
     def _judge_again(self, probe: Probe) -> None:
         """Judge the replica again after a probe of the primary, where that may change its state."""
+        if probe.status == "asleep":
+            self._note_lag()
         written = self._primary.position
         if probe.status == "healthy" and written.timeline is not None and written.lsn is not None:
             self._floors.setdefault(written.timeline, written.lsn)
@@ -217,6 +234,10 @@ class Replica:
         return behind, 0.0 if behind == 0 else position.replay_age
 
     def _note_lag(self) -> None:
+        if self._old:
+            self._metrics.forget(self._metrics.replica_lag_bytes, self.database.name)
+            self._metrics.forget(self._metrics.replica_lag_seconds, self.database.name)
+            return
         behind, seconds = self._lag(self.position)
         if behind is not None:
             self._metrics.replica_lag_bytes.labels(self.database.name).set(behind)
@@ -232,10 +253,14 @@ class Replica:
         return "usable" if near or behind <= self._settings.replica_max_lag_bytes else "lagging"
 
     def _become(self, state: State) -> None:
-        self._metrics.replica_usable.labels(self.database.name).set(state in SERVING)
+        if state == "asleep":
+            self._metrics.forget(self._metrics.replica_usable, self.database.name)
+        else:
+            self._metrics.replica_usable.labels(self.database.name).set(state in SERVING)
         if state == self.state:
             return
-        level = logging.INFO if state == "usable" else logging.WARNING
+        expected = state in {"usable", "asleep"} or (state == "alone" and self._primary.asleep)
+        level = logging.INFO if expected else logging.WARNING
         logger.log(level, "replica is %s", state, extra={"database": self.database.name, "lag_bytes": self.lag_bytes})
         self.state = state
         if state in NO_STANDBY:
@@ -276,10 +301,20 @@ class Router:
                 reason = "behind_token"
             elif best is None or replica.database.pool.load < best.database.pool.load:
                 best = replica
+        if best is None and reason == "asleep":
+            best = self._woken()
         if best is not None:
             self._count(best.database.name, "replica").inc()
             return best.database, "replica"
         return self._fall_back(reason), reason
+
+    def _woken(self) -> Replica | None:
+        """Wake a replica; return it for the read that waits for that, None where the primary can serve the read."""
+        sleeping = next(replica for replica in self.replicas if replica.state == "asleep")
+        if not self._fallback or not self._primary.monitor.healthy:
+            return sleeping
+        sleeping.database.pool.wake()
+        return None
 
     @property
     def serves_reads(self) -> bool:

@@ -11,7 +11,7 @@ import os
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Self, cast
+from typing import Annotated, Any, ClassVar, Literal, Self, cast
 
 from pydantic import (
     AfterValidator,
@@ -80,6 +80,10 @@ def _checked_password_file(path: Path) -> Path:
     return path
 
 
+# What the profile "sleeping" chooses in place of the defaults. Each second that a connection is open may be on the
+# bill. While the database wakes up, the requests of many seconds wait in the queue, and not those of half a second.
+SLEEPING = {"pool_idle_seconds": 60, "pool_max_waiting": 1000}
+
 DatabaseUrl = Annotated[SecretStr, AfterValidator(_checked_url)]
 PasswordFile = Annotated[Path, AfterValidator(_checked_password_file)]
 
@@ -95,6 +99,17 @@ class DatabaseSettings(BaseModel):
     password_file: PasswordFile | None = Field(
         None, description="File of the password, read at each connect; the URL has no password then."
     )
+    profile: Literal["always_on", "sleeping"] = Field(
+        "always_on",
+        description="sleeping: the server stops when nobody asks, so nothing is asked of it meanwhile "
+        "(docs/sleeping.md).",
+    )
+    wake_seconds: float = Field(
+        30,
+        gt=0,
+        le=300,
+        description="Seconds to wait for a sleeping database to wake up, before a 503; otherwise not used.",
+    )
     pool_size: int = Field(10, ge=1, le=500, description="Connections kept open.")
     max_overflow: int = Field(5, ge=0, le=500, description="Connections beyond pool_size under a burst.")
     pool_timeout: float = Field(
@@ -104,11 +119,17 @@ class DatabaseSettings(BaseModel):
         1800, gt=0, description="Seconds that a connection lives, shortened by up to a tenth at random."
     )
     pool_min_size: int | None = Field(
-        None, ge=0, description="Connections opened at start and kept while idle; unset: pool_size, at most 5."
+        None,
+        ge=0,
+        description="Connections opened at start and kept while idle; unset: pool_size, at most 5. Sleeping: 0.",
     )
-    pool_max_waiting: int = Field(200, ge=0, description="Requests in the queue; the next one is a 503 at once.")
+    pool_max_waiting: int = Field(
+        200, ge=0, description="Requests in the queue; the next one is a 503 at once. Sleeping: 1000."
+    )
     pool_max_uses: int = Field(50_000, ge=1, description="Checkouts after which a connection is replaced.")
-    pool_idle_seconds: float = Field(300, gt=0, description="Seconds of idling before a connection is closed.")
+    pool_idle_seconds: float = Field(
+        300, gt=0, description="Seconds of idling before a connection is closed. Sleeping: 60."
+    )
     pool_overflow_idle_seconds: float = Field(
         5, gt=0, description="The same for connections beyond pool_size, so that a burst does not churn them."
     )
@@ -127,10 +148,6 @@ class DatabaseSettings(BaseModel):
     )
     statement_cache_size: int = Field(
         500, ge=0, description="Prepared statements kept per connection; 0 for poolers that lack them."
-    )
-    pooler_check: bool = Field(
-        True,
-        description="Find out at the first login what pooler stands in front, adapt to it, or refuse it.",
     )
     application_name: str = Field("lifeguard", min_length=1, max_length=63, description="As pg_stat_activity shows it.")
     echo: bool = Field(False, description="Log every statement; never in production.")
@@ -182,8 +199,23 @@ class DatabaseSettings(BaseModel):
         return self.pool_size + self.max_overflow
 
     @property
+    def sleeps(self) -> bool:
+        """Whether the server stops when nobody asks it."""
+        return self.profile == "sleeping"
+
+    @property
+    def waking_login_seconds(self) -> float:
+        """Seconds after which a login that wakes the database is tried again beside.
+
+        Long, since one login is enough. A sixth of the whole, since a proxy may forget a login that came too early.
+        """
+        return max(self.connect_timeout_seconds, self.wake_seconds / 6)
+
+    @property
     def warm_size(self) -> int:
         """Connections opened at start and kept while idle."""
+        if self.sleeps:
+            return 0
         return min(self.pool_size, 5) if self.pool_min_size is None else self.pool_min_size
 
     @cached_property
@@ -212,8 +244,19 @@ class DatabaseSettings(BaseModel):
             return given  # The field's own check says what is wrong.
         return {**parameters.settings, **given}
 
+    @model_validator(mode="before")
+    @classmethod
+    def _from_the_profile(cls, given: dict[str, Any]) -> dict[str, Any]:
+        """Let the profile choose what is not set."""
+        return SLEEPING | given if given.get("profile") == "sleeping" else given
+
     @model_validator(mode="after")
     def _agree(self) -> Self:
+        if self.sleeps and self.pool_min_size:
+            raise ValueError(
+                f"PROFILE sleeping with POOL_MIN_SIZE {self.pool_min_size}: connections that are kept open keep the "
+                "database awake; leave out one of the two"
+            )
         if self.warm_size > self.pool_size:
             raise ValueError(
                 f"POOL_MIN_SIZE {self.warm_size} > POOL_SIZE {self.pool_size}: the pool cannot keep more "
@@ -435,6 +478,11 @@ class DatabasesSettings(BaseSettings):
             raise ValueError(
                 f"GRACEFUL_TIMEOUT_SECONDS {self.graceful_timeout_seconds} <= STATEMENT_TIMEOUT_SECONDS "
                 f"{self.statement_timeout_seconds:g}: a statement in flight would be cut at shutdown; raise the first"
+            )
+        if self.listen_url is not None and self.primary.sleeps:
+            raise ValueError(
+                "LISTEN_URL with DATABASE_PROFILE=sleeping: the connection that listens keeps the database awake; "
+                "leave out one of the two"
             )
         for replica in self.replicas:
             if len(replica.parameters.hosts) > 1:

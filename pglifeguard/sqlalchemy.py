@@ -68,14 +68,6 @@ class PoolAdapter(Pool):
         # The failure of on_connect that the log has told; None since it succeeded.
         self._told: str | None = None
 
-    def keep_statements(self, _dialect: Any, _record: Any, _arguments: Any, options: dict[str, Any]) -> None:
-        """Let the dialect keep as many prepared statements as the connector does: a listener of `do_connect`."""
-        size = self._connector.statement_cache_size
-        options["prepared_statement_cache_size"] = size
-        # Without a cache the dialect would prepare each statement under a new name. In transaction mode such a name is
-        # closed on another server connection than its own, and another process may have it there.
-        options["prepared_statement_name_func"] = None if size else str
-
     def adopt(self, entry: ConnectionPoolEntry, connect: Callable[[], T]) -> T:
         """Let SQLAlchemy `connect` to an entry that `acquire` gave; from then on SQLAlchemy releases it."""
         adopting = _adopted.set(entry)
@@ -95,12 +87,14 @@ class PoolAdapter(Pool):
         """Say what logins wait for beside the server; None when they wait for nothing else."""
         return "on_connect has not ended" if self._customizing else self._connector.waits_for()
 
-    async def open_slot(self, deadline: float) -> tuple[ConnectionPoolEntry, KeptAliveConnection]:
-        """Open a connection and let SQLAlchemy's dialect set it up, all by `deadline`.
+    async def open_slot(
+        self, deadline: float, *, waking: bool = False
+    ) -> tuple[ConnectionPoolEntry, KeptAliveConnection]:
+        """Open a connection and let SQLAlchemy's dialect set it up, all by `deadline`; see `Connector.open`.
 
         Raises: DatabaseUnreachable, also when `on_connect` fails; or one of DRIVER_FAILURES.
         """
-        connection = await self._connector.open(deadline)
+        connection = await self._connector.open(deadline, waking=waking)
         _opened.set(connection)
         # On the first connection of an engine the dialect asks for the server's version and more, without a deadline.
         guard = asyncio.get_running_loop().call_at(deadline, connection.cut)

@@ -1,5 +1,7 @@
 """A bad network between the service and PostgreSQL: it counts round trips, and it cuts, hangs, delays and refuses.
 
+It is a server that sleeps too: see `fall_asleep`.
+
 A round trip is one turn of the conversation: the client sent something, and the server answered. However many messages
 a turn holds, and however many packets, it is the number of times that somebody waited for the wire.
 """
@@ -16,7 +18,12 @@ from local.postgres import HOST, free_port
 
 Fate = Literal["lose_request", "lose_answer", "hang"]
 
+# How a server that sleeps treats who connects: it lets them wait and serves them when it is awake, refuses them, says
+# 57P03, or lets them wait and forgets them.
+Sleep = Literal["holds", "refuses", "says_starting", "forgets"]
+
 _STARTUP = 196_608  # Version 3.0 of the protocol; what a client says before it has no type byte.
+_STARTING = b"SFATAL\0VFATAL\0C57P03\0Mthe database system is starting up\0\0"
 
 
 class Proxy:
@@ -33,7 +40,7 @@ class Proxy:
         self.delay_seconds = 0.0
         # What becomes of the turn in which the client has a statement with this text run.
         self.fates: dict[str, Fate] = {}
-        self.hanging = False
+        self.hanging = self.starting = False
         self.links: set[_Link] = set()
         self._server: asyncio.Server | None = None
 
@@ -72,6 +79,20 @@ class Proxy:
         for link in self.links:
             link.frozen = False
             link.pass_on()
+
+    def fall_asleep(self, how: Sleep = "holds") -> None:
+        """Close every connection, and be as a server that sleeps, until `wake_up`."""
+        self.cut()
+        self.hanging, self.starting = how in {"holds", "forgets"}, how == "says_starting"
+        if how == "refuses":
+            self.refuse()
+
+    async def wake_up(self, how: Sleep = "holds") -> None:
+        """Serve again, and with "holds" those too who have waited for it."""
+        self.hanging = self.starting = False
+        if how == "holds":
+            self.resume()
+        await self.accept()
 
     def cut(self) -> None:
         """Close every connection, on both sides."""
@@ -124,6 +145,9 @@ class _Link(asyncio.Protocol):
         self._connecting = asyncio.create_task(self._connect())
 
     def data_received(self, data: bytes) -> None:
+        if self._proxy.starting:
+            self._say_starting(data)
+            return
         run = self._run_by(data)
         fate = next((fate for text, fate in self._proxy.fates.items() if any(text in s for s in run)), None)
         if fate == "lose_request":
@@ -166,6 +190,14 @@ class _Link(asyncio.Protocol):
         if requests:
             self._asked = True
             self._server.write(b"".join(requests))
+
+    def _say_starting(self, data: bytes) -> None:
+        client = cast("asyncio.Transport", self._client)
+        if int.from_bytes(data[4:8], "big") != _STARTUP:
+            client.write(b"N")  # The question was whether the server speaks TLS.
+            return
+        client.write(b"E" + (len(_STARTING) + 4).to_bytes(4, "big") + _STARTING)
+        client.close()
 
     def say(self, message: bytes) -> None:
         """Tell the client this, as if the server had said it."""

@@ -17,6 +17,7 @@ from pglifeguard.fastapi.shared import shared
 ASK_SECONDS = 2.0
 # At most this many sessions that wait for a lock: the first of a crowd show what it waits for.
 MAX_BLOCKED = 50
+ASLEEP = "The database is asleep, and this question does not wake it."
 router = APIRouter(tags=["operations"], responses=documented(401, 403))
 
 
@@ -43,6 +44,8 @@ async def _all_connections(databases: Databases) -> dict[str, Any]:
 
 async def _connections(database: Database) -> dict[str, Any]:
     holdings = [asdict(holding) for holding in database.pool.holdings()]
+    if database.monitor.asleep:
+        return {"held": holdings, "server": None, "blocked": None, "error": ASLEEP}
     try:
         rows = await database.monitor.ask(BY_STATE, timeout_seconds=ASK_SECONDS)
         pairs = await database.monitor.ask(BLOCKED, MAX_BLOCKED, timeout_seconds=ASK_SECONDS)

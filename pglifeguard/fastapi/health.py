@@ -1,4 +1,4 @@
-"""Health routes: the process, its readiness, its databases. None of them waits behind requests."""
+"""Health routes: the process, its readiness, its databases. None of them waits behind requests, or wakes a database."""
 
 import asyncio
 import time
@@ -28,10 +28,13 @@ async def get_ready(databases: RequestDatabases, response: Response) -> dict[str
     """Say whether traffic may come: the primary answered the last probe, and no shutdown is under way. No I/O.
 
     With READY_WITHOUT_PRIMARY a replica that serves reads is enough; writes are then answered by 503. The status is
-    "starting" while the primary has not answered since the start.
+    "starting" while the primary has not answered since the start. A primary that sleeps may have traffic, which wakes
+    it.
     """
     if databases.closing:
         return _unavailable(databases, response, {"status": "closing"})
+    if databases.primary.monitor.asleep:
+        return {"status": "ready", "primary": "asleep"}
     if not databases.primary.monitor.healthy:
         if databases.settings.ready_without_primary and databases.router.serves_reads:
             return {"status": "ready", "writes": "primary database is not healthy"}
@@ -43,17 +46,20 @@ async def get_ready(databases: RequestDatabases, response: Response) -> dict[str
 
 @router.get("/db", responses=UNAVAILABLE)
 async def get_databases(databases: RequestDatabases, request: Request, response: Response) -> dict[str, Any]:
-    """Look at each database now, for at most HEALTH_TIMEOUT_SECONDS, and tell its pool's figures."""
+    """Look at each database now, for at most HEALTH_TIMEOUT_SECONDS, and tell its pool's figures.
+
+    A database that sleeps is not asked. Its status is "asleep", and whether it is down is not known.
+    """
     asked = shared(request.app, "health", lambda: _describe_all(databases), min_pause_seconds=0.05)
     body = await asked.get()
-    return body if body["status"] == "healthy" else _unavailable(databases, response, body)
+    return _unavailable(databases, response, body) if body["status"] == "unhealthy" else body
 
 
 async def _describe_all(databases: Databases) -> dict[str, Any]:
     found = await asyncio.gather(*(_describe(databases, database) for database in databases.all()))
-    healthy = found[0]["status"] == "healthy"
+    of_primary = found[0]["status"]
     return {
-        "status": "healthy" if healthy else "unhealthy",
+        "status": of_primary if of_primary in {"healthy", "asleep"} else "unhealthy",
         "databases": {database.name: one for database, one in zip(databases.all(), found, strict=True)},
     }
 
@@ -73,7 +79,6 @@ async def _describe(databases: Databases, database: Database) -> dict[str, Any]:
         "checked_out": figures.checked_out,
         "overflow": figures.overflow,
         **_describe_way(database.connector),
-        "pooler": "not examined" if database.connector.look is None else str(database.connector.look.found),
     }
     if database.role == "primary" and probe.status == "healthy":
         seconds = probe.position.stalled
@@ -81,6 +86,8 @@ async def _describe(databases: Databases, database: Database) -> dict[str, Any]:
             "writes": "unknown" if seconds is None else "stalled" if database.monitor.stalled else "flowing",
             "write_stall_seconds": round(seconds or 0.0, 1) if database.monitor.stalled else 0.0,
         }
+    if probe.status == "asleep":
+        described["asleep_seconds"] = round(time.monotonic() - probe.at, 1)
     if probe.error is not None:
         described["error"] = probe.error
     for replica in databases.router.replicas:
@@ -89,7 +96,7 @@ async def _describe(databases: Databases, database: Database) -> dict[str, Any]:
                 "state": replica.state,
                 # "own": the primary has not been seen since the start, and the lag cannot be measured against it.
                 "judged_by": "own" if replica.state == "alone" else "primary",
-                "replay_age_seconds": replica.position.replay_age,
+                "replay_age_seconds": None if probe.status == "asleep" else replica.position.replay_age,
                 "lag_seconds": replica.lag_seconds,
                 "lag_bytes": replica.lag_bytes,
             }

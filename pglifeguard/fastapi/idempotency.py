@@ -38,6 +38,8 @@ METHODS = frozenset({"POST", "PATCH"})
 MAX_CHARACTERS = 255
 # Rows deleted by one statement: few enough not to disturb requests.
 PURGE_ROWS = 1000
+# Seconds between two looks whether a purge is due, and the database awake: shorter than a sleeping one stays awake.
+LOOK_SECONDS = 30
 # An answer is kept in memory and in a row of the database, inside the transaction.
 MAX_BYTES = 1_048_576
 _TOO_LONG = (
@@ -308,9 +310,14 @@ def _parsed(headers: bytes) -> list[tuple[bytes, bytes]]:
 
 
 async def purge_expired_keys(databases: Databases, *, hours: float, interval_seconds: float = 3600) -> None:
-    """Delete expired keys, every `interval_seconds`, until cancelled."""
+    """Delete expired keys, every `interval_seconds`, until cancelled; a database that sleeps then, once it is awake."""
+    loop = asyncio.get_running_loop()
+    due = loop.time() + interval_seconds
     while True:
-        await asyncio.sleep(interval_seconds)
+        await asyncio.sleep(min(interval_seconds, LOOK_SECONDS))
+        if loop.time() < due or databases.primary.pool.asleep:
+            continue
+        due = loop.time() + interval_seconds
         try:
             while await purge_expired(databases, hours=hours) == PURGE_ROWS:
                 pass

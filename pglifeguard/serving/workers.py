@@ -21,9 +21,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client import generate_latest
 from prometheus_client.mmap_dict import MmapedDict
 from prometheus_client.multiprocess import MultiProcessCollector
+
+from pglifeguard.metrics import Registry
 
 VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
 # Seconds between two checks for dead workers; the parent notices and replaces them in about the same time.
@@ -55,7 +57,7 @@ def shared_figures() -> Iterator[None]:
 
 def exposition(folder: Path) -> bytes:
     """Return the metrics of all workers, living and dead, as Prometheus reads them."""
-    registry = CollectorRegistry()
+    registry = Registry()
     MultiProcessCollector(registry, str(folder))  # type: ignore[no-untyped-call]  # prometheus-client annotates only parts.
     with _locked(folder, fcntl.LOCK_SH):
         return generate_latest(registry)

@@ -38,6 +38,22 @@ def refusal(monkeypatch: pytest.MonkeyPatch, **variables: object) -> str:
     return str(refused.value)
 
 
+def test_profile_of_a_database_that_sleeps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It keeps no connection, and chooses what is not set; replicas and analytics inherit it, and what is set wins."""
+    settings = load(
+        monkeypatch,
+        DATABASE_PROFILE="sleeping",
+        DATABASE_REPLICA_URL=REPLICA,
+        DATABASE_REPLICA_POOL_IDLE_SECONDS=5,
+        DATABASE_ANALYTICS_PROFILE="always_on",
+    )
+
+    (replica,) = settings.replicas
+    chosen = [(each.warm_size, each.pool_idle_seconds, each.pool_max_waiting) for each in (settings.primary, replica)]
+    assert chosen == [(0, 60, 1000), (0, 5, 1000)]
+    assert (settings.analytics.sleeps, settings.analytics.pool_idle_seconds) == (False, 300)
+
+
 def test_one_url_is_enough() -> None:
     """DATABASE_URL alone gives a primary, no replica, and a small analytics pool on the primary."""
     settings = Settings()
@@ -280,6 +296,14 @@ def test_foreign_variables_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> No
         (
             {"DATABASE_REPLICA_URL": REPLICA, "DATABASE_REPLICA_POOL_SIZE": 2, "DATABASE_REPLICA_POOL_MIN_SIZE": 3},
             "DATABASE_REPLICA_URL: POOL_MIN_SIZE 3 > POOL_SIZE 2",
+        ),
+        (
+            {"DATABASE_PROFILE": "sleeping", "DATABASE_POOL_MIN_SIZE": 1},
+            "DATABASE_URL: PROFILE sleeping with POOL_MIN_SIZE 1: connections that are kept open keep the database",
+        ),
+        (
+            {"DATABASE_PROFILE": "sleeping", "LISTEN_URL": REPLICA},
+            "LISTEN_URL with DATABASE_PROFILE=sleeping: the connection that listens keeps the database awake",
         ),
         (
             {"GRACEFUL_TIMEOUT_SECONDS": 30, "STATEMENT_TIMEOUT_SECONDS": 30},

@@ -1,6 +1,7 @@
 """One search finds the good host for all who wait, its logins are few, and a login that comes late is not lost."""
 
 import asyncio
+import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 from local.waiting import eventually
 from pglifeguard import host_search
 from pglifeguard.connector import Connector, KeptAliveConnection
+from pglifeguard.database_url import Host
 from pglifeguard.errors import DatabaseUnreachable
 from pglifeguard.host_search import HostSearch
 from pglifeguard.settings import DatabaseSettings
@@ -93,6 +95,30 @@ async def test_who_cannot_wait_for_the_next_round_is_told_at_once(database: Data
         for seconds in (10, 0.001, 0.001):
             with pytest.raises(DatabaseUnreachable, match="Connect call failed"):
                 await opening(to, seconds)
+
+
+async def test_who_wakes_a_database_is_not_told_of_refusals(database: Database, proxy: Proxy) -> None:
+    """A caller that wakes the database waits for further rounds, beside one that does not and is told."""
+    proxy.fall_asleep("says_starting")
+    async with connecting(proxy.url(database.url())) as to:
+        waking = asyncio.create_task(to.open(asyncio.get_running_loop().time() + 10, waking=True))
+        with pytest.raises(DatabaseUnreachable, match="starting up"):
+            await opening(to)
+
+        await proxy.wake_up("says_starting")
+        await (await waking).close()
+
+
+async def test_wrong_certificate_is_no_sleep() -> None:
+    """A server with another certificate than it should have is awake: who wakes it is told at once."""
+
+    async def refuse(_host: Host, _seconds: float) -> KeptAliveConnection:
+        raise ConnectionError("TLS with server: for another name") from ssl.SSLCertVerificationError()
+
+    search = HostSearch([Host("server", 5432)], refuse, expected=(OSError,), patience_seconds=0.5)
+    with pytest.raises(DatabaseUnreachable, match="for another name"):
+        await search.connect(asyncio.get_running_loop().time() + 300, waking_seconds=50)
+    await search.close()
 
 
 async def test_first_host_of_the_url_is_preferred(database: Database, proxy: Proxy) -> None:

@@ -698,7 +698,7 @@ async def test_failure_of_a_connect_is_not_told_to_the_cancelled(database: Datab
 
         assert await eventually(logging_in, 5)
         task.cancel()
-        p.pool._refuse_waiting(ConnectionResetError())
+        p.pool._refuse_waiting(ConnectionResetError(), next(iter(p.pool._openings)))
 
         with pytest.raises(asyncio.CancelledError):
             await task

@@ -1,1 +1,0 @@
-"""What a service can rely on behind each pooler: `make poolers`."""
