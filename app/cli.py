@@ -34,6 +34,8 @@ def serve(host: HostOption = None, port: PortOption = None, workers: WorkersOpti
         settings,
         host=settings.host,
         port=settings.port,
+        ssl_certfile=settings.tls_certificate,
+        ssl_keyfile=settings.tls_key,
         forwarded_allow_ips=settings.trusted_proxies,
         access_log=settings.access_log,
         log_config=log_config(settings.log_level, as_json=as_json, access_log=settings.access_log),

@@ -3,6 +3,8 @@
 Nothing else reads the environment. `docs/settings.md` is compared with both.
 """
 
+import ssl
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, Field, SecretStr, model_validator
@@ -55,6 +57,10 @@ class Settings(DatabasesSettings):
     directory_timeout_seconds: float = Field(5, gt=0, le=60, description="Seconds for one answer of the directory.")
     host: str = Field("127.0.0.1", description="Address to listen on; 0.0.0.0 in a container.")
     port: int = Field(8000, ge=0, le=65_535, description="Port to listen on.")
+    tls_certificate: Path | None = Field(
+        None, description="Serve HTTPS with this certificate, in PEM format, its intermediate ones behind it."
+    )
+    tls_key: Path | None = Field(None, description="The key of TLS_CERTIFICATE, in PEM format, without a password.")
     trusted_proxies: str = Field(
         "127.0.0.1", description="Addresses whose X-Forwarded-* headers are believed, separated by commas."
     )
@@ -68,6 +74,22 @@ class Settings(DatabasesSettings):
             "trace_checkouts": environment == "development",
             "warn_unencrypted": environment == "production",
         } | given
+
+    @model_validator(mode="after")
+    def _fit_for_tls(self) -> Self:
+        if self.tls_certificate is None and self.tls_key is None:
+            return self
+        if self.tls_certificate is None or self.tls_key is None:
+            raise ValueError("TLS_CERTIFICATE and TLS_KEY belong together: set both, or none")
+        try:
+            # Without a password here OpenSSL would ask for one at the terminal.
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(self.tls_certificate, self.tls_key, lambda: "")
+        except OSError:
+            raise ValueError(
+                f"TLS_CERTIFICATE {self.tls_certificate} and TLS_KEY {self.tls_key} cannot be used: both have to be "
+                "readable, in PEM format, without a password, and belong together"
+            ) from None
+        return self
 
     @model_validator(mode="after")
     def _fit_for_production(self) -> Self:

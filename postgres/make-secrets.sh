@@ -59,4 +59,4 @@ write migrations_url "postgresql://app_owner:$(password app_owner)@primary:5432/
 write pgbouncer_admin_url "postgresql://pgbouncer:$(password pgbouncer)@pgbouncer:6432/pgbouncer"
 # Read as one argument by the exporter (@FILE), which has no other way to take a password from a file.
 write pgbouncer_exporter_flags \
-    "--pgBouncer.connectionString=postgres://monitor:$(password monitor)@pgbouncer:6432/pgbouncer?sslmode=disable"
+    "--pgBouncer.connectionString=postgres://monitor:$(password monitor)@pgbouncer:6432/pgbouncer"

@@ -3,6 +3,7 @@
 import asyncio
 import os
 import signal
+import ssl
 import subprocess
 import sys
 from collections.abc import AsyncIterator
@@ -53,17 +54,24 @@ class Process:
 
 @asynccontextmanager
 async def served(
-    directory: Path, environment: dict[str, str], *arguments: str, path: str = "/health/ready"
+    directory: Path,
+    environment: dict[str, str],
+    *arguments: str,
+    path: str = "/health/ready",
+    verify: ssl.SSLContext | None = None,
 ) -> AsyncIterator[Process]:
-    """Run `python …` with a port, wait until it is ready, or `path` succeeds, and make sure that it ends."""
+    """Run `python …` with a port, wait until it is ready, or `path` succeeds, and make sure that it ends.
+
+    With `verify` it is asked by HTTPS.
+    """
     port, log = free_port(), directory / "log"
     with log.open("wb") as output:
         process = await asyncio.create_subprocess_exec(
             sys.executable, *arguments, "--port", str(port),
             env=os.environ | environment | {"DATABASE_APPLICATION_NAME": NAME}, stdout=output, stderr=output,
         )  # fmt: skip
-    url = f"http://127.0.0.1:{port}"
-    async with httpx.AsyncClient(base_url=url, timeout=10, trust_env=False) as client:
+    url = f"http://127.0.0.1:{port}" if verify is None else f"https://localhost:{port}"
+    async with httpx.AsyncClient(base_url=url, timeout=10, trust_env=False, verify=verify or False) as client:
 
         async def ready_or_ended() -> bool:
             try:

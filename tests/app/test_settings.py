@@ -194,6 +194,18 @@ def test_certificate_is_verified_against_something(monkeypatch: pytest.MonkeyPat
     assert {named.primary.server, of_the_system.primary.server, found.primary.server} == {"primary:5432"}
 
 
+def test_https_takes_a_certificate_and_its_key(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """One without the other, and what cannot be opened, ends the start."""
+    certificate, key = tmp_path / "server.crt", tmp_path / "server.key"
+    certificate.touch()
+
+    alone = refusal(monkeypatch, TLS_CERTIFICATE=certificate)
+    missing = refusal(monkeypatch, TLS_CERTIFICATE=certificate, TLS_KEY=key)
+
+    assert "TLS_CERTIFICATE and TLS_KEY belong together: set both, or none" in alone
+    assert f"TLS_CERTIFICATE {certificate} and TLS_KEY {key} cannot be used" in missing
+
+
 def test_user_of_a_nameless_account_has_to_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a user the account's name is taken, as by libpq; a container's number may have none."""
     for name in ("LOGNAME", "USER", "LNAME", "USERNAME", "PGUSER"):

@@ -1,11 +1,13 @@
 """What a URL says about TLS is what happens, for everything that connects: service, listener, jobs and commands."""
 
 import asyncio
+import ssl
 from asyncio.trsock import TransportSocket
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from sqlalchemy import text
 from sqlalchemy.engine import make_url
@@ -16,7 +18,7 @@ from pglifeguard.environment import SettingsError
 from pglifeguard.errors import DatabaseUnreachable
 from pglifeguard.settings import DatabaseSettings
 from pglifeguard.tls import EXPOSED
-from tests.app.test_cli import run
+from tests.app.test_cli import MODULE, run, served
 from tests.chaos import pooler
 from tests.chaos.pooler import pooling
 from tests.conftest import Database
@@ -287,3 +289,22 @@ async def test_production_warns_of_what_others_can_read(
 async def test_loopback_needs_no_warning(database: Database, caplog: pytest.LogCaptureFixture) -> None:
     """What stays on the machine is not encrypted, and nobody else can read it."""
     assert not await warned(database.settings(warn_unencrypted=True, listen_url=database.url()), caplog)
+
+
+async def test_service_serves_https(
+    database: Database, authority: Authority, certificate: Certificate, tmp_path: Path
+) -> None:
+    """With TLS_CERTIFICATE and TLS_KEY the service itself answers by HTTPS, and by nothing else."""
+    environment = {
+        "DATABASE_URL": database.url(),
+        "TLS_CERTIFICATE": str(certificate.certificate),
+        "TLS_KEY": str(certificate.key),
+    }
+    believed = ssl.create_default_context(cafile=authority.certificate)
+    async with served(tmp_path, environment, *MODULE, verify=believed) as server:
+        answer = await server.client.get("/patients")
+        async with httpx.AsyncClient() as plain:
+            with pytest.raises(httpx.RemoteProtocolError):
+                await plain.get(server.url.replace("https://", "http://"))
+
+    assert answer.status_code == 200
