@@ -18,6 +18,8 @@ from pglifeguard.driver_failures import DRIVER_FAILURES
 from pglifeguard.errors import DatabaseUnreachable, sqlstate
 from pglifeguard.host_search import HostSearch
 from pglifeguard.lookup import Lookups
+from pglifeguard.pooler import PoolerRefused, refused_parameter
+from pglifeguard.pooler_look import PoolerLook
 from pglifeguard.server import is_missing_feature
 from pglifeguard.settings import DatabaseSettings
 from pglifeguard.tracked_connection import TrackedConnection
@@ -36,7 +38,7 @@ RETRY_SECONDS = 0.1
 # The start time tells two servers behind one address apart: they were not started in the same microsecond.
 SERVER_IDENTITY = """
 SELECT current_setting('transaction_read_only')::boolean AS read_only, pg_backend_pid() AS process,
-       extract(epoch FROM pg_postmaster_start_time())::float8 AS server
+       extract(epoch FROM pg_postmaster_start_time())::float8 AS server, inet_client_port() AS port
 """
 # For a server that has no pg_postmaster_start_time.
 SERVER_IDENTITY_MINIMAL = (
@@ -51,11 +53,13 @@ class KeptAliveConnection(TrackedConnection):
     others behind the same address; None where it does not say.
     """
 
-    __slots__ = ("encryption", "server", "transport")
+    __slots__ = ("direct", "encryption", "server", "transport")
 
     def __init__(self, protocol: Any, transport: asyncio.Transport, *rest: Any) -> None:
         super().__init__(protocol, transport, *rest)
         self.server: float | None = None
+        # Whether the server itself answered the login, as far as the login tells; see pooler_look.py.
+        self.direct = False
         self.transport = transport
         self.encryption = tls.encryption_of(transport)
 
@@ -111,13 +115,21 @@ class Connector:
     """
 
     def __init__(
-        self, settings: DatabaseSettings, *, writable: bool, console: bool = False, warn_as: str | None = None
+        self,
+        settings: DatabaseSettings,
+        *,
+        writable: bool,
+        console: bool = False,
+        warn_as: str | None = None,
+        look: PoolerLook | None = None,
     ) -> None:
         """Connect as `settings` say.
 
         With `warn_as`, the log says once, under that name, that a connection leaves the machine without encryption.
+        With `look`, a connection is given out when that has let it pass.
         """
         self.settings = settings
+        self.look = look
         # PgBouncer's admin console takes its own commands only, and closes the connection on a query.
         self.console = console
         self.parameters = settings.parameters
@@ -174,6 +186,11 @@ class Connector:
                     raise
             await asyncio.sleep(RETRY_SECONDS)
 
+    @property
+    def statement_cache_size(self) -> int:
+        """Prepared statements that a connection keeps: none behind a pooler that would lose them."""
+        return 0 if self.look is not None and not self.look.keeps_statements else self.settings.statement_cache_size
+
     async def close(self) -> None:
         """Give up the logins that have not ended."""
         await self._search.close()
@@ -181,9 +198,37 @@ class Connector:
             self._passwords.close()
 
     async def _open_host(self, host: Host, seconds: float) -> KeptAliveConnection:
+        deadline = asyncio.get_running_loop().time() + seconds
+        cache_size = self.statement_cache_size
+        connection = await self._log_in(host, deadline, cache_size)
+        try:
+            await self._check_writes(connection, host, deadline)
+            if self.look is not None:
+                await self.look.admit(connection, lambda: self._log_in(host, deadline, 0), direct=connection.direct)
+        except BaseException:
+            connection.terminate()
+            raise
+        if cache_size != self.statement_cache_size:
+            # The look has found that the statements of this connection would be lost.
+            connection.terminate()
+            return await self._open_host(host, seconds)
+        self.several = self.several or self._server not in {None, connection.server}
+        self._server = connection.server
+        self.latest = connection
+        if self._warn_as is not None and connection.encryption.exposed:
+            extra = {"database": self._warn_as, "host": str(host), "hop": connection.hop}
+            logger.warning(tls.EXPOSED, extra=extra)
+            self._warn_as = None
+        return connection
+
+    async def _check_writes(self, connection: KeptAliveConnection, host: Host, deadline: float) -> None:
+        takes_no_writes = not self.console and await _takes_no_writes(connection, deadline)
+        if self.writable and takes_no_writes and len(self.hosts) > 1:
+            raise ConnectionRefusedError(f"{host} takes no writes")
+
+    async def _log_in(self, host: Host, deadline: float, statement_cache_size: int) -> KeptAliveConnection:
         settings, parameters = self.settings, self.parameters
         loop = asyncio.get_running_loop()
-        deadline = loop.time() + seconds
         secret = {}
         if self._passwords is not None:
             login = Login(host.name, host.port, settings.user, parameters.database)
@@ -196,27 +241,20 @@ class Connector:
                 port=host.port,
                 timeout=deadline - loop.time(),
                 command_timeout=settings.command_timeout_seconds,
-                statement_cache_size=settings.statement_cache_size,
+                statement_cache_size=statement_cache_size,
                 server_settings={**parameters.server_settings, "application_name": settings.application_name},
                 connection_class=KeptAliveConnection,
                 record_class=AnyRow,
             )
         except DRIVER_FAILURES as error:
+            if (refusal := refused_parameter(error)) is not None:
+                if self.look is not None:
+                    self.look.refuse(refusal)
+                raise PoolerRefused(refusal) from error
             if (failure := tls.explain(error, str(host), host.name, parameters.tls)) is None:
                 raise
             raise failure from failure.__cause__
         connection.keep_alive(parameters.keepalive)
-        takes_no_writes = not self.console and await _takes_no_writes(connection, deadline)
-        if self.writable and takes_no_writes and len(self.hosts) > 1:
-            connection.terminate()
-            raise ConnectionRefusedError(f"{host} takes no writes")
-        self.several = self.several or self._server not in {None, connection.server}
-        self._server = connection.server
-        self.latest = connection
-        if self._warn_as is not None and connection.encryption.exposed:
-            extra = {"database": self._warn_as, "host": str(host), "hop": connection.hop}
-            logger.warning(tls.EXPOSED, extra=extra)
-            self._warn_as = None
         return connection
 
 
@@ -231,16 +269,22 @@ async def _takes_no_writes(connection: KeptAliveConnection, deadline: float) -> 
     timer = asyncio.get_running_loop().call_at(deadline, connection.cut)
     try:
         try:
-            identity = cast("asyncpg.Record", await connection.fetchrow(SERVER_IDENTITY))
+            identity = await _identity(connection, SERVER_IDENTITY)
         except asyncpg.PostgresError as error:
             if not is_missing_feature(error):
                 raise
-            identity = cast("asyncpg.Record", await connection.fetchrow(SERVER_IDENTITY_MINIMAL))
-    except BaseException:
-        connection.terminate()
-        raise
+            identity = await _identity(connection, SERVER_IDENTITY_MINIMAL)
     finally:
         timer.cancel()
     connection.server = identity.get("server")
     connection.pooled = identity["process"] != connection.get_server_pid()
+    port = connection.transport.get_extra_info("sockname")[1:2]
+    connection.direct = not connection.pooled and identity.get("port") == next(iter(port), None)
     return bool(identity["read_only"])
+
+
+async def _identity(connection: KeptAliveConnection, sql: str) -> asyncpg.Record:
+    # By a statement without a name: behind a pooler that keeps none, a name may be another client's, and the login
+    # would fail.
+    prepared = await connection.prepare(sql, name="")
+    return cast("asyncpg.Record", await prepared.fetchrow())

@@ -5,6 +5,7 @@ import time
 from dataclasses import dataclass
 from typing import Literal, TypeAlias, cast, get_args
 
+from sqlalchemy import event
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from pglifeguard import dialect
@@ -13,6 +14,8 @@ from pglifeguard.connector import Connector
 from pglifeguard.metrics import Metrics
 from pglifeguard.monitor import Monitor, Probe
 from pglifeguard.pool import OnConnect
+from pglifeguard.pooler import startup_parameters
+from pglifeguard.pooler_look import PoolerLook
 from pglifeguard.sampling import Sampler
 from pglifeguard.settings import DatabaseSettings, DatabasesSettings
 from pglifeguard.sqlalchemy import EngineWatch, PoolAdapter, opened_connection
@@ -61,8 +64,17 @@ class Database:
             slow_query_seconds=service.slow_query_seconds,
             idle_hold_seconds=service.idle_hold_seconds,
         )
+        look = PoolerLook(
+            name,
+            writable=role == "primary",
+            parameters=startup_parameters(settings.parameters.server_settings),
+            keeps_statements=settings.statement_cache_size > 0,
+        )
         self.connector = connector = Connector(
-            settings, writable=role == "primary", warn_as=name if service.warn_unencrypted else None
+            settings,
+            writable=role == "primary",
+            warn_as=name if service.warn_unencrypted else None,
+            look=look if settings.pooler_check else None,
         )
         self.monitor = Monitor(name, connector, service, metrics)
         self.engine = create_async_engine(
@@ -75,10 +87,7 @@ class Database:
             # To name the line of each checkout takes a walk over the stack: for development.
             trace=service.trace_checkouts,
             on_connect=on_connect,
-            connect_args={
-                "async_creator_fn": opened_connection,
-                "prepared_statement_cache_size": settings.statement_cache_size,
-            },
+            connect_args={"async_creator_fn": opened_connection},
             echo=settings.echo,
             hide_parameters=True,
         )
@@ -86,6 +95,7 @@ class Database:
         self.pool = self.adapter.bounded
         if settings.sleeps:
             self.monitor.let_sleep(self.pool)
+        event.listen(self.engine.sync_engine, "do_connect", self.adapter.keep_statements)
         EngineWatch(self.engine, self.pool, watch, writable=role == "primary")
         read_only = self.engine.execution_options(postgresql_readonly=True)
         # A standby is read-only, so `rows` needs no transaction there: one round trip in place of three.

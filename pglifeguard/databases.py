@@ -19,6 +19,7 @@ from pglifeguard.collisions import ATTEMPTS, collision, pause_seconds
 from pglifeguard.consistency import Consistency, current_consistency
 from pglifeguard.credentials import PasswordSource
 from pglifeguard.database import Database, Isolation, Role
+from pglifeguard.environment import SettingsError
 from pglifeguard.errors import DatabaseUnavailable
 from pglifeguard.listening import Listener
 from pglifeguard.metrics import Metrics
@@ -256,7 +257,8 @@ class Databases:
     async def open(self) -> None:
         """Warm the pools and start the monitors. A database that is down does not keep the service from starting.
 
-        Raises: RuntimeError when they are open already.
+        Raises: RuntimeError when they are open already; SettingsError when a pooler stands in front of one that would
+        make its data wrong.
         """
         if self._loop is not None and not self._loop.is_closed():
             raise RuntimeError(STILL_OPEN)
@@ -264,9 +266,20 @@ class Databases:
             # Pools and monitors end with their event loop, which may have ended before they were closed.
             self._make()
         self._loop = asyncio.get_running_loop()
-        await asyncio.gather(*(_warm_up(database) for database in self.all()))
+        await asyncio.gather(*(_meet(database) for database in self.all()))
+        await self._refuse_poolers()
         self._tasks = [asyncio.create_task(database.monitor.probe_forever()) for database in self.all()]
         self._tasks += [asyncio.create_task(self._upkeep()), asyncio.create_task(self._log_figures())]
+
+    async def _refuse_poolers(self) -> None:
+        refused = [
+            f"{prefix}URL {database.connector.look.refusal}."
+            for (prefix, _), database in zip(self.settings.databases, self.all(), strict=True)
+            if database.connector.look is not None and database.connector.look.refusal is not None
+        ]
+        if refused:
+            await self.close()
+            raise SettingsError("\n".join(dict.fromkeys(refused)))
 
     async def close(self, *, grace_seconds: float = 5.0) -> None:
         """Refuse new requests, drain the pools for `grace_seconds` at most, close every connection."""
@@ -360,6 +373,14 @@ def _label(given: str | None) -> str:
         return given
     current = current_consistency()
     return "background" if current is None or current.label is None else current.label
+
+
+async def _meet(database: Database) -> None:
+    """Open what the pool keeps warm, and so find out what the database is; without any, the monitor's connection."""
+    if database.settings.warm_size:
+        await _warm_up(database)
+    else:
+        await database.monitor.probe(timeout_seconds=database.settings.connect_timeout_seconds)
 
 
 async def _warm_up(database: Database) -> None:

@@ -10,7 +10,6 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
@@ -20,7 +19,6 @@ from pglifeguard.connector import Connector, KeptAliveConnection
 from pglifeguard.driver_failures import DRIVER_FAILURES
 from pglifeguard.errors import DatabaseUnavailable, DatabaseUnreachable
 from pglifeguard.metrics import Metrics
-from pglifeguard.pooler import STATEMENTS, WARNING, forgets_statements
 from pglifeguard.server import UNKNOWN, Position, PositionQuery, is_missing_feature
 from pglifeguard.settings import DatabasesSettings
 
@@ -70,7 +68,6 @@ class Monitor:
         # Whether it has been healthy since the start of the process.
         self.was_healthy = False
         self._misses = 0
-        self._pooler_examined = False
         self._connector = connector
         self._settings = settings
         self._metrics = metrics
@@ -154,8 +151,6 @@ class Monitor:
             self._fall_asleep()
             return self.last
         self._tell(found, was_stalled=stalled)
-        if found.status == "healthy" and not self._pooler_examined:
-            await self._examine_pooler(seconds)
         return found
 
     def _fall_asleep(self) -> None:
@@ -175,15 +170,6 @@ class Monitor:
             self._report_stall(before=was_stalled)
         for listener in self.listeners:
             listener(found)
-
-    async def _examine_pooler(self, seconds: float) -> None:
-        """Say once, at the start, that a pooler will break prepared statements; the answers say it too."""
-        # Once only, whatever the result: a server without this view is as healthy.
-        self._pooler_examined = True
-        with suppress(DatabaseUnavailable):
-            (statements,) = await self.ask(STATEMENTS, timeout_seconds=seconds)
-            if self._connection is not None and forgets_statements(self._connection, statements):
-                logger.warning(WARNING, extra={"database": self.name})
 
     def _judge(self, position: Position, started: float) -> Probe:
         now = time.monotonic()

@@ -149,6 +149,10 @@ class DatabaseSettings(BaseModel):
     statement_cache_size: int = Field(
         500, ge=0, description="Prepared statements kept per connection; 0 for poolers that lack them."
     )
+    pooler_check: bool = Field(
+        True,
+        description="Find out at the first login what pooler stands in front, adapt to it, or refuse it.",
+    )
     application_name: str = Field("lifeguard", min_length=1, max_length=63, description="As pg_stat_activity shows it.")
     echo: bool = Field(False, description="Log every statement; never in production.")
 

@@ -16,7 +16,8 @@ LIBRARY = (
     {"database_url"},
     {"host_search", "lookup"},
     {"settings", "tracked_connection"},
-    {"budget", "connector"},
+    {"budget", "pooler_look"},
+    {"connector"},
     {"checkout", "monitor"},
     {"cli", "listening", "orm"},
     {"pool"},
@@ -50,8 +51,8 @@ PUBLIC = {"pglifeguard", "pglifeguard.cli", "pglifeguard.fastapi", "pglifeguard.
 # The pool and all that it imports: SQLAlchemy is no part of it.
 POOL = {
     "builtin_functions", "checkout", "connector", "credentials", "database_url", "driver_failures", "effects",
-    "environment", "errors", "host_search", "lookup", "metrics", "pool", "sampling", "server", "service_file",
-    "settings", "tls", "tracked_connection", "url_parameters", "variables",
+    "environment", "errors", "host_search", "lookup", "metrics", "pool", "pooler", "pooler_look", "sampling", "server",
+    "service_file", "settings", "tls", "tracked_connection", "url_parameters", "variables",
 }  # fmt: skip
 # What opens something or reads the environment, and so must not be called when a module is imported.
 OPENERS = {

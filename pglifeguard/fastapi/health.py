@@ -79,6 +79,7 @@ async def _describe(databases: Databases, database: Database) -> dict[str, Any]:
         "checked_out": figures.checked_out,
         "overflow": figures.overflow,
         **_describe_way(database.connector),
+        "pooler": "not examined" if database.connector.look is None else str(database.connector.look.found),
     }
     if database.role == "primary" and probe.status == "healthy":
         seconds = probe.position.stalled

@@ -11,6 +11,7 @@ from sqlalchemy.engine import make_url
 from local.waiting import eventually
 from tests.chaos.pooler import pooling, program, statement_cache_size
 from tests.conftest import Database
+from tests.poolers.programs import Mode
 from tests.test_migrations import python
 
 pytestmark = pytest.mark.skipif(program() is None, reason="PgBouncer is not installed: apt-get install pgbouncer")
@@ -66,7 +67,7 @@ async def test_console_that_is_away_is_a_sentence(
 
 @pytest.mark.parametrize(("mode", "taken"), [("transaction", False), ("session", True)])
 async def test_pooler_is_no_way_to_migrate_unless_it_keeps_sessions(
-    database: Database, open_directory: Path, mode: str, measured: Callable[[str], None], *, taken: bool
+    database: Database, open_directory: Path, mode: Mode, measured: Callable[[str], None], *, taken: bool
 ) -> None:
     """In transaction mode the runners' lock would stay on a connection that others use; no lock is left there."""
     async with pooling(database.cluster, open_directory, size=5, mode=mode) as port:

@@ -1,0 +1,1 @@
+"""What a service can rely on behind each pooler: `make poolers`."""
