@@ -21,12 +21,14 @@ async def connected(
 ) -> AsyncIterator[KeptAliveConnection]:
     """Give a connection to the first host that will do, or to PgBouncer's admin console, and close it.
 
-    Raises: DatabaseUnreachable when none of them does within its connect_timeout.
+    Raises: DatabaseUnreachable when none of them does within its connect_timeout, or within DATABASE_WAKE_SECONDS when
+    the database sleeps.
     """
     connector = Connector(to, writable=writable, console=console)
-    patience = to.connect_timeout_seconds * len(connector.hosts)
+    patience = to.seconds_of_a_job(to.connect_timeout_seconds * len(connector.hosts))
     try:
-        connection = await connector.open_patiently(asyncio.get_running_loop().time() + patience)
+        deadline = asyncio.get_running_loop().time() + patience
+        connection = await connector.open_patiently(deadline, waking=to.sleeps)
         try:
             yield connection
         finally:

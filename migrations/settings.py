@@ -1,6 +1,7 @@
 """The settings of the migration job: where the primary is, past any pooler, and who must hear of a new schema."""
 
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
@@ -29,6 +30,9 @@ class MigrationSettings(BaseSettings):
     database_password_file: Path | None = None
     database_replica_url: SecretStr | None = None
     database_replica_password_file: Path | None = None
+    # The job wakes a database that sleeps, with the patience that the service has.
+    database_profile: Literal["always_on", "sleeping"] = "always_on"
+    database_wake_seconds: float = Field(30, gt=0, le=300)
     # PgBouncer's admin console: its server connections are replaced once the schema is new.
     pgbouncer_admin_url: SecretStr | None = None
     pgbouncer_admin_password_file: Path | None = None
@@ -43,11 +47,11 @@ class MigrationSettings(BaseSettings):
         """
         kinds = ("primary", "read-write")
         if self.migrations_url is not None:
-            return _of_a_job("MIGRATIONS_", self.migrations_url, self.migrations_password_file, kinds)
+            return self._of_a_job("MIGRATIONS_", self.migrations_url, self.migrations_password_file, kinds)
         if self.migrations_password_file is not None:
             raise SettingsError("MIGRATIONS_PASSWORD_FILE is set, and MIGRATIONS_URL is not: whose password is it?")
         if self.database_url is not None:
-            return _of_a_job("DATABASE_", self.database_url, self.database_password_file, kinds)
+            return self._of_a_job("DATABASE_", self.database_url, self.database_password_file, kinds)
         raise SettingsError(
             "Neither MIGRATIONS_URL nor DATABASE_URL is set: say where to migrate, past any pooler, as "
             "postgresql://app_owner:password@host:5432/database."
@@ -59,7 +63,7 @@ class MigrationSettings(BaseSettings):
         urls = "" if self.database_replica_url is None else self.database_replica_url.get_secret_value()
         kinds = ("standby", "read-only", "prefer-standby")
         return [
-            _of_a_job(
+            self._of_a_job(
                 "DATABASE_REPLICA_",
                 SecretStr(url),
                 # As the service inherits it.
@@ -73,7 +77,37 @@ class MigrationSettings(BaseSettings):
     def console(self) -> DatabaseSettings | None:
         """PgBouncer's admin console. Raises: SettingsError."""
         url = self.pgbouncer_admin_url
-        return None if url is None else _of_a_job("PGBOUNCER_ADMIN_", url, self.pgbouncer_admin_password_file, ())
+        return None if url is None else self._of_a_job("PGBOUNCER_ADMIN_", url, self.pgbouncer_admin_password_file, ())
+
+    def _of_a_job(
+        self, prefix: str, url: SecretStr, password_file: Path | None, kinds: tuple[str, ...]
+    ) -> DatabaseSettings:
+        """Read a URL of the migration job. A statement of a migration takes as long as its table is large."""
+        variable = f"{prefix}URL"
+        try:
+            # Nothing is asked twice, and a pooler that loses prepared statements may still be the way to a console.
+            found = DatabaseSettings(
+                url=url,
+                password_file=password_file,
+                command_timeout_seconds=JOB_COMMAND_SECONDS,
+                statement_cache_size=0,
+                profile=self.database_profile,
+                wake_seconds=self.database_wake_seconds,
+            )
+        except ValidationError as error:
+            sentence = sentences(error)
+            # What is wrong about both of them together has no name of its own.
+            named = sentence.startswith(("URL: ", "PASSWORD_FILE: "))
+            raise SettingsError(f"{prefix}{sentence}" if named else f"{variable}: {sentence}") from None
+        said = found.parameters
+        if said.target_session_attrs not in {None, "any", *kinds}:
+            raise SettingsError(f"{variable}: has target_session_attrs={said.target_session_attrs}; leave it out.")
+        return found.model_copy(
+            update={
+                "application_name": said.settings.get("application_name", "lifeguard-migrations"),
+                "connect_timeout_seconds": said.settings.get("connect_timeout_seconds", JOB_CONNECT_SECONDS),
+            }
+        )
 
     @classmethod
     def settings_customise_sources(
@@ -87,33 +121,6 @@ class MigrationSettings(BaseSettings):
         """Read NAME_FILE here as well."""
         del file_secret_settings
         return init_settings, Variables(settings_cls, env_settings, dotenv_settings)
-
-
-def _of_a_job(prefix: str, url: SecretStr, password_file: Path | None, kinds: tuple[str, ...]) -> DatabaseSettings:
-    """Read a URL of the migration job. A statement of a migration takes as long as its table is large."""
-    variable = f"{prefix}URL"
-    try:
-        # Nothing is asked twice, and a pooler that loses prepared statements may still be the way to a console.
-        found = DatabaseSettings(
-            url=url,
-            password_file=password_file,
-            command_timeout_seconds=JOB_COMMAND_SECONDS,
-            statement_cache_size=0,
-        )
-    except ValidationError as error:
-        sentence = sentences(error)
-        # What is wrong about both of them together has no name of its own.
-        named = sentence.startswith(("URL: ", "PASSWORD_FILE: "))
-        raise SettingsError(f"{prefix}{sentence}" if named else f"{variable}: {sentence}") from None
-    said = found.parameters
-    if said.target_session_attrs not in {None, "any", *kinds}:
-        raise SettingsError(f"{variable}: has target_session_attrs={said.target_session_attrs}; leave it out.")
-    return found.model_copy(
-        update={
-            "application_name": said.settings.get("application_name", "lifeguard-migrations"),
-            "connect_timeout_seconds": said.settings.get("connect_timeout_seconds", JOB_CONNECT_SECONDS),
-        }
-    )
 
 
 def load_migration_settings() -> MigrationSettings:

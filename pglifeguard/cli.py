@@ -186,7 +186,8 @@ def _ask(settings: DatabasesSettings, database: DatabaseSettings, sql: str, *arg
         connector = Connector(database, writable=database is settings.primary)
         monitor = Monitor("cli", connector, settings, Metrics())
         try:
-            return await monitor.ask(sql, *arguments, timeout_seconds=settings.health_timeout_seconds)
+            seconds = database.seconds_of_a_job(settings.health_timeout_seconds)
+            return await monitor.ask(sql, *arguments, timeout_seconds=seconds)
         finally:
             await monitor.close()
 

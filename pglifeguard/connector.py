@@ -172,14 +172,14 @@ class Connector:
         waking_seconds = self.settings.waking_login_seconds if waking else None
         return await self._search.connect(deadline, waking_seconds=waking_seconds)
 
-    async def open_patiently(self, deadline: float) -> KeptAliveConnection:
+    async def open_patiently(self, deadline: float, *, waking: bool = False) -> KeptAliveConnection:
         """Open a connection as `open` does, and ask again for a password that is refused or cannot be given now.
 
         Raises: DatabaseUnreachable.
         """
         while True:
             try:
-                return await self.open(deadline)
+                return await self.open(deadline, waking=waking)
             except DatabaseUnreachable as error:
                 left = deadline - asyncio.get_running_loop().time()
                 if left <= RETRY_SECONDS or not password_is_late(error, self.settings):

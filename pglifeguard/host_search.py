@@ -25,6 +25,7 @@ from typing import Generic, Protocol, TypeVar, cast
 
 from pglifeguard.database_url import Host
 from pglifeguard.errors import DatabaseUnreachable, sqlstate
+from pglifeguard.pooler import PoolerRefused
 
 logger = logging.getLogger(__name__)
 
@@ -337,7 +338,7 @@ class HostSearch(Generic[C]):
 
 
 def _is_final(error: Exception) -> bool:
-    """Whether a server that is awake has refused the login, or has another certificate than it should have."""
-    if isinstance(error.__cause__, ssl.SSLCertVerificationError):
+    """Whether somebody who is awake has refused the login, or has another certificate than it should have."""
+    if isinstance(error, PoolerRefused) or isinstance(error.__cause__, ssl.SSLCertVerificationError):
         return True
     return (sqlstate(error) or "").startswith(FINAL)

@@ -216,7 +216,9 @@ class Monitor:
         async with self._turn:
             try:
                 if self._connection is None or self._connection.is_closed():
-                    self._connection = await self._connector.open(deadline)
+                    # An operator's commands have no pool, and may wake the database.
+                    waking = self._pool is None and self._connector.settings.sleeps
+                    self._connection = await self._connector.open(deadline, waking=waking)
                     # It may lead to another server, and the role may have been granted rights meanwhile.
                     self._position_query.missing = frozenset()
                 # At the deadline the socket is cut: asyncpg would send a cancel request to a server that hangs.
@@ -232,10 +234,12 @@ class Monitor:
                 raise DatabaseUnreachable(f"The database cannot be reached: {message}.") from error
 
     async def renew(self, *, timeout_seconds: float) -> None:
-        """Open a new connection and close the old one.
+        """Open a new connection and close the old one; do nothing while nobody uses a database that sleeps.
 
         Raises: DatabaseUnreachable when none can be opened; the old one is kept then.
         """
+        if self._pool is not None and not self._pool.asked:
+            return
         async with self._turn:
             connection = await self._connector.open_patiently(asyncio.get_running_loop().time() + timeout_seconds)
             self._disconnect()

@@ -207,6 +207,10 @@ class DatabaseSettings(BaseModel):
         """Whether the server stops when nobody asks it."""
         return self.profile == "sleeping"
 
+    def seconds_of_a_job(self, seconds: float) -> float:
+        """Seconds that an operator or a job waits for a login: `seconds`, or for a sleeping database to wake up."""
+        return max(seconds, self.wake_seconds) if self.sleeps else seconds
+
     @property
     def waking_login_seconds(self) -> float:
         """Seconds after which a login that wakes the database is tried again beside.

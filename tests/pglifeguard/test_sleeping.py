@@ -8,10 +8,12 @@ import pytest
 
 from app.settings import Settings
 from local.waiting import eventually
+from pglifeguard.fastapi.idempotency import purge_expired_keys
 from tests.conftest import Database
 from tests.pglifeguard.conftest import sessions_end
 from tests.proxy import Proxy, Sleep
 from tests.service import ADA, Service, serving
+from tests.test_migrations import python
 
 # The sessions that the server has served, since it counts: monitors and probes would be among them.
 SERVED = "SELECT sessions FROM pg_stat_database WHERE datname = $1"
@@ -204,6 +206,24 @@ async def test_shutdown_while_it_wakes_up(database: Database, proxy: Proxy) -> N
     assert await sessions_end(database)
 
 
+@pytest.mark.parametrize("command", [["-m", "alembic", "current"], ["-m", "app", "connections"]], ids=" ".join)
+async def test_jobs_and_operators_wake_it(database: Database, proxy: Proxy, command: list[str]) -> None:
+    """What an operator starts may wake the database, and waits for it as the service does."""
+    url = proxy.url(database.url("app_owner"))
+    proxy.fall_asleep("says_starting")
+    running = asyncio.create_task(
+        python(*command, environment={"DATABASE_URL": url, "MIGRATIONS_URL": url, "DATABASE_PROFILE": "sleeping"})
+    )
+
+    async def knocked_again() -> bool:
+        return proxy.connections > 1 or running.done()
+
+    assert await eventually(knocked_again, 30)
+    await proxy.wake_up("says_starting")
+    status, said = await running
+    assert status == 0, said
+
+
 async def test_reads_go_to_the_primary_while_the_replica_wakes_up(database: Database, replica_proxy: Proxy) -> None:
     """A read that finds the replica asleep does not wait: it wakes the replica, once, for the reads that follow."""
     settings = sleeping(database, replica=replica_proxy, primary={"url": database.url()})
@@ -257,3 +277,44 @@ async def test_reads_leave_a_sleeping_primary_alone(database: Database, proxy: P
         assert (await service.client.get(location, headers={"X-Consistency-Token": ahead})).status_code == 200
         assert proxy.connections > of_primary
         assert service.sample("db_reads_routed_total", target="primary", reason="behind_token") == 1
+
+
+async def test_replica_that_does_not_wake_up(database: Database, proxy: Proxy, replica_proxy: Proxy) -> None:
+    """A read that waited for it in vain runs on the primary, where the following ones go at once."""
+    settings = sleeping(database, proxy, replica_proxy)
+    settings = settings.model_copy(
+        update={"replicas": tuple(each.model_copy(update={"wake_seconds": 0.2}) for each in settings.replicas)}
+    )
+    async with serving(settings, settled=False) as service:
+        replica_proxy.fall_asleep("refuses")
+
+        assert (await service.client.get("/users")).status_code == 200
+
+        assert service.databases.router.replicas[0].state == "broken"
+        assert service.sample("db_reads_retried_total", reason="database_unreachable") == 1
+        assert (await service.client.get("/users")).status_code == 200
+        assert service.sample("db_reads_routed_total", target="primary", reason="broken") == 1
+
+
+async def test_rotated_password_wakes_nobody(database: Database, proxy: Proxy) -> None:
+    """A sleeping database has no connection that would have to be renewed."""
+    async with serving(sleeping(database, proxy), settled=False) as service:
+        await service.databases.renew_connections()
+
+        assert proxy.connections == 0
+
+
+async def test_expired_keys_are_purged_while_it_is_awake(database: Database, proxy: Proxy) -> None:
+    """The purge does not wake the database, and does not forget that it is due."""
+    async with serving(sleeping(database, proxy, pool_idle_seconds=2), settled=False) as service:
+        purge = asyncio.create_task(purge_expired_keys(service.databases, hours=24, interval_seconds=0.01))
+        await asyncio.sleep(0.1)  # Ten times as long as the purge would wait.
+        assert proxy.connections == 0
+
+        assert (await service.client.get("/users")).status_code == 200
+
+        async def purged() -> bool:
+            return any("DELETE FROM idempotency_keys" in statement for statement in proxy.statements)
+
+        assert await eventually(purged, 5)
+        purge.cancel()
