@@ -300,6 +300,7 @@ async def test_service_serves_https(
         "TLS_CERTIFICATE": str(certificate.certificate),
         "TLS_KEY": str(certificate.key),
     }
+    assert database.settings(tls_certificate=certificate.certificate, tls_key=certificate.key).tls_key is not None
     believed = ssl.create_default_context(cafile=authority.certificate)
     async with served(tmp_path, environment, *MODULE, verify=believed) as server:
         answer = await server.client.get("/patients")

@@ -149,9 +149,11 @@ async def test_connection_says_what_the_server_says(kit: Kit) -> None:
         assert await connection.fetchval(ENCRYPTED) == (version is not None)
         found[mode] = connection.encryption.verified
         ends = connection.encryption.certificate_ends
+        in_words = str(connection.encryption)
         connection.terminate()
 
     assert found == {"disable": "nothing", "require": "nothing", "verify-ca": "authority", "verify-full": "name"}
+    assert in_words == f"{version}, name verified"
     assert ends is not None
     assert 86_400 < ends - time.time() <= 2 * 86_400
 
