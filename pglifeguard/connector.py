@@ -31,8 +31,8 @@ KEEPALIVE_INTERVAL_SECONDS = 5
 KEEPALIVE_PROBES = 3
 # Data that the peer's kernel does not acknowledge for this long ends the connection: 30 s, as a statement may take.
 UNACKNOWLEDGED_MILLISECONDS = 30_000
-# SQLSTATE class of a login that the server refused.
-LOGIN_REFUSED = "28"
+# SQLSTATEs of a login that was refused: PostgreSQL's class, and what PgBouncer says to a wrong password.
+LOGIN_REFUSED = ("28", "08P01")
 # Seconds between two questions for a password that is late.
 RETRY_SECONDS = 0.1
 # The start time tells two servers behind one address apart: they were not started in the same microsecond.

@@ -242,8 +242,10 @@ def classify(error: BaseException) -> Failure | None:
         return _UNSTORABLE
     state = sqlstate(error) or ""
     if inner is not error or isinstance(error, (asyncpg.PostgresError, DatabaseUnreachable)):
+        # PgBouncer refuses a login by a state of the class of lost connections.
+        known = {} if isinstance(error, DatabaseUnreachable) and state.startswith("08") else _FAILURES
         for length in (5, 3, 2):
-            if failure := _FAILURES.get(state[:length]):
+            if failure := known.get(state[:length]):
                 return failure
     if isinstance(error, ServiceError):
         return Failure(error.status, error.code, str(error))

@@ -342,9 +342,11 @@ class ConnectionPool(Generic[S]):
             return "closed"
         if checkout.generation != self._generation:
             return "disposed"
-        # While no login succeeds, an old connection is better than none: a rotated password may reach the server
-        # minutes before it reaches this process.
-        if now >= checkout.expires_at and self._failure is None:
+        if self._failure is not None:
+            # While no login succeeds, an old connection is better than none: a rotated password may reach the server
+            # minutes before it reaches this process.
+            return None
+        if now >= checkout.expires_at:
             return "age"
         if checkout.uses >= self.settings.pool_max_uses:
             return "uses"
@@ -546,8 +548,9 @@ class ConnectionPool(Generic[S]):
         if self._failure is None or self._opened >= self.settings.capacity:
             return False
         # Connections outlive their time while logins fail. The login that succeeds lets `tend` close them.
-        now = self._clock()
-        return any(now >= _checkout(slot).expires_at for slot in (*self._idle, *self._out))
+        now, most = self._clock(), self.settings.pool_max_uses
+        checkouts = (_checkout(slot) for slot in (*self._idle, *self._out))
+        return any(now >= checkout.expires_at or checkout.uses >= most for checkout in checkouts)
 
     @property
     def _opened(self) -> int:

@@ -23,8 +23,9 @@ from pglifeguard import credentials as module
 from pglifeguard.cli import database_commands
 from pglifeguard.connector import Connector
 from pglifeguard.credentials import Passwords, PasswordUnavailable, from_file
-from pglifeguard.errors import DatabaseUnreachable
+from pglifeguard.errors import DatabaseUnreachable, classify, sqlstate
 from pglifeguard.fastapi import Lifeguard
+from tests.chaos import pooler
 from tests.conftest import Database
 from tests.pglifeguard.conftest import pooled
 from tests.rotating import Rotating, rotating
@@ -277,10 +278,10 @@ async def test_passfile_is_read_at_each_connect(role: Rotating, monkeypatch: pyt
         passfile.write_text(f"127.0.0.1:*:*:{role.name}:{role.password}\n", encoding="utf-8")
         passfile.chmod(0o600)
 
+    write()
     named = DatabaseSettings(url=f"{role.url()}?passfile={passfile}")
     found = DatabaseSettings(url=role.url())
     monkeypatch.setenv("PGPASSFILE", str(passfile))
-    write()
     for settings in (named, found):
         await open_one(settings)
     await role.rotate()
@@ -658,3 +659,17 @@ async def test_function_is_told_the_user_of_the_process(database: Database, monk
     await open_one(settings.asking(source))
 
     assert told == ["app_rw"]
+
+
+@pytest.mark.skipif(pooler.program() is None, reason="pgbouncer is not installed: apt-get install pgbouncer")
+async def test_poolers_refusal_is_one_of_the_login(database: Database, open_directory: Path) -> None:
+    """PgBouncer refuses a password by a state of lost connections; the answer says that nobody was let in."""
+    async with pooler.pooling(database.cluster, open_directory, size=1, more={"auth_type": "scram-sha-256"}) as port:
+        wrong = DatabaseSettings(url=f"postgresql://app_rw:wrong@127.0.0.1:{port}/{database.name}")
+        with pytest.raises(DatabaseUnreachable) as refused:
+            await open_one(wrong)
+
+    failure = classify(refused.value)
+    assert failure is not None
+    assert failure.code == "database_unreachable"
+    assert sqlstate(refused.value) == "08P01"
