@@ -129,7 +129,7 @@ class PoolWatch:
         self._idle: Callable[[str], Histogram] = lru_cache(lambda route: metrics.idle_hold_seconds.labels(pool, route))
         self._rejected: Callable[[str], Counter] = lru_cache(lambda why: metrics.rejected.labels(pool, why))
         self._replaced: Callable[[str], Counter] = lru_cache(lambda why: metrics.invalidations.labels(pool, why))
-        for reason in ("queue_full", "timeout", "closing"):
+        for reason in ("queue_full", "overload", "timeout", "closing"):
             # A rate needs a zero to start from: without it the first refusal would not show.
             self._rejected(reason)
 

@@ -85,7 +85,7 @@ class Metrics:
         self.wait = counter("db_connection_wait_total", "Acquisitions that had to wait in the queue.", "pool")
         self.rejected = counter(
             "db_connection_rejected_total",
-            "Acquisitions refused: queue_full, timeout (the deadline passed) or closing.",
+            "Acquisitions refused: queue_full, overload (the queue stands), timeout (the deadline passed) or closing.",
             "pool",
             "reason",
         )

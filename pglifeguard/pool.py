@@ -1,8 +1,8 @@
 """The bounded pool: it acquires, releases, checks and closes the connections of one database.
 
 `acquire` and `release` come first and tell how the pool works. At most `capacity` connections are checked out. A
-request gets an idle connection at once, or it waits in a first-come-first-served queue of bounded length, or it is
-refused. A waiting request gets the next connection, whether another request releases it or the pool has just opened it.
+request gets an idle connection at once, or it waits in a queue of bounded length (`wait_queue.py`), or it is refused.
+A waiting request gets the next connection, whether another request releases it or the pool has just opened it.
 
 The pool opens connections in the background, few at a time, as many as the queue needs. No request opens one itself.
 So a login goes on when the deadline of a request passes, and serves the next request; and a hundred requests that find
@@ -20,7 +20,6 @@ Everything here runs on one event loop, without threads: between two awaits the 
 import asyncio
 import random
 import time
-from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from contextvars import Context
 from dataclasses import dataclass
@@ -32,6 +31,7 @@ from pglifeguard.connector import KeptAliveConnection, password_is_late
 from pglifeguard.driver_failures import DRIVER_FAILURES
 from pglifeguard.errors import DatabaseUnreachable, PoolExhausted, sqlstate
 from pglifeguard.settings import DatabaseSettings
+from pglifeguard.wait_queue import WaitQueue
 
 # Connections that one pool opens at the same time. Each login costs the server a process and both sides a millisecond
 # of hashing. When every waiting request logged in for itself, on a machine with two processors, each login took longer
@@ -48,6 +48,7 @@ SERVER_FULL = "53"
 OnConnect: TypeAlias = Callable[[KeptAliveConnection], Awaitable[None]]
 # Opening a connection raises one of these when the database is away; anything else is a bug of the service.
 FAILURES = (DatabaseUnreachable, *DRIVER_FAILURES)
+OVERLOAD = "More requests come than the connections can serve, so the queue is kept short."
 
 
 class Slot(Protocol):
@@ -127,7 +128,7 @@ class ConnectionPool(Generic[S]):
         self._in_hand: set[S] = set()
         self._openings: set[_Opening] = set()
         self._login_tasks: set[asyncio.Task[None]] = set()
-        self._waiters: OrderedDict[asyncio.Future[S], None] = OrderedDict()
+        self._queue: WaitQueue[S] = WaitQueue(settings)
         # The error of the last login; None when the last login succeeded.
         self._failure: Exception | None = None
         self._returned_at = self._renewed_at = self._failed_at = float("-inf")
@@ -159,9 +160,10 @@ class ConnectionPool(Generic[S]):
         # The queue is bounded: a request that waits behind many others is late even when it is served, and its client
         # has gone by then. Those that the pool has room for do not count, they wait for a login only.
         free = self._free
-        if len(self._waiters) >= free + self.settings.pool_max_waiting:
+        self._queue.count_arrival(self._clock())
+        if len(self._queue.waiters) >= free + self._queue.room:
             raise self._full(free)
-        if len(self._waiters) >= free:
+        if len(self._queue.waiters) >= free:
             self._watch.waited()
         if not self.asleep:
             slot = await self._wait_in_queue(deadline)
@@ -214,7 +216,7 @@ class ConnectionPool(Generic[S]):
     async def _wait_in_queue(self, deadline: float) -> S:
         loop = asyncio.get_running_loop()
         waiter: asyncio.Future[S] = loop.create_future()
-        self._waiters[waiter] = None
+        self._queue.waiters[waiter] = self._clock()
         # A timer ends the wait, and not asyncio.timeout, which would cancel the task: a cancel in the same turn of the
         # event loop as a grant is how connections get lost (SQLAlchemy 2.0.43 and 2.1.1 lose slots in this way).
         self._open_more()
@@ -232,19 +234,22 @@ class ConnectionPool(Generic[S]):
             raise
         finally:
             timer.cancel()
-            self._waiters.pop(waiter, None)
+            self._queue.waiters.pop(waiter, None)
         self._in_hand.discard(slot)
         return slot
 
     def _grant(self, slot: S) -> None:
-        """Hand a connection to the request that has waited longest; without one, keep it idle."""
-        while self._waiters:
-            waiter, _ = self._waiters.popitem(last=False)
-            if not waiter.done():
+        """Hand a connection to the request that is next in the queue; without one, keep it idle."""
+        if self._queue.waiters:
+            waiter = self._queue.next(self._clock())
+            for late in self._queue.take_overdue():
+                self._refuse_late(late)
+            if waiter is not None:
                 # The request wakes up in a later turn of the event loop; until then the connection counts as in hand.
                 self._in_hand.add(slot)
                 waiter.set_result(slot)
                 return
+        self._queue.idle = True
         checkout = _checkout(slot)
         # A connection to a standby that had not replayed far enough goes to the other end, where it is used last.
         self._idle.insert(0 if checkout.behind else len(self._idle), slot)
@@ -268,7 +273,7 @@ class ConnectionPool(Generic[S]):
         """Refuse a request at its deadline, and say what it waited for: a release, or a login."""
         if waiter.done():
             return
-        del self._waiters[waiter]
+        del self._queue.waiters[waiter]
         seconds = self.settings.pool_timeout
         # A login that has gone on for as long as this request waited says that the database is away, and not that the
         # pool is small.
@@ -278,12 +283,19 @@ class ConnectionPool(Generic[S]):
         else:
             waiter.set_exception(self._refusal("timeout", f"No connection became free within {seconds:g} s."))
 
+    def _refuse_late(self, waiter: asyncio.Future[S]) -> None:
+        if not waiter.done():
+            waiter.set_exception(self._refusal("overload", OVERLOAD))
+
     def _full(self, free: int) -> Exception:
         if free and self._failure is not None:
             return self._unreachable()
+        if self._queue.stands:
+            return self._refusal("overload", OVERLOAD)
         return self._refusal(
             "queue_full",
-            f"All {self.settings.capacity} connections are at work and {len(self._waiters)} requests wait already.",
+            f"All {self.settings.capacity} connections are at work and {len(self._queue.waiters)} requests wait "
+            "already.",
         )
 
     def _refusal(self, reason: str, sentence: str) -> PoolExhausted:
@@ -367,14 +379,14 @@ class ConnectionPool(Generic[S]):
 
     def _open_more(self) -> None:
         """Open what the queue needs: few at a time, and never more than the pool may hold."""
-        if not self._waiters or self._closed:
+        if not self._queue.waiters or self._closed:
             return
         opening = len(self._openings)
         room = self._free - len(self._idle)
-        loop = next(iter(self._waiters)).get_loop()
+        loop = next(iter(self._queue.waiters)).get_loop()
         # One login wakes a sleeping database; the others begin when it has succeeded.
         at_once = 1 if self.asleep else OPENED_AT_ONCE
-        for _ in range(min(len(self._waiters), room, at_once) - opening):
+        for _ in range(min(len(self._queue.waiters), room, at_once) - opening):
             self._start_login(loop)
 
     def _start_login(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -419,7 +431,7 @@ class ConnectionPool(Generic[S]):
         # A login that was under way during a failover may lead to the old primary.
         if opening.keep is not None and checkout.connection.server != opening.keep:
             self._discard(slot, "superseded")
-        elif self._waiters:
+        elif self._queue.waiters:
             # When `dispose` was called during the login, it holds for this connection too: it serves the request that
             # waits now and is closed at its release. Pooled, it led later requests to the server that was left.
             self._grant(slot)
@@ -439,7 +451,7 @@ class ConnectionPool(Generic[S]):
         known_already = known is not None and known.__cause__ is not None and known.__cause__ is error.__cause__
         if not known_already:
             self._watch.connect_failed()
-        refused = len(self._waiters)
+        refused = len(self._queue.waiters)
         if password_is_late(error, self.settings):
             # The requests wait until their own deadlines: the next login asks for the password again.
             refused = 0
@@ -452,7 +464,7 @@ class ConnectionPool(Generic[S]):
             full = (sqlstate(error) or "").startswith(SERVER_FULL)
             refused = 0 if full or known_already else min(refused, self._free)
         for _ in range(refused):
-            waiter, _ = self._waiters.popitem(last=False)
+            waiter, _ = self._queue.waiters.popitem(last=False)
             if not waiter.done():
                 waiter.set_exception(self._unreachable())
 
@@ -460,7 +472,7 @@ class ConnectionPool(Generic[S]):
 
     def figures(self) -> PoolFigures:
         """Count, without waiting for anything."""
-        settings, free, waiting = self.settings, self._free, len(self._waiters)
+        settings, free, waiting = self.settings, self._free, len(self._queue.waiters)
         opened = len(self._idle) + len(self._out)
         coming = min(free, max(waiting, len(self._openings)))
         return PoolFigures(
@@ -478,7 +490,7 @@ class ConnectionPool(Generic[S]):
     @property
     def load(self) -> int:
         """Requests that hold a connection or wait for one."""
-        return len(self._out) + len(self._in_hand) + len(self._waiters)
+        return len(self._out) + len(self._in_hand) + len(self._queue.waiters)
 
     def holdings(self) -> list[Holding]:
         """List the checkouts that are open, longest first."""
@@ -640,8 +652,8 @@ class ConnectionPool(Generic[S]):
     def close(self) -> None:
         """Refuse all requests from now on, the waiting ones too. Checked out connections stay with their holders."""
         self._closed = True
-        for waiter in list(self._waiters):
-            del self._waiters[waiter]
+        for waiter in list(self._queue.waiters):
+            del self._queue.waiters[waiter]
             if not waiter.done():
                 waiter.set_exception(self._refusal("closing", "The service is shutting down."))
         for task in self._login_tasks:

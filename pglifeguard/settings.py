@@ -126,6 +126,12 @@ class DatabaseSettings(BaseModel):
     pool_max_waiting: int = Field(
         200, ge=0, description="Requests in the queue; the next one is a 503 at once. Sleeping: 1000."
     )
+    pool_queue_target_seconds: float = Field(
+        0.02,
+        ge=0,
+        le=60,
+        description="Seconds to wait while more requests come than can be served; 0: plain first come, first served.",
+    )
     pool_max_uses: int = Field(50_000, ge=1, description="Checkouts after which a connection is replaced.")
     pool_idle_seconds: float = Field(
         300, gt=0, description="Seconds of idling before a connection is closed. Sleeping: 60."

@@ -16,7 +16,7 @@ LIBRARY = (
     {"database_url"},
     {"host_search", "lookup"},
     {"settings", "tracked_connection"},
-    {"budget", "pooler_look"},
+    {"budget", "pooler_look", "wait_queue"},
     {"connector"},
     {"checkout", "monitor"},
     {"cli", "listening", "orm"},
@@ -53,6 +53,7 @@ POOL = {
     "builtin_functions", "checkout", "connector", "credentials", "database_url", "driver_failures", "effects",
     "environment", "errors", "host_search", "lookup", "metrics", "pool", "pooler", "pooler_look", "sampling", "server",
     "service_file", "settings", "tls", "tracked_connection", "url_parameters", "variables",
+    "wait_queue",
 }  # fmt: skip
 # What opens something or reads the environment, and so must not be called when a module is imported.
 OPENERS = {

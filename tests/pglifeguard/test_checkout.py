@@ -249,7 +249,7 @@ def _sums(service: Service) -> tuple[float, float]:
 async def test_refusals_have_a_zero_to_start_from(database: Database) -> None:
     """The first refusal is an increase: every reason has a series before it happens."""
     async with pooled(database.url()) as p:
-        for reason in ("queue_full", "timeout", "closing"):
+        for reason in ("queue_full", "overload", "timeout", "closing"):
             labels = {"pool": "primary", "reason": reason}
             assert p.metrics.registry.get_sample_value("db_connection_rejected_total", labels) == 0
 

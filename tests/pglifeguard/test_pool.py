@@ -120,10 +120,10 @@ async def test_login_that_the_first_in_the_queue_asked_for_is_what_it_waited_for
         waiting = asyncio.create_task(p.backend())
 
         async def queued() -> bool:
-            return bool(p.pool._waiters)
+            return bool(p.pool._queue.waiters)
 
         assert await eventually(queued, 5)
-        (waiter,) = p.pool._waiters
+        (waiter,) = p.pool._queue.waiters
         loop: Any = asyncio.get_running_loop()
         (timer,) = [each for each in loop._scheduled if waiter in (each._args or ())]
         monkeypatch.setattr(loop, "time", timer.when)
@@ -279,7 +279,7 @@ async def test_deadline_that_meets_a_grant_refuses_nobody(database: Database) ->
         held = await p.database.engine.connect()
         second = taking(p)
         await p.waiting(1)
-        (waiter,) = p.pool._waiters
+        (waiter,) = p.pool._queue.waiters
 
         await held.close()
         p.pool._expire(waiter, 0.0)

@@ -1,0 +1,128 @@
+"""The requests that wait for a connection of a pool: who is next, and who is told at once not to wait.
+
+A queue that keeps emptying is served first come, first served: a burst is served whole, as long as its last request
+gets its turn within its patience. A queue that grows is another matter. Whoever is served from it has waited for nearly
+the whole patience, however long that is. So there are three states:
+
+- calm: first come, first served;
+- growing, when in the last interval many more requests came than were served, or more than were served while the queue
+  was long already: the newest is served first, so that those who are served have not waited for long, and the others
+  wait for the end of the burst;
+- standing, when it has grown for several intervals: it keeps as many requests as can be served within the target, and
+  refuses all others at once. It ends when the queue is empty.
+
+The idea is that of controlled delay (Nichols and Jacobson, "Controlling Queue Delay", ACM Queue 2012) and of adaptive
+LIFO (Maurer, "Fail at Scale", ACM Queue 2015). Decision 0031 says what was measured. Times are seconds of the pool's
+clock.
+"""
+
+import asyncio
+import math
+from collections import OrderedDict
+from typing import Generic, TypeVar
+
+from pglifeguard.settings import DatabaseSettings
+
+# An interval has at least this many seconds, and as many as it takes to serve so many requests, by each connection one.
+INTERVAL_SECONDS = 0.1
+INTERVAL_SERVED = 10
+# A queue grows when this many times as many requests came in an interval as were served. Requests that come at random,
+# at nine tenths of the capacity, do so in few intervals, and hardly ever in several in a row.
+GROWTH = 1.5
+# A queue whose last request will wait for this part of its patience grows also when hardly more come than are served.
+LONG = 0.7
+# Intervals of growth in a row after which the queue stands. A burst that can be served in time is over by then: three
+# times the capacity may come for 0.2 s, and takes a busy event loop longer to notice.
+STANDING_AFTER = 4
+
+S = TypeVar("S")
+
+
+class WaitQueue(Generic[S]):
+    """The waiting requests, oldest first: `waiters` maps their futures to the time at which each joined.
+
+    Set `idle` when a connection is free and nobody waits for it: this ends every state.
+    """
+
+    def __init__(self, settings: DatabaseSettings) -> None:
+        self._settings = settings
+        self.waiters: OrderedDict[asyncio.Future[S], float] = OrderedDict()
+        self.idle = True
+        # The current interval: its start, and the requests that came and that were served in it.
+        self._began = self._served_at = 0.0
+        self._came = self._served = 0
+        # Intervals of growth in a row.
+        self._grown = 0
+        # Requests that a standing queue keeps; None while it does not stand.
+        self._limit: int | None = None
+        # Requests that were removed when it began to stand, and are not told yet.
+        self._overdue: list[asyncio.Future[S]] = []
+
+    @property
+    def stands(self) -> bool:
+        """Whether the queue has to be kept short."""
+        return self._limit is not None and not self.idle
+
+    @property
+    def room(self) -> int:
+        """The most requests that may wait for a release."""
+        most = self._settings.pool_max_waiting
+        return most if self._limit is None or self.idle else min(most, self._limit)
+
+    def count_arrival(self, now: float) -> None:
+        """Count a request that found no connection, whether it then joins or is refused."""
+        if self.idle:
+            self.idle, self._grown, self._limit, self._served_at = False, 0, None, now
+            self._begin(now)
+        self._came += 1
+
+    def next(self, now: float) -> asyncio.Future[S] | None:
+        """Remove and return the request that gets the connection that is free now; None when nobody waits."""
+        while self.waiters:
+            waiter, _ = self.waiters.popitem(last=self._grown > 0 and self._limit is None)
+            if not waiter.done():
+                if now - self._served_at > INTERVAL_SECONDS:
+                    # The server stood still, and those who came meanwhile are no overload.
+                    self._begin(now)
+                self._served, self._served_at = self._served + 1, now
+                self._judge(now)
+                return waiter
+        return None
+
+    def take_overdue(self) -> list[asyncio.Future[S]]:
+        """Return the requests that the queue has removed since the last call: they had waited for too long."""
+        overdue, self._overdue = self._overdue, []
+        return overdue
+
+    def _judge(self, now: float) -> None:
+        """At the end of an interval, find out whether the queue has grown in it, and what it may hold."""
+        seconds = now - self._began
+        if seconds < INTERVAL_SECONDS or self._served < max(INTERVAL_SERVED, self._settings.capacity):
+            return
+        target, rate = self._settings.pool_queue_target_seconds, self._served / seconds
+        late = bool(self.waiters) and now - self._oldest > target > 0
+        long = len(self.waiters) >= rate * self._settings.pool_timeout * LONG
+        grows = late and self._came >= self._served * (1.0 if long else GROWTH)
+        self._grown = self._grown + 1 if grows else 0
+        if self._limit is None and self._grown >= STANDING_AFTER:
+            self._keep_newest(self._most(rate), joined_since=now - target)
+        if self._limit is not None or self._grown >= STANDING_AFTER:
+            self._limit = self._most(rate)
+        self._begin(now)
+
+    def _most(self, rate: float) -> int:
+        """Count the requests that are served within the target; all connections are kept at work in any case."""
+        return max(self._settings.capacity, math.ceil(rate * self._settings.pool_queue_target_seconds))
+
+    def _keep_newest(self, number: int, *, joined_since: float) -> None:
+        """Remove the others: who would be served next has waited for too long already."""
+        while self.waiters and (len(self.waiters) > number or self._oldest < joined_since):
+            self._overdue.append(self.waiters.popitem(last=False)[0])
+
+    @property
+    def _oldest(self) -> float:
+        """When the request that waits longest has joined."""
+        return next(iter(self.waiters.values()))
+
+    def _begin(self, now: float) -> None:
+        self._began, self._came, self._served = now, 0, 0

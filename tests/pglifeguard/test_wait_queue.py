@@ -1,0 +1,208 @@
+"""The queue in front of a pool, with a clock of its own: bursts are served whole, and overload keeps nobody waiting."""
+
+import asyncio
+import heapq
+import itertools
+import random
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import pytest
+
+from pglifeguard.settings import DatabaseSettings
+from pglifeguard.wait_queue import WaitQueue
+
+CONNECTIONS = 4
+SERVICE_SECONDS = 0.02
+PER_SECOND = CONNECTIONS / SERVICE_SECONDS
+PATIENCE_SECONDS = 0.5
+
+
+def settings(**changed: float) -> DatabaseSettings:
+    """Return the settings of a pool of four."""
+    sizes = {"pool_size": CONNECTIONS, "max_overflow": 0, "pool_timeout": PATIENCE_SECONDS}
+    return DatabaseSettings.model_validate({"url": "postgresql://u:p@h/d"} | sizes | changed)
+
+
+@dataclass
+class Outcome:
+    """What became of the requests of one run: seconds until the answer, by how it ended."""
+
+    served: list[float] = field(default_factory=list)
+    refused: Counter[str] = field(default_factory=Counter)
+    order: list[int] = field(default_factory=list)
+
+    def p99(self) -> float:
+        """Return the 99th percentile of those that were served."""
+        return sorted(self.served)[int(0.99 * len(self.served))]
+
+
+class Simulation:
+    """Four connections that take 20 ms for each request, and the queue in front of them."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, *, seconds: float = SERVICE_SECONDS, **changed: float) -> None:
+        self._loop = loop
+        self.settings = settings(**changed)
+        self.queue: WaitQueue[int] = WaitQueue(self.settings)
+        self._seconds = seconds
+        self._free = CONNECTIONS
+        self._events: list[tuple[float, int, str, int]] = []
+        self._numbers = itertools.count()
+        self._came: dict[int, float] = {}
+        self._waiting: dict[int, asyncio.Future[int]] = {}
+        self.outcome = Outcome()
+
+    def run(self, arrivals: Iterator[float]) -> Outcome:
+        """Let requests arrive at these times, and go on until the last one has ended."""
+        for at in arrivals:
+            self._plan(at, "arrival", next(self._numbers))
+        while self._events:
+            now, _, event, request = heapq.heappop(self._events)
+            getattr(self, f"_{event}")(now, request)
+        return self.outcome
+
+    def _plan(self, at: float, event: str, request: int) -> None:
+        heapq.heappush(self._events, (at, next(self._numbers), event, request))
+
+    def _arrival(self, now: float, request: int) -> None:
+        self._came[request] = now
+        if self._free:
+            self._free -= 1
+            self._serve(now, request)
+            return
+        self.queue.count_arrival(now)
+        if len(self.queue.waiters) >= self.queue.room:
+            self.outcome.refused["overload" if self.queue.stands else "full"] += 1
+            return
+        waiter: asyncio.Future[int] = self._loop.create_future()
+        self.queue.waiters[waiter] = now
+        self._waiting[request] = waiter
+        self._plan(now + self.settings.pool_timeout, "deadline", request)
+
+    def _deadline(self, _now: float, request: int) -> None:
+        waiter = self._waiting.pop(request, None)
+        if waiter is not None and self.queue.waiters.pop(waiter, None) is not None:
+            waiter.cancel()
+            self.outcome.refused["timeout"] += 1
+
+    def _release(self, now: float, request: int) -> None:
+        self.outcome.served.append(now - self._came[request])
+        chosen = self.queue.next(now)
+        for late in self.queue.take_overdue():
+            late.cancel()
+            self.outcome.refused["late"] += 1
+        if chosen is None:
+            self.queue.idle = True
+            self._free += 1
+            return
+        chosen.cancel()
+        self._serve(now, next(number for number, waiter in self._waiting.items() if waiter is chosen))
+
+    def _serve(self, now: float, request: int) -> None:
+        self._waiting.pop(request, None)
+        self.outcome.order.append(request)
+        self._plan(now + self._seconds, "release", request)
+
+
+def evenly(rate: float, seconds: float, *, begin: float = 0.0) -> Iterator[float]:
+    """Let requests come at a fixed rate."""
+    return (begin + number / rate for number in range(round(rate * seconds)))
+
+
+def at_random(rate: float, seconds: float) -> Iterator[float]:
+    """Let requests come as those of independent clients do."""
+    chance, now = random.Random(7), 0.0  # noqa: S311  # A load, not a secret.
+    while (now := now + chance.expovariate(rate)) < seconds:
+        yield now
+
+
+@pytest.fixture
+async def loop() -> asyncio.AbstractEventLoop:
+    """Give the loop that the futures belong to."""
+    return asyncio.get_running_loop()
+
+
+@pytest.mark.parametrize("come", [evenly, at_random])
+@pytest.mark.parametrize("load", [2, 3, 5])
+async def test_overload_keeps_nobody_waiting(loop: asyncio.AbstractEventLoop, load: int, come: type) -> None:
+    """At two to five times the capacity all of it is used, and whoever is served is served within 0.1 s."""
+    seconds = 10
+
+    outcome = Simulation(loop).run(come(load * PER_SECOND, seconds))
+
+    assert len(outcome.served) >= 0.95 * PER_SECOND * seconds
+    assert outcome.p99() <= 0.1
+    # Nearly all others are told at once: only the first ones are told after a wait.
+    assert outcome.refused["overload"] >= 0.9 * outcome.refused.total()
+
+
+async def test_plain_queue_lets_everybody_wait(loop: asyncio.AbstractEventLoop) -> None:
+    """With a target of 0 the queue is first come, first served, whatever comes: all wait for their whole patience."""
+    outcome = Simulation(loop, pool_queue_target_seconds=0).run(evenly(3 * PER_SECOND, 5))
+
+    assert outcome.p99() >= PATIENCE_SECONDS
+    assert outcome.refused.keys() == {"full", "timeout"}
+    assert outcome.order == sorted(outcome.order)
+
+
+@pytest.mark.parametrize("come", [evenly, at_random])
+async def test_nothing_is_shed_at_nine_tenths(loop: asyncio.AbstractEventLoop, come: type) -> None:
+    """A queue that keeps emptying is served whole, and in the order of arrival unless it grows for a moment."""
+    outcome = Simulation(loop).run(come(0.9 * PER_SECOND, 60))
+
+    in_order = sum(one < other for one, other in itertools.pairwise(outcome.order))
+    assert outcome.refused.total() == 0
+    assert in_order >= 0.95 * len(outcome.order)
+
+
+async def test_burst_is_served_whole(loop: asyncio.AbstractEventLoop) -> None:
+    """Three times the capacity for 0.2 s is cleared within the patience, so nobody is refused."""
+    outcome = Simulation(loop).run(evenly(3 * PER_SECOND, 0.2))
+
+    assert outcome.refused.total() == 0
+    assert max(outcome.served) <= PATIENCE_SECONDS + SERVICE_SECONDS
+
+
+async def test_normal_returns_when_the_overload_ends(loop: asyncio.AbstractEventLoop) -> None:
+    """From half a second after the overload on, half a load waits for nothing."""
+    simulation = Simulation(loop)
+    later = itertools.chain(evenly(3 * PER_SECOND, 3), evenly(PER_SECOND / 2, 2, begin=3.5))
+
+    outcome = simulation.run(later)
+
+    assert outcome.served[-round(PER_SECOND) :] == pytest.approx([SERVICE_SECONDS] * round(PER_SECOND))
+    assert not simulation.queue.stands
+
+
+async def test_slow_work_keeps_all_connections_busy(loop: asyncio.AbstractEventLoop) -> None:
+    """Where a request takes longer than the target, as many may wait as there are connections."""
+    outcome = Simulation(loop, seconds=0.2).run(evenly(3 * CONNECTIONS / 0.2, 20))
+
+    assert len(outcome.served) >= 0.95 * 20 * CONNECTIONS / 0.2
+
+
+async def test_server_that_stands_still_is_no_overload(loop: asyncio.AbstractEventLoop) -> None:
+    """Those who came while no connection came back are served in their order, and wait with their whole patience."""
+    queue = Simulation(loop).queue
+    waiters = [loop.create_future() for _ in range(80)]
+    for number, waiter in enumerate(waiters):
+        queue.count_arrival(number * 0.005)
+        queue.waiters[waiter] = number * 0.005
+
+    served = [queue.next(0.4 + number * 0.005) for number in range(80)]
+
+    assert served == waiters
+    assert queue.take_overdue() == []
+
+
+async def test_request_that_has_ended_gets_no_turn(loop: asyncio.AbstractEventLoop) -> None:
+    """A waiter whose client has left is passed over; without any other the connection stays free."""
+    queue = Simulation(loop).queue
+    gone = loop.create_future()
+    gone.cancel()
+    queue.count_arrival(0.0)
+    queue.waiters[gone] = 0.0
+
+    assert queue.next(0.1) is None
+    assert not queue.waiters
