@@ -270,9 +270,11 @@ class HostSearch(Generic[C]):
         self._failures.clear()
         self._pause = self._next_round_at = 0.0
         self._end_round()
-        # A login to another host that ends later must not move all callers away from the host that was found.
-        for other in [other for other in self._attempts if other.host != attempt.host]:
-            self._cancel(other)
+        # A login to another host that ends later must not move all callers away from the host that was found. One that
+        # the sleeping host has left alone may end when nobody asks any more, and would keep the host awake.
+        for other in list(self._attempts):
+            if other.host != attempt.host or (other.late and other.patience > self._patience):
+                self._cancel(other)
         self._deliver(connection)
         self._advance()
 

@@ -109,6 +109,19 @@ async def test_who_wakes_a_database_is_not_told_of_refusals(database: Database, 
         await (await waking).close()
 
 
+async def test_one_login_is_enough_to_wake_a_database(database: Database, proxy: Proxy) -> None:
+    """A host that says nothing is left alone for longer than the usual patience, whoever else asks meanwhile."""
+    proxy.hang()
+    async with connecting(proxy.url(database.url()), connect_timeout_seconds=0.02, wake_seconds=60) as to:
+        waking = asyncio.create_task(to.open(asyncio.get_running_loop().time() + 30, waking=True))
+        with pytest.raises(DatabaseUnreachable):
+            await opening(to, 0.3)
+
+        assert proxy.connections == 1
+        proxy.resume()
+        await (await waking).close()
+
+
 async def test_wrong_certificate_is_no_sleep() -> None:
     """A server with another certificate than it should have is awake: who wakes it is told at once."""
 

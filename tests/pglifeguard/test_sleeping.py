@@ -10,7 +10,7 @@ from app.settings import Settings
 from local.waiting import eventually
 from pglifeguard.fastapi.idempotency import purge_expired_keys
 from tests.conftest import Database
-from tests.pglifeguard.conftest import sessions_end
+from tests.pglifeguard.conftest import pooled, sessions_end
 from tests.proxy import Proxy, Sleep
 from tests.service import ADA, Service, serving
 from tests.test_migrations import python
@@ -190,8 +190,34 @@ async def test_server_that_goes_to_sleep_by_itself_is_let_alone(
 
         assert proxy.connections == knocks
         requests = await crowd(service, count=20)
+
+        async def knocked() -> bool:
+            return proxy.connections > knocks
+
+        assert await eventually(knocked, 5)
+        assert proxy.connections == knocks + 1
         await proxy.wake_up("holds")
         assert {answer.status_code for answer in await asyncio.gather(*requests)} == {200}
+
+
+async def test_login_that_it_fell_asleep_under_refuses_nobody(database: Database, proxy: Proxy) -> None:
+    """When the last connection goes while another one is being opened, the next login has the time to wake it."""
+    async with pooled(proxy.url(database.url()), profile="sleeping", pool_timeout=10, connect_timeout_seconds=5) as p:
+        slot = await p.pool.acquire()
+        proxy.hang()
+        waiting = asyncio.create_task(p.pool.acquire())
+
+        async def knocked(times: int) -> bool:
+            return proxy.connections >= times
+
+        assert await eventually(lambda: knocked(2), 5)
+        slot.info["checkout"].connection.terminate()
+        p.pool.release(slot)
+        proxy.fall_asleep("says_starting")
+        assert await eventually(lambda: knocked(5), 5)
+
+        await proxy.wake_up("says_starting")
+        p.pool.release(await waiting)
 
 
 async def test_shutdown_while_it_wakes_up(database: Database, proxy: Proxy) -> None:

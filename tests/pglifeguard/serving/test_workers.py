@@ -4,6 +4,8 @@ import asyncio
 import os
 import re
 import signal
+import subprocess
+import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -148,6 +150,25 @@ def test_file_of_a_worker_that_was_killed_at_its_start(tmp_path: Path) -> None:
 
     assert [file.name for file in tmp_path.glob("*.db")] == [f"counter_{ALIVE}.db"]
     assert b"asked 10.0" in exposition(tmp_path)
+
+
+def test_worker_that_knows_nothing_does_not_count(tmp_path: Path) -> None:
+    """A gauge that one worker has forgotten is what another one says; it is absent when none knows it."""
+
+    def exposed_after(last: str) -> str:
+        script = f"from pglifeguard.metrics import Metrics; m = Metrics(); {last}"
+        subprocess.run([sys.executable, "-c", script], check=True, env=os.environ | {VARIABLE: str(tmp_path)})
+        return exposition(tmp_path).decode()
+
+    forgotten = exposed_after(
+        "m.up.labels('primary').set(1); m.replica_lag_bytes.labels('replica').set(7);"
+        "m.forget(m.up, 'primary'); m.forget(m.replica_lag_bytes, 'replica')"
+    )
+    known = exposed_after("m.up.labels('primary').set(0); m.replica_lag_bytes.labels('replica').set(3)")
+
+    assert [line for line in forgotten.splitlines() if line.startswith(("db_up{", "db_replica_lag_bytes{"))] == []
+    assert 'db_up{pool="primary"} 0.0' in known
+    assert 'db_replica_lag_bytes{pool="replica"} 3.0' in known
 
 
 def test_nothing_to_tidy_changes_nothing(tmp_path: Path) -> None:
