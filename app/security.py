@@ -18,7 +18,7 @@ from starlette.types import ASGIApp, Receive, Send
 from starlette.types import Scope as ASGIScope
 
 from pglifeguard import ServiceError
-from pglifeguard.fastapi import selected_route
+from pglifeguard.fastapi import client_key, selected_route
 
 Scope = Literal["read", "write", "ops"]
 ALGORITHM = "HS256"
@@ -101,6 +101,8 @@ class BearerGuard:
             return
         claims = self._claims(HTTPConnection(scope))
         scope.setdefault("state", {})["caller"] = claims["sub"]
+        # Under overload the callers take turns.
+        client_key.set(claims["sub"])
         scope[_GRANTED] = granted = frozenset(str(claims.get("scope", "")).split())
         _check_scopes(needed, granted)
 

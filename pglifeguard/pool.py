@@ -162,7 +162,10 @@ class ConnectionPool(Generic[S]):
         free = self._free
         self._queue.count_arrival(self._clock())
         if len(self._queue.waiters) >= free + self._queue.room:
-            raise self._full(free)
+            other = self._queue.make_room()
+            if other is None:
+                raise self._full(free)
+            _refuse(other, self._full(free))
         if len(self._queue.waiters) >= free:
             self._watch.waited()
         if not self.asleep:
@@ -216,7 +219,7 @@ class ConnectionPool(Generic[S]):
     async def _wait_in_queue(self, deadline: float) -> S:
         loop = asyncio.get_running_loop()
         waiter: asyncio.Future[S] = loop.create_future()
-        self._queue.waiters[waiter] = self._clock()
+        self._queue.join(waiter, self._clock())
         # A timer ends the wait, and not asyncio.timeout, which would cancel the task: a cancel in the same turn of the
         # event loop as a grant is how connections get lost (SQLAlchemy 2.0.43 and 2.1.1 lose slots in this way).
         self._open_more()
@@ -234,7 +237,7 @@ class ConnectionPool(Generic[S]):
             raise
         finally:
             timer.cancel()
-            self._queue.waiters.pop(waiter, None)
+            self._queue.leave(waiter)
         self._in_hand.discard(slot)
         return slot
 
@@ -243,7 +246,7 @@ class ConnectionPool(Generic[S]):
         if self._queue.waiters:
             waiter = self._queue.next(self._clock())
             for late in self._queue.take_overdue():
-                self._refuse_late(late)
+                _refuse(late, self._refusal("overload", OVERLOAD))
             if waiter is not None:
                 # The request wakes up in a later turn of the event loop; until then the connection counts as in hand.
                 self._in_hand.add(slot)
@@ -273,7 +276,7 @@ class ConnectionPool(Generic[S]):
         """Refuse a request at its deadline, and say what it waited for: a release, or a login."""
         if waiter.done():
             return
-        del self._queue.waiters[waiter]
+        self._queue.leave(waiter)
         seconds = self.settings.pool_timeout
         # A login that has gone on for as long as this request waited says that the database is away, and not that the
         # pool is small.
@@ -282,10 +285,6 @@ class ConnectionPool(Generic[S]):
             waiter.set_exception(self._unreachable())
         else:
             waiter.set_exception(self._refusal("timeout", f"No connection became free within {seconds:g} s."))
-
-    def _refuse_late(self, waiter: asyncio.Future[S]) -> None:
-        if not waiter.done():
-            waiter.set_exception(self._refusal("overload", OVERLOAD))
 
     def _full(self, free: int) -> Exception:
         if free and self._failure is not None:
@@ -464,7 +463,7 @@ class ConnectionPool(Generic[S]):
             full = (sqlstate(error) or "").startswith(SERVER_FULL)
             refused = 0 if full or known_already else min(refused, self._free)
         for _ in range(refused):
-            waiter, _ = self._queue.waiters.popitem(last=False)
+            waiter = self._queue.pop_oldest()
             if not waiter.done():
                 waiter.set_exception(self._unreachable())
 
@@ -653,7 +652,7 @@ class ConnectionPool(Generic[S]):
         """Refuse all requests from now on, the waiting ones too. Checked out connections stay with their holders."""
         self._closed = True
         for waiter in list(self._queue.waiters):
-            del self._queue.waiters[waiter]
+            self._queue.leave(waiter)
             if not waiter.done():
                 waiter.set_exception(self._refusal("closing", "The service is shutting down."))
         for task in self._login_tasks:
@@ -696,6 +695,12 @@ async def _answers(connection: KeptAliveConnection, deadline: float) -> bool:
     finally:
         timer.cancel()
     return True
+
+
+def _refuse(waiter: "asyncio.Future[Any]", error: Exception) -> None:
+    # Its client may have left in this turn of the event loop.
+    if not waiter.done():
+        waiter.set_exception(error)
 
 
 def _checkout(slot: Slot) -> Checkout:

@@ -333,6 +333,10 @@ class DatabasesSettings(BaseSettings):
     answer_stall_seconds: float = Field(
         30, gt=0, le=3600, description="Seconds for which a client may read nothing of its answer."
     )
+    clients_by_address: bool = Field(
+        False,
+        description="Let clients take turns for connections by their address; only where a proxy in front reports it.",
+    )
     workers: int = Field(1, ge=1, le=64, description="Processes of one instance.")
     instances: int = Field(1, ge=1, le=10_000, description="Instances of the service; only the budget uses it.")
     surge_instances: int = Field(

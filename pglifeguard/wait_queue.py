@@ -11,6 +11,9 @@ the whole patience, however long that is. So there are three states:
 - standing, when it has grown for several intervals: it keeps as many requests as can be served within the target, and
   refuses all others at once. It ends when the queue is empty.
 
+Where clients are told apart (`client_key`), each has a line of its own and they take turns, so one with many requests
+in flight does not keep the others waiting; in a full queue it makes room for them.
+
 The idea is that of controlled delay (Nichols and Jacobson, "Controlling Queue Delay", ACM Queue 2012) and of adaptive
 LIFO (Maurer, "Fail at Scale", ACM Queue 2015). Decision 0031 says what was measured. Times are seconds of the pool's
 clock.
@@ -19,6 +22,7 @@ clock.
 import asyncio
 import math
 from collections import OrderedDict
+from contextvars import ContextVar
 from typing import Generic, TypeVar
 
 from pglifeguard.settings import DatabaseSettings
@@ -35,18 +39,22 @@ LONG = 0.7
 # times the capacity may come for 0.2 s, and takes a busy event loop longer to notice.
 STANDING_AFTER = 4
 
+# On whose behalf a connection is acquired in this context: a token's subject, a tenant; None tells nobody apart.
+client_key: ContextVar[str | None] = ContextVar("client_key", default=None)
 S = TypeVar("S")
 
 
 class WaitQueue(Generic[S]):
-    """The waiting requests, oldest first: `waiters` maps their futures to the time at which each joined.
+    """The waiting requests, oldest first: `waiters` maps their futures to the time and the client of each.
 
     Set `idle` when a connection is free and nobody waits for it: this ends every state.
     """
 
     def __init__(self, settings: DatabaseSettings) -> None:
         self._settings = settings
-        self.waiters: OrderedDict[asyncio.Future[S], float] = OrderedDict()
+        self.waiters: OrderedDict[asyncio.Future[S], tuple[float, str | None]] = OrderedDict()
+        # The requests of each client that has some, oldest first; the client whose turn it is comes first.
+        self._lines: OrderedDict[str | None, OrderedDict[asyncio.Future[S], None]] = OrderedDict()
         self.idle = True
         # The current interval: its start, and the requests that came and that were served in it.
         self._began = self._served_at = 0.0
@@ -76,10 +84,44 @@ class WaitQueue(Generic[S]):
             self._begin(now)
         self._came += 1
 
+    def join(self, waiter: asyncio.Future[S], now: float) -> None:
+        """Append a request of this context's client."""
+        client = client_key.get()
+        self.waiters[waiter] = (now, client)
+        self._lines.setdefault(client, OrderedDict())[waiter] = None
+
+    def leave(self, waiter: asyncio.Future[S]) -> None:
+        """Remove a request; nothing happens when it is not there."""
+        _, client = self.waiters.pop(waiter, (0.0, None))
+        line = self._lines.get(client, OrderedDict())
+        line.pop(waiter, None)
+        if not line:
+            self._lines.pop(client, None)
+
+    def make_room(self) -> asyncio.Future[S] | None:
+        """Remove and return the newest request of the longest line, if that is longer than that of this client."""
+        longest = max(self._lines.values(), key=len, default=OrderedDict[asyncio.Future[S], None]())
+        if len(longest) <= len(self._lines.get(client_key.get(), ())) + 1:
+            return None
+        newest = next(reversed(longest))
+        self.leave(newest)
+        return newest
+
+    def pop_oldest(self) -> asyncio.Future[S]:
+        """Remove and return the request that has waited longest."""
+        oldest = next(iter(self.waiters))
+        self.leave(oldest)
+        return oldest
+
     def next(self, now: float) -> asyncio.Future[S] | None:
         """Remove and return the request that gets the connection that is free now; None when nobody waits."""
-        while self.waiters:
-            waiter, _ = self.waiters.popitem(last=self._grown > 0 and self._limit is None)
+        while self._lines:
+            client, line = next(iter(self._lines.items()))
+            newest_first = self._grown > 0 and self._limit is None
+            waiter = next(reversed(line)) if newest_first else next(iter(line))
+            self.leave(waiter)
+            if client in self._lines:
+                self._lines.move_to_end(client)
             if not waiter.done():
                 if now - self._served_at > INTERVAL_SECONDS:
                     # The server stood still, and those who came meanwhile are no overload.
@@ -117,12 +159,12 @@ class WaitQueue(Generic[S]):
     def _keep_newest(self, number: int, *, joined_since: float) -> None:
         """Remove the others: who would be served next has waited for too long already."""
         while self.waiters and (len(self.waiters) > number or self._oldest < joined_since):
-            self._overdue.append(self.waiters.popitem(last=False)[0])
+            self._overdue.append(self.pop_oldest())
 
     @property
     def _oldest(self) -> float:
         """When the request that waits longest has joined."""
-        return next(iter(self.waiters.values()))
+        return next(iter(self.waiters.values()))[0]
 
     def _begin(self, now: float) -> None:
         self._began, self._came, self._served = now, 0, 0

@@ -18,6 +18,7 @@ from pglifeguard.fastapi.sessions import (
     read_session,
     write_session,
 )
+from pglifeguard.wait_queue import client_key
 
 __all__ = [
     "IDEMPOTENCY_TABLE",
@@ -30,6 +31,7 @@ __all__ = [
     "SerializableDB",
     "WriteDB",
     "analytics_session",
+    "client_key",
     "databases_of",
     "documented",
     "public_path",

@@ -42,6 +42,7 @@ from pglifeguard.sampling import Sampler
 from pglifeguard.server import Token
 from pglifeguard.sessions import WriteSession
 from pglifeguard.settings import DatabasesSettings
+from pglifeguard.wait_queue import client_key
 
 logger = logging.getLogger(__name__)
 
@@ -132,11 +133,13 @@ class ReadYourWrites:
     """Let each client read its own writes, whichever database serves it.
 
     A write answers with the LSN after its COMMIT, the consistency token, in a header and a cookie. A request that sends
-    it back reads from a replica only when that replica has replayed this LSN. Unsafe methods read on the primary.
+    it back reads from a replica only when that replica has replayed this LSN. Unsafe methods read on the primary. Where
+    clients are told apart by their address, this layer notes it for the pool's queue.
     """
 
     def __init__(self, app: ASGIApp, metrics: Metrics, settings: DatabasesSettings) -> None:
         self._app = app
+        self._by_address = settings.clients_by_address
         # Two services on one domain use different names or paths, so that a browser sends each its own cookie.
         self._cookie_name = name = settings.consistency_cookie_name
         self._cookie = re.compile(rb"(?:^|;\s*)" + re.escape(name.encode()) + rb"=([^;]*)")
@@ -165,6 +168,8 @@ class ReadYourWrites:
                 message["headers"] = [*message.get("headers", ()), *self._token_headers(consistency.token, path)]
             await send(message)
 
+        if self._by_address and scope.get("client"):
+            client_key.set(scope["client"][0])
         before = CURRENT.set(consistency)
         try:
             await self._app(scope, receive, send_with_token)

@@ -22,7 +22,7 @@ from starlette.routing import Match
 from app import patients, reports, security, users
 from app.main import create_app
 from app.security import OPEN, Scope, issue_token, needs
-from pglifeguard.fastapi import debug, exposition, health
+from pglifeguard.fastapi import client_key, debug, exposition, health
 from tests.conftest import Database
 from tests.service import Service, serving
 
@@ -45,6 +45,19 @@ def bearer(*scopes: Scope, hours: float = 1, secret: str = SECRET) -> dict[str, 
 def signed(claims: dict[str, Any], algorithm: str = "HS256") -> dict[str, str]:
     """Give the header of a token with these claims."""
     return {"Authorization": f"Bearer {jwt.encode(claims, None if algorithm == 'none' else SECRET, algorithm)}"}
+
+
+async def test_callers_take_turns_for_connections(guarded: Service) -> None:
+    """The queue of a pool tells clients apart by the subject of their token."""
+    seen: list[str | None] = []
+
+    async def look() -> None:
+        seen.append(client_key.get())
+
+    guarded.app.add_api_route("/look", look)
+    await guarded.client.get("/look", headers=bearer("read"))
+
+    assert seen == ["test"]
 
 
 async def test_scopes_open_their_methods(guarded: Service) -> None:

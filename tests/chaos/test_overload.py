@@ -7,12 +7,15 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
+from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
 
 import asyncpg
 import pytest
+from pydantic import SecretStr
 
+from app.security import issue_token
 from local.waiting import eventually
 from tests.app.test_cli import MODULE, NAME, Process, served
 from tests.chaos import FULL, in_time
@@ -30,6 +33,10 @@ SHED_SECONDS = 0.005
 USEFUL_SHARE = 0.95
 # Until then an overload is taken for a burst.
 ONSET_SECONDS = 0.5
+# Clients that ask twice a second each, beside one with so many requests in flight.
+POLITE = 10
+GREEDY = 200
+SECRET = "a secret of the tests, of 32 bytes or more"
 # Three times the capacity for so long is cleared within the patience.
 BURST_SECONDS = 0.2
 # A client that waits for longer has gone away.
@@ -155,6 +162,47 @@ async def test_what_can_be_served_is_not_shed(
         f"ms; burst: {refused[1]} of {len(burst)} refused, slowest {max(a.seconds for a in burst) * 1000:.0f} ms"
     )
     in_time(refused == [0, 0], sum(refused))
+
+
+async def test_one_client_starves_nobody(database: Database, tmp_path: Path, measured: Callable[[str], None]) -> None:
+    """Beside one client with two hundred requests in flight ten others are served as if they were alone."""
+    await slow_down(database)
+    tokens = {
+        name: issue_token(SecretStr(SECRET), subject=name, scopes=["read"], lifetime=timedelta(hours=1))
+        for name in ("greedy", *(f"polite-{number}" for number in range(POLITE)))
+    }
+    waiting = {"AUTH_SECRET": SECRET, "DATABASE_POOL_MAX_WAITING": str(GREEDY)}
+    async with overloadable(database, tmp_path, **waiting) as anybody:
+        clients = {name: Client(anybody.url, token=token) for name, token in tokens.items()}
+        polite = [client for name, client in clients.items() if name != "greedy"]
+        ended = asyncio.Event()
+
+        async def ask_politely(number: int) -> Answer:
+            return await polite[number % POLITE].ask("GET", "/patients/1")
+
+        async def ask_on() -> int:
+            count = 0
+            while not ended.is_set():
+                count += (await clients["greedy"].ask("GET", "/patients/1")).status == 200
+            return count
+
+        alone = await offer(ask_politely, per_second=2 * POLITE, until=after(SECONDS))
+        flood = [asyncio.create_task(ask_on()) for _ in range(GREEDY)]
+        beside = await offer(ask_politely, per_second=2 * POLITE, until=after(SECONDS))
+        ended.set()
+        served_greedily = sum(await asyncio.gather(*flood))
+        for client in clients.values():
+            client.close()
+
+    served_ones = sum(answer.status == 200 for answer in beside)
+    before, later = (quantile([a.seconds for a in answers], 0.99) for answers in (alone, beside))
+    measured(
+        f"{served_ones} of {len(beside)} served, p99 {later * 1000:.0f} ms, {before * 1000:.0f} ms without the other, "
+        f"who was served {served_greedily} times"
+    )
+    assert {answer.status for answer in alone} == {200}
+    in_time(served_ones >= 0.999 * len(beside), served_ones / len(beside))
+    in_time(later <= 2 * before, later)
 
 
 @pytest.mark.skipif(not FULL, reason="shows the usual way, which takes its time: make chaos")

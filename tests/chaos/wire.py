@@ -17,8 +17,10 @@ Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 class Client:
     """Sends requests to one server. Raises OSError or EOFError when a connection fails before the answer is whole."""
 
-    def __init__(self, url: str, *, keep: bool = True) -> None:
+    def __init__(self, url: str, *, keep: bool = True, token: str | None = None) -> None:
+        self.url = url
         parts = urlsplit(url)
+        self._authorization = "" if token is None else f"Authorization: Bearer {token}\r\n"
         self._address = (parts.hostname or "", parts.port or 80)
         self._keep = keep
         self._idle: list[Streams] = []
@@ -51,7 +53,8 @@ class Client:
         content = b"" if body is None else json.dumps(body).encode()
         head = (
             f"{method} {path} HTTP/1.1\r\nHost: test\r\nContent-Type: application/json\r\n"
-            f"Content-Length: {len(content)}\r\nConnection: {'keep-alive' if self._keep else 'close'}\r\n\r\n"
+            f"Content-Length: {len(content)}\r\nConnection: {'keep-alive' if self._keep else 'close'}\r\n"
+            f"{self._authorization}\r\n"
         )
         return head.encode() + content
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from pglifeguard.settings import DatabaseSettings
-from pglifeguard.wait_queue import WaitQueue
+from pglifeguard.wait_queue import WaitQueue, client_key
 
 CONNECTIONS = 4
 SERVICE_SECONDS = 0.02
@@ -76,13 +76,14 @@ class Simulation:
             self.outcome.refused["overload" if self.queue.stands else "full"] += 1
             return
         waiter: asyncio.Future[int] = self._loop.create_future()
-        self.queue.waiters[waiter] = now
+        self.queue.join(waiter, now)
         self._waiting[request] = waiter
         self._plan(now + self.settings.pool_timeout, "deadline", request)
 
     def _deadline(self, _now: float, request: int) -> None:
         waiter = self._waiting.pop(request, None)
-        if waiter is not None and self.queue.waiters.pop(waiter, None) is not None:
+        if waiter is not None and waiter in self.queue.waiters:
+            self.queue.leave(waiter)
             waiter.cancel()
             self.outcome.refused["timeout"] += 1
 
@@ -188,7 +189,7 @@ async def test_server_that_stands_still_is_no_overload(loop: asyncio.AbstractEve
     waiters = [loop.create_future() for _ in range(80)]
     for number, waiter in enumerate(waiters):
         queue.count_arrival(number * 0.005)
-        queue.waiters[waiter] = number * 0.005
+        queue.join(waiter, number * 0.005)
 
     served = [queue.next(0.4 + number * 0.005) for number in range(80)]
 
@@ -202,7 +203,41 @@ async def test_request_that_has_ended_gets_no_turn(loop: asyncio.AbstractEventLo
     gone = loop.create_future()
     gone.cancel()
     queue.count_arrival(0.0)
-    queue.waiters[gone] = 0.0
+    queue.join(gone, 0.0)
 
     assert queue.next(0.1) is None
     assert not queue.waiters
+
+
+async def test_one_client_keeps_no_other_waiting(loop: asyncio.AbstractEventLoop) -> None:
+    """Clients take turns, whoever has how many requests in the queue; those of one client keep their order."""
+    queue: WaitQueue[int] = WaitQueue(settings())
+    greedy, polite = [loop.create_future() for _ in range(50)], [loop.create_future() for _ in range(2)]
+    joined = dict.fromkeys(greedy, "greedy") | {polite[0]: "one", polite[1]: "other"}
+    for waiter, client in joined.items():
+        client_key.set(client)
+        queue.count_arrival(0.0)
+        queue.join(waiter, 0.0)
+
+    turns = [queue.next(0.01) for _ in range(5)]
+
+    assert turns == [greedy[0], polite[0], polite[1], greedy[1], greedy[2]]
+
+
+async def test_full_queue_has_room_for_who_has_less_in_it(loop: asyncio.AbstractEventLoop) -> None:
+    """The newest of the longest line leaves; among equals the one that comes is refused."""
+    queue: WaitQueue[int] = WaitQueue(settings())
+    client_key.set("greedy")
+    greedy = [loop.create_future() for _ in range(3)]
+    for waiter in greedy:
+        queue.join(waiter, 0.0)
+    same = queue.make_room()
+    client_key.set("polite")
+
+    removed = queue.make_room()
+    queue.join(loop.create_future(), 0.0)
+
+    assert same is None
+    assert removed is greedy[-1]
+    assert queue.make_room() is None
+    assert len(queue.waiters) == 3

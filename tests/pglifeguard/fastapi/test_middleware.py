@@ -15,6 +15,7 @@ from local.waiting import eventually
 from pglifeguard.errors import MEDIA_TYPE
 from pglifeguard.fastapi.middleware import ObserveRequests, ReadYourWrites
 from pglifeguard.sampling import Sampler
+from pglifeguard.wait_queue import client_key
 from tests.conftest import Database
 from tests.service import ADA, Service, listening, serving, write
 
@@ -41,6 +42,21 @@ async def test_each_request_has_an_id_of_its_own(service: Service) -> None:
     answers = await asyncio.gather(*(service.client.get(path) for path in ["/patients/1", "/x", "/users"] * 10))
 
     assert len({answer.headers["x-request-id"] for answer in answers}) == 30
+
+
+@pytest.mark.parametrize("by_address", [True, False])
+async def test_clients_are_told_apart_by_address_where_that_is_said(database: Database, *, by_address: bool) -> None:
+    """The address is that of the last proxy unless it reports another one, so it is no key by default."""
+    seen: list[str | None] = []
+
+    async def look() -> None:
+        seen.append(client_key.get())
+
+    async with serving(database.settings(clients_by_address=by_address, replica=False)) as running:
+        running.app.add_api_route("/look", look)
+        await running.client.get("/look")
+
+    assert seen == ["127.0.0.1" if by_address else None]
 
 
 # The metrics
