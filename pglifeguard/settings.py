@@ -68,15 +68,18 @@ def _check_passfile(path: Path) -> None:
 
 
 def _checked_password_file(path: Path) -> Path:
-    """Find a wrong path at the start. Later the file may be gone for a moment: then the next login reads it."""
+    """Find a wrong path at the start. Later the file may be gone for a moment: then the next login reads it.
+
+    The path is not repeated: it is the password where somebody wrote that itself.
+    """
     try:
         password = read_password(path)
     except OSError as error:
-        raise ValueError(f"names {path}, which cannot be read: {error.strerror}") from None
+        raise ValueError(f"names a file that cannot be read: {error.strerror}") from None
     except ValueError as error:
-        raise ValueError(f"names {path}: {error}") from None
+        raise ValueError(f"names a file that cannot be read: {error}") from None
     if not password:
-        raise ValueError(f"names {path}, which is empty")
+        raise ValueError("names a file that is empty")
     return path
 
 

@@ -290,6 +290,7 @@ TAKEN = (
     ),
     # What libpq takes.
     Taken("IPv6", "postgresql://app:hunter2@[2001:db8::1]:5433/orders", "[2001:db8::1]:5433", "orders"),
+    Taken("IPv6, on a link", "postgresql://app:hunter2@[fe80::1%25eth0]/orders", "[fe80::1%eth0]:5432", "orders"),
     Taken("IPv6, two", "postgresql://app:hunter2@[::1],[fd00::2]:5433/orders", "[::1]:5432,[fd00::2]:5433", "orders"),
     Taken(
         "a password of every letter", "postgresql://app:%40%2F%3A%3F%23%25%26%3D%20%2B%5B%5Dhunter2@db/orders",
@@ -332,6 +333,16 @@ TAKEN = (
         "a service, and what the URL says otherwise",
         "postgresql://pg2.internal/archive?service=orders&servicefile=/certs/pg_service.conf",
         "pg2.internal:5433", "archive", tls="require",
+    ),
+    Taken(
+        "a service, on another port",
+        "postgresql://pg2.internal:5434/orders?service=orders&servicefile=/certs/pg_service.conf",
+        "pg2.internal:5434", "orders", tls="require",
+    ),
+    Taken(
+        "channel binding, and an authority in the home",
+        "postgresql://app:hunter2@db/orders?sslmode=require&channel_binding=require",
+        "db:5432", "orders", tls="verify-full root.crt",
     ),
     Taken(
         "options", "postgresql://app:hunter2@db/orders?options=-c%20search_path%3Dapp%20-c%20geqo%3Doff", "db:5432",

@@ -492,7 +492,7 @@ async def test_migrations_and_console_read_their_files(role: Rotating, monkeypat
         ),
         (
             {"migrations_url": "postgresql://a@b/c", "migrations_password_file": "/nowhere"},
-            "MIGRATIONS_PASSWORD_FILE: names /nowhere, which cannot be read: No such file or directory",
+            "MIGRATIONS_PASSWORD_FILE: names a file that cannot be read: No such file or directory",
         ),
         (
             {"database_url": "postgresql://a@b/c", "migrations_password_file": "{file}"},
@@ -522,8 +522,8 @@ PLAIN, HELD = "postgresql://app@primary/x", "postgresql://app:hunter2@primary/x"
     ("variables", "sentence"),
     [
         ({"DATABASE_URL": HELD, "DATABASE_PASSWORD_FILE": "{file}"}, "DATABASE_URL: holds a password, and PASSWORD_F"),
-        ({"DATABASE_URL": PLAIN, "DATABASE_PASSWORD_FILE": "/nowhere"}, "DATABASE_PASSWORD_FILE: names /nowhere, wh"),
-        ({"DATABASE_URL": PLAIN, "DATABASE_PASSWORD_FILE": "{empty}"}, "which is empty"),
+        ({"DATABASE_URL": PLAIN, "DATABASE_PASSWORD_FILE": "/nowhere"}, "DATABASE_PASSWORD_FILE: names a file"),
+        ({"DATABASE_URL": PLAIN, "DATABASE_PASSWORD_FILE": "{empty}"}, "that is empty"),
         ({"DATABASE_URL": PLAIN, "DATABASE_PASSWORD_FILE": "{binary}"}, "the file is no text in UTF-8"),
         ({"DATABASE_URL": PLAIN, "DATABASE_PASSWORD_FILE": "{directory}"}, "cannot be read: Is a directory"),
         (
