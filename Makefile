@@ -1,6 +1,6 @@
 # Every recipe is one command that a person could type. `make` alone lists the targets.
 .DEFAULT_GOAL := help
-.PHONY: help install run test test-fast test-compose chaos check lint types format lock clean bench
+.PHONY: help install run test test-fast test-compose chaos poolers check lint types format lock clean bench
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -39,6 +39,9 @@ test-compose: install  ## Build and start the compose stack, break it, and take 
 
 chaos: install  ## Break databases, network and processes, and print what was measured (ARGS=--write-figures)
 	CHAOS=full $(BIN)/python -m pytest -v --timeout 300 tests/chaos $(ARGS)
+
+poolers: install  ## Play what a service relies on behind each pooler, and write docs/poolers.md (Docker for most)
+	POOLERS=full $(BIN)/python -m pytest -q --timeout 300 tests/poolers $(ARGS)
 
 bench: install  ## Measure against the floor and the textbook's ways (ARGS=--quick; needs wrk and h2load)
 	$(BIN)/python -m bench $(ARGS)

@@ -204,7 +204,12 @@ class Connector:
         try:
             await self._check_writes(connection, host, deadline)
             if self.look is not None:
-                await self.look.admit(connection, lambda: self._log_in(host, deadline, 0), direct=connection.direct)
+                await self.look.admit(
+                    connection,
+                    lambda: self._log_in(host, deadline, 0),
+                    direct=connection.direct,
+                    server=connection.server,
+                )
         except BaseException:
             connection.terminate()
             raise

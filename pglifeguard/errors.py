@@ -236,7 +236,9 @@ def classify(error: BaseException) -> Failure | None:
     inner = _unwrapped(error)
     # SQLAlchemy has two layers: its own exception, and that of its adapter, which asyncpg's caused.
     driver_failure = inner if inner is error or inner is None else inner.__cause__
-    if isinstance(driver_failure, asyncpg.InvalidCachedStatementError):
+    # PgBouncer closes the connection on which it had to prepare the statement anew; the reason is then the cause.
+    reason = driver_failure.__cause__ if isinstance(driver_failure, asyncpg.ConnectionDoesNotExistError) else None
+    if isinstance(reason or driver_failure, asyncpg.InvalidCachedStatementError):
         return _STALE
     if isinstance(driver_failure, asyncpg.DataError) and isinstance(driver_failure.__cause__, _UNSENDABLE):
         return _UNSTORABLE
@@ -249,7 +251,9 @@ def classify(error: BaseException) -> Failure | None:
                 return failure
     if isinstance(error, ServiceError):
         return Failure(error.status, error.code, str(error))
-    return _LOST if getattr(error, "connection_invalidated", False) else None
+    # Also where a pooler said something else before it closed the connection.
+    lost = isinstance(driver_failure, asyncpg.PostgresConnectionError)
+    return _LOST if lost or getattr(error, "connection_invalidated", False) else None
 
 
 def _unwrapped(error: BaseException | None) -> BaseException | None:

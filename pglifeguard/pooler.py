@@ -44,6 +44,8 @@ MEANING = frozenset(
         "bytea_output", "default_transaction_isolation", "default_transaction_read_only",
     }
 )  # fmt: skip
+# PgDog takes these for itself.
+FOR_THE_POOLER = "pgdog."
 # PgBouncer's words, and those of Amazon's RDS Proxy.
 _REFUSAL = re.compile(r"unsupported startup parameter(?: in options)?: (?P<name>\S+)|(?P<options>command-line options)")
 # `-c name=value` and `--name=value`, as PostgreSQL reads `options`.
@@ -99,9 +101,10 @@ def refused_parameter(error: BaseException) -> str | None:
 
 
 def startup_parameters(settings: Mapping[str, str]) -> list[str]:
-    """List the settings that a login asks for, those inside of `options` too."""
+    """List the settings that a login asks the server for, those inside of `options` too."""
     names = [name for name in settings if name != "options"]
-    return names + [name.replace("-", "_") for name in _OPTION.findall(settings.get("options", ""))]
+    names += [name.replace("-", "_") for name in _OPTION.findall(settings.get("options", ""))]
+    return [name for name in names if not name.startswith(FOR_THE_POOLER)]
 
 
 class PoolerRefused(ConnectionError):

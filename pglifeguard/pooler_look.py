@@ -78,10 +78,10 @@ class PoolerLook:
         self.refusal = refusal
         self._look_again_at = asyncio.get_running_loop().time() + AGAIN_SECONDS
 
-    async def admit(self, connection: TrackedConnection, log_in: LogIn, *, direct: bool) -> None:
+    async def admit(self, connection: TrackedConnection, log_in: LogIn, *, direct: bool, server: float | None) -> None:
         """Let a new connection pass when what it leads to is known, and may be used.
 
-        `direct` says that the server itself answered. `log_in` opens another connection.
+        `direct` says that the server itself answered, and `server` which one did. `log_in` opens another connection.
 
         Raises: PoolerRefused; and one of DRIVER_FAILURES when the connection is lost.
         """
@@ -92,9 +92,10 @@ class PoolerLook:
         async with self._turn:
             if not self._done:
                 await self._look(connection, log_in)
-        if self.refusal is None and self.found.present and self.found.mode == "session":
-            # pgpool-II chooses a replica for each session, so one look may meet none.
-            await self._check_session(connection)
+        if self.refusal is None and not direct and server is not None and self.found.mode == "session":
+            # pgpool-II chooses a replica for each session, so one look may meet none. And it does not show itself where
+            # it gives a client an old connection to the server.
+            await self._check_session(connection, server)
         if self.refusal is not None:
             raise PoolerRefused(self.refusal)
         connection.pooled = connection.pooled or self.found.present is True
@@ -116,8 +117,9 @@ class PoolerLook:
             self._conclude(found)
 
     async def _examine(self, connection: TrackedConnection, log_in: LogIn) -> Pooler:
-        answers = [await _ask(connection, query) for query in (SERVED, SERVED_WRITABLE)]
-        if {answer["process"] for answer in answers} == {connection.get_server_pid()}:
+        if (await _ask(connection, SERVED_WRITABLE))[
+            "process"
+        ] == connection.get_server_pid() and not connection.pooled:
             return NONE  # What stands in between rewrites addresses, as a balancer does.
         other = cast("TrackedConnection", await log_in())
         try:
@@ -151,8 +153,10 @@ class PoolerLook:
         keeps = None if handed_on is None else not handed_on or not shared
         return Pooler(True, mode, keeps, splits, tuple(lost))
 
-    async def _check_session(self, connection: TrackedConnection) -> None:
-        if len({_served(await _ask(connection, query)) for query in (SERVED, SERVED_WRITABLE)}) > 1:
+    async def _check_session(self, connection: TrackedConnection, server: float) -> None:
+        async with asyncio.timeout(LOOK_SECONDS):
+            writing = await _ask(connection, SERVED_WRITABLE)
+        if writing["server"] != server:
             self._conclude(Pooler(present=True, mode="session", splits=True))
 
     def _conclude(self, found: Pooler) -> None:

@@ -312,6 +312,24 @@ async def test_full_server_is_answered(database: Database) -> None:
     assert_problem(answer, 503, "too_many_connections")
 
 
+@pytest.mark.parametrize(
+    ("said", "code"),
+    [
+        (asyncpg.InvalidCachedStatementError("cached statement plan is invalid"), "schema_changed"),
+        (asyncpg.FeatureNotSupportedError("whatever a pooler says"), "connection_lost"),
+    ],
+)
+def test_connection_that_a_pooler_closed_is_a_transient_failure(said: Exception, code: str) -> None:
+    """PgBouncer hands the server's last words on and closes the connection; the words alone would be a bug of ours."""
+    closed = asyncpg.ConnectionDoesNotExistError("connection was closed in the middle of operation")
+    closed.__cause__ = said
+
+    answer = classify(closed)
+
+    assert answer is not None
+    assert (answer.status, answer.code) == (503, code)
+
+
 def test_what_is_no_failure_of_a_database_is_not_classified() -> None:
     """Any other exception is a bug."""
     assert classify(ValueError("x")) is None

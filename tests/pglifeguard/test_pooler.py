@@ -368,8 +368,8 @@ async def test_queue_of_a_pooler_is_no_mute_server(database: Database, open_dire
 
 
 def test_parameters_of_the_start_are_listed() -> None:
-    """Those that `options` holds too, in both of PostgreSQL's ways to write them."""
-    options = "-c search_path=a -cjit=off --statement-timeout=3s"
+    """Those that `options` holds too, in both of PostgreSQL's ways to write them, and not those for a pooler."""
+    options = "-c search_path=a -cjit=off --statement-timeout=3s -c pgdog.role=primary"
 
     assert startup_parameters({"options": options, "timezone": "UTC"}) == [
         "timezone", "search_path", "jit", "statement_timeout",

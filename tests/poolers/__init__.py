@@ -1,1 +1,5 @@
-"""What a service can rely on behind each pooler: `make poolers`."""
+"""What a service can rely on behind each pooler: `make poolers` plays it, and writes the table of docs/poolers.md."""
+
+import os
+
+FULL = os.environ.get("POOLERS") == "full"

@@ -11,7 +11,8 @@ import shutil
 import subprocess
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -28,8 +29,8 @@ Mode = Literal["transaction", "session", "statement"]
 COMMANDS: dict[Kind, str] = {"PgBouncer": "pgbouncer", "pgpool-II": "pgpool", "Odyssey": "odyssey"}
 # Debian puts them where only root's PATH looks; a PgBouncer that was built by hand may stand elsewhere.
 PLACES = f"{os.environ.get('POOLERS_PATH', '')}:{os.environ.get('PATH', os.defpath)}:/usr/sbin"
-# Made by tests/poolers/Dockerfile from the packages of later Debian releases.
-IMAGES = ("lifeguard-poolers-trixie", "lifeguard-poolers-sid")
+# Built by the Dockerfile beside this file from packages of later Debian releases: the release, and what is taken of it.
+IMAGES = {"trixie": "pgbouncer pgpool2", "sid": "pgbouncer pgpool2 odyssey"}
 # PgBouncer keeps track of prepared statements in transaction mode since then.
 TRACKS_STATEMENTS = (1, 21)
 ROLES = ("app_rw", "app_ro", "app_owner")
@@ -41,8 +42,10 @@ class Shape:
 
     mode: Mode = "transaction"
     size: int = 2
-    # Settings of the pooler's own, over those of `Program`.
+    # Settings of the pooler's own, over those that it is given here.
     settings: dict[str, object] = field(default_factory=dict)
+    # A database of the primary that PgBouncer and Odyssey show as `replica`, from the replica.
+    on_replica: str | None = None
 
 
 @dataclass(frozen=True)
@@ -83,10 +86,10 @@ def installed(kind: Kind) -> Program | None:
 
 
 def found() -> list[Program]:
-    """List the poolers of this machine and of the images, oldest first."""
+    """List the poolers of this machine and of the images, which are built when they are not there; oldest first."""
     programs = {
         program.name: program
-        for image in (None, *(image for image in IMAGES if _has_image(image)))
+        for image in (None, *images())
         for kind in COMMANDS
         for program in _versions_of(kind, image)
     }
@@ -114,10 +117,23 @@ def _version(command: list[str]) -> str:
     return "" if said.returncode or number is None else number[1]
 
 
-def _has_image(image: str) -> bool:
+@cache
+def images() -> tuple[str, ...]:
+    """Return the images that there are, or can be built."""
     if shutil.which("docker") is None:
-        return False
-    return not subprocess.run(["docker", "image", "inspect", image], capture_output=True, check=False).returncode
+        return ()
+    names = {f"lifeguard-poolers-{suite}": (suite, packages) for suite, packages in IMAGES.items()}
+    return tuple(name for name, wanted in names.items() if _has_image(name) or _build_image(name, *wanted))
+
+
+def _has_image(name: str) -> bool:
+    return not subprocess.run(["docker", "image", "inspect", name], capture_output=True, check=False).returncode
+
+
+def _build_image(name: str, suite: str, packages: str) -> bool:
+    arguments = ["--build-arg", f"SUITE={suite}", "--build-arg", f"PACKAGES={packages}", "--tag", name]
+    command = ["docker", "build", "--quiet", *arguments, str(Path(__file__).parent)]
+    return not subprocess.run(command, capture_output=True, check=False).returncode
 
 
 class Running:
@@ -144,13 +160,15 @@ class Running:
 
     def change(self, settings: dict[str, object]) -> None:
         """Write the configuration anew with these settings, for the next start."""
-        self.shape = Shape(self.shape.mode, self.shape.size, self.shape.settings | settings)
+        self.shape = replace(self.shape, settings=self.shape.settings | settings)
         self._arguments = self._configure()
 
     async def start(self) -> None:
         """Start it; returns when it lets a client in."""
         command = [*self.program.command, *self._arguments]
         account = Account.current()
+        # One that was killed leaves this behind, and the next one would not start.
+        (self._directory / "pid").unlink(missing_ok=True)
         if self.program.image is not None:
             user = [] if account.uid is None else ["--user", f"{account.uid}:{account.gid}"]
             mount = ["--volume", f"{self._directory}:{self._directory}", "--name", self._container]
@@ -163,6 +181,12 @@ class Running:
             )
         if not await eventually(self._answers, 15):
             raise TimeoutError(self.log)
+
+    def replica_url(self, url: str) -> str:
+        """Return where a URL of the replica is, through this pooler, or past one that leads to the primary only."""
+        if self.shape.on_replica is None:
+            return url
+        return make_url(url).set(port=self.port, database="replica").render_as_string(hide_password=False)
 
     async def stop(self) -> None:
         """End it at once, as a crash does."""
@@ -225,6 +249,9 @@ class Running:
             settings["max_prepared_statements"] = 200
         lines = [f"{name} = {value}" for name, value in (settings | self.shape.settings).items()]
         upstream = f"* = host={HOST} port={self._cluster.primary.port}"
+        if self.shape.on_replica is not None:
+            port = self._cluster.replica.port
+            upstream = f"replica = host={HOST} port={port} dbname={self.shape.on_replica}\n{upstream}"
         return [str(self._write("pgbouncer.ini", ["[databases]", upstream, "[pgbouncer]", *lines]))]
 
     def _pgpool(self) -> list[str]:
@@ -268,34 +295,33 @@ class Running:
         return ["-n", "-f", str(configuration), "-a", str(hba), "-F", str(pcp), "-k", str(users)]
 
     def _odyssey(self) -> list[str]:
-        rules = []
-        for role in ROLES:
-            password = self._cluster.passwords[role]
-            rules += [
-                f'  user "{role}" {{',
-                '    authentication "clear_text"',
-                f'    password "{password}"',
-                '    storage "primary"',
-                f'    storage_user "{role}"',
-                f'    storage_password "{password}"',
-                f'    pool "{self.shape.mode}"',
-                f"    pool_size {self.shape.size}",
-                *([] if self.shape.mode == "session" else ["    pool_reserve_prepared_statement yes"]),
-                *(f"    {name} {value}" for name, value in self.shape.settings.items()),
-                "  }",
-            ]
         lines = [
             "daemonize no",
             "log_to_stdout yes",
             'log_format "%p %t %l [%i %s] (%c) %m\\n"',
             "log_session no",
             f'listen {{\n  host "{HOST}"\n  port {self.port}\n}}',
-            f'storage "primary" {{\n  type "remote"\n  host "{HOST}"\n  port {self._cluster.primary.port}\n}}',
-            "database default {",
-            *rules,
-            "}",
+            *self._odyssey_storage("primary", self._cluster.primary.port, "default"),
         ]
+        if self.shape.on_replica is not None:
+            lines += self._odyssey_storage("replica", self._cluster.replica.port, '"replica"')
         return [str(self._write("odyssey.conf", lines))]
+
+    def _odyssey_storage(self, name: str, port: int, shown_as: str) -> Iterator[str]:
+        yield f'storage "{name}" {{\n  type "remote"\n  host "{HOST}"\n  port {port}\n}}'
+        yield f"database {shown_as} {{"
+        settings: dict[str, object] = {"pool": f'"{self.shape.mode}"', "pool_size": self.shape.size}
+        if self.shape.mode == "transaction":
+            settings["pool_reserve_prepared_statement"] = "yes"
+        if name == "replica":
+            settings["storage_db"] = f'"{self.shape.on_replica}"'
+        for role in ROLES:
+            password = self._cluster.passwords[role]
+            yield f'  user "{role}" {{\n    authentication "clear_text"\n    password "{password}"'
+            yield f'    storage "{name}"\n    storage_user "{role}"\n    storage_password "{password}"'
+            yield from (f"    {key} {value}" for key, value in (settings | self.shape.settings).items())
+            yield "  }"
+        yield "}"
 
 
 @asynccontextmanager
