@@ -41,6 +41,7 @@ SLOW_FILES = {
         "test_checkout", "test_collisions", "test_databases", "test_host_search", "test_lazy", "test_lease",
         "test_pool", "test_pool_storms", "test_pooler", "test_primary_retry", "test_replica", "test_sampling",
         "test_servers", "test_session_commits", "test_session_names", "test_session_state", "test_session_use",
+        "test_sleeping",
         "test_standbys", "test_tls", "test_tls_server", "test_write_once", "test_errors",
     },
     "fastapi": {

@@ -122,6 +122,24 @@ async def test_one_login_is_enough_to_wake_a_database(database: Database, proxy:
         await (await waking).close()
 
 
+async def test_login_that_a_sleeping_host_forgot_is_given_up(database: Database, proxy: Proxy) -> None:
+    """Once another login has succeeded it opens nothing: the host would be kept awake for nobody."""
+    proxy.hang()
+    async with connecting(proxy.url(database.url()), connect_timeout_seconds=0.1, wake_seconds=1.2) as to:
+        waking = asyncio.create_task(to.open(asyncio.get_running_loop().time() + 30, waking=True))
+        assert await came(proxy, 1)
+        proxy.hanging = False
+
+        connection = await waking
+        proxy.resume()
+
+        async def alone() -> bool:
+            return proxy.open == 1
+
+        assert await eventually(alone, 1)
+        await connection.close()
+
+
 async def test_wrong_certificate_is_no_sleep() -> None:
     """A server with another certificate than it should have is awake: who wakes it is told at once."""
 

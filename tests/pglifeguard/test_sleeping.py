@@ -7,6 +7,7 @@ import asyncpg
 import pytest
 
 from app.settings import Settings
+from local.cluster import Cluster
 from local.waiting import eventually
 from pglifeguard.fastapi.idempotency import purge_expired_keys
 from tests.conftest import Database
@@ -96,16 +97,19 @@ async def test_one_request_wakes_it_for_all(database: Database, proxy: Proxy, ho
     # A login that the server forgot is tried again after a sixth of the time.
     settings = sleeping(database, proxy, wake_seconds=3 if how == "forgets" else 30)
 
+    # A server that answers is asked again.
+    knocks = {"refuses": 0, "says_starting": 3}.get(how, 1)
+
     async def knocked() -> bool:
-        return proxy.connections > 0
+        return proxy.connections >= knocks
 
     async with serving(settings, settled=False) as service:
         proxy.fall_asleep(how)
 
         requests = await crowd(service)
+        assert await eventually(knocked, 5)
         if how in {"holds", "forgets"}:
-            assert await eventually(knocked, 5)
-            assert proxy.connections == 1
+            assert proxy.connections == knocks
         await proxy.wake_up(how)
         answers = await asyncio.gather(*requests)
 
@@ -344,3 +348,25 @@ async def test_expired_keys_are_purged_while_it_is_awake(database: Database, pro
 
         assert await eventually(purged, 5)
         purge.cancel()
+
+
+async def test_replica_that_wakes_up_is_asked_how_far_it_is(
+    breakable_cluster: Cluster, database: Database, proxy: Proxy, replica_proxy: Proxy
+) -> None:
+    """What a lagging replica would tell is not told, with the client's token and without one."""
+    settings = sleeping(
+        database, proxy, replica_proxy, replica_max_lag_bytes=0, replica_max_lag_seconds=0.001, pool_idle_seconds=0.3
+    )
+    async with serving(settings, settled=False) as service:
+        await breakable_cluster.pause_replay()
+        created = await service.client.post("/patients", json=ADA)
+        for client_has_token in (True, False):
+            await asleep(service)
+            if not client_has_token:
+                service.client.cookies.clear()
+
+            listed = await service.client.get("/patients")
+
+            assert [patient["mrn"] for patient in listed.json()] == [created.json()["mrn"]]
+        await breakable_cluster.resume_replay()
+    assert service.sample("db_reads_routed_total", target="primary", reason="lagging") == 2
