@@ -10,6 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
+from pglifeguard.tls import EXPOSED
 from tests.compose.conftest import URL
 from tests.compose.stack import ROOT, Stack
 from tests.compose.traffic import Traffic
@@ -75,12 +76,15 @@ async def test_production_runs_on_secrets_in_files(production: Stack) -> None:
         refused = await client.get("/patients")
         token = await production.compose("exec", "-T", "app", "python", "-m", "app", "token", "--scope", "read")
         answered = await client.get("/patients", headers={"Authorization": f"Bearer {token.strip()}"})
+    said = await production.compose("logs", "app")
     values, mode = _read_secrets(folder)
     described = json.dumps(await production.containers())
     assert (refused.status_code, answered.status_code) == (401, 200)
     assert len(values) >= 12
     assert [value for value in values if value in described] == []
     assert mode == "0o700"
+    # This stack has no TLS; docker-compose.tls.yml has.
+    assert said.count(EXPOSED) == len(("primary", "replica", "analytics"))
     await _change_password(production, folder, url)
 
 
