@@ -6,6 +6,7 @@ database is down: readiness reports that, and the monitors notice when the datab
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from types import TracebackType
@@ -111,6 +112,7 @@ class Databases:
         self.primary_retry = PrimaryRetry(settings, self.router, metrics)
         self._demands = demands(settings)
         self.closing = False
+        self._paused_until = 0.0
         self._tasks: list[asyncio.Task[None]] = []
 
     def all(self) -> list[Database]:
@@ -253,6 +255,30 @@ class Databases:
         for failure in failures:
             if failure is not None:
                 raise failure
+
+    def pause(self, *, seconds: float) -> None:
+        """Let all requests wait for their connections until `resume`, or for `seconds`: for a planned switchover.
+
+        Checkouts go on until their end: `checked_out` of the pools' figures tells when there are none left. Requests
+        that ask for a connection meanwhile are not refused, up to 10,000 for each pool; readiness stays as it is.
+        """
+        self._check_loop()
+        for database in self.all():
+            database.pool.pause(seconds)
+        self._paused_until = time.monotonic() + seconds
+        logger.warning("connections are paused", extra={"seconds": seconds})
+
+    def resume(self) -> None:
+        """End a pause: the pools connect anew, and the requests get their connections in turn."""
+        for database in self.all():
+            database.pool.resume()
+        self._paused_until = 0.0
+        logger.warning("connections are resumed")
+
+    @property
+    def paused(self) -> bool:
+        """Whether requests wait for the end of a pause."""
+        return time.monotonic() < self._paused_until
 
     async def open(self) -> None:
         """Warm the pools and start the monitors. A database that is down does not keep the service from starting.

@@ -46,6 +46,10 @@ TELL_SECONDS = 0.1
 SERVER_FULL = "53"
 # Awaited with each new connection, before a request gets it; see `Lifeguard`.
 OnConnect: TypeAlias = Callable[[KeptAliveConnection], Awaitable[None]]
+# Requests that may wait while the pool is paused; no settings ask for more than a few hundred otherwise.
+PAUSED_WAITING = 10_000
+# Seconds after a pause in which those who have waited get their turn.
+RESUMED_SECONDS = 5.0
 # Opening a connection raises one of these when the database is away; anything else is a bug of the service.
 FAILURES = (DatabaseUnreachable, *DRIVER_FAILURES)
 OVERLOAD = "More requests come than the connections can serve, so the queue is kept short."
@@ -134,6 +138,8 @@ class ConnectionPool(Generic[S]):
         self._returned_at = self._renewed_at = self._failed_at = float("-inf")
         self._generation = 0
         self._closed = False
+        # Ends a pause; None while connections are handed out.
+        self._pause: asyncio.TimerHandle | None = None
         self._drained: asyncio.Event | None = None
 
     async def acquire(self) -> S:
@@ -151,7 +157,9 @@ class ConnectionPool(Generic[S]):
         started = self._clock()
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self.settings.pool_timeout
-        while self._idle:
+        if self._pause is not None:
+            deadline = self._pause.when() + RESUMED_SECONDS
+        while self._idle and self._pause is None:
             # The most recently used connection comes first. It is the likeliest to live, and the others stay idle, so
             # that `tend` can close them. Handed out in turn, all of them stay in use, however few the requests are.
             slot = self._idle.pop()
@@ -161,7 +169,8 @@ class ConnectionPool(Generic[S]):
         # has gone by then. Those that the pool has room for do not count, they wait for a login only.
         free = self._free
         self._queue.count_arrival(self._clock())
-        if len(self._queue.waiters) >= free + self._queue.room:
+        room = self._queue.room if self._pause is None else PAUSED_WAITING
+        if len(self._queue.waiters) >= free + room:
             other = self._queue.make_room()
             if other is None:
                 raise self._full(free)
@@ -205,7 +214,7 @@ class ConnectionPool(Generic[S]):
 
     def take_warm(self) -> S | None:
         """Take the most recently used idle connection, or None when it needs a probe or is not usable."""
-        if not self._idle or self._closed:
+        if not self._idle or self._closed or self._pause is not None:
             return None
         now, slot = self._clock(), self._idle[-1]
         checkout: Checkout = slot.info["checkout"]
@@ -243,7 +252,7 @@ class ConnectionPool(Generic[S]):
 
     def _grant(self, slot: S) -> None:
         """Hand a connection to the request that is next in the queue; without one, keep it idle."""
-        if self._queue.waiters:
+        if self._queue.waiters and self._pause is None:
             waiter = self._queue.next(self._clock())
             for late in self._queue.take_overdue():
                 _refuse(late, self._refusal("overload", OVERLOAD))
@@ -274,8 +283,8 @@ class ConnectionPool(Generic[S]):
 
     def _expire(self, waiter: asyncio.Future[S], queued_at: float) -> None:
         """Refuse a request at its deadline, and say what it waited for: a release, or a login."""
-        if waiter.done():
-            return
+        if waiter.done() or self._pause is not None:
+            return  # `resume` sets another deadline for those who have waited.
         self._queue.leave(waiter)
         seconds = self.settings.pool_timeout
         # A login that has gone on for as long as this request waited says that the database is away, and not that the
@@ -378,7 +387,7 @@ class ConnectionPool(Generic[S]):
 
     def _open_more(self) -> None:
         """Open what the queue needs: few at a time, and never more than the pool may hold."""
-        if not self._queue.waiters or self._closed:
+        if not self._queue.waiters or self._closed or self._pause is not None:
             return
         opening = len(self._openings)
         room = self._free - len(self._idle)
@@ -451,7 +460,7 @@ class ConnectionPool(Generic[S]):
         if not known_already:
             self._watch.connect_failed()
         refused = len(self._queue.waiters)
-        if password_is_late(error, self.settings):
+        if self._pause is not None or password_is_late(error, self.settings):
             # The requests wait until their own deadlines: the next login asks for the password again.
             refused = 0
         elif self.asleep and not opening.waking:
@@ -619,6 +628,25 @@ class ConnectionPool(Generic[S]):
         for slot in idle:
             self._discard(slot, "disposed")
 
+    def pause(self, seconds: float) -> None:
+        """Hand out no connection until `resume`, or for `seconds`: requests wait, checkouts go on until their end."""
+        if self._pause is not None:
+            self._pause.cancel()
+        self._pause = asyncio.get_running_loop().call_later(seconds, self.resume)
+
+    def resume(self) -> None:
+        """End a pause: all connections are replaced, and those who have waited get RESUMED_SECONDS for their turn."""
+        if self._pause is None:
+            return
+        self._pause.cancel()
+        self._pause = None
+        self.dispose()
+        self._failure = None
+        self._open_more()
+        loop = asyncio.get_running_loop()
+        for waiter in self._queue.waiters:
+            loop.call_later(RESUMED_SECONDS, self._expire, waiter, loop.time())
+
     def leave_demoted(self) -> bool:
         """Dispose of the connections to a server that takes no writes; return whether that was done.
 
@@ -651,6 +679,9 @@ class ConnectionPool(Generic[S]):
     def close(self) -> None:
         """Refuse all requests from now on, the waiting ones too. Checked out connections stay with their holders."""
         self._closed = True
+        if self._pause is not None:
+            self._pause.cancel()
+            self._pause = None
         for waiter in list(self._queue.waiters):
             self._queue.leave(waiter)
             if not waiter.done():

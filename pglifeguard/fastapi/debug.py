@@ -1,9 +1,9 @@
 """Operators' routes for a slow service: pool figures, holders of connections. They use no request pool."""
 
 from dataclasses import asdict
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Query, Request
 
 from pglifeguard.activity import BLOCKED, BY_STATE
 from pglifeguard.database import Database
@@ -25,6 +25,23 @@ router = APIRouter(tags=["operations"], responses=documented(401, 403))
 async def get_pool_stats(databases: RequestDatabases) -> dict[str, dict[str, int]]:
     """Count the connections of each pool of this process, now."""
     return {database.name: asdict(database.pool.figures()) for database in databases.all()}
+
+
+@router.post("/debug/pause", status_code=202)
+async def pause(databases: RequestDatabases, seconds: Annotated[float, Query(gt=0, le=120)] = 20) -> dict[str, Any]:
+    """Let requests wait for their connections until /debug/resume, or for `seconds`; those at work go on.
+
+    It holds for the process that answers. A planned switchover begins when `checked_out` is 0 in each pool.
+    """
+    databases.pause(seconds=seconds)
+    return {name: figures["checked_out"] for name, figures in (await get_pool_stats(databases)).items()}
+
+
+@router.post("/debug/resume", status_code=202)
+async def resume(databases: RequestDatabases) -> dict[str, str]:
+    """End a pause: this process connects anew, and serves those who have waited."""
+    databases.resume()
+    return {"status": "resumed"}
 
 
 @router.get("/debug/connections")

@@ -33,6 +33,9 @@ async def get_ready(databases: RequestDatabases, response: Response) -> dict[str
     """
     if databases.closing:
         return _unavailable(databases, response, {"status": "closing"})
+    if databases.paused:
+        # Requests wait here for the end of a switchover; elsewhere they would fail.
+        return {"status": "ready", "requests": "paused"}
     if databases.primary.monitor.asleep:
         return {"status": "ready", "primary": "asleep"}
     if not databases.primary.monitor.healthy:

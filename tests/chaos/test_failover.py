@@ -70,6 +70,41 @@ async def test_writes_follow_behind_a_fixed_address(
         await order(synchronous_cluster.primary, "ALTER SYSTEM RESET default_transaction_read_only")
 
 
+async def test_planned_switchover_fails_nobody(
+    database: Database, synchronous_cluster: Cluster, measured: Callable[[str], None]
+) -> None:
+    """An operator pauses the service, exchanges the primary for the standby, and resumes: every write is answered 201,
+    at most a second after the pause.
+    """
+    settings = database.settings(replica=False, primary={"url": both_hosts(database)}, monitor_interval_seconds=0.5)
+    async with serving(settings) as service, Writers(service.app, per_second=100) as writers:
+        await flowing(writers, time.monotonic())
+
+        paused = time.monotonic()
+        answer = await service.client.post("/debug/pause?seconds=30")
+        ready = await service.client.get("/health/ready")
+
+        async def nothing_is_at_work() -> bool:
+            stats = (await service.client.get("/debug/pool-stats")).json()
+            return all(figures["checked_out"] == 0 for figures in stats.values())
+
+        assert await eventually(nothing_is_at_work, 10)
+        await synchronous_cluster.primary.stop()
+        await promote(synchronous_cluster.replica)
+        still_ready = await service.client.get("/health/ready")
+        await service.client.post("/debug/resume")
+        resumed = time.monotonic()
+        await flowing(writers, resumed)
+
+    slowest = max(answer.seconds for answer in writers.told.values())
+    measured(f"paused for {resumed - paused:.1f} s, slowest answer {slowest:.1f} s, {tell(writers.outcomes())}")
+    assert answer.status_code == 202
+    assert ready.json() == still_ready.json() == {"status": "ready", "requests": "paused"}
+    assert set(writers.outcomes()) == {"201"}
+    in_time(slowest <= resumed - paused + 1, slowest)
+    await writers.reconcile(database.replica_url("postgres"))
+
+
 async def test_nobody_waits_long_for_a_mute_primary(
     database: Database, synchronous_cluster: Cluster, measured: Callable[[str], None]
 ) -> None:

@@ -1,0 +1,138 @@
+"""A pool that is paused hands out nothing: requests wait beside their patience, and go on with new connections."""
+
+import asyncio
+from contextlib import AsyncExitStack
+
+import pytest
+
+from local.waiting import eventually
+from pglifeguard.errors import PoolExhausted
+from tests.conftest import Database
+from tests.pglifeguard.conftest import Pooled, pooled
+from tests.proxy import Proxy
+from tests.service import serving
+
+LONG = 60.0
+
+
+async def waiting(p: Pooled, number: int) -> "list[asyncio.Task[int]]":
+    """Ask for so many connections in tasks, and wait until they are in the queue."""
+    tasks = [asyncio.create_task(p.backend()) for _ in range(number)]
+
+    async def queued() -> bool:
+        return len(p.pool._queue.waiters) == number
+
+    assert await eventually(queued, 5)
+    return tasks
+
+
+async def test_requests_wait_for_the_end_of_a_pause(database: Database) -> None:
+    """An idle connection is not handed out; after `resume` all are served, by new connections."""
+    async with pooled(database.url(), pool_size=2) as p:
+        before = await p.backend()
+        p.pool.pause(LONG)
+        tasks = await waiting(p, 5)
+
+        p.pool.resume()
+        backends = await asyncio.gather(*tasks)
+
+        assert before not in backends
+        p.pool.resume()  # A second one changes nothing.
+        assert await p.backend() in backends
+
+
+async def test_pause_ends_by_itself(database: Database) -> None:
+    """When its seconds are over; a later call sets other seconds."""
+    async with pooled(database.url()) as p:
+        p.pool.pause(LONG)
+        (task,) = await waiting(p, 1)
+
+        p.pool.pause(0.01)
+
+        assert await task
+
+
+async def test_nobody_is_refused_during_a_pause(database: Database, proxy: Proxy) -> None:
+    """Whoever waited before is served as well, when its patience has passed meanwhile and when its login has failed."""
+    async with pooled(proxy.url(database.url()), pool_size=1, max_overflow=0, connect_timeout_seconds=30) as p:
+        proxy.hang()
+        (early,) = await waiting(p, 1)
+        p.pool.pause(LONG)
+        proxy.reset()
+
+        async def login_has_failed() -> bool:
+            return not p.pool._openings
+
+        assert await eventually(login_has_failed, 10)
+        (waiter,) = p.pool._queue.waiters
+        p.pool._expire(waiter, 0.0)
+        assert not waiter.done()
+        proxy.resume()
+
+        p.pool.resume()
+
+        assert await early
+
+
+async def test_what_is_at_work_goes_on(database: Database) -> None:
+    """A connection that comes back during a pause is kept, and replaced when the pause ends."""
+    async with pooled(database.url(), pool_size=1, max_overflow=0) as p:
+        async with AsyncExitStack() as stack:
+            await stack.enter_async_context(p.database.engine.connect())
+            p.pool.pause(LONG)
+            tasks = await waiting(p, 1)
+        assert (p.pool.figures().checked_out, p.pool.figures().checked_in) == (0, 1)
+        assert not tasks[0].done()
+
+        p.pool.resume()
+
+        assert await tasks[0]
+
+
+async def test_shutdown_ends_a_pause(database: Database) -> None:
+    """Those who wait are told that the service closes."""
+    async with pooled(database.url()) as p:
+        p.pool.pause(LONG)
+        tasks = await waiting(p, 1)
+
+        p.pool.close()
+
+        with pytest.raises(PoolExhausted, match="shutting down"):
+            await tasks[0]
+
+
+async def test_queue_of_a_pause_is_bounded(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Far beyond that of other times, and yet."""
+    monkeypatch.setattr("pglifeguard.pool.PAUSED_WAITING", 1)
+    async with pooled(database.url(), pool_size=1, max_overflow=0, pool_max_waiting=0) as p:
+        p.pool.pause(LONG)
+        tasks = await waiting(p, 2)
+
+        with pytest.raises(PoolExhausted):
+            await p.backend()
+
+        p.pool.resume()
+        await asyncio.gather(*tasks)
+
+
+async def test_operators_pause_and_resume(database: Database) -> None:
+    """Reads and writes wait, operators do not; the answer tells what is still at work."""
+    async with serving(database.settings()) as service:
+        paused = await service.client.post("/debug/pause", params={"seconds": 60})
+        request = asyncio.create_task(service.client.get("/patients"))
+
+        async def queued() -> bool:
+            stats = (await service.client.get("/debug/pool-stats")).json()
+            return any(figures["waiting"] or figures["connecting"] for figures in stats.values())
+
+        assert await eventually(queued, 5)
+        during = await service.client.get("/health/ready")
+        resumed = await service.client.post("/debug/resume")
+        after = await service.client.get("/health/ready")
+        refused = await service.client.post("/debug/pause", params={"seconds": 0})
+
+        assert (await request).status_code == 200
+    assert (paused.status_code, resumed.status_code, refused.status_code) == (202, 202, 422)
+    assert paused.json() == {"primary": 0, "replica": 0, "analytics": 0}
+    assert during.json() == {"status": "ready", "requests": "paused"}
+    assert after.json() == {"status": "ready"}
