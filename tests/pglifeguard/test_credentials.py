@@ -194,15 +194,17 @@ async def test_call_that_hangs_is_made_again(monkeypatch: pytest.MonkeyPatch) ->
     def source(_login: Login) -> str:
         calls.append(1)
         if len(calls) == 1:
-            hanging.wait(SOON)
+            hanging.wait()
         return "secret"
 
     passwords, loop = Passwords(source), asyncio.get_running_loop()
     with pytest.raises(TimeoutError):
         await passwords.ask(LOGIN, loop.time() + 0.06)
 
-    assert await passwords.ask(LOGIN, loop.time() + SOON) == "secret"
-    hanging.set()
+    try:
+        assert await passwords.ask(LOGIN, loop.time() + SOON) == "secret"
+    finally:
+        hanging.set()
 
 
 async def test_async_call_that_hangs_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -462,6 +464,14 @@ async def test_listening_connection_is_renewed(role: Rotating) -> None:
         await role.rotate()
         await databases.renew_connections()
 
+        assert await anext(news) is None
+
+
+async def test_listening_connection_asks_the_function(role: Rotating) -> None:
+    """Listeners get in as everybody else does."""
+    settings = settings_of(role, file=False, replica=False, listen_url=role.url(), connection_limit=100)
+    databases = Lifeguard(settings, password=lambda _login: role.password).databases
+    async with databases, databases.listen("news") as news:
         assert await anext(news) is None
 
 

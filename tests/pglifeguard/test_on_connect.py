@@ -52,6 +52,8 @@ async def test_hook_runs_once_for_each_connection_of_a_pool(database: Database) 
 
     async def on_connect(connection: "asyncpg.Connection[Any]") -> None:
         seen[await connection.fetchval("SELECT current_user"), connection.get_server_pid()] += 1
+        # A session that sets one closes its connection at the end.
+        await connection.set_type_codec("money", schema="pg_catalog", encoder=str, decoder=str)
 
     async with Databases(database.settings(), on_connect=on_connect) as databases:
         for opened in (databases.writing, databases.reading, databases.reporting) * 3:
