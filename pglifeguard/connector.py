@@ -177,13 +177,19 @@ class Connector:
 
         Raises: DatabaseUnreachable.
         """
+        loop = asyncio.get_running_loop()
+        failure: DatabaseUnreachable | None = None
         while True:
             try:
                 return await self.open(deadline, waking=waking)
             except DatabaseUnreachable as error:
-                left = deadline - asyncio.get_running_loop().time()
-                if left <= RETRY_SECONDS or not password_is_late(error, self.settings):
+                # The last attempt may have had no time to hear a reason.
+                if password_is_late(error, self.settings):
+                    failure = error
+                elif failure is None or loop.time() < deadline:
                     raise
+            if loop.time() + RETRY_SECONDS >= deadline:
+                raise failure
             await asyncio.sleep(RETRY_SECONDS)
 
     @property

@@ -456,6 +456,23 @@ async def test_connections_stay_when_renewing_fails(role: Rotating) -> None:
         assert await eventually(replaced, SOON)
 
 
+async def test_first_reason_is_told_when_the_last_attempt_hears_none() -> None:
+    """A job that has asked for its password again until the end says what was wrong with it."""
+    gate, calls = asyncio.Event(), []
+
+    async def source(_login: Login) -> str:
+        calls.append(1)
+        if len(calls) > 1:
+            await gate.wait()
+        raise LookupError
+
+    connector = Connector(DatabaseSettings(url=PLAIN).asking(source), writable=True)
+    with pytest.raises(DatabaseUnreachable, match="the source of the password failed: LookupError"):
+        await connector.open_patiently(asyncio.get_running_loop().time() + 0.5)
+    assert len(calls) > 1
+    await connector.close()
+
+
 async def test_listening_connection_is_renewed(role: Rotating) -> None:
     """LISTEN_PASSWORD_FILE is read at each connect; the listeners hear that they may have missed something."""
     settings = settings_of(role, replica=False, listen_url=role.url(), listen_password_file=role.path)
