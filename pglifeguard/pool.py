@@ -180,7 +180,8 @@ class ConnectionPool(Generic[S]):
         if not self.asleep:
             slot = await self._wait_in_queue(deadline)
             return self._hand_out(slot, _checkout(slot), started)
-        slot = await self._wait_in_queue(loop.time() + self.settings.wake_seconds + TELL_SECONDS)
+        begins = loop.time() if self._pause is None else self._pause.when()
+        slot = await self._wait_in_queue(begins + self.settings.wake_seconds + TELL_SECONDS)
         # The time of a wake-up is counted by itself: else each morning would be an alert of slow acquisitions.
         self._watch.woke(self._clock() - started)
         return self._hand_out(slot, _checkout(slot), self._clock())
@@ -635,7 +636,10 @@ class ConnectionPool(Generic[S]):
         self._pause = asyncio.get_running_loop().call_later(seconds, self.resume)
 
     def resume(self) -> None:
-        """End a pause: all connections are replaced, and those who have waited get RESUMED_SECONDS for their turn."""
+        """End a pause: all connections are replaced, and those who have waited get RESUMED_SECONDS for their turn.
+
+        A database that sleeps gets the time to wake up.
+        """
         if self._pause is None:
             return
         self._pause.cancel()
@@ -644,8 +648,9 @@ class ConnectionPool(Generic[S]):
         self._failure = None
         self._open_more()
         loop = asyncio.get_running_loop()
+        seconds = self.settings.wake_seconds + TELL_SECONDS if self.asleep else RESUMED_SECONDS
         for waiter in self._queue.waiters:
-            loop.call_later(RESUMED_SECONDS, self._expire, waiter, loop.time())
+            loop.call_later(seconds, self._expire, waiter, loop.time())
 
     def leave_demoted(self) -> bool:
         """Dispose of the connections to a server that takes no writes; return whether that was done.

@@ -224,6 +224,27 @@ async def test_login_that_it_fell_asleep_under_refuses_nobody(database: Database
         p.pool.release(await waiting)
 
 
+async def test_it_has_the_time_to_wake_up_after_a_pause(
+    database: Database, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who waited for the end of a planned switchover waits for the wake-up that follows it too."""
+    monkeypatch.setattr("pglifeguard.pool.RESUMED_SECONDS", 0.01)
+    async with pooled(proxy.url(database.url()), profile="sleeping") as p:
+        proxy.fall_asleep("says_starting")
+        p.pool.pause(60)
+        waiting = asyncio.create_task(p.pool.acquire())
+        await asyncio.sleep(0)  # It is in the queue now.
+
+        p.pool.resume()
+
+        async def knocked() -> bool:
+            return proxy.connections >= 4
+
+        assert await eventually(knocked, 5)
+        await proxy.wake_up("says_starting")
+        p.pool.release(await waiting)
+
+
 async def test_shutdown_while_it_wakes_up(database: Database, proxy: Proxy) -> None:
     """The requests that wait are told, and no session is left at the server that wakes up just then."""
     async with serving(sleeping(database, proxy), settled=False) as service:
