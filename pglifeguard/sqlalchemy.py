@@ -70,11 +70,7 @@ class PoolAdapter(Pool):
 
     def keep_statements(self, _dialect: Any, _record: Any, _arguments: Any, options: dict[str, Any]) -> None:
         """Let the dialect keep as many prepared statements as the connector does: a listener of `do_connect`."""
-        size = self._connector.statement_cache_size
-        options["prepared_statement_cache_size"] = size
-        # Without a cache the dialect would prepare each statement under a new name. In transaction mode such a name is
-        # closed on another server connection than its own, and another process may have it there.
-        options["prepared_statement_name_func"] = None if size else str
+        options["prepared_statement_cache_size"] = self._connector.statement_cache_size
 
     def adopt(self, entry: ConnectionPoolEntry, connect: Callable[[], T]) -> T:
         """Let SQLAlchemy `connect` to an entry that `acquire` gave; from then on SQLAlchemy releases it."""
