@@ -82,6 +82,22 @@ async def test_no_statement_is_kept_behind_a_pooler_that_forgets(
     assert sorted(said(caplog, FORGETS)) == ["analytics", "primary"]
 
 
+async def test_statement_that_is_not_kept_follows_the_schema(
+    database: Database, forgetful: str, execute: Execute
+) -> None:
+    """SQLAlchemy keeps no statement either: it would read a column by the type that it had before a migration."""
+    await execute("CREATE TABLE kinds AS SELECT 7 AS kind")
+    await execute("GRANT SELECT ON kinds TO app_rw")
+    kinds = []
+    async with serving(alone(database, forgetful)) as service:
+        for change in ("SELECT 1", "ALTER TABLE kinds ALTER COLUMN kind TYPE text"):
+            await execute(change)
+            async with service.databases.writing() as session:
+                kinds.append((await session.execute(text("SELECT kind FROM kinds"))).scalar_one())
+
+    assert kinds == [7, "7"]
+
+
 async def test_look_can_be_switched_off(database: Database, forgetful: str, caplog: pytest.LogCaptureFixture) -> None:
     """Then nothing is asked and nothing adapted; a request that meets it is told what is to be set."""
     async with serving(alone(database, forgetful, pooler_check=False)) as service:
