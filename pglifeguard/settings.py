@@ -398,7 +398,10 @@ class DatabasesSettings(BaseSettings):
     consistency_cookie_secure: bool = Field(
         False, description="Browsers send that cookie by HTTPS only; needed for names with __Host- or __Secure-."
     )
-    retry_after_seconds: int = Field(1, ge=1, le=3600, description="Retry-After of a 503.")
+    retry_after_seconds: int = Field(1, ge=1, le=3600, description="Retry-After of a 503, at least.")
+    retry_after_spread_seconds: int = Field(
+        2, ge=0, le=3600, description="Up to so many more, at random: clients that were refused do not return together."
+    )
     health_timeout_seconds: float = Field(5, gt=0, le=60, description="Seconds for one database in /health/db.")
     monitor_interval_seconds: float = Field(
         0.5,

@@ -96,6 +96,7 @@ class Database:
         url = self.replica_url() if replica else self.url()
         fields: dict[str, Any] = {
             "environment": "test",
+            "retry_after_spread_seconds": 0,
             "monitor_interval_seconds": 0.05,
             "primary": {"url": self.url(), **kept},
             "replicas": ({"url": url, **kept},) if replica else (),

@@ -1,5 +1,6 @@
 """Exceptions as answers: RFC 9457 problem documents with a stable `code`, for every exception of a route."""
 
+import random
 import re
 from contextlib import suppress
 from http import HTTPStatus
@@ -31,6 +32,7 @@ from pglifeguard.errors import (
 )
 from pglifeguard.fastapi.failures import report_failure
 from pglifeguard.fastapi.sessions import note_failure
+from pglifeguard.settings import DatabasesSettings
 
 # Limits of a 422: enough to correct the request, and an answer that is not much larger than the request.
 ERRORS_TOLD = 20
@@ -45,7 +47,7 @@ def problem(request: Request | WebSocket, failure: Failure, **more: Any) -> Resp
     if failure.status == 503:  # noqa: PLR2004
         # An application that is mounted beneath this one has no databases of its own.
         databases = getattr(request.app.state, "databases", None)
-        headers["Retry-After"] = "1" if databases is None else str(databases.settings.retry_after_seconds)
+        headers["Retry-After"] = "1" if databases is None else _retry_after(databases.settings)
     if failure.status == 408 or (failure.status == 413 and "expect" in request.headers):  # noqa: PLR2004
         # The rest of the body will not come. After any other 413 it does, and closing before it was read would reset
         # the connection, so that the client loses the answer.
@@ -53,6 +55,11 @@ def problem(request: Request | WebSocket, failure: Failure, **more: Any) -> Resp
     if failure.status == 401:  # noqa: PLR2004
         headers["WWW-Authenticate"] = "Bearer"
     return Response(document(failure, **more), failure.status, headers, MEDIA_TYPE)
+
+
+def _retry_after(settings: DatabasesSettings) -> str:
+    more = random.randint(0, settings.retry_after_spread_seconds)  # noqa: S311  # Not a secret.
+    return str(settings.retry_after_seconds + more)
 
 
 def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:

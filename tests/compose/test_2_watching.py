@@ -123,7 +123,7 @@ async def test_exhausted_pool_reaches_the_webhook(stack: Stack, client: httpx.As
     assert "0%" in firing["annotations"]["summary"]
     assert firing["annotations"]["runbook_url"] == "docs/runbook.md#databasepoolnearlyexhausted"
     assert refused.status_code == 503
-    assert refused.headers["Retry-After"] == "1"
+    assert refused.headers["Retry-After"] in {"1", "2", "3"}
     assert answers == [200] * 5
     await eventually(lambda: message("/page", "resolved"), within=90, every=1)
 

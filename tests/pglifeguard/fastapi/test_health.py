@@ -22,6 +22,7 @@ def down(**changes: Any) -> Settings:
     """Give settings that lead to a port where nobody listens."""
     url = f"postgresql://a:hunter2@127.0.0.1:{free_port()}/x"
     fields: dict[str, Any] = {"primary": {"url": url}, "analytics": {"url": url}, "monitor_interval_seconds": 0.05}
+    fields["retry_after_spread_seconds"] = 0
     return Settings(_env_file=None, **(fields | changes))
 
 
