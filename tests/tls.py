@@ -47,7 +47,7 @@ class Authority:
         directory.mkdir()
         self._directory = directory
         self.certificate = directory / "ca.crt"
-        made = ("-subj", "/CN=authority", "-keyout", "ca.key", "-out", "ca.crt")
+        made = ("-subj", f"/CN=authority {directory.name}", "-keyout", "ca.key", "-out", "ca.crt")
         self._openssl("req", "-x509", *NEW_KEY, "-nodes", "-days", "2", *made)
 
     def issue(self, name: str, *, file: str | None = None, days: int = 2, password: str | None = None) -> Certificate:
@@ -60,6 +60,17 @@ class Authority:
         signed = ("-CA", "ca.crt", "-CAkey", "ca.key", "-CAcreateserial", "-days", str(days), "-extfile", "names")
         self._openssl("x509", "-req", "-in", f"{file}.csr", *signed, "-out", f"{file}.crt")
         return Certificate(self._directory / f"{file}.crt", self._directory / f"{file}.key")
+
+    def revoke(self, *revoked: Certificate) -> Path:
+        """Write the list of what is revoked: these certificates."""
+        configuration = "[ca]\ndefault_ca = own\n[own]\ndatabase = index\ndefault_md = sha256\n"
+        (self._directory / "ca.conf").write_text(configuration, encoding="utf-8")
+        (self._directory / "index").write_text("", encoding="utf-8")
+        ours = ("ca", "-config", "ca.conf", "-cert", "ca.crt", "-keyfile", "ca.key")
+        for certificate in revoked:
+            self._openssl(*ours, "-revoke", str(certificate.certificate))
+        self._openssl(*ours, "-gencrl", "-crldays", "2", "-out", "ca.crl")
+        return self._directory / "ca.crl"
 
     def _openssl(self, *arguments: str) -> None:
         subprocess.run([str(program()), *arguments], cwd=self._directory, check=True, capture_output=True)

@@ -240,6 +240,18 @@ async def test_certificates_are_rotated_without_a_restart(kit: Kit, tmp_path: Pa
     await connector.close()
 
 
+async def test_revoked_certificate_is_refused(kit: Kit) -> None:
+    """With `sslcrl` a certificate on its authority's list is refused, and one whose authority has no list in it."""
+    verified = f"{kit.verified()}&sslcrl="
+
+    of_nobody = kit.authority.revoke()
+    (await opened(kit.server.url(f"{verified}{of_nobody}"))).terminate()
+    of_another = kit.another.revoke()
+    assert "sslcrl holds no list of the authority" in await reason(kit.server.url(f"{verified}{of_another}"))
+    of_this_one = kit.authority.revoke(kit.certificate)
+    assert "the server's certificate was revoked" in await reason(kit.server.url(f"{verified}{of_this_one}"))
+
+
 @pytest.mark.parametrize("believes", ["a file", "the system"])
 async def test_own_certificate_is_renewed_without_a_restart(
     kit: Kit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, believes: str
