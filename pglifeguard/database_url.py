@@ -116,6 +116,11 @@ class ConnectionParameters:
         return tuple(random.sample(self.hosts, len(self.hosts))) if self.by_lot else self.hosts
 
     @property
+    def holds_password(self) -> bool:
+        """Whether the URL says where the password is, by itself or by a passfile."""
+        return self.password is not None or self.passfile is not None
+
+    @property
     def passfile(self) -> str | None:
         """The file of passwords that the URL names."""
         return self._of_the_driver.get("passfile")
@@ -181,9 +186,9 @@ def parse_url(text: str) -> ConnectionParameters:
 
 
 def holds_password(url: str) -> bool:
-    """Tell whether a URL has a password in it; one that is wrong has none."""
+    """Tell whether a URL has a password in it, or names a file of passwords; one that is wrong has none."""
     try:
-        return parse_url(url).password is not None
+        return parse_url(url).holds_password
     except ValueError:
         return False
 

@@ -243,6 +243,8 @@ class Databases:
         Raises: DatabaseUnreachable when a database lets no new connection in; its old ones go on then.
         """
         self._check_loop()
+        if self.closing:
+            return
         renewing = (
             database.monitor.renew(timeout_seconds=self.settings.health_timeout_seconds) for database in self.all()
         )

@@ -198,8 +198,8 @@ class DatabaseSettings(BaseModel):
         """
         if not callable(source):
             raise TypeError(NO_FUNCTION)
-        if self.parameters.password is not None:
-            raise ValueError("URL holds a password, and password= gives one too: keep one of them")
+        if self.parameters.holds_password:
+            raise ValueError("URL holds a password or a passfile, and password= gives one too: keep one of them")
         if self.password_file is not None:
             raise ValueError("PASSWORD_FILE is set, and password= gives a password too: keep one of them")
         asking = self.model_copy()
@@ -279,9 +279,9 @@ class DatabaseSettings(BaseModel):
                 f"POOL_MIN_SIZE {self.warm_size} > POOL_SIZE {self.pool_size}: the pool cannot keep more "
                 "connections warm than it keeps; lower the first or raise the second"
             )
-        if self.password_file is not None and self.parameters.password is not None:
+        if self.password_file is not None and self.parameters.holds_password:
             raise ValueError(
-                "holds a password, and PASSWORD_FILE of this database is set: keep one of them, the file if it changes"
+                "holds a password or a passfile, and PASSWORD_FILE of this database is set: keep one of them"
             )
         return self
 
@@ -516,7 +516,7 @@ class DatabasesSettings(BaseSettings):
                 )
         listen_url = "" if self.listen_url is None else self.listen_url.get_secret_value()
         if self.listen_password_file is not None and holds_password(listen_url):
-            raise ValueError("LISTEN_URL holds a password, and LISTEN_PASSWORD_FILE is set: keep one of them")
+            raise ValueError("LISTEN_URL holds a password or a passfile, and LISTEN_PASSWORD_FILE is set: keep one")
         for prefix, database in self.databases:
             if wrong := self._wrong_session_attrs(prefix, database):
                 raise ValueError(f"{prefix}URL has target_session_attrs={wrong}")

@@ -38,10 +38,10 @@ EMPTY = "TRUNCATE users, patients, idempotency_keys RESTART IDENTITY"
 SLOW_FOLDERS = {"bench", "chaos", "examples", "local"}
 SLOW_FILES = {
     "pglifeguard": {
-        "test_checkout", "test_collisions", "test_databases", "test_host_search", "test_lazy", "test_lease",
-        "test_pool", "test_pool_storms", "test_pooler", "test_primary_retry", "test_replica", "test_sampling",
-        "test_servers", "test_session_commits", "test_session_names", "test_session_state", "test_session_use",
-        "test_sleeping",
+        "test_checkout", "test_collisions", "test_credentials", "test_databases", "test_host_search", "test_lazy",
+        "test_lease", "test_on_connect", "test_pool", "test_pool_storms", "test_pooler", "test_primary_retry",
+        "test_replica", "test_sampling", "test_servers", "test_session_commits", "test_session_names",
+        "test_session_state", "test_session_use", "test_sleeping",
         "test_standbys", "test_tls", "test_tls_server", "test_write_once", "test_errors",
     },
     "fastapi": {
@@ -50,8 +50,8 @@ SLOW_FILES = {
     "serving": {"test_protocol", "test_workers"},
     "app": {"test_cli", "test_main", "test_openapi", "test_security"},
     "tests": {
-        "test_alerts", "test_balancer", "test_concurrently", "test_cost", "test_extending", "test_migrations",
-        "test_patterns", "test_servers",
+        "test_alerts", "test_balancer", "test_concurrently", "test_cost", "test_credentials", "test_extending",
+        "test_migrations", "test_patterns", "test_servers",
     },
     "users": {"test_sync"},
 }  # fmt: skip

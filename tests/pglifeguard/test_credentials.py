@@ -473,6 +473,18 @@ async def test_first_reason_is_told_when_the_last_attempt_hears_none() -> None:
     await connector.close()
 
 
+async def test_closed_databases_open_nothing_to_renew(role: Rotating) -> None:
+    """Their connections have ended, or are about to."""
+    async with Databases(settings_of(role, replica=False)) as databases:
+        pass
+    await databases.renew_connections()
+
+    async def ended() -> bool:
+        return not await role.sessions()
+
+    assert await eventually(ended, SOON)
+
+
 async def test_listening_connection_is_renewed(role: Rotating) -> None:
     """LISTEN_PASSWORD_FILE is read at each connect; the listeners hear that they may have missed something."""
     settings = settings_of(role, replica=False, listen_url=role.url(), listen_password_file=role.path)
@@ -515,7 +527,7 @@ async def test_migrations_and_console_read_their_files(role: Rotating, monkeypat
     [
         (
             {"migrations_url": "postgresql://a:hunter2@b/c", "migrations_password_file": "{file}"},
-            "MIGRATIONS_URL: holds a password, and PASSWORD_FILE of this database is set: keep one of them",
+            "MIGRATIONS_URL: holds a password or a passfile, and PASSWORD_FILE of this database is set",
         ),
         (
             {"migrations_url": "postgresql://a@b/c", "migrations_password_file": "/nowhere"},
@@ -548,14 +560,21 @@ PLAIN, HELD = "postgresql://app@primary/x", "postgresql://app:hunter2@primary/x"
 @pytest.mark.parametrize(
     ("variables", "sentence"),
     [
-        ({"DATABASE_URL": HELD, "DATABASE_PASSWORD_FILE": "{file}"}, "DATABASE_URL: holds a password, and PASSWORD_F"),
+        (
+            {"DATABASE_URL": HELD, "DATABASE_PASSWORD_FILE": "{file}"},
+            "DATABASE_URL: holds a password or a passfile, and PASSWORD_F",
+        ),
         ({"DATABASE_URL": PLAIN, "DATABASE_PASSWORD_FILE": "/nowhere"}, "DATABASE_PASSWORD_FILE: names a file"),
         ({"DATABASE_URL": PLAIN, "DATABASE_PASSWORD_FILE": "{empty}"}, "that is empty"),
         ({"DATABASE_URL": PLAIN, "DATABASE_PASSWORD_FILE": "{binary}"}, "the file is no text in UTF-8"),
         ({"DATABASE_URL": PLAIN, "DATABASE_PASSWORD_FILE": "{directory}"}, "cannot be read: Is a directory"),
         (
+            {"DATABASE_URL": f"{PLAIN}?passfile={{file}}", "DATABASE_PASSWORD_FILE": "{file}"},
+            "a passfile, and PASSW",
+        ),
+        (
             {"DATABASE_URL": PLAIN, "LISTEN_URL": HELD, "LISTEN_PASSWORD_FILE": "{file}"},
-            "LISTEN_URL holds a password, and LISTEN_PASSWORD_FILE is set",
+            "LISTEN_URL holds a password or a passfile, and LISTEN_PASSWORD_FILE is set",
         ),
         (
             {"DATABASE_URL": PLAIN, "DATABASE_REPLICA_URL": HELD, "DATABASE_REPLICA_PASSWORD_FILE": "{file}"},
@@ -569,6 +588,7 @@ def test_wrong_file_is_refused(
     """A file that cannot be meant ends the start, with the variable and the reason."""
     for name, content in (("file", b"hunter3\n"), ("empty", b"\n"), ("binary", b"\xff")):
         (tmp_path / name).write_bytes(content)
+        (tmp_path / name).chmod(0o600)
     places = {name: tmp_path / name for name in ("file", "empty", "binary")} | {"directory": tmp_path}
     monkeypatch.chdir(tmp_path)
     for name, value in variables.items():
@@ -612,8 +632,8 @@ def test_file_is_inherited_where_no_other_password_is(tmp_path: Path, monkeypatc
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"primary": {"url": HELD}}, "DATABASE_URL holds a password, and password= gives one too"),
-        ({"listen_url": HELD}, "LISTEN_URL holds a password, and password= gives one too"),
+        ({"primary": {"url": HELD}}, "DATABASE_URL holds a password or a passfile, and password= gives one too"),
+        ({"listen_url": HELD}, "LISTEN_URL holds a password or a passfile, and password= gives one too"),
         ({"analytics": {"url": PLAIN, "password_file": "{file}"}}, "DATABASE_ANALYTICS_PASSWORD_FILE is set, and pass"),
     ],
 )
