@@ -157,6 +157,7 @@ async def own_writes(scene: Scene) -> str | None:
     """Read what was just written, with the token, while the replica lags and when it does not."""
     client, cluster = scene.service.client, scene.database.cluster
     client.cookies.clear()
+    assert await eventually(lambda: _replica_serves(scene), PATIENCE)
     await cluster.pause_replay()
     try:
         path = await _write(scene)
@@ -181,6 +182,7 @@ async def single_reads(scene: Scene) -> str | None:
     path = await _write(scene)
     await scene.database.cluster.wait_replayed()
     scene.service.client.cookies.clear()
+    assert await eventually(lambda: _replica_serves(scene), PATIENCE)
     before = _routed(scene, "replica", "replica")
     answers = await asyncio.gather(*(scene.service.client.get(path) for _ in range(AT_ONCE)))
     assert {answer.status_code for answer in answers} == {200}
@@ -349,6 +351,11 @@ async def _read(scene: Scene) -> httpx.Response:
 async def _well(scene: Scene) -> bool:
     """Tell whether a write and a read work."""
     return (await scene.service.client.post("/users", json=_user())).is_success and (await _read(scene)).is_success
+
+
+async def _replica_serves(scene: Scene) -> bool:
+    """Tell whether the replica is believed; after it lost its connections it is not, for a second."""
+    return scene.service.databases.router.serves_reads
 
 
 def _routed(scene: Scene, target: str, reason: str) -> float:
