@@ -148,8 +148,9 @@ class PoolerLook:
             spread = len(inside) > len({server for server, _ in inside})
             mode = "statement" if spread or not client.is_in_transaction() else mode
             splits = splits or len(inside) > 1
-            handed_on = await _hands_on(client)
             await client.control("ROLLBACK;")
+        # On the second client, which is closed afterwards: Amazon's proxy pins a client that sends DEALLOCATE.
+        handed_on = await _hands_on(clients[-1])
         keeps = None if handed_on is None else not handed_on or not shared
         return Pooler(True, mode, keeps, splits, tuple(lost))
 
@@ -195,9 +196,10 @@ async def _hands_on(connection: TrackedConnection) -> bool | None:
     statement can be removed from the session that it was made in.
     """
     name = f"lifeguard_{uuid4().hex}"
+    await connection.control("BEGIN READ ONLY;")
     prepared = await connection.prepare(STATEMENTS, name=name)
     names: list[str] = await prepared.fetchval()
     if name in names:
         await connection.control(f"DEALLOCATE {name};")
-        return True
-    return False if names else None
+    await connection.control("ROLLBACK;")
+    return name in names if names else None
