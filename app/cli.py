@@ -9,11 +9,12 @@ import typer
 from app.logs import log_config, wants_json
 from app.security import Scope, issue_token
 from app.settings import Settings
+from migrations.doctor import migration_targets, pending_migrations
 from pglifeguard import serving
 from pglifeguard.cli import checked, database_commands, stop
 
 cli = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False)
-cli.add_typer(database_commands(Settings))
+cli.add_typer(database_commands(Settings, further=migration_targets, checks=[pending_migrations]))
 
 HostOption = Annotated[str | None, typer.Option(help="Address to listen on; HOST.")]
 PortOption = Annotated[int | None, typer.Option(help="Port to listen on; PORT.", min=0, max=65_535)]

@@ -58,7 +58,18 @@ WHERE backend_type = 'client backend' AND pid <> pg_backend_pid() AND state = 'i
   AND state_change < clock_timestamp() - make_interval(secs => $1) AND application_name = $2
   AND usename = current_user
 """
-CAPACITY = """
-SELECT current_setting('max_connections')::int AS granted,
-       current_setting('transaction_read_only')::boolean AS read_only
+# $1: idle for longer than so many seconds; $2: the application's name. The connection that listens is idle by nature,
+# and LISTEN is the last that it ran.
+IDLE = """
+SELECT pid, usename::text AS role, application_name AS application, coalesce(client_addr::text, 'socket') AS client,
+       extract(epoch FROM clock_timestamp() - state_change)::float8 AS seconds
+FROM pg_stat_activity
+WHERE backend_type = 'client backend' AND pid <> pg_backend_pid() AND datname = current_database()
+  AND state = 'idle' AND state_change < clock_timestamp() - make_interval(secs => $1)
+  AND application_name = $2 AND usename = current_user AND query NOT ILIKE 'listen %'
+ORDER BY seconds DESC
 """
+# $3: process ids of the above. Each is judged once more: it may be at work by now.
+END_IDLE = f"""
+SELECT pid, pg_terminate_backend(pid) AS ended FROM ({IDLE}) AS idle WHERE pid = ANY($3::int[])
+"""  # noqa: S608  # Made of constants.

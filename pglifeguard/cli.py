@@ -1,9 +1,11 @@
 """The operator's commands for a service's databases: `python -m pglifeguard doctor | connections`."""
 
 import asyncio
-import os
-import time
-from collections.abc import Sequence
+import json
+import logging
+import math
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from typing import Annotated, Any, TypeVar
 
 import typer
@@ -12,9 +14,13 @@ from rich.markup import escape
 from rich.table import Table
 
 from pglifeguard import budget
-from pglifeguard.activity import BLOCKED, CAPACITY, CLOSE_IDLE, EACH
+from pglifeguard.activity import BLOCKED, CLOSE_IDLE, EACH, END_IDLE, IDLE
 from pglifeguard.connector import Connector
 from pglifeguard.credentials import PasswordSource
+from pglifeguard.doctor import Check, Load, Target, diagnose
+from pglifeguard.doctor.findings import EXIT_CODES
+from pglifeguard.doctor.show import show, wide_console
+from pglifeguard.duration import parse_duration
 from pglifeguard.environment import SettingsError
 from pglifeguard.errors import DatabaseUnavailable
 from pglifeguard.metrics import Metrics
@@ -22,7 +28,7 @@ from pglifeguard.monitor import Monitor
 from pglifeguard.settings import DatabaseSettings, DatabasesSettings
 
 SettingsT = TypeVar("SettingsT", bound=DatabasesSettings)
-console = Console()
+Further = Callable[[Any], Iterable[Target]]
 
 # Twice what a pool lets a connection idle (DATABASE_POOL_IDLE_SECONDS), its warm ones excepted.
 IDLE_SECONDS = 600
@@ -30,43 +36,133 @@ IDLE_SECONDS = 600
 QUERY_CHARACTERS = 60
 # Sessions that wait for a lock, shown at most.
 MAX_BLOCKED = 50
-CloseIdle = Annotated[bool, typer.Option(help="Close this service's own connections idle for long.")]
-IdleSeconds = Annotated[int, typer.Option(help="Seconds that count as long.", min=1)]
 
 
-def database_commands(settings_cls: type[DatabasesSettings], *, password: PasswordSource | None = None) -> typer.Typer:
+def _duration(text: str) -> float:
+    try:
+        return parse_duration(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+def _finite(value: float | None) -> float | None:
+    # A range takes "nan" and "inf" too.
+    if value is not None and not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is not a number to reckon with")
+    return value
+
+
+CloseIdle = Annotated[bool, typer.Option("--close-idle", help="Close this service's own connections idle for long.")]
+IdleSeconds = Annotated[int, typer.Option(help="Seconds that count as long for --close-idle.", min=1)]
+TerminateIdle = Annotated[
+    float | None,
+    typer.Option(
+        parser=_duration,
+        metavar="DURATION",
+        help="End this service's own connections that idle for longer (30s, 10m, 2h), after a preview and a question.",
+    ),
+]
+Yes = Annotated[bool, typer.Option("--yes", help="Do not ask; for scripts.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, as docs/doctor.md describes it.")]
+Instances = Annotated[int | None, typer.Option(help="Reckon with so many instances; INSTANCES.", min=1, max=10_000)]
+Surge = Annotated[int | None, typer.Option(help="Instances that a rollout adds; SURGE_INSTANCES.", min=0, max=10_000)]
+Workers = Annotated[int | None, typer.Option(help="Processes of one instance; WORKERS.", min=1, max=64)]
+Rate = Annotated[
+    float | None,
+    typer.Option(help="Requests per second to size for; with --latency-ms.", min=0.001, max=1e7, callback=_finite),
+]
+LatencyMs = Annotated[
+    float | None,
+    typer.Option(
+        help="Milliseconds for which a request holds its connection.", min=0.001, max=3_600_000, callback=_finite
+    ),
+]
+Cores = Annotated[int | None, typer.Option(help="Cores of the database server to size for.", min=1, max=4096)]
+
+
+def database_commands(
+    settings_cls: type[DatabasesSettings],
+    *,
+    password: PasswordSource | None = None,
+    further: Further | None = None,
+    checks: Iterable[Check] = (),
+) -> typer.Typer:
     """Make the commands `doctor` and `connections`, which read these settings.
 
     A service adds them to its own: `cli.add_typer(database_commands(Settings))`; with the function that gives its
-    passwords, if it has one.
+    passwords, if it has one. `further(settings)` lists databases that the settings do not name, `checks` are the
+    service's own; both are for `doctor`, see `pglifeguard.doctor`.
     """
 
-    def read() -> DatabasesSettings:
-        settings = checked(settings_cls)
-        try:
-            return settings if password is None else settings.asking(password)
-        except SettingsError as error:
-            raise stop(str(error)) from None
+    def read(**chosen: Any) -> DatabasesSettings:
+        settings = settings_cls(**chosen)
+        return settings if password is None else settings.asking(password)
 
     commands = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False)
 
     @commands.command("doctor")
-    def _doctor() -> None:
-        """Check the settings, reach each database, and do the arithmetic of connections."""
-        doctor(read())
+    def _doctor(  # noqa: PLR0913  # One parameter for each option.
+        *,
+        instances: Instances = None,
+        surge: Surge = None,
+        workers: Workers = None,
+        rate: Rate = None,
+        latency_ms: LatencyMs = None,
+        cores: Cores = None,
+        as_json: AsJson = False,
+    ) -> None:
+        """Ask each database what an operator should know, and say what is wrong and what cures it.
+
+        Changes nothing. Each login and each question has HEALTH_TIMEOUT_SECONDS. The exit code is 0 when all is well, 1
+        with warnings, and 2 with errors: the service would not work so.
+        """
+        if (rate is None) != (latency_ms is None):
+            missing, given = ("--latency-ms", "--rate") if latency_ms is None else ("--rate", "--latency-ms")
+            raise typer.BadParameter(f"{given} says nothing without {missing}", param_hint=missing)
+        given_sizes = {"instances": instances, "surge_instances": surge, "workers": workers}
+        chosen = {name: value for name, value in given_sizes.items() if value is not None}
+        load = None if (rate, latency_ms, cores) == (None, None, None) else Load(rate, latency_ms, cores)
+        try:
+            settings = read(**chosen)
+            targets = [] if further is None else list(further(settings))
+        except SettingsError as error:
+            raise _refuse(str(error), as_json=as_json) from None
+        # What the connections log is in the report; without a handler Python would write it to standard error.
+        logging.getLogger("pglifeguard").addHandler(logging.NullHandler())
+        report = asyncio.run(diagnose(settings, further=targets, checks=checks, load=load))
+        if as_json:
+            print(json.dumps(report.as_json(), ensure_ascii=False, indent=2))  # noqa: T201  # For a pipe: no colours, no wrapping.
+        else:
+            show(report, wide_console())
+        raise typer.Exit(report.exit_code)
 
     @commands.command("connections")
-    def _connections(*, close_idle: CloseIdle = False, idle_seconds: IdleSeconds = IDLE_SECONDS) -> None:
-        """Show the primary's connections and who blocks whom; close forgotten ones on request."""
-        connections(read(), close_idle=close_idle, idle_seconds=idle_seconds)
+    def _connections(
+        *,
+        close_idle: CloseIdle = False,
+        idle_seconds: IdleSeconds = IDLE_SECONDS,
+        terminate_idle: TerminateIdle = None,
+        yes: Yes = False,
+    ) -> None:
+        """Show the primary's connections and who blocks whom; end forgotten ones on request.
+
+        Only connections with this service's application_name and role are ended, and none that is at work, has a
+        transaction open or listens.
+        """
+        if terminate_idle is not None:
+            if close_idle:
+                raise typer.BadParameter("--close-idle and --terminate-idle are two ways to the same; give one")
+            end_idle(checked(read), terminate_idle, yes=yes)
+        else:
+            connections(checked(read), close_idle=close_idle, idle_seconds=idle_seconds)
 
     return commands
 
 
-def checked(settings_cls: type[SettingsT]) -> SettingsT:
+def checked(read: Callable[[], SettingsT]) -> SettingsT:
     """Read the settings and check the budget; end with status 2 and a sentence when they are wrong."""
     try:
-        settings = settings_cls()
+        settings = read()
         budget.check_budget(settings)
     except SettingsError as error:
         raise stop(str(error)) from None
@@ -79,43 +175,9 @@ def stop(sentence: str) -> typer.Exit:
     return typer.Exit(2)
 
 
-def doctor(settings: DatabasesSettings) -> None:
-    """Check the settings, reach each database, and do the arithmetic of connections."""
-    table = Table("database", "at", "status", "first answer", "pool", "max_connections", title="Databases")
-    ok = True
-    demands, warnings = {each.server: each for each in budget.demands(settings)}, dict[str, str]()
-    for prefix, database in settings.databases:
-        started, granted = time.perf_counter(), None
-        try:
-            (said,) = _ask(settings, database, CAPACITY)
-        except DatabaseUnavailable as error:
-            ok = False
-            status, latency, limit = f"[red]{escape(str(error))}[/red]", "", ""
-        else:
-            granted, latency = said["granted"], f"{(time.perf_counter() - started) * 1000:.0f} ms"
-            status, limit = "[green]healthy[/green]", str(granted)
-            if database is settings.primary and said["read_only"]:
-                # A standby, a server that was demoted, or a role that may only read.
-                ok, status = False, "[red]The server takes no writes.[/red]"
-        pool = f"{database.pool_size} + {database.max_overflow}"
-        table.add_row(f"{prefix}URL", escape(database.location), status, latency, pool, limit)
-        if granted is not None and (sentence := demands[database.server].exceeds(granted, settings.connection_reserve)):
-            # Behind a pooler it is the pooler's business, so this warns and does not fail.
-            warnings[database.server] = sentence
-    console.print(table)
-    for server, sentence in warnings.items():
-        console.print(f"[yellow]Too many for max_connections of {escape(server)}:[/yellow] {escape(sentence)}")
-    for demand in demands.values():
-        console.print(f"{demand.server}: {demand.arithmetic} = at most {demand.wanted} connections.")
-    console.print(_sizing(os.cpu_count() or 1), _presets())
-    for sentence in settings.ignored_variables:
-        console.print(f"[yellow]{escape(sentence)}[/yellow]")
-    if not ok:
-        raise typer.Exit(1)
-
-
 def connections(settings: DatabasesSettings, *, close_idle: bool, idle_seconds: int) -> None:
     """Show the primary's connections, and who blocks whom; close forgotten ones on request."""
+    console = wide_console()
     try:
         if close_idle:
             closed = _ask(settings, settings.primary, CLOSE_IDLE, idle_seconds, settings.primary.application_name)
@@ -131,6 +193,56 @@ def connections(settings: DatabasesSettings, *, close_idle: bool, idle_seconds: 
     console.print(table)
     if pairs:
         console.print(_blocked(pairs))
+
+
+def end_idle(settings: DatabasesSettings, seconds: float, *, yes: bool) -> None:
+    """Show which connections of this service idle for longer, ask, end them, and say which were ended."""
+    console, primary = wide_console(), settings.primary
+    try:
+        idle = _ask(settings, primary, IDLE, seconds, primary.application_name)
+        if not idle:
+            console.print(f"No connection of {primary.application_name} has idled for more than {seconds:g} s.")
+            return
+        table = Table("pid", "role", "application", "client", "idle for s", title=primary.location)
+        for row in idle:
+            texts = (escape(row[name]) for name in ("role", "application", "client"))
+            table.add_row(str(row["pid"]), *texts, f"{row['seconds']:.0f}")
+        console.print(table)
+        if not yes:
+            if not sys.stdin.isatty():
+                raise stop("Nothing was ended: there is no terminal to ask at. --yes ends them without a question.")
+            if not typer.confirm(f"End {_counted(len(idle))}?"):
+                raise stop("Nothing was ended.")
+        wanted = [row["pid"] for row in idle]
+        ended = _ask(settings, primary, END_IDLE, seconds, primary.application_name, wanted)
+    except DatabaseUnavailable as error:
+        raise stop(str(error)) from None
+    gone = [row["pid"] for row in ended if row["ended"]]
+    console.print(f"Ended {_counted(len(gone))}{': ' if gone else ''}{', '.join(map(str, gone))}.", highlight=False)
+    if left := sorted(set(wanted) - set(gone)):
+        said = f"Left alone, for they were at work or gone by then: {', '.join(map(str, left))}."
+        console.print(said, highlight=False)
+
+
+def _counted(connections: int) -> str:
+    return "1 connection" if connections == 1 else f"{connections} connections"
+
+
+def _refuse(sentence: str, *, as_json: bool) -> typer.Exit:
+    """End `doctor` for settings that are wrong; as JSON it is a report with that finding alone."""
+    if not as_json:
+        return stop(sentence)
+    finding = {
+        "severity": "error",
+        "code": "settings",
+        "subject": "environment",
+        "text": sentence,
+        "cure": "Correct what it names; docs/settings.md has every variable.",
+    }
+    code = EXIT_CODES["errors"]
+    nothing = {"version": 1, "status": "errors", "exit_code": code, "databases": [], "budget": [], "sizes": None}
+    print(json.dumps({**nothing, "findings": [finding]}, ensure_ascii=False, indent=2))  # noqa: T201  # As above.
+    return typer.Exit(code)
 
 
 def _blocked(pairs: Sequence[Any]) -> Table:
@@ -162,22 +274,6 @@ def _blocked(pairs: Sequence[Any]) -> Table:
             *(pair["blocker_state"], state, transaction, "waits itself" if pair["blocker_waits"] else ""),
         )
     return table
-
-
-def _sizing(cores: int) -> Table:
-    sizes = Table("rule", "8 cores", "this machine", title="Sizing, connections on the server")
-    for rule, by in (("cores x 2 + 1", budget.by_cores), ("cores x 2 + 4", budget.for_production)):
-        sizes.add_row(rule, str(by(8)), str(by(cores)))
-    sizes.add_row("500/s x 10 ms x 1.2", str(budget.by_load(500, 0.010)), "")
-    sizes.add_row("2,000/s x 5 ms x 1.2", str(budget.by_load(2000, 0.005)), "")
-    return sizes
-
-
-def _presets() -> Table:
-    presets = Table("preset", "pool_size", "max_overflow", title="Presets, per process")
-    for preset in budget.PRESETS:
-        presets.add_row(preset.name, str(preset.pool_size), str(preset.max_overflow))
-    return presets
 
 
 def _ask(settings: DatabasesSettings, database: DatabaseSettings, sql: str, *arguments: Any) -> Sequence[Any]:

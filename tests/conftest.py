@@ -48,7 +48,7 @@ SLOW_FILES = {
         "test_failures", "test_health", "test_idempotency", "test_limits", "test_middleware", "test_shared",
     },
     "serving": {"test_protocol", "test_workers"},
-    "app": {"test_cli", "test_main", "test_openapi", "test_security"},
+    "app": {"test_cli", "test_doctor", "test_main", "test_openapi", "test_security"},
     "tests": {
         "test_alerts", "test_balancer", "test_concurrently", "test_cost", "test_credentials", "test_extending",
         "test_migrations", "test_patterns", "test_servers",

@@ -12,6 +12,7 @@ import httpx
 import pytest
 
 import pglifeguard
+import pglifeguard.doctor
 import pglifeguard.fastapi
 import pglifeguard.serving
 from tests.conftest import Database
@@ -53,7 +54,9 @@ async def test_script_needs_no_application() -> None:
     assert (await asyncio.to_thread(run, ALONE))["counted"] > 100
 
 
-@pytest.mark.parametrize("package", [pglifeguard, pglifeguard.fastapi, pglifeguard.serving], ids=lambda p: p.__name__)
+@pytest.mark.parametrize(
+    "package", [pglifeguard, pglifeguard.fastapi, pglifeguard.serving, pglifeguard.doctor], ids=lambda p: p.__name__
+)
 def test_every_public_name_is_on_the_page(package: ModuleType) -> None:
     """In the order of `__all__`, each with a sentence, and each with a docstring where it can have one."""
     section = PAGE.partition(f"\n### `{package.__name__}`\n")[2].partition("\n##")[0]

@@ -679,7 +679,7 @@ async def test_doctor_asks_the_function(role: Rotating, monkeypatch: pytest.Monk
 
     found = await asyncio.to_thread(CliRunner().invoke, commands, ["doctor"])
 
-    assert found.exit_code == 0, found.output
+    assert found.exit_code == 1, found.output  # No fsync.
     monkeypatch.setenv("DATABASE_URL", role.url(password=role.password))
     refused = await asyncio.to_thread(CliRunner().invoke, commands, ["doctor"])
     assert refused.exit_code == 2

@@ -1,0 +1,139 @@
+"""`doctor`: what an operator has to know about the databases of a service, with a cure for each finding.
+
+`diagnose` asks all of them at the same time, each with bounds, and returns a report; it changes nothing. A service adds
+databases and checks of its own by `database_commands(Settings, further=…, checks=[…])`.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from datetime import UTC, date, datetime
+from itertools import chain
+from typing import Any
+
+from pglifeguard.connector import Connector
+from pglifeguard.doctor.budget_rules import Load, Sizes, budget_lines, judge_budget, judge_sizes, recommended
+from pglifeguard.doctor.cluster_rules import judge_cluster
+from pglifeguard.doctor.examination import Interview, examine
+from pglifeguard.doctor.facts import WRITING, Facts, Purpose, Target
+from pglifeguard.doctor.findings import EXIT_CODES, Finding, Severity, error, note, warning
+from pglifeguard.doctor.report import Report, merged
+from pglifeguard.doctor.server_rules import judge_server
+from pglifeguard.settings import DatabasesSettings
+
+__all__ = [
+    "EXIT_CODES",
+    "Check",
+    "Finding",
+    "Inquiry",
+    "Load",
+    "Purpose",
+    "Report",
+    "Severity",
+    "Sizes",
+    "Target",
+    "diagnose",
+    "error",
+    "note",
+    "warning",
+]
+
+
+class Inquiry:
+    """What a check of a service's own may use: the settings, and questions to the databases that answered."""
+
+    def __init__(self, settings: DatabasesSettings, examined: Sequence[Facts]) -> None:
+        self.settings = settings
+        self._answering = {facts.variable: facts.target for facts in examined if facts.answers}
+
+    def answers(self, variable: str) -> bool:
+        """Whether the database that this variable names was examined and answered."""
+        return variable in self._answering
+
+    async def rows(self, variable: str, sql: str, *arguments: Any) -> list[dict[str, Any]] | None:
+        """Ask the database of a variable, by a connection of its own; HEALTH_TIMEOUT_SECONDS for login and answer.
+
+        Returns None when the server refuses the question: a missing table or right.
+
+        Raises: KeyError for a database that does not answer; DatabaseUnavailable when it stops to.
+        """
+        target, seconds = self._answering[variable], self.settings.health_timeout_seconds
+        connector = Connector(target.settings, writable=target.purpose in WRITING)
+        try:
+            deadline = asyncio.get_running_loop().time() + target.settings.seconds_of_a_job(seconds)
+            connection = await connector.open(deadline, waking=target.settings.sleeps)
+            try:
+                return await Interview(connection, seconds, []).rows("check", sql, *arguments)
+            finally:
+                connection.terminate()
+        finally:
+            await connector.close()
+
+
+Check = Callable[[Inquiry], Awaitable[Iterable[Finding]]]
+
+
+async def diagnose(
+    settings: DatabasesSettings,
+    *,
+    further: Iterable[Target] = (),
+    checks: Iterable[Check] = (),
+    load: Load | None = None,
+    today: date | None = None,
+) -> Report:
+    """Examine every database of the settings and `further` ones, all at once, and judge what was found.
+
+    A login and each question have HEALTH_TIMEOUT_SECONDS, each of `checks` three times as long. A database that does
+    not answer, and a check that fails, is a finding.
+    """
+    seconds = settings.health_timeout_seconds
+    now = datetime.now(UTC).date() if today is None else today
+    targets = [*targets_of(settings), *further]
+    examined = list(await asyncio.gather(*(examine(target, seconds=seconds) for target in targets)))
+    inquiry = Inquiry(settings, examined)
+    own = await asyncio.gather(*(_checked(check, inquiry, 3 * seconds) for check in checks))
+    sizes = None if load is None else recommended(load, settings)
+    findings = chain(
+        *(judge_server(facts, settings, now, repeated=again) for facts, again in _with_repetitions(examined)),
+        judge_cluster(examined, settings),
+        judge_budget(examined, settings),
+        () if sizes is None else judge_sizes(sizes),
+        *own,
+        (
+            note("ignored_variable", "environment", sentence, "Unset it, or correct its name.")
+            for sentence in settings.ignored_variables
+        ),
+    )
+    return Report(examined, budget_lines(examined, settings), sizes, merged(findings))
+
+
+def targets_of(settings: DatabasesSettings) -> list[Target]:
+    """List the databases of the settings, each with the variable that names it; several replicas are numbered."""
+    targets = [Target("DATABASE_URL", "primary", settings.primary)]
+    for number, replica in enumerate(settings.replicas, 1):
+        numbered = f" ({number})" if len(settings.replicas) > 1 else ""
+        targets.append(Target(f"DATABASE_REPLICA_URL{numbered}", "replica", replica))
+    targets.append(Target("DATABASE_ANALYTICS_URL", "analytics", settings.analytics))
+    if settings.listening is not None:
+        targets.append(Target("LISTEN_URL", "listen", settings.listening))
+    return targets
+
+
+def _with_repetitions(examined: list[Facts]) -> Iterator[tuple[Facts, bool]]:
+    """Say of each database whether its server was examined before: a server's health is told once."""
+    seen = set[tuple[int | None, float | None]]()
+    for facts in examined:
+        server = (facts.position.system, facts.position.started)
+        yield facts, server in seen and server != (None, None)
+        seen.add(server)
+
+
+async def _checked(check: Check, inquiry: Inquiry, seconds: float) -> Iterable[Finding]:
+    name = getattr(check, "__name__", repr(check))
+    try:
+        async with asyncio.timeout(seconds):
+            return list(await check(inquiry))
+    except TimeoutError:
+        reason = f"no answer within {seconds:g} s"
+    except Exception as failure:  # noqa: BLE001  # It is somebody's own code, and must not hide what the rest has found.
+        reason = f"{type(failure).__name__}: {failure}"
+    return [error("check_failed", name, f"The check could not be made: {reason}.", "Mend it, and try again.")]
