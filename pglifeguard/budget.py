@@ -93,7 +93,9 @@ def demands(settings: DatabasesSettings) -> list[Demand]:
 def _demand(settings: DatabasesSettings, server: str, databases: list[DatabaseSettings]) -> Demand:
     sizes = [1 if database is settings.listening else database.capacity + 1 for database in databases]
     terms = [
-        "1 that listens" if each is settings.listening else f"({each.pool_size} + {each.max_overflow} + 1)"
+        "1 that listens"
+        if each is settings.listening
+        else f"({each.pool_size} + {each.max_overflow} + 1{', or 0 asleep' if each.sleeps else ''})"
         for each in databases
     ]
     pools = terms[0] if len(terms) == 1 else f"({' + '.join(terms)})"

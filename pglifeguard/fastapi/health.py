@@ -92,6 +92,7 @@ async def _describe(databases: Databases, database: Database) -> dict[str, Any]:
         }
     if probe.status == "asleep":
         described["asleep_seconds"] = round(time.monotonic() - probe.at, 1)
+        described["waiting_for_it"] = database.pool.load
     if probe.error is not None:
         described["error"] = probe.error
     for replica in databases.router.replicas:

@@ -54,6 +54,15 @@ def test_presets_are_the_published_ones() -> None:
     }
 
 
+def test_budget_says_which_database_sleeps() -> None:
+    """The sum is what may be open at once; that nothing is open while nobody asks stands beside it."""
+    primary = {"url": URL, "profile": "sleeping"}
+    (demand,) = budget.demands(settings(primary=primary, workers=1, instances=1, migration_connections=0))
+
+    assert demand.arithmetic.endswith("((10 + 5 + 1, or 0 asleep) + (2 + 2 + 1))")
+    assert demand.wanted == 21
+
+
 def test_connections_multiply_by_workers_and_instances() -> None:
     """Each process has its own pools, and one connection more beside each pool."""
     (demand,) = budget.demands(settings(migration_connections=0))

@@ -107,6 +107,8 @@ async def test_one_request_wakes_it_for_all(database: Database, proxy: Proxy, ho
         proxy.fall_asleep(how)
 
         requests = await crowd(service)
+        health = (await service.client.get("/health/db")).json()
+        assert (health["status"], health["databases"]["primary"]["waiting_for_it"]) == ("asleep", CROWD)
         assert await eventually(knocked, 5)
         if how in {"holds", "forgets"}:
             assert proxy.connections == knocks
