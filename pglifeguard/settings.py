@@ -517,6 +517,11 @@ class DatabasesSettings(BaseSettings):
         listen_url = "" if self.listen_url is None else self.listen_url.get_secret_value()
         if self.listen_password_file is not None and holds_password(listen_url):
             raise ValueError("LISTEN_URL holds a password or a passfile, and LISTEN_PASSWORD_FILE is set: keep one")
+        listens_at = None if self.listen_url is None else parse_url(listen_url).target_session_attrs
+        if listens_at not in {None, "any", "read-write", "primary"}:
+            raise ValueError(
+                f"LISTEN_URL has target_session_attrs={listens_at}: it listens at the primary; leave it out"
+            )
         for prefix, database in self.databases:
             if wrong := self._wrong_session_attrs(prefix, database):
                 raise ValueError(f"{prefix}URL has target_session_attrs={wrong}")

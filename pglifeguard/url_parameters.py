@@ -114,6 +114,7 @@ _REFUSED: Mapping[str, str] = {
     "timeout": "write connect_timeout",
     "connectTimeout": "write connect_timeout",
     "loginTimeout": "write connect_timeout",
+    "direct_tls": "write sslnegotiation=direct",
     "tcpKeepAlive": "write keepalives=1",
     "targetServerType": "write target_session_attrs",
     "loadBalanceHosts": "write load_balance_hosts=random",

@@ -291,6 +291,8 @@ TAKEN = (
     # What libpq takes.
     Taken("IPv6", "postgresql://app:hunter2@[2001:db8::1]:5433/orders", "[2001:db8::1]:5433", "orders"),
     Taken("IPv6, on a link", "postgresql://app:hunter2@[fe80::1%25eth0]/orders", "[fe80::1%eth0]:5432", "orders"),
+    Taken("IPv6, as a parameter", "postgresql://app:hunter2@/orders?host=2001:db8::1&port=5433", "[2001:db8::1]:5433",
+          "orders"),
     Taken("IPv6, two", "postgresql://app:hunter2@[::1],[fd00::2]:5433/orders", "[::1]:5432,[fd00::2]:5433", "orders"),
     Taken(
         "a password of every letter", "postgresql://app:%40%2F%3A%3F%23%25%26%3D%20%2B%5B%5Dhunter2@db/orders",
