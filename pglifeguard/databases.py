@@ -318,6 +318,7 @@ class Databases:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.router.forged.close()
         deadline = asyncio.get_running_loop().time() + grace_seconds
         for database in self.all():
             await database.pool.drained(deadline - asyncio.get_running_loop().time())

@@ -182,6 +182,13 @@ class Metrics:
             "outcome",
         )
 
+        self.consistent_reads = counter(
+            "db_consistent_reads_total",
+            "Reads with a consistency token, by what the replica has: known (nothing was asked), replayed (it said so "
+            "when asked), missed (not in time) or skipped (it missed one shortly before, or is not comparable).",
+            "outcome",
+        )
+
         # HTTP.
         self.http_requests = counter(
             "http_requests_total",

@@ -105,6 +105,11 @@ class Monitor:
         return self._position_query.sql
 
     @property
+    def waiting_sql(self) -> str:
+        """The same, answered once the server has replayed an LSN: see `PositionQuery.waiting_sql`."""
+        return self._position_query.waiting_sql
+
+    @property
     def stalled(self) -> bool:
         """Whether commits have been waiting for longer than STALLED_SECONDS while the database answers."""
         return self.healthy and (self.position.stalled or 0.0) >= STALLED_SECONDS

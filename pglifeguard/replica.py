@@ -12,6 +12,10 @@ A server that is no standby of this primary serves no reads, however healthy it 
 another cluster, one that follows another timeline. Its positions run ahead of every token, and its rows may never have
 been written by the primary.
 
+A client that reads right after its write has a token that is newer than the last probe. So the replica is asked, on the
+connection that will serve the read, and answers once it has replayed the write: see `replay_wait.py` for how long. Its
+answer is then known to all reads, so the next ones ask nothing.
+
 When the primary has not answered since the start, a standby serves reads without being compared (`alone`): no newer
 answer can be had. Tokens are honoured there as elsewhere.
 
@@ -24,18 +28,21 @@ import asyncio
 import logging
 import time
 from collections import OrderedDict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import asyncpg
 
 from pglifeguard.consistency import Consistency, Reason
 from pglifeguard.database import Database
 from pglifeguard.errors import ReplicaUnavailable
+from pglifeguard.forged_tokens import ForgedTokens
 from pglifeguard.lease import Lease
 from pglifeguard.metrics import Metrics
 from pglifeguard.monitor import Monitor, Probe
+from pglifeguard.replay_wait import ReplayWait
 from pglifeguard.server import UNKNOWN, Position, Token, is_missing_feature, read_position
 from pglifeguard.settings import DatabasesSettings
 
@@ -59,8 +66,13 @@ BREAK_SECONDS = 1.0
 # Seconds for a server to answer how far it has replayed. After them its connection is cut, and the primary serves the
 # read.
 ASK_SECONDS = 0.25
+# Seconds that one question waits for the replay. Its snapshot may hold up the replay of what it waits for, a removal of
+# dead rows for one, so a longer wait is several questions.
+STEP_SECONDS = 0.005
+LARGEST_LSN = 2**63 - 1
+# Isolation levels at which all statements of a transaction see what the first one saw.
+ONE_SNAPSHOT = frozenset({"repeatable read", "serializable"})
 SERVERS_KEPT = 100
-TOKENS_KEPT = 1000
 
 
 class Replica:
@@ -77,6 +89,10 @@ class Replica:
         self._settings = settings
         self._metrics = metrics
         self._broken_at = float("-inf")
+        self.wait = ReplayWait(settings.replica_wait_milliseconds / 1000)
+        self._count_read = lru_cache(metrics.consistent_reads.labels)
+        # What the server that the monitor probes has answered to reads since.
+        self._answer = UNKNOWN
         # The primary's LSN at its first probe on a timeline, by timeline.
         self._floors: dict[int, int] = {}
         # The servers behind the address that the monitor does not probe: the time and the answer of each.
@@ -88,6 +104,13 @@ class Replica:
     def position(self) -> Position:
         """The last reported position of its server; all parts are None before the first probe."""
         return self.database.monitor.position
+
+    @property
+    def known(self) -> Position:
+        """The furthest position that its server is known to have: of the last probe, or of an answer to a read."""
+        probed, answer = self.position, self._answer
+        newer = answer.is_same_server(probed) and answer.is_further(probed)
+        return answer if newer else probed
 
     @property
     def lag_bytes(self) -> int | None:
@@ -123,38 +146,55 @@ class Replica:
         On the token's own timeline the LSN decides. On a later timeline of the primary, a server has everything of the
         older one when it has replayed the LSN of the primary's first probe on the later one.
         """
-        at = self.position if position is None else position
-        if at.lsn is None or at.timeline is None or token.timeline is None or token.is_foreign_to(at.system):
-            return False
+        at = self.known if position is None else position
+        needed = self._needed(token, at)
+        return at.lsn is not None and needed is not None and at.lsn >= needed
+
+    def awaits(self, token: Token) -> bool:
+        """Whether a read may ask the replica for the token's write, and wait for it."""
+        return self.wait.allowed and self._needed(token, self.known) is not None
+
+    def _needed(self, token: Token, at: Position) -> int | None:
+        """Return the LSN that covers the token on the timeline of this position; None where none is known to."""
+        if at.timeline is None or token.timeline is None or token.is_foreign_to(at.system):
+            return None
         if token.timeline == at.timeline:
-            return at.lsn >= token.lsn
-        floor = self._floors.get(at.timeline)
-        return token.timeline < at.timeline and floor is not None and at.lsn >= floor
+            return token.lsn
+        return self._floors.get(at.timeline) if token.timeline < at.timeline else None
 
     async def serves(self, lease: Lease, token: Token | None) -> Reason | None:
         """Return the reason why the server of this connection may not serve a read; None when it may.
 
-        It asks the server, in the open transaction, in two cases: the monitor probes another server and this one was
-        not asked for two probes, or this one is not known to have replayed the token's write. Behind a pooler each
-        transaction may run on another server, so there the server is asked for every token.
+        It asks the server, in the open transaction if there is one, in two cases: the monitor probes another server and
+        this one was not asked for two probes, or this one is not known to have replayed the token's write. Behind a
+        pooler each transaction may run on another server, so there the server is asked for every token.
         """
         connection = lease.connection
-        if connection.pooled:
-            return None if token is None else self._fails(await self._ask(lease), token)
         known: Position | None
-        if connection.server is None:
-            known = self.position if token is None else None
+        if connection.pooled:
+            if token is None:
+                return None
+            known = None
+        elif connection.server is None:
+            known = self.known if token is None else None
         elif connection.server == self.position.started:
-            known = self.position
+            known = self.known
         else:
             at, known = self.other_servers.get(connection.server, (0.0, None))
             if time.monotonic() - at > 2 * self._settings.monitor_interval_seconds:
                 known = None
-        if known is None or (token is not None and not self.covers(token, known)):
-            known = await self._ask(lease)
-            if known.started is not None and known.started != self.position.started:
-                self._keep(known.started, known)
-        return self._fails(known, token)
+        if known is not None and (token is None or self.covers(token, known)):
+            if token is not None:
+                self._count_read("known").inc()
+            return self._unfit(known)
+        known, covered = await self._ask(lease, token)
+        if not connection.pooled and known.started is not None and known.started != self.position.started:
+            self._keep(known.started, known)
+        return self._unfit(known) or (None if covered else "behind_token")
+
+    def skip(self) -> None:
+        """Count a read with a token that goes to the primary without asking the replica."""
+        self._count_read("skipped").inc()
 
     def state_of(self, position: Position) -> State:
         """Judge a server by its position."""
@@ -170,27 +210,56 @@ class Replica:
             return "alone" if self._primary.last.status in {"error", "timeout", "asleep"} else "unknown"
         return "diverged" if position.is_diverged(written) else self._state_by_lag(position)
 
-    def _fails(self, position: Position, token: Token | None) -> Reason | None:
+    def _unfit(self, position: Position) -> Reason | None:
+        """Return why a server at this position serves no reads; None when it does."""
         state = self.state_of(position)
-        if state not in SERVING:
-            return cast("Reason", state)
-        return None if token is None or self.covers(token, position) else "behind_token"
+        return None if state in SERVING else cast("Reason", state)
 
-    async def _ask(self, lease: Lease) -> Position:
-        """Ask the server of a connection, for `ASK_SECONDS` at most; unknown when it lacks the functions."""
+    async def _ask(self, lease: Lease, token: Token | None) -> tuple[Position, bool]:
+        """Ask the server of a connection; return its position, and whether it has replayed the token's write.
+
+        Within the bound of `wait` the server answers when it has.
+        """
+        if token is None or self.database.monitor.lacks_lsn:
+            said = await self._ask_once(lease, self.database.monitor.position_sql)
+            return read_position(said), token is None
+        needed = self._needed(token, self.known)
+        # A client may send any 64 bits. No log gets as far as PostgreSQL's largest integer.
+        target = min(needed or 0, LARGEST_LSN)
+        begun = time.monotonic()
+        seconds = 0.0 if needed is None else self.wait.begin()
+        while True:
+            left = begun + seconds - time.monotonic()
+            step = min(max(0.0, left), STEP_SECONDS)
+            said = await self._ask_once(lease, self.database.monitor.waiting_sql, target, step)
+            position = read_position(said)
+            if position.is_same_server(self.position):
+                self._answer = position
+            # A transaction that keeps its first snapshot will not see what was replayed during the question.
+            covered = self.covers(token, position) and not (lease.begun and said.get("isolation") in ONE_SNAPSHOT)
+            if covered or left <= STEP_SECONDS or self._unfit(position) is not None:
+                break
+        if covered:
+            self.wait.end()
+        elif seconds:
+            self.wait.miss(token, since=begun)
+        self._count_read("replayed" if covered else "missed" if seconds else "skipped").inc()
+        return position, covered
+
+    async def _ask_once(self, lease: Lease, sql: str, *arguments: float) -> Mapping[str, Any]:
+        """Ask for `ASK_SECONDS` at most; empty when the server lacks the functions."""
         timer = asyncio.get_running_loop().call_later(ASK_SECONDS, lease.connection.cut)
         # The query leaves nothing in the server's session, so it must not cost a reset.
         left = lease.connection.left
         try:
-            row = await lease.ask(lease.connection.fetchrow(self.database.monitor.position_sql))
+            return cast("Mapping[str, Any]", await lease.ask(lease.connection.fetchrow(sql, *arguments)))
         except asyncpg.PostgresError as error:
             if not is_missing_feature(error):
                 raise
-            return UNKNOWN
+            return {}
         finally:
             timer.cancel()
             lease.connection.left = left
-        return read_position(row)
 
     def _keep(self, server: float, position: Position) -> None:
         self.other_servers[server] = time.monotonic(), position
@@ -211,6 +280,8 @@ class Replica:
                 # all connections anew would make it worse.
                 self.database.pool.abandon()
         elif probe.at - self._broken_at >= BREAK_SECONDS:
+            if self.wait.missed is not None and self.covers(self.wait.missed):
+                self.wait.end()
             self._note_lag()
             self._become(self.state_of(self.position))
 
@@ -221,6 +292,8 @@ class Replica:
         written = self._primary.position
         if probe.status == "healthy" and written.timeline is not None and written.lsn is not None:
             self._floors.setdefault(written.timeline, written.lsn)
+            if self.wait.missed is not None and self.wait.missed.is_ahead_of(written):
+                self.wait.end()  # The replica could not have what the primary has not written.
         unjudged = self.state in UNCOMPARED or written.is_diverged(self.position)
         if unjudged and self.database.monitor.last.status == "healthy":
             self._judge(self.database.monitor.last)
@@ -276,9 +349,7 @@ class Router:
         self._primary = primary
         self._count = lru_cache(lambda target, reason: metrics.reads_routed.labels(target, reason))
         self._fallback = fallback
-        # When a token ahead of the primary was first seen.
-        self._ahead: OrderedDict[Token, float] = OrderedDict()
-        self._count_ahead = metrics.tokens.labels("ahead").inc
+        self.forged = ForgedTokens(primary.monitor, metrics.tokens.labels("ahead").inc)
         for reason in FALLING_BACK if replicas else ():
             # A rate needs a zero to start from: without it the first reads that fall back would not show.
             self._count("primary", reason)
@@ -286,21 +357,29 @@ class Router:
     def route(self, *, at_least: Token | None = None, primary: bool = False) -> tuple[Database, Reason]:
         """Choose the serving replica with the fewest requests that has replayed `at_least`, else the primary.
 
+        A replica that is not known to have replayed it is chosen when the read may ask it: see `ServerCheck`.
+
         Raises: ReplicaUnavailable when no replica is usable and falling back is switched off.
         """
         reason: Reason = "primary_only" if primary else "absent"
-        wanted = self.believed(at_least)
+        wanted = None if at_least is None else self.forged.believed(at_least)
         best: Replica | None = None
+        asked: Replica | None = None
         for replica in () if primary else self.replicas:
             if replica.state not in SERVING:
                 # `behind_token` wins over other reasons: it tells the operator that a replica is healthy but has not
                 # replayed this client's write.
                 reason = reason if reason == "behind_token" else cast("Reason", replica.state)
-            elif wanted is not None and not (replica.database.connector.several or replica.covers(wanted)):
+            elif wanted is None or replica.database.connector.several or replica.covers(wanted):
                 # Where the address leads to several servers, the connection decides: see `serves`.
+                if best is None or replica.database.pool.load < best.database.pool.load:
+                    best = replica
+            elif not (replica.awaits(wanted) or self.forged.is_ahead(wanted)):
                 reason = "behind_token"
-            elif best is None or replica.database.pool.load < best.database.pool.load:
-                best = replica
+                replica.skip()
+            elif asked is None or replica.database.pool.load < asked.database.pool.load:
+                asked = replica
+        best = best or asked
         if best is None and reason == "asleep":
             best = self._woken()
         if best is not None:
@@ -320,28 +399,6 @@ class Router:
     def serves_reads(self) -> bool:
         """Whether a replica takes reads now."""
         return any(replica.state in SERVING for replica in self.replicas)
-
-    def believed(self, token: Token | None) -> Token | None:
-        """Return a token, or None for one that is ahead of all that the primary has written.
-
-        A primary that was restored from a backup has lost the writes of its clients' tokens. With these tokens the
-        clients would read from the primary only, until it has written as far again. So such a token is believed until
-        the end of the first probe of the primary that began after the token was first sent.
-        """
-        written, probe = self._primary.monitor.position, self._primary.monitor.last
-        if token is None or token.timeline is None or token.is_foreign_to(written.system):
-            return token
-        if written.timeline is None or written.lsn is None:
-            return token
-        if (token.timeline, token.lsn) <= (written.timeline, written.lsn):
-            return token
-        first = self._ahead.setdefault(token, time.monotonic())
-        if len(self._ahead) > TOKENS_KEPT:
-            self._ahead.popitem(last=False)
-        if probe.status != "healthy" or probe.latency_seconds is None or probe.at - probe.latency_seconds < first:
-            return token
-        self._count_ahead()
-        return None
 
     def leave(self, reason: Reason) -> Database:
         """Return the primary, for a read that the server behind its connection may not serve.
@@ -373,14 +430,41 @@ class ServerCheck:
     database: Database
     consistency: Consistency
 
+    async def leave_early(self) -> Database | None:
+        """Return the primary for a read that need not acquire a connection of the replica; None for any other.
+
+        A token that the primary did not write is forgotten here.
+        """
+        consistency, forged = self.consistency, self.router.forged
+        token = consistency.wanted
+        if token is not None:
+            token = consistency.wanted = forged.believed(token)
+        if token is None or not forged.is_ahead(token) or self._replica.covers(token):
+            return None
+        if forged.alert and not await forged.confirms(token):
+            consistency.wanted = None
+            return None
+        if self.database.connector.several or self._replica.awaits(token):
+            return None
+        self._replica.skip()
+        return self._leave("behind_token", token)
+
     async def redirect(self, lease: Lease) -> Database | None:
         """Return the primary when the server that this connection leads to may not serve the read; None when it may."""
-        consistency = self.consistency
-        replica = next(one for one in self.router.replicas if one.database is self.database)
-        reason = await replica.serves(lease, self.router.believed(consistency.wanted))
+        token = self.consistency.wanted
+        reason = await self._replica.serves(lease, token)
         if reason is None:
             return None
         # Other connections of the pool may lead to a server that may serve it; they are handed out first.
         lease.checkout.behind = True
-        consistency.read_from, consistency.reason = self.router.leave(reason), reason
-        return consistency.read_from
+        return self._leave(reason, token)
+
+    @property
+    def _replica(self) -> Replica:
+        return next(one for one in self.router.replicas if one.database is self.database)
+
+    def _leave(self, reason: Reason, token: Token | None) -> Database:
+        if reason == "behind_token" and token is not None:
+            self.router.forged.suspect(token)
+        self.consistency.read_from, self.consistency.reason = self.router.leave(reason), reason
+        return self.consistency.read_from

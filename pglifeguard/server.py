@@ -46,6 +46,16 @@ PARTS = {
     "granted": "current_setting('max_connections')::int - current_setting('superuser_reserved_connections')::int"
     " - coalesce(current_setting('reserved_connections', true)::int, 0)",
 }
+# The LSN as above, which a standby tells once it has replayed $1, or after $2 seconds. It looks at itself each
+# millisecond: pg_sleep takes whole ones, and runs for each look because it depends on the look before. A replayed LSN
+# only grows, so the largest is the last.
+REPLAYED = "(pg_last_wal_replay_lsn() - '0/0'::pg_lsn)::bigint"
+AWAITED_LSN = (
+    f"CASE WHEN r.in_recovery THEN (WITH RECURSIVE look(lsn) AS (SELECT {REPLAYED} UNION ALL SELECT {REPLAYED}"  # noqa: S608  # Constants.
+    " FROM look, LATERAL pg_sleep(0.001 + 0 * look.lsn::float8) WHERE look.lsn < $1::bigint"
+    " AND clock_timestamp() < statement_timestamp() + $2::float8 * interval '1 second') SELECT max(lsn) FROM look)"
+    " ELSE (pg_current_wal_insert_lsn() - '0/0'::pg_lsn)::bigint END"
+)
 TIMELINES = ("written_timeline", "checkpoint_timeline", "recovery_timeline", "received_timeline")
 RECOVERY_KNOWN = "pg_is_in_recovery() AS r(in_recovery)"
 RECOVERY_UNKNOWN = "(SELECT false) AS r(in_recovery)"
@@ -85,6 +95,12 @@ class Position:
         """Whether both are of one server, and of one run of it."""
         return self.started is not None and (self.system, self.started) == (other.system, other.started)
 
+    def is_further(self, other: "Position") -> bool:
+        """Whether it is later than another position of the same server; False where one of them is not known."""
+        if self.lsn is None or self.timeline is None or other.lsn is None or other.timeline is None:
+            return False
+        return (self.timeline, self.lsn) > (other.timeline, other.lsn)
+
     def is_foreign(self, other: "Position") -> bool:
         """Whether the two are known to be of different clusters."""
         return None not in {self.system, other.system} and self.system != other.system
@@ -107,6 +123,14 @@ class PositionQuery:
     def sql(self) -> str:
         """The query for all parts that the server is not known to lack; one round trip."""
         return self._select([name for name in (RECOVERY, *PARTS) if name not in self.missing])
+
+    @property
+    def waiting_sql(self) -> str:
+        """The same query, which a standby answers once it has replayed the LSN $1, or after $2 seconds.
+
+        Its answer has the transaction's isolation level too. Not for a server that lacks the LSN.
+        """
+        return self.sql.replace(PARTS["lsn"], f"current_setting('transaction_isolation') AS isolation, {AWAITED_LSN}")
 
     async def ask(self, ask: Ask) -> Position:
         """Ask for a position; raises what `ask` raises for any other reason than a missing feature."""
@@ -177,6 +201,13 @@ class Token:
         if other is None or other.timeline is None or self.timeline is None or self.is_foreign_to(other.system):
             return other is None or other.timeline is not None
         return (self.timeline, self.lsn) > (other.timeline, other.lsn)
+
+    def is_ahead_of(self, written: Position) -> bool:
+        """Whether it is ahead of what the primary of its cluster has written; False where that is unknown."""
+        if written.timeline is None or written.lsn is None or self.is_foreign_to(written.system):
+            return False
+        timeline = written.timeline if self.timeline is None else self.timeline
+        return (timeline, self.lsn) > (written.timeline, written.lsn)
 
     def is_foreign_to(self, system: int | None) -> bool:
         """Whether it is known to come from another cluster than the one of this identifier."""

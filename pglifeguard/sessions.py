@@ -123,6 +123,7 @@ class ReadSession(AsyncSession):
     async def _begin(self) -> Lease:
         self._start()
         try:
+            await self._leave_early()
             lease = await self._acquire_lease()
             # The check is done once: the session keeps this connection, or goes to the primary.
             check, self._server_check = self._server_check, None
@@ -138,6 +139,8 @@ class ReadSession(AsyncSession):
     async def _fetch_once(self, query: Query[*Ts], parameters: dict[str, Any]) -> Sequence[Row[*Ts]]:
         if self._server_check is None:
             return await fetch_once(self._database, query, parameters)
+        if await self._leave_early():
+            return await self.rows(query, **parameters)
         lease = Lease(self._database, await self._database.pool.acquire(), readonly=True)
         if lease.connection.pooled:
             # Behind a pooler only a transaction keeps the check and the query on one server.
@@ -151,6 +154,14 @@ class ReadSession(AsyncSession):
                 lease.give_back()
         self._server_check = None
         return await self.rows(query, **parameters)
+
+    async def _leave_early(self) -> bool:
+        """Switch to the primary before a connection is acquired, where no server of the replica may serve the read."""
+        other = None if self._server_check is None else await self._server_check.leave_early()
+        if other is None:
+            return False
+        self._database, self._mode, self._server_check = other, other.reads, None
+        return True
 
     async def _may_serve(self, check: ServerCheck, lease: Lease) -> bool:
         """Return whether the server of a lease may serve; if not, end the lease and switch to the primary."""

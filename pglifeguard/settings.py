@@ -422,6 +422,12 @@ class DatabasesSettings(BaseSettings):
     )
     replica_max_lag_seconds: float = Field(10, gt=0, description="A replica behind by more seconds AND more bytes …")
     replica_max_lag_bytes: int = Field(8_388_608, ge=0, description="… than this serves no reads.")
+    replica_wait_milliseconds: int = Field(
+        15,
+        ge=0,
+        le=1000,
+        description="Milliseconds that a read waits for a replica to replay its client's write; 0: asks no replica.",
+    )
     replica_fallback: bool = Field(
         True,
         description="Reads that the replica cannot serve go to the primary; off: 503 instead, and its 404 stands.",

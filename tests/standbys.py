@@ -50,6 +50,23 @@ async def second_standby(cluster: Cluster) -> AsyncIterator[Server]:
         await server.kill()
 
 
+@asynccontextmanager
+async def cascading_standby(cluster: Cluster) -> AsyncIterator[Server]:
+    """Give a standby that follows the cluster's replica."""
+    async with second_standby(cluster) as server:
+        primary, replica = f"port={cluster.primary.port}", f"port={cluster.replica.port}"
+        server.settings["primary_conninfo"] = server.settings["primary_conninfo"].replace(primary, replica)
+        await server.restart()
+        connection = await server.connect()
+
+        async def streams() -> bool:
+            return bool(await connection.fetchval(REPLAYS))
+
+        assert await eventually(streams, 10)
+        await connection.close()
+        yield server
+
+
 class Balancer:
     """One address that leads each new connection to the next of several servers, as `-ro` services do."""
 

@@ -17,6 +17,7 @@ from app.patients.models import Patient
 from local.cluster import Cluster
 from local.postgres import Server, free_port
 from local.waiting import eventually
+from pglifeguard import forged_tokens
 from pglifeguard import replica as replica_module
 from pglifeguard.consistency import Consistency
 from pglifeguard.errors import ConnectionLost
@@ -210,21 +211,6 @@ async def test_replica_behind_a_failover_serves_no_read(database: Database, brea
 
             assert (await service.client.get(path)).status_code == 200
             assert (await health(service, "replica"))["lag_bytes"] is None
-
-
-async def test_token_ahead_of_the_primary_is_not_believed_for_long(database: Database) -> None:
-    """A restored primary has not written what its clients' tokens stand for: the next look tells."""
-    async with quiet(database.settings()) as service:
-        databases = service.databases
-        system = databases.primary.monitor.position.system or 0
-        token = Token(2**60, 1, system & 0xFFFF_FFFF)
-
-        first = databases.router.route(at_least=token)[1]
-        await databases.primary.monitor.probe()
-        second = databases.router.route(at_least=token)[1]
-
-        assert (first, second) == ("behind_token", "replica")
-        assert service.sample("db_consistency_tokens_total", outcome="ahead") == 1
 
 
 # Several servers behind one address.
@@ -471,7 +457,7 @@ async def test_server_that_lacks_what_it_is_asked_is_unknown(
             monkeypatch.setattr(Monitor, "position_sql", question)
             lease = Lease(replica.database, await replica.database.pool.acquire(), readonly=True)
             try:
-                answers.append(await replica._ask(lease))
+                answers.append((await replica._ask(lease, None))[0])
             except asyncpg.PostgresError as error:
                 answers.append(error)
             finally:
@@ -485,16 +471,17 @@ async def test_server_that_lacks_what_it_is_asked_is_unknown(
 async def test_what_is_kept_of_others_is_bounded(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
     """Servers and tokens that were met are forgotten for newer ones: whoever sends them fills no memory."""
     monkeypatch.setattr(replica_module, "SERVERS_KEPT", 2)
-    monkeypatch.setattr(replica_module, "TOKENS_KEPT", 2)
+    monkeypatch.setattr(forged_tokens, "TOKENS_KEPT", 2)
     async with quiet(database.settings()) as service:
         router = service.databases.router
         (replica,) = router.replicas
         for number in range(5):
             replica._keep(float(number), UNKNOWN)
-            router.believed(Token(2**62 + number, 1))
+            assert not await router.forged.confirms(Token(2**62 + number, 1))
+        await asyncio.gather(*(router.forged.confirms(Token(2**61 + number, 1)) for number in range(5)))
 
         assert list(replica.other_servers) == [3.0, 4.0]
-        assert len(router._ahead) == 2
+        assert len(router.forged._refused) == 2
 
 
 class FailingCheck:
@@ -503,6 +490,9 @@ class FailingCheck:
     async def redirect(self, _lease: Lease) -> None:
         """Fail."""
         raise ConnectionLost("Gone.")
+
+    async def leave_early(self) -> None:
+        """Let the connection decide."""
 
 
 async def test_failure_of_the_question_gives_the_connection_back(database: Database) -> None:
