@@ -27,7 +27,7 @@ async def get_pool_stats(databases: RequestDatabases) -> dict[str, dict[str, int
     return {database.name: asdict(database.pool.figures()) for database in databases.all()}
 
 
-@router.post("/debug/pause", status_code=202)
+@router.post("/debug/pause", status_code=202, responses=documented(422))
 async def pause(databases: RequestDatabases, seconds: Annotated[float, Query(gt=0, le=120)] = 20) -> dict[str, Any]:
     """Let requests wait for their connections until /debug/resume, or for `seconds`; those at work go on.
 
