@@ -126,7 +126,7 @@ async def test_one_request_wakes_it_for_all(database: Database, proxy: Proxy, ho
 
 async def test_database_that_does_not_wake_up(database: Database, proxy: Proxy) -> None:
     """All who wait are told at once; it counts as down while somebody asks; the next request tries again."""
-    settings = sleeping(database, proxy, wake_seconds=0.3, pool_idle_seconds=2)
+    settings = sleeping(database, proxy, wake_seconds=0.3, pool_idle_seconds=30)
     async with serving(settings, settled=False) as service:
         proxy.fall_asleep("says_starting")
 
@@ -277,9 +277,25 @@ async def test_jobs_and_operators_wake_it(database: Database, proxy: Proxy, comm
     assert status == 0, said
 
 
+async def test_doctor_wakes_it_and_says_that_it_sleeps(database: Database, proxy: Proxy) -> None:
+    """The diagnosis is that of a database which is awake; the budget says that nothing is open otherwise."""
+    proxy.fall_asleep("says_starting")
+    environment = {"DATABASE_URL": proxy.url(database.url()), "DATABASE_PROFILE": "sleeping"}
+    running = asyncio.create_task(python("-m", "pglifeguard", "doctor", environment=environment))
+
+    async def knocked_again() -> bool:
+        return proxy.connections > 2 or running.done()
+
+    assert await eventually(knocked_again, 30)
+    await proxy.wake_up("says_starting")
+    _status, said = await running
+    assert "does not answer" not in said
+    assert "or 0 asleep" in said
+
+
 async def test_reads_go_to_the_primary_while_the_replica_wakes_up(database: Database, replica_proxy: Proxy) -> None:
     """A read that finds the replica asleep does not wait: it wakes the replica, once, for the reads that follow."""
-    settings = sleeping(database, replica=replica_proxy, primary={"url": database.url()})
+    settings = sleeping(database, replica=replica_proxy, primary={"url": database.url()}, pool_idle_seconds=1)
     async with serving(settings, settled=False) as service:
         (replica,) = service.databases.router.replicas
 
@@ -304,6 +320,20 @@ async def test_reads_go_to_the_primary_while_the_replica_wakes_up(database: Data
         assert figures("db_replica_usable", {"pool": "replica"}) is None
         assert figures("db_replica_lag_bytes", {"pool": "replica"}) is None
         assert (replica.lag_bytes, replica.lag_seconds) == (None, None)
+
+
+async def test_reads_wait_for_the_replica_where_the_primary_may_not_serve_them(
+    database: Database, replica_proxy: Proxy
+) -> None:
+    """Without falling back a read waits for the replica, and the primary, which is awake, has none of it."""
+    settings = sleeping(database, replica=replica_proxy, primary={"url": database.url()}, replica_fallback=False)
+    async with serving(settings, settled=False) as service:
+        replica_proxy.fall_asleep("holds")
+        requests = await crowd(service, count=5)
+        await replica_proxy.wake_up("holds")
+
+        assert {answer.status_code for answer in await asyncio.gather(*requests)} == {200}
+        assert service.sample("db_reads_routed_total", target="replica", reason="replica") == 5
 
 
 async def test_reads_leave_a_sleeping_primary_alone(database: Database, proxy: Proxy, replica_proxy: Proxy) -> None:
@@ -334,7 +364,7 @@ async def test_reads_leave_a_sleeping_primary_alone(database: Database, proxy: P
 
 async def test_replica_that_does_not_wake_up(database: Database, proxy: Proxy, replica_proxy: Proxy) -> None:
     """A read that waited for it in vain runs on the primary, where the following ones go at once."""
-    settings = sleeping(database, proxy, replica_proxy)
+    settings = sleeping(database, proxy, replica_proxy, pool_idle_seconds=30)
     settings = settings.model_copy(
         update={"replicas": tuple(each.model_copy(update={"wake_seconds": 0.2}) for each in settings.replicas)}
     )
@@ -378,7 +408,7 @@ async def test_replica_that_wakes_up_is_asked_how_far_it_is(
 ) -> None:
     """What a lagging replica would tell is not told, with the client's token and without one."""
     settings = sleeping(
-        database, proxy, replica_proxy, replica_max_lag_bytes=0, replica_max_lag_seconds=0.001, pool_idle_seconds=0.3
+        database, proxy, replica_proxy, replica_max_lag_bytes=0, replica_max_lag_seconds=0.001, pool_idle_seconds=1
     )
     async with serving(settings, settled=False) as service:
         await breakable_cluster.pause_replay()
