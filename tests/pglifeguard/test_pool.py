@@ -99,7 +99,8 @@ async def test_full_queue_refuses_at_once(database: Database, stopwatch: Stopwat
 
 async def test_waiting_ends_at_the_deadline(database: Database) -> None:
     """Who gets no connection in time is refused, and leaves the queue."""
-    async with pooled(database.url(), pool_size=1, max_overflow=0, pool_timeout=0.05) as p, AsyncExitStack() as stack:
+    sizes: dict[str, Any] = {"pool_size": 1, "pool_min_size": 1, "max_overflow": 0}
+    async with pooled(database.url(), **sizes, pool_timeout=0.05) as p, AsyncExitStack() as stack:
         await p.pool.warm_up()
         await hold(p, stack, 1)
 
