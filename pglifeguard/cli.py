@@ -3,7 +3,6 @@
 import asyncio
 import json
 import logging
-import math
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Annotated, Any, TypeVar
@@ -45,13 +44,6 @@ def _duration(text: str) -> float:
         raise typer.BadParameter(str(error)) from None
 
 
-def _finite(value: float | None) -> float | None:
-    # A range takes "nan" and "inf" too.
-    if value is not None and not math.isfinite(value):
-        raise typer.BadParameter(f"{value} is not a number to reckon with")
-    return value
-
-
 CloseIdle = Annotated[bool, typer.Option("--close-idle", help="Close this service's own connections idle for long.")]
 IdleSeconds = Annotated[int, typer.Option(help="Seconds that count as long for --close-idle.", min=1)]
 TerminateIdle = Annotated[
@@ -69,13 +61,11 @@ Surge = Annotated[int | None, typer.Option(help="Instances that a rollout adds; 
 Workers = Annotated[int | None, typer.Option(help="Processes of one instance; WORKERS.", min=1, max=64)]
 Rate = Annotated[
     float | None,
-    typer.Option(help="Requests per second to size for; with --latency-ms.", min=0.001, max=1e7, callback=_finite),
+    typer.Option(help="Requests per second to size for; with --latency-ms.", min=0.001, max=1e7),
 ]
 LatencyMs = Annotated[
     float | None,
-    typer.Option(
-        help="Milliseconds for which a request holds its connection.", min=0.001, max=3_600_000, callback=_finite
-    ),
+    typer.Option(help="Milliseconds for which a request holds its connection.", min=0.001, max=3_600_000),
 ]
 Cores = Annotated[int | None, typer.Option(help="Cores of the database server to size for.", min=1, max=4096)]
 

@@ -5,6 +5,7 @@ databases and checks of its own by `database_commands(Settings, further=…, che
 """
 
 import asyncio
+from collections import defaultdict
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from datetime import UTC, date, datetime
 from itertools import chain
@@ -54,7 +55,8 @@ class Inquiry:
 
         Returns None when the server refuses the question: a missing table or right.
 
-        Raises: KeyError for a database that does not answer; DatabaseUnavailable when it stops to.
+        Raises: KeyError for a database that does not answer; DatabaseUnavailable, OSError or the driver's errors when
+        it stops to.
         """
         target, seconds = self._answering[variable], self.settings.health_timeout_seconds
         connector = Connector(target.settings, writable=target.purpose in WRITING)
@@ -82,13 +84,18 @@ async def diagnose(
 ) -> Report:
     """Examine every database of the settings and `further` ones, all at once, and judge what was found.
 
-    A login and each question have HEALTH_TIMEOUT_SECONDS, each of `checks` three times as long. A database that does
-    not answer, and a check that fails, is a finding.
+    Logins to one address follow each other. A login and each question have HEALTH_TIMEOUT_SECONDS, each of `checks`
+    three times as long. A database that does not answer, and a check that fails, is a finding.
     """
     seconds = settings.health_timeout_seconds
     now = datetime.now(UTC).date() if today is None else today
     targets = [*targets_of(settings), *further]
-    examined = list(await asyncio.gather(*(examine(target, seconds=seconds) for target in targets)))
+    turns: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+    examined = list(
+        await asyncio.gather(
+            *(examine(target, seconds=seconds, turn=turns[target.settings.server]) for target in targets)
+        )
+    )
     inquiry = Inquiry(settings, examined)
     own = await asyncio.gather(*(_checked(check, inquiry, 3 * seconds) for check in checks))
     sizes = None if load is None else recommended(load, settings)

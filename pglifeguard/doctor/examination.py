@@ -19,7 +19,7 @@ from pglifeguard.driver_failures import DRIVER_FAILURES
 from pglifeguard.errors import DatabaseUnavailable
 from pglifeguard.pooler import startup_parameters
 from pglifeguard.pooler_look import PoolerLook
-from pglifeguard.server import PositionQuery
+from pglifeguard.server import UNKNOWN, Position, PositionQuery
 
 T = TypeVar("T")
 # An active transaction is long after five minutes; one that idles for one minute was forgotten.
@@ -69,6 +69,16 @@ class Interview:
         rows = await self.rows(name, sql, *arguments)
         return rows[0] if rows else {}
 
+    async def position(self) -> Position:
+        """Return the server's position, as far as it tells it; raises as `rows`."""
+        try:
+            return await PositionQuery().ask(self.ask)
+        except asyncpg.PostgresError:
+            if self.connection.is_closed():
+                raise
+            self._unseen.append("position")
+            return UNKNOWN
+
     async def _in_time(self, answer: Awaitable[T]) -> T:
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self._seconds
@@ -92,7 +102,7 @@ class Interview:
             return await prepared.fetch(*arguments)
 
 
-async def examine(target: Target, *, seconds: float) -> Facts:
+async def examine(target: Target, *, seconds: float, turn: asyncio.Lock) -> Facts:
     """Log in to a database and ask it everything; never raises for a database that fails.
 
     The login has `seconds`, or DATABASE_WAKE_SECONDS where the database sleeps, and each question has `seconds`.
@@ -103,10 +113,12 @@ async def examine(target: Target, *, seconds: float) -> Facts:
     look = None if console else _look(target)
     connector = Connector(target.settings, writable=target.purpose in WRITING, console=console, look=look)
     try:
-        started = time.perf_counter()
-        deadline = asyncio.get_running_loop().time() + target.settings.seconds_of_a_job(seconds)
-        connection = await connector.open(deadline, waking=target.settings.sleeps)
-        facts.login_ms = (time.perf_counter() - started) * 1000
+        # Several looks at one pooler in step may each be given a server connection of their own, as in session mode.
+        async with turn:
+            started = time.perf_counter()
+            deadline = asyncio.get_running_loop().time() + target.settings.seconds_of_a_job(seconds)
+            connection = await connector.open(deadline, waking=target.settings.sleeps)
+            facts.login_ms = (time.perf_counter() - started) * 1000
         try:
             facts.encryption, facts.pooled = connection.encryption, connection.pooled
             if look is not None and facts.pooled:
@@ -153,7 +165,7 @@ async def _ask_server(interview: Interview, facts: Facts) -> None:
     facts.round_trip_ms = (time.perf_counter() - started) * 1000
     facts.clock_difference_seconds = _difference(clock.get("at"), before, time.time())
     facts.identity = await interview.row("identity", questions.IDENTITY)
-    facts.position = await PositionQuery().ask(interview.ask)
+    facts.position = await interview.position()
     await _ask_settings(interview, facts)
     facts.activity = await interview.row("activity", questions.ACTIVITY, LONG_SECONDS, FORGOTTEN_SECONDS)
     facts.collation_actual = (await interview.row("collation", questions.COLLATION)).get("actual")

@@ -359,13 +359,29 @@ async def test_idle_connections_are_ended_after_a_question(database: Database, m
     no = await asyncio.to_thread(answer, "n\n")
     assert not mine.is_closed()
     yes = await asyncio.to_thread(answer, "y\n")
+    late = await connect(database.url())
+    loop = asyncio.get_running_loop()
+
+    def begins(stream: _NamedTextIOWrapper) -> bool:
+        if stream.name == "<stdin>":  # It is asked for a terminal between the preview and the question.
+            asyncio.run_coroutine_threadsafe(late.execute("BEGIN"), loop).result(10)
+        return True
+
+    await asyncio.sleep(0.2)
+    monkeypatch.setattr(_NamedTextIOWrapper, "isatty", begins)
+    spared = await asyncio.to_thread(answer, "y\n")
+    await late.execute("COMMIT")
     monkeypatch.undo()
+    await asyncio.sleep(0.2)
+    scripted = await run("connections", "--terminate-idle", "0.1s", "--yes", **environment)
     none = await run("connections", "--terminate-idle", "1h", "--yes", **environment)
 
     assert (refused.exit_code, "--yes ends them without a question" in refused.stderr) == (2, True)
     assert (no.exit_code, "Nothing was ended." in no.stderr) == (2, True)
     assert "End 1 connection?" in yes.stdout
     assert f"Ended 1 connection: {mine.get_server_pid()}." in yes.stdout
+    assert f"Left alone, for they were at work or gone by then: {late.get_server_pid()}." in spared.stdout
+    assert f"Ended 1 connection: {late.get_server_pid()}." in scripted.stdout
     assert (none.exit_code, "has idled for more than 3600 s" in none.stdout) == (0, True)
     for untouched in (working, listening, other, owner):
         assert await untouched.fetchval("SELECT 1") == 1

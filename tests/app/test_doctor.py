@@ -15,9 +15,12 @@ from typer.testing import CliRunner
 from app.cli import cli
 from app.settings import Settings
 from local.postgres import free_port
+from pglifeguard import DatabaseSettings
 from pglifeguard.cli import database_commands
-from pglifeguard.doctor import Inquiry, Target, diagnose, warning
+from pglifeguard.doctor import Inquiry, Target, diagnose, questions, warning
 from pglifeguard.doctor import examination as examination_module
+from pglifeguard.doctor.facts import Facts
+from pglifeguard.server import PARTS
 from tests import tls_server
 from tests.app.test_cli import run
 from tests.chaos.pooler import pooling, program, statement_cache_size
@@ -161,6 +164,8 @@ async def test_other_urls_lead_to_the_same_database(database: Database) -> None:
     down = await diagnosis(DATABASE_URL=f"postgresql://a@127.0.0.1:{free_port()}/x")
     assert codes(down) == {"unreachable"}
     assert [each["answers"] for each in down["databases"]] == [False, False]
+    shown = await run("doctor", DATABASE_URL=f"postgresql://a@127.0.0.1:{free_port()}/x")
+    assert shown.output.count("does not answer") == 2
 
 
 async def test_wrong_replicas_are_told(database: Database) -> None:
@@ -182,6 +187,12 @@ async def test_server_that_hangs_hides_nothing(database: Database, proxy: Proxy)
     assert codes(found) == {"unreachable"}
 
 
+async def examined(primary: DatabaseSettings, *, seconds: float = 5) -> Facts:
+    """Examine one database as the primary."""
+    target = Target("DATABASE_URL", "primary", primary)
+    return await examination_module.examine(target, seconds=seconds, turn=asyncio.Lock())
+
+
 async def test_answers_that_stop_are_told(database: Database, proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
     """A server that lets the service in and answers no more is an error of its own words."""
 
@@ -193,7 +204,7 @@ async def test_answers_that_stop_are_told(database: Database, proxy: Proxy, monk
     monkeypatch.setattr(examination_module, "Interview", Freezing)
     settings = database.settings(replica=False, primary={"url": proxy.url(database.url())}, health_timeout_seconds=0.3)
 
-    facts = await examination_module.examine(Target("DATABASE_URL", "primary", settings.primary), seconds=0.3)
+    facts = await examined(settings.primary, seconds=0.3)
 
     assert facts.failure == "It let the service in and stopped answering: no answer within 0.3 s."
 
@@ -212,12 +223,41 @@ async def test_what_a_role_may_not_ask_is_a_note(database: Database, execute: Ex
         assert not inquiry.answers("LISTEN_URL")
         raise LookupError("no directory")
 
+    async def waits(inquiry: Inquiry) -> list[Any]:
+        del inquiry
+        await asyncio.Event().wait()
+        return []
+
     report = await diagnose(settings, checks=[asks_slowly, fails])
+    late = await diagnose(database.settings(replica=False, health_timeout_seconds=0.2), checks=[waits])
 
     assert inquiry_rows == [None]
     found = {finding.code: finding for finding in report.findings}
     assert found["own"].severity == "warning"
     assert (found["check_failed"].subject, "no directory" in found["check_failed"].text) == ("fails", True)
+    assert "no answer within 0.6 s" in {each.code: each.text for each in late.findings}["check_failed"]
+
+
+async def test_questions_that_are_refused_are_left_out(
+    database: Database, execute: Execute, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server that lacks one thing, or ends a question by itself, is asked the others; one that ends is not."""
+    monkeypatch.setattr(questions, "ROUND_TRIP", "SELECT no_such_function()")
+    monkeypatch.setitem(PARTS, "replay_age", "pg_sleep(2)::text::float8")
+    await execute(f"ALTER ROLE app_rw IN DATABASE \"{database.name}\" SET statement_timeout = '0.5s'")
+    primary = database.settings(replica=False).primary
+
+    facts = await examined(primary)
+    monkeypatch.setattr(questions, "IDENTITY", "SELECT pg_terminate_backend(pg_backend_pid())")
+    ended = await examined(primary)
+    monkeypatch.setattr(questions, "IDENTITY", "SELECT true AS in_recovery")
+    monkeypatch.setitem(PARTS, "replay_age", "pg_terminate_backend(pg_backend_pid())::text::float8")
+    then = await examined(primary)
+
+    assert facts.unseen == ["clock", "position"]
+    assert (facts.clock_difference_seconds, facts.role) == (None, "primary")
+    for failed in (ended, then):
+        assert "let the service in and stopped answering" in str(failed.failure)
 
 
 async def test_sessions_are_counted_by_what_they_do(
@@ -233,7 +273,7 @@ async def test_sessions_are_counted_by_what_they_do(
     await execute("UPDATE pg_index SET indisvalid = false WHERE indexrelid = 'half'::regclass")
     settings = database.settings(replica=False)
 
-    facts = await examination_module.examine(Target("DATABASE_URL", "primary", settings.primary), seconds=5)
+    facts = await examined(settings.primary)
 
     await forgotten.close()
     assert facts.activity["forgotten"] == 1
@@ -254,13 +294,16 @@ async def test_pooler_is_told_and_its_clients_are_not_the_servers(database: Data
             "--instances", "20", DATABASE_URL=through, LISTEN_URL=through, MIGRATIONS_URL=owner,
             PGBOUNCER_ADMIN_URL=console, DATABASE_STATEMENT_CACHE_SIZE=str(statement_cache_size()),
         )  # fmt: skip
-        shown = await run("doctor", DATABASE_URL=through, PGBOUNCER_ADMIN_URL=console)
+        shown = await run("doctor", DATABASE_URL=through, PGBOUNCER_ADMIN_URL=console, CONNECTION_LIMIT="1000")
+        unseen = await run("doctor", DATABASE_URL=through, DATABASE_POOLER_CHECK="false")
 
     assert all(each["answers"] for each in found["databases"]), found["findings"]
     assert codes(found) == {"poolers_limit_unknown", "listen_through_pooler", "migrations_through_pooler"}
     assert found["databases"][0]["pooler_mode"] == "transaction"
     assert found["budget"][0]["granted"] is None
     assert "PgBouncer's console" in shown.output
+    assert "poolers_limit_unknown" not in shown.output
+    assert "not looked at" in unseen.output
 
 
 @pytest.fixture(scope="module")

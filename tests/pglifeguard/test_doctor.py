@@ -9,13 +9,14 @@ import pytest
 
 from app.settings import Settings
 from pglifeguard.doctor import Target, note
+from pglifeguard.doctor.budget_rules import judge_budget
 from pglifeguard.doctor.cluster_rules import judge_cluster
 from pglifeguard.doctor.facts import Facts, Purpose, size
 from pglifeguard.doctor.findings import Finding, status_of
 from pglifeguard.doctor.server_rules import judge_server
 from pglifeguard.duration import parse_duration
 from pglifeguard.pooler import Pooler
-from pglifeguard.server import Position
+from pglifeguard.server import UNKNOWN, Position
 from pglifeguard.tls import Encryption
 from tests.pglifeguard.conftest import service_settings
 
@@ -169,6 +170,11 @@ def test_migrations_of_another_cluster_are_an_error() -> None:
 
     assert found == []
     assert severities(wrong) == {"another_cluster": "error"}
+
+
+def test_server_that_tells_no_limit_is_not_judged_by_one() -> None:
+    """Without max_connections nothing is known to be too much."""
+    assert list(judge_budget([known(position=UNKNOWN)], settings(instances=100))) == []
 
 
 def test_notes_are_well() -> None:
