@@ -410,6 +410,9 @@ async def _meet(database: Database) -> None:
         await _warm_up(database)
     else:
         await database.monitor.probe(timeout_seconds=database.settings.connect_timeout_seconds)
+    if database.connector.look is not None:
+        # A slow pooler takes longer than a login may; what it is decides whether the service starts.
+        await database.connector.look.wait()
 
 
 async def _warm_up(database: Database) -> None:

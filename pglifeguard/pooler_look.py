@@ -10,6 +10,7 @@ pgpool-II may give the server's; there the client's port, as the server sees it,
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from typing import Any, cast
 from uuid import uuid4
 
@@ -70,6 +71,12 @@ class PoolerLook:
     def keeps_statements(self) -> bool:
         """Whether connections may keep prepared statements."""
         return self._wanted and self.found.keeps_statements is not False
+
+    async def wait(self) -> None:
+        """Wait for a look that is under way, for LOOK_SECONDS at most."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(LOOK_SECONDS), self._turn:
+                pass
 
     def refuse(self, refusal: str | None) -> None:
         """Refuse connections, for a reason that is the end of a sentence about the URL; None lets them pass."""

@@ -238,8 +238,12 @@ class EngineWatch:
 
 
 def _checkout_of(connection: Connection | None) -> Checkout | None:
-    """Return the checkout that SQLAlchemy works on, None when it has none or has given it up already."""
-    return None if connection is None or connection.invalidated else connection.info["checkout"]
+    """Return the checkout that SQLAlchemy works on, None when it has none, or none yet, or has given it up already."""
+    try:
+        return None if connection is None or connection.invalidated else connection.info["checkout"]
+    except NotImplementedError:
+        # The first connection of an engine, while the dialect asks it for the server's version.
+        return None
 
 
 def _reads_only(connection: Connection) -> bool:

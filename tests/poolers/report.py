@@ -39,7 +39,8 @@ def note_server(version: str) -> None:
 
 def lines() -> list[str]:
     """Write the table; neighbours with the same outcomes share a column."""
-    columns = [list(group) for _, group in groupby(_outcomes, key=_alike)]
+    order = sorted(_outcomes, key=lambda case: (list(COMMANDS).index(case[0].kind), case[1] == "session"))
+    columns = [list(group) for _, group in groupby(order, key=_alike)]
     heads = [f"{cases[0][0].kind} {', '.join(p.version for p, _ in cases)}, {cases[0][1]} mode" for cases in columns]
     rows = [
         [title, *(_outcomes[cases[0]].get(situation.__name__, "") for cases in columns)]
