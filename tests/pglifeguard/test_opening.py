@@ -128,11 +128,14 @@ async def test_one_application_serves_test_after_test(database: Database) -> Non
         assert await asyncio.to_thread(enter_and_ask) == 404
 
 
-async def test_connection_that_is_lost_while_sqlalchemy_sets_it_up(database: Database, proxy: Proxy) -> None:
+@pytest.mark.parametrize("question", ["select pg_catalog.version()", "show standard_conforming_strings"])
+async def test_connection_that_is_lost_while_sqlalchemy_sets_it_up(
+    database: Database, proxy: Proxy, question: str
+) -> None:
     """On the first connection of an engine its dialect asks for the version: lost then, the database is unreachable."""
     primary = {"url": proxy.url(database.url()), "pool_min_size": 0}
     async with serving(database.settings(replica=False, primary=primary)) as service:
-        proxy.fates["select pg_catalog.version()"] = "lose_request"
+        proxy.fates[question] = "lose_request"
         lost = await service.client.post("/patients", json=ADA)
         proxy.fates.clear()
         found = await service.client.post("/patients", json=ADA)
