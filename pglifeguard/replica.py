@@ -380,7 +380,7 @@ class Router:
             elif asked is None or replica.database.pool.load < asked.database.pool.load:
                 asked = replica
         best = best or asked
-        if best is None and reason == "asleep":
+        if best is None and not primary and reason != "behind_token":
             best = self._woken()
         if best is not None:
             self._count(best.database.name, "replica").inc()
@@ -388,9 +388,9 @@ class Router:
         return self._fall_back(reason), reason
 
     def _woken(self) -> Replica | None:
-        """Wake a replica; return it for the read that waits for that, None where the primary can serve the read."""
-        sleeping = next(replica for replica in self.replicas if replica.state == "asleep")
-        if not self._fallback or not self._primary.monitor.healthy:
+        """Wake a replica, if one sleeps; return it for the read that waits for it, None where the primary can serve."""
+        sleeping = next((replica for replica in self.replicas if replica.state == "asleep"), None)
+        if sleeping is None or not self._fallback or not self._primary.monitor.healthy:
             return sleeping
         sleeping.database.pool.wake()
         return None

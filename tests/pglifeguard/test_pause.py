@@ -57,6 +57,11 @@ async def test_nobody_is_refused_during_a_pause(database: Database, proxy: Proxy
     async with pooled(proxy.url(database.url()), pool_size=1, max_overflow=0, connect_timeout_seconds=30) as p:
         proxy.hang()
         (early,) = await waiting(p, 1)
+
+        async def logging_in() -> bool:
+            return proxy.open == 1
+
+        assert await eventually(logging_in, 5)
         p.pool.pause(LONG)
         proxy.reset()
 

@@ -10,6 +10,7 @@ from app.settings import Settings
 from local.cluster import Cluster
 from local.waiting import eventually
 from pglifeguard.fastapi.idempotency import purge_expired_keys
+from pglifeguard.settings import DatabaseSettings
 from tests.conftest import Database
 from tests.pglifeguard.conftest import pooled, sessions_end
 from tests.proxy import Proxy, Sleep
@@ -320,6 +321,26 @@ async def test_reads_go_to_the_primary_while_the_replica_wakes_up(database: Data
         assert figures("db_replica_usable", {"pool": "replica"}) is None
         assert figures("db_replica_lag_bytes", {"pool": "replica"}) is None
         assert (replica.lag_bytes, replica.lag_seconds) == (None, None)
+
+
+async def test_sleeping_replica_is_woken_beside_a_broken_one(database: Database, replica_proxy: Proxy) -> None:
+    """Of two replicas one refuses: the reads wake the other."""
+    settings = sleeping(database, replica=replica_proxy, primary={"url": database.url()}, pool_idle_seconds=30)
+    (replica,) = settings.replicas
+    broken = {"url": f"{database.replica_url()}_not_there", "pool_min_size": 0}
+    settings = settings.model_copy(update={"replicas": (replica, DatabaseSettings(**broken))})
+    async with serving(settings, settled=False) as service:
+        first, second = service.databases.router.replicas
+
+        async def settled() -> bool:
+            return service.databases.primary.monitor.healthy and (first.state, second.state) == ("asleep", "broken")
+
+        async def usable() -> bool:
+            return first.state == "usable"
+
+        assert await eventually(settled, 5)
+        assert (await service.client.get("/users")).status_code == 200
+        assert await eventually(usable, 5)
 
 
 async def test_reads_wait_for_the_replica_where_the_primary_may_not_serve_them(
