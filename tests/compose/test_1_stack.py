@@ -39,6 +39,8 @@ ROUTES = [
     ("GET", "/health/db", None),
     ("GET", "/debug/pool-stats", None),
     ("GET", "/debug/connections", None),
+    ("POST", "/debug/pause", None),
+    ("POST", "/debug/resume", None),
     ("GET", "/metrics", None),
 ]
 
