@@ -171,10 +171,10 @@ class ConnectionPool(Generic[S]):
         self._queue.count_arrival(self._clock())
         room = self._queue.room if self._pause is None else PAUSED_WAITING
         if len(self._queue.waiters) >= free + room:
-            other = self._queue.make_room()
+            refusal, other = self._full(free), self._queue.make_room()
             if other is None:
-                raise self._full(free)
-            _refuse(other, self._full(free))
+                raise refusal
+            _refuse(other, refusal)
         if len(self._queue.waiters) >= free:
             self._watch.waited()
         if not self.asleep:

@@ -149,9 +149,7 @@ class PoolerLook:
                 await client.control("BEGIN READ ONLY;")
                 inside = {_served(await _ask(client, query)) for query in (SERVED, SERVED_WRITABLE)}
             except asyncpg.PostgresError as error:
-                if STATEMENTS_ONLY not in str(error):
-                    raise
-                return Pooler(present=True, mode="statement")
+                return _only_statements(error)
             spread = len(inside) > len({server for server, _ in inside})
             mode = "statement" if spread or not client.is_in_transaction() else mode
             splits = splits or len(inside) > 1
@@ -187,6 +185,13 @@ async def _ask(connection: TrackedConnection, sql: str) -> asyncpg.Record:
 def _served(answer: asyncpg.Record) -> tuple[float, int]:
     """Return which server, and which process of it, has answered."""
     return answer["server"], answer["process"]
+
+
+def _only_statements(error: asyncpg.PostgresError) -> Pooler:
+    """Return what a pooler is that refuses BEGIN in these words. Raises: any other error as it is."""
+    if STATEMENTS_ONLY in str(error):
+        return Pooler(present=True, mode="statement")
+    raise error
 
 
 async def _lost(connection: TrackedConnection, parameters: list[str]) -> list[str]:

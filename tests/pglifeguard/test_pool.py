@@ -18,6 +18,7 @@ from pglifeguard.connector import KeptAliveConnection
 from pglifeguard.errors import DatabaseUnreachable, PoolExhausted, sqlstate
 from pglifeguard.lease import fetch_once
 from pglifeguard.query import Query
+from pglifeguard.wait_queue import client_key
 from tests.conftest import Database, Execute
 from tests.pglifeguard.conftest import Clock, Pooled, pooled, sessions_end
 from tests.proxy import Proxy
@@ -95,6 +96,68 @@ async def test_full_queue_refuses_at_once(database: Database, stopwatch: Stopwat
         assert await second
         assert p.rejected("queue_full") == 20
         assert sorted(seconds)[10] < 0.005
+
+
+async def asking(p: Pooled, client: str, number: int) -> "asyncio.Task[int]":
+    """Ask for a connection as this client, and wait until so many requests are in the queue."""
+
+    async def ask() -> int:
+        client_key.set(client)
+        return await p.backend()
+
+    task = asyncio.create_task(ask())
+    await p.waiting(number)
+    return task
+
+
+async def test_full_queue_has_room_for_another_client(database: Database) -> None:
+    """The newest request of the client that fills it is refused for it, unless that has just left."""
+    async with pooled(database.url(), pool_size=1, max_overflow=0, pool_max_waiting=3, pool_timeout=10) as p:
+        async with AsyncExitStack() as stack:
+            await hold(p, stack, 1)
+            greedy = [await asking(p, "greedy", number) for number in (1, 2, 3)]
+            one = await asking(p, "one", 3)
+            with pytest.raises(PoolExhausted, match="3 requests wait"):
+                await greedy[2]
+            # Both happen in one turn of the event loop: the other client comes when the newest has just been cancelled.
+            other = asyncio.create_task(p.backend())
+            greedy[1].cancel()
+            await p.waiting(3)
+
+        assert await asyncio.gather(greedy[0], one, other)
+
+
+async def test_overload_is_told_at_once(database: Database) -> None:
+    """A queue that stands takes as many requests as can be served in time, and lets go of those that came before."""
+    async with pooled(database.url(), pool_size=1, max_overflow=0, pool_timeout=10) as p:
+        async with AsyncExitStack() as stack:
+            await hold(p, stack, 1)
+            first = taking(p)
+            await p.waiting(1)
+            p.pool._queue._limit = 1
+            with pytest.raises(PoolExhausted, match="kept short"):
+                await p.backend()
+            late = asyncio.get_running_loop().create_future()
+            p.pool._queue._overdue.append(late)
+
+        with pytest.raises(PoolExhausted, match="kept short"):
+            await late
+        assert await first
+        assert p.rejected("overload") == 2
+
+
+async def test_connection_stays_when_all_who_waited_have_left(database: Database) -> None:
+    """A request that is cancelled in the turn of a release has no use for it."""
+    async with pooled(database.url(), pool_size=1, max_overflow=0, pool_timeout=10) as p:
+        slot = await p.pool.acquire()
+        waiting = taking(p)
+        await p.waiting(1)
+        waiting.cancel()
+        p.pool.release(slot)
+
+        assert (p.pool.figures().checked_in, p.pool.figures().checked_out) == (1, 0)
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
 
 
 async def test_waiting_ends_at_the_deadline(database: Database) -> None:

@@ -14,8 +14,11 @@ from sqlalchemy.engine import make_url
 
 from local.waiting import eventually
 from pglifeguard import SettingsError, pooler_look
+from pglifeguard.connector import Connector
 from pglifeguard.database import MUTE_SECONDS
+from pglifeguard.errors import DatabaseUnreachable
 from pglifeguard.pooler import FORGETS, LOST, NONE, UNTOLD, Pooler, startup_parameters
+from pglifeguard.settings import DatabaseSettings
 from tests.chaos.pooler import pooling, program, statement_cache_size
 from tests.conftest import Database, Execute
 from tests.pglifeguard.conftest import pooled
@@ -161,6 +164,27 @@ async def test_refused_parameter_ends_the_start(database: Database, open_directo
                 pass
 
     assert "ALTER ROLE" in str(refused.value)
+
+
+@needs_pgbouncer
+async def test_refused_parameter_is_named_without_a_look(database: Database, open_directory: Path) -> None:
+    """Operators' commands and jobs connect without one; the sentence is the same."""
+    async with pooling(database.cluster, open_directory, size=2) as port:
+        url = f"{through(database, port)}?options=-c%20jit%3Doff"
+        connector = Connector(DatabaseSettings.model_validate({"url": url}), writable=True)
+        with pytest.raises(DatabaseUnreachable, match="refuses the start-up parameter"):
+            await connector.open(asyncio.get_running_loop().time() + 5)
+        await connector.close()
+
+
+def test_error_that_says_nothing_of_statements_is_no_finding() -> None:
+    """BEGIN may fail for many reasons, and statement mode ends the start."""
+    error = asyncpg.PostgresError("the server is shutting down")
+
+    with pytest.raises(asyncpg.PostgresError) as raised:
+        pooler_look._only_statements(error)
+
+    assert raised.value is error
 
 
 @needs_pgbouncer

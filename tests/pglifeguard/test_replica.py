@@ -316,3 +316,15 @@ async def test_order_of_replicas_decides_nothing(database: Database, broken: int
         router.replicas[broken].trip()
 
         assert router.route(at_least=Token(1)) == (service.databases.primary, "behind_token")
+
+
+def test_positions_are_compared_where_both_are_known() -> None:
+    """By timeline first, then by LSN; what one of them does not tell proves nothing."""
+    known = Position(in_recovery=True, timeline=2, lsn=10)
+
+    assert known.is_further(Position(in_recovery=True, timeline=1, lsn=20))
+    assert known.is_further(Position(in_recovery=True, timeline=2, lsn=9))
+    assert not known.is_further(known)
+    for unknown in (UNKNOWN, Position(in_recovery=True, timeline=2), Position(in_recovery=True, lsn=1)):
+        assert not known.is_further(unknown)
+        assert not unknown.is_further(known)
