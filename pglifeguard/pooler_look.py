@@ -23,15 +23,16 @@ from pglifeguard.tracked_connection import TrackedConnection
 
 logger = logging.getLogger(__name__)
 
-# A look asks about twenty short questions; where each takes 50 ms, they take one second.
+# A look asks about thirty short questions; where each takes 50 ms, they take one second.
 LOOK_SECONDS = 2.0
 # Looks that fail before the service goes on without a finding.
 ATTEMPTS = 3
 # Seconds after which a pooler that was refused is looked at again: it may have been set right.
 AGAIN_SECONDS = 5.0
-# Turns of two clients that are asked for their servers. In transaction mode one server connection serves both, or one
-# client two of them, by the second turn where nobody else is there, and sooner where the pooler is busy.
-TURNS = 6
+# Turns of two clients that are asked for their servers, one after the other and at the same time. In transaction mode
+# one server connection then serves both, or one client two of them: the client that comes first takes the connection
+# that was given back last. Asked one after the other only, two clients kept to two connections beside other looks.
+TURNS = 8
 # Read/write splitters send a query with a volatile function to the primary, and one without perhaps to a replica.
 SERVED = "SELECT pg_backend_pid() AS process, extract(epoch FROM pg_postmaster_start_time())::float8 AS server"
 SERVED_WRITABLE = f"{SERVED}, clock_timestamp() AS now"
@@ -138,8 +139,13 @@ class PoolerLook:
         """Ask two clients of a pooler by turns, outside of a transaction and in one."""
         seen: list[set[tuple[float, int]]] = [set(), set()]
         for turn in range(TURNS):
-            for client, servers in zip(clients, seen, strict=True):
-                servers.add(_served(await _ask(client, SERVED_WRITABLE if turn % 2 else SERVED)))
+            query = SERVED_WRITABLE if turn // 2 % 2 else SERVED
+            if turn % 2:
+                answers = list(await asyncio.gather(*(_ask(client, query) for client in clients)))
+            else:
+                answers = [await _ask(client, query) for client in clients]
+            for servers, answer in zip(seen, answers, strict=True):
+                servers.add(_served(answer))
         shared = bool(seen[0] & seen[1]) or any(len(servers) > 1 for servers in seen)
         splits = self._writable and any(len({server for server, _ in servers}) > 1 for servers in seen)
         lost = await _lost(clients[0], self._parameters)
