@@ -169,8 +169,8 @@ class ConnectionPool(Generic[S]):
         # has gone by then. Those that the pool has room for do not count, they wait for a login only.
         free = self._free
         self._queue.count_arrival(self._clock())
-        room = self._queue.room if self._pause is None else PAUSED_WAITING
-        if len(self._queue.waiters) >= free + room:
+        paused = self._pause is not None
+        if len(self._queue.waiters) >= free + PAUSED_WAITING if paused else not self._queue.has_room(free):
             refusal, other = self._full(free), self._queue.make_room()
             if other is None:
                 raise refusal

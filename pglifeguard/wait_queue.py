@@ -71,11 +71,17 @@ class WaitQueue(Generic[S]):
         """Whether the queue has to be kept short."""
         return self._limit is not None and not self.idle
 
-    @property
-    def room(self) -> int:
-        """The most requests that may wait for a release."""
-        most = self._settings.pool_max_waiting
-        return most if self._limit is None or self.idle else min(most, self._limit)
+    def has_room(self, free: int) -> bool:
+        """Whether a request of this context's client may wait; `free` others wait for a login only."""
+        waiting, client = len(self.waiters), client_key.get()
+        if waiting >= free + self._settings.pool_max_waiting:
+            return False
+        if self._limit is None or self.idle:
+            return True
+        if client is None:
+            return waiting < free + self._limit
+        # One more in a client's own line keeps nobody else waiting. Refused at once, it would come back at once.
+        return client in self._lines or len(self._lines) < free + self._limit
 
     def count_arrival(self, now: float) -> None:
         """Count a request that found no connection, whether it then joins or is refused."""
@@ -157,9 +163,12 @@ class WaitQueue(Generic[S]):
         return max(self._settings.capacity, math.ceil(rate * self._settings.pool_queue_target_seconds))
 
     def _keep_newest(self, number: int, *, joined_since: float) -> None:
-        """Remove the others: who would be served next has waited for too long already."""
-        while self.waiters and (len(self.waiters) > number or self._oldest < joined_since):
-            self._overdue.append(self.pop_oldest())
+        """Remove other requests without a client: who would be served next has waited for too long already."""
+        line = list(self._lines.get(None, ()))
+        for place, waiter in enumerate(line):
+            if len(line) - place > number or self.waiters[waiter][0] < joined_since:
+                self.leave(waiter)
+                self._overdue.append(waiter)
 
     @property
     def _oldest(self) -> float:

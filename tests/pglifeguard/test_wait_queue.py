@@ -72,7 +72,7 @@ class Simulation:
             self._serve(now, request)
             return
         self.queue.count_arrival(now)
-        if len(self.queue.waiters) >= self.queue.room:
+        if not self.queue.has_room(0):
             self.outcome.refused["overload" if self.queue.stands else "full"] += 1
             return
         waiter: asyncio.Future[int] = self._loop.create_future()
@@ -241,3 +241,18 @@ async def test_full_queue_has_room_for_who_has_less_in_it(loop: asyncio.Abstract
     assert removed is greedy[-1]
     assert queue.make_room() is None
     assert len(queue.waiters) == 3
+
+
+async def test_client_may_wait_in_its_own_line_while_the_queue_stands(loop: asyncio.AbstractEventLoop) -> None:
+    """It delays nobody else there; a queue that stands limits the clients that wait, and requests without one."""
+    queue: WaitQueue[int] = WaitQueue(settings())
+    queue.count_arrival(0.0)
+    queue._limit = 2
+    room = []
+    for client in ("greedy", "greedy", "greedy", "one", "other", None):
+        client_key.set(client)
+        room.append(queue.has_room(0))
+        if room[-1]:
+            queue.join(loop.create_future(), 0.0)
+
+    assert room == [True, True, True, True, False, False]
