@@ -1,14 +1,12 @@
 """PostgreSQL with its contrib extensions, as Debian builds it: the embedded one has pgvector alone."""
 
-import subprocess
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-from local.account import Account
 from local.postgres import Server
-from local.programs import ENVIRONMENT
 from tests.servers import open_directory
+from tests.tls_server import create
 from tests.tls_server import programs as debian
 
 PASSWORD = "of-the-superuser"  # The server lives for one module of tests.
@@ -28,23 +26,10 @@ def programs() -> Path | None:
 @asynccontextmanager
 async def running() -> AsyncIterator[Server]:
     """Run a server that anybody of this machine may log in to as `postgres`."""
-    directory, account = programs(), Account.current()
+    directory = programs()
     assert directory is not None
     with open_directory() as home:
-        account.own(home)
-        password = home / "password"
-        password.write_text(PASSWORD, encoding="utf-8")
-        data = home / "data"
-        subprocess.run(  # noqa: ASYNC221  # One second, before anything else runs.
-            [
-                directory / "initdb", "--pgdata", data, "--username", "postgres", "--pwfile", password,
-                "--auth", "scram-sha-256", "--encoding", "UTF8", "--locale", "C", "--no-sync",
-            ],
-            check=True, capture_output=True, cwd="/", env=ENVIRONMENT, **account.arguments,
-        )  # fmt: skip
-        server = Server(
-            data, log=home / "log", password=PASSWORD, base="", account=account, directory_of_programs=directory
-        )
+        server = create(directory, home, PASSWORD)
         server.settings = {"fsync": "off", "shared_buffers": "16MB"}
         try:
             await server.start()

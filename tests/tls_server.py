@@ -53,6 +53,22 @@ def _parameter(directory: Path, name: str) -> str:
     return next((line for line in said.splitlines() if line.startswith(f"{name}\t")), "none")
 
 
+def create(directory: Path, home: Path, password: str) -> Server:
+    """Make a server of these programs, which is not running, below `home`; its superuser has the password."""
+    account = Account.current()
+    account.own(home)
+    file, data = home / "password", home / "data"
+    file.write_text(password, encoding="utf-8")
+    subprocess.run(
+        [
+            directory / "initdb", "--pgdata", data, "--username", "postgres", "--pwfile", file,
+            "--auth", "scram-sha-256", "--encoding", "UTF8", "--locale", "C", "--no-sync",
+        ],
+        check=True, capture_output=True, cwd="/", env=ENVIRONMENT, **account.arguments,
+    )  # fmt: skip
+    return Server(data, log=home / "log", password=password, base="", account=account, directory_of_programs=directory)
+
+
 class TlsServer:
     """A running server. It trusts the authority's certificates, of clients too."""
 
@@ -100,24 +116,11 @@ class TlsServer:
 @asynccontextmanager
 async def running(authority: Authority, certificate: Certificate) -> AsyncIterator[TlsServer]:
     """Run a server that presents this certificate."""
-    directory, account = programs(), Account.current()
+    directory = programs()
     assert directory is not None
     with open_directory() as home:
-        account.own(home)
-        password = home / "password"
-        password.write_text(PASSWORD, encoding="utf-8")
-        data = home / "data"
-        subprocess.run(  # noqa: ASYNC221  # One second, before anything else runs.
-            [
-                directory / "initdb", "--pgdata", data, "--username", "postgres", "--pwfile", password,
-                "--auth", "scram-sha-256", "--encoding", "UTF8", "--locale", "C", "--no-sync",
-            ],
-            check=True, capture_output=True, cwd="/", env=ENVIRONMENT, **account.arguments,
-        )  # fmt: skip
-        (data / "pg_hba.conf").write_text(RULES, encoding="utf-8")
-        server = Server(
-            data, log=home / "log", password=PASSWORD, base="", account=account, directory_of_programs=directory
-        )
+        server = create(directory, home, PASSWORD)
+        (server.data / "pg_hba.conf").write_text(RULES, encoding="utf-8")
         server.settings = {**SETTINGS, "ssl_ca_file": "root.crt"}
         made = TlsServer(server, authority)
         made._take(certificate)
