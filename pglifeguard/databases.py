@@ -27,7 +27,8 @@ from pglifeguard.metrics import Metrics
 from pglifeguard.pool import OnConnect
 from pglifeguard.primary_retry import PrimaryRetry
 from pglifeguard.query import Query
-from pglifeguard.replica import Replica, Router, ServerCheck
+from pglifeguard.replica import Replica
+from pglifeguard.router import Router, ServerCheck
 from pglifeguard.sampling import Sampler
 from pglifeguard.sessions import ReadSession, WriteSession
 from pglifeguard.settings import DatabaseSettings, DatabasesSettings

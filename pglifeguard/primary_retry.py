@@ -17,7 +17,7 @@ from pglifeguard.checkout import holder
 from pglifeguard.consistency import Consistency
 from pglifeguard.errors import DatabaseUnavailable, NotFound, ReplicaUnavailable, classify
 from pglifeguard.metrics import Metrics
-from pglifeguard.replica import Router
+from pglifeguard.router import Router
 from pglifeguard.settings import DatabasesSettings
 
 T = TypeVar("T")

@@ -27,7 +27,7 @@ from pglifeguard.errors import ConnectionLost, TransactionAborted
 from pglifeguard.lease import DriverLane, Lease, fetch_once
 from pglifeguard.orm import ENDED, PINNED, HeldConnection, OneConnection, refuse_transaction_options
 from pglifeguard.query import Query
-from pglifeguard.replica import ServerCheck
+from pglifeguard.router import ServerCheck
 
 Ts = TypeVarTuple("Ts")
 

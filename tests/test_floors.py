@@ -30,6 +30,7 @@ LIBRARY = (
     {"database"},
     {"consistency", "lease"},
     {"replica", "write_once"},
+    {"router"},
     {"primary_retry", "sessions"},
     {"databases"},
     {"", "__main__"},
