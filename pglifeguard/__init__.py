@@ -5,13 +5,14 @@ docs/library.md describes every public name.
 """
 
 from pglifeguard.credentials import Login, PasswordSource
+from pglifeguard.database_settings import DatabaseSettings
 from pglifeguard.databases import Databases
 from pglifeguard.environment import SettingsError
 from pglifeguard.errors import Conflict, DatabaseUnavailable, NotFound, OutcomeUnknown, ServiceError, constraint
 from pglifeguard.query import Query
 from pglifeguard.sampling import Repeats
 from pglifeguard.sessions import ReadSession, WriteSession
-from pglifeguard.settings import DatabaseSettings, DatabasesSettings
+from pglifeguard.settings import DatabasesSettings
 
 __version__ = "0.2.0"
 __all__ = [

@@ -12,8 +12,9 @@ jobs run beside the service, on the primary's server. `check_budget` refuses mor
 import math
 from dataclasses import dataclass
 
+from pglifeguard.database_settings import DatabaseSettings
 from pglifeguard.environment import SettingsError
-from pglifeguard.settings import DatabaseSettings, DatabasesSettings
+from pglifeguard.settings import DatabasesSettings
 
 
 @dataclass(frozen=True, slots=True)

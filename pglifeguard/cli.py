@@ -16,6 +16,7 @@ from pglifeguard import budget
 from pglifeguard.activity import BLOCKED, CLOSE_IDLE, EACH, END_IDLE, IDLE
 from pglifeguard.connector import Connector
 from pglifeguard.credentials import PasswordSource
+from pglifeguard.database_settings import DatabaseSettings
 from pglifeguard.doctor import Check, Load, Target, diagnose
 from pglifeguard.doctor.findings import EXIT_CODES
 from pglifeguard.doctor.show import show, wide_console
@@ -24,7 +25,7 @@ from pglifeguard.environment import SettingsError
 from pglifeguard.errors import DatabaseUnavailable
 from pglifeguard.metrics import Metrics
 from pglifeguard.monitor import Monitor
-from pglifeguard.settings import DatabaseSettings, DatabasesSettings
+from pglifeguard.settings import DatabasesSettings
 
 SettingsT = TypeVar("SettingsT", bound=DatabasesSettings)
 Further = Callable[[Any], Iterable[Target]]

@@ -13,6 +13,7 @@ import asyncpg
 
 from pglifeguard import tls
 from pglifeguard.credentials import Login, Passwords, PasswordUnavailable
+from pglifeguard.database_settings import DatabaseSettings
 from pglifeguard.database_url import Host, KeepAlive
 from pglifeguard.driver_failures import DRIVER_FAILURES
 from pglifeguard.errors import DatabaseUnreachable, sqlstate
@@ -21,7 +22,6 @@ from pglifeguard.lookup import Lookups
 from pglifeguard.pooler import PoolerRefused, refused_parameter
 from pglifeguard.pooler_look import PoolerLook
 from pglifeguard.server import is_missing_feature
-from pglifeguard.settings import DatabaseSettings
 from pglifeguard.tracked_connection import TrackedConnection
 
 logger = logging.getLogger(__name__)

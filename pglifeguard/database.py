@@ -11,13 +11,14 @@ from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from pglifeguard import dialect
 from pglifeguard.checkout import PoolWatch
 from pglifeguard.connector import Connector
+from pglifeguard.database_settings import DatabaseSettings
 from pglifeguard.metrics import Metrics
 from pglifeguard.monitor import Monitor, Probe
 from pglifeguard.pool import OnConnect
 from pglifeguard.pooler import startup_parameters
 from pglifeguard.pooler_look import PoolerLook
 from pglifeguard.sampling import Sampler
-from pglifeguard.settings import DatabaseSettings, DatabasesSettings
+from pglifeguard.settings import DatabasesSettings
 from pglifeguard.sqlalchemy import EngineWatch, PoolAdapter, opened_connection
 
 logger = logging.getLogger(__name__)

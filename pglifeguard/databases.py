@@ -20,6 +20,7 @@ from pglifeguard.collisions import ATTEMPTS, collision, pause_seconds
 from pglifeguard.consistency import Consistency, current_consistency
 from pglifeguard.credentials import PasswordSource
 from pglifeguard.database import Database, Isolation, Role
+from pglifeguard.database_settings import DatabaseSettings
 from pglifeguard.environment import SettingsError
 from pglifeguard.errors import DatabaseUnavailable
 from pglifeguard.listening import Listener
@@ -31,7 +32,7 @@ from pglifeguard.replica import Replica
 from pglifeguard.router import Router, ServerCheck
 from pglifeguard.sampling import Sampler
 from pglifeguard.sessions import ReadSession, WriteSession
-from pglifeguard.settings import DatabaseSettings, DatabasesSettings
+from pglifeguard.settings import DatabasesSettings
 from pglifeguard.write_once import write_once
 
 logger = logging.getLogger(__name__)

@@ -13,10 +13,10 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any
 
 from pglifeguard.connector import Connector, KeptAliveConnection
+from pglifeguard.database_settings import DatabaseSettings
 from pglifeguard.driver_failures import DRIVER_FAILURES
 from pglifeguard.errors import ConnectionLost, DatabaseUnavailable, DatabaseUnreachable
 from pglifeguard.monitor import Probe
-from pglifeguard.settings import DatabaseSettings
 
 logger = logging.getLogger(__name__)
 

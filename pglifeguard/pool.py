@@ -28,9 +28,9 @@ from typing import Any, Generic, Protocol, TypeAlias, TypeVar
 
 from pglifeguard.checkout import Checkout, Holding, PoolFigures, PoolWatch, holder, holding_of
 from pglifeguard.connector import KeptAliveConnection, password_is_late
+from pglifeguard.database_settings import DatabaseSettings
 from pglifeguard.driver_failures import DRIVER_FAILURES
 from pglifeguard.errors import DatabaseUnreachable, PoolExhausted, sqlstate
-from pglifeguard.settings import DatabaseSettings
 from pglifeguard.wait_queue import WaitQueue
 
 # Connections that one pool opens at the same time. Each login costs the server a process and both sides a millisecond

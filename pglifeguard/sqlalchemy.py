@@ -23,11 +23,11 @@ from sqlalchemy.util.concurrency import await_, greenlet_spawn
 
 from pglifeguard.checkout import Checkout, PoolWatch
 from pglifeguard.connector import Connector, KeptAliveConnection
+from pglifeguard.database_settings import DatabaseSettings
 from pglifeguard.driver_failures import Fate, examine
 from pglifeguard.effects import effect_of
 from pglifeguard.errors import ConnectionLost, DatabaseUnreachable
 from pglifeguard.pool import ConnectionPool, OnConnect
-from pglifeguard.settings import DatabaseSettings
 
 logger = logging.getLogger(__name__)
 

@@ -25,7 +25,7 @@ from collections import OrderedDict
 from contextvars import ContextVar
 from typing import Generic, TypeVar
 
-from pglifeguard.settings import DatabaseSettings
+from pglifeguard.database_settings import DatabaseSettings
 
 # An interval has at least this many seconds, and as many as it takes to serve so many requests, by each connection one.
 INTERVAL_SECONDS = 0.1

@@ -23,7 +23,7 @@ from starlette.routing import BaseRoute
 from app.settings import Settings
 from local import postgres
 from local.cluster import Cluster
-from pglifeguard.settings import DatabaseSettings
+from pglifeguard.database_settings import DatabaseSettings
 from tests.proxy import Proxy
 from tests.servers import Servers, open_directory
 from tests.service import Service, serving

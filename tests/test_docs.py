@@ -17,9 +17,9 @@ from app.main import DOMAINS, create_app
 from app.settings import Settings
 from migrations.settings import MigrationSettings
 from pglifeguard import errors
+from pglifeguard.database_settings import DatabaseSettings
 from pglifeguard.fastapi import middleware
 from pglifeguard.metrics import ACQUIRE_BUCKETS, SECONDS_BUCKETS, Metrics
-from pglifeguard.settings import DatabaseSettings
 
 ROOT = Path(__file__).parent.parent
 URL: Any = {"url": "postgresql://a@b/c"}

@@ -15,7 +15,8 @@ LIBRARY = (
     {"collisions", "doctor.questions", "driver_failures", "effects", "environment", "server", "url_parameters"},
     {"database_url"},
     {"host_search", "lookup"},
-    {"settings", "tracked_connection"},
+    {"database_settings", "tracked_connection"},
+    {"settings"},
     {"budget", "pooler_look", "wait_queue"},
     {"connector"},
     {"checkout", "doctor.facts", "monitor", "replay_wait"},
@@ -56,10 +57,9 @@ FLOORS = {f"pglifeguard.{name}".rstrip("."): floor for floor, names in enumerate
 PUBLIC = {"pglifeguard", "pglifeguard.cli", "pglifeguard.doctor", "pglifeguard.fastapi", "pglifeguard.serving"}
 # The pool and all that it imports: SQLAlchemy is no part of it.
 POOL = {
-    "builtin_functions", "checkout", "connector", "credentials", "database_url", "driver_failures", "effects",
-    "environment", "errors", "host_search", "lookup", "metrics", "pool", "pooler", "pooler_look", "sampling", "server",
-    "service_file", "settings", "tls", "tracked_connection", "url_parameters", "variables",
-    "wait_queue",
+    "builtin_functions", "checkout", "connector", "credentials", "database_settings", "database_url", "driver_failures",
+    "effects", "errors", "host_search", "lookup", "metrics", "pool", "pooler", "pooler_look", "sampling",
+    "server", "service_file", "tls", "tracked_connection", "url_parameters", "wait_queue",
 }  # fmt: skip
 # What opens something or reads the environment, and so must not be called when a module is imported.
 OPENERS = {
@@ -206,7 +206,7 @@ def at_import(node: ast.AST) -> Iterator[ast.AST]:
 
 def only_settings_read_the_environment(module: str, tree: ast.Module) -> Iterator[str]:
     """Allow os.environ to the settings, to libpq's own variables, and to those who hand it on to worker processes."""
-    settings = {"pglifeguard.environment", "pglifeguard.settings"}
+    settings = {"pglifeguard.environment", "pglifeguard.database_settings", "pglifeguard.settings"}
     if module in {*settings, "pglifeguard.service_file", "pglifeguard.url_parameters"}:
         return
     if module in {"app.cli", "pglifeguard.serving.workers"}:

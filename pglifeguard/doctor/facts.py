@@ -4,9 +4,9 @@ from dataclasses import dataclass, field
 from datetime import MAXYEAR, datetime
 from typing import Any, Literal
 
+from pglifeguard.database_settings import DatabaseSettings
 from pglifeguard.pooler import Pooler
 from pglifeguard.server import UNKNOWN, Position
-from pglifeguard.settings import DatabaseSettings
 from pglifeguard.tls import Encryption
 
 Purpose = Literal["primary", "replica", "analytics", "listen", "migrations", "console"]

@@ -9,8 +9,8 @@ from pydantic import SecretStr
 
 from app.settings import Settings
 from migrations.settings import MigrationSettings, load_migration_settings
+from pglifeguard.database_settings import DatabaseSettings
 from pglifeguard.environment import SettingsError
-from pglifeguard.settings import DatabaseSettings
 
 URL = "postgresql://app:hunter2@primary:5432/lifeguard"
 REPLICA = "postgresql://app:hunter2@replica:5432/lifeguard"

@@ -14,10 +14,10 @@ from app.settings import Settings
 from local.waiting import eventually
 from pglifeguard.database import Database as PoolDatabase
 from pglifeguard.database import Role
+from pglifeguard.database_settings import DatabaseSettings
 from pglifeguard.metrics import Metrics
 from pglifeguard.pool import ConnectionPool
 from pglifeguard.sampling import Sampler
-from pglifeguard.settings import DatabaseSettings
 from tests.conftest import Database
 
 SESSIONS = "SELECT count(*) FROM pg_stat_activity WHERE datname = $1 AND backend_type = 'client backend'"

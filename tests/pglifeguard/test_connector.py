@@ -11,9 +11,9 @@ from urllib.parse import quote
 import pytest
 
 from pglifeguard.connector import Connector, KeptAliveConnection
+from pglifeguard.database_settings import DatabaseSettings
 from pglifeguard.database_url import Host
 from pglifeguard.errors import DatabaseUnreachable
-from pglifeguard.settings import DatabaseSettings
 from tests.conftest import Database, Execute
 from tests.pglifeguard.conftest import sessions_end
 from tests.proxy import Proxy, _Link

@@ -11,10 +11,10 @@ import pytest
 from local.waiting import eventually
 from pglifeguard import host_search
 from pglifeguard.connector import Connector, KeptAliveConnection
+from pglifeguard.database_settings import DatabaseSettings
 from pglifeguard.database_url import Host
 from pglifeguard.errors import DatabaseUnreachable
 from pglifeguard.host_search import HostSearch
-from pglifeguard.settings import DatabaseSettings
 from tests.conftest import Database
 from tests.pglifeguard.conftest import sessions_end
 from tests.pglifeguard.test_connector import several

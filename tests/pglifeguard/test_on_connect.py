@@ -16,13 +16,13 @@ from sqlalchemy.types import UserDefinedType
 from local.postgres import HOST, Server
 from local.waiting import eventually
 from pglifeguard.database import Database as PoolDatabase
+from pglifeguard.database_settings import DatabaseSettings
 from pglifeguard.databases import Databases
 from pglifeguard.errors import DatabaseUnreachable
 from pglifeguard.metrics import Metrics
 from pglifeguard.pool import OnConnect
 from pglifeguard.query import Query
 from pglifeguard.sampling import Sampler
-from pglifeguard.settings import DatabaseSettings
 from tests import contrib
 from tests.chaos import pooler
 from tests.conftest import Database

@@ -16,9 +16,9 @@ from local.waiting import eventually
 from pglifeguard import SettingsError, pooler_look
 from pglifeguard.connector import Connector
 from pglifeguard.database import MUTE_SECONDS
+from pglifeguard.database_settings import DatabaseSettings
 from pglifeguard.errors import DatabaseUnreachable
 from pglifeguard.pooler import FORGETS, LOST, NONE, UNTOLD, Pooler, startup_parameters
-from pglifeguard.settings import DatabaseSettings
 from tests.chaos.pooler import pooling, program, statement_cache_size
 from tests.conftest import Database, Execute
 from tests.pglifeguard.conftest import pooled

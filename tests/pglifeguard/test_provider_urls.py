@@ -16,9 +16,9 @@ from app.cli import cli
 from app.settings import Settings
 from migrations.settings import load_migration_settings
 from pglifeguard.cli import checked
+from pglifeguard.database_settings import DatabaseSettings
 from pglifeguard.database_url import ConnectionParameters
 from pglifeguard.environment import SettingsError
-from pglifeguard.settings import DatabaseSettings
 from pglifeguard.tls import FILES
 from tests import tls
 from tests.pglifeguard.test_database_url import LIBPQ

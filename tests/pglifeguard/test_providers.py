@@ -13,8 +13,8 @@ from local.cluster import Cluster
 from local.postgres import HOST
 from local.waiting import eventually
 from pglifeguard.connector import Connector
+from pglifeguard.database_settings import DatabaseSettings
 from pglifeguard.errors import DatabaseUnreachable
-from pglifeguard.settings import DatabaseSettings
 from tests import tls
 from tests.app.test_cli import run
 from tests.conftest import Database

@@ -9,8 +9,8 @@ import pytest
 from app.settings import Settings
 from local.cluster import Cluster
 from local.waiting import eventually
+from pglifeguard.database_settings import DatabaseSettings
 from pglifeguard.fastapi.idempotency import purge_expired_keys
-from pglifeguard.settings import DatabaseSettings
 from tests.conftest import Database
 from tests.pglifeguard.conftest import pooled, sessions_end
 from tests.proxy import Proxy, Sleep

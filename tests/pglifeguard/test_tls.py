@@ -14,9 +14,9 @@ from sqlalchemy.engine import make_url
 
 from app.settings import Settings
 from pglifeguard.connector import Connector
+from pglifeguard.database_settings import DatabaseSettings
 from pglifeguard.environment import SettingsError
 from pglifeguard.errors import DatabaseUnreachable
-from pglifeguard.settings import DatabaseSettings
 from pglifeguard.tls import EXPOSED
 from tests.app.test_cli import MODULE, run, served
 from tests.chaos import pooler

@@ -12,8 +12,8 @@ import psycopg
 import pytest
 
 from pglifeguard.connector import Connector, KeptAliveConnection
+from pglifeguard.database_settings import DatabaseSettings
 from pglifeguard.errors import DatabaseUnreachable
-from pglifeguard.settings import DatabaseSettings
 from tests import tls_server
 from tests.tls import NAME, Authority, Certificate, Fate, Tls, program
 from tests.tls_server import DIRECT, MISSING, TlsServer

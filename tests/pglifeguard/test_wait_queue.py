@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from pglifeguard.settings import DatabaseSettings
+from pglifeguard.database_settings import DatabaseSettings
 from pglifeguard.wait_queue import WaitQueue, client_key
 
 CONNECTIONS = 4
