@@ -19,29 +19,14 @@ ASK_SECONDS = 2.0
 MAX_BLOCKED = 50
 ASLEEP = "The database is asleep, and this question does not wake it."
 router = APIRouter(tags=["operations"], responses=documented(401, 403))
+# Whoever may ask these makes every request wait, so they are there only where something guards them.
+guarded_router = APIRouter(tags=["operations"], responses=documented(401, 403))
 
 
 @router.get("/debug/pool-stats")
 async def get_pool_stats(databases: RequestDatabases) -> dict[str, dict[str, int]]:
     """Count the connections of each pool of this process, now."""
     return {database.name: asdict(database.pool.figures()) for database in databases.all()}
-
-
-@router.post("/debug/pause", status_code=202, responses=documented(422))
-async def pause(databases: RequestDatabases, seconds: Annotated[float, Query(gt=0, le=120)] = 20) -> dict[str, Any]:
-    """Let requests wait for their connections until /debug/resume, or for `seconds`; those at work go on.
-
-    It holds for the process that answers. A planned switchover begins when `checked_out` is 0 in each pool.
-    """
-    databases.pause(seconds=seconds)
-    return {name: figures["checked_out"] for name, figures in (await get_pool_stats(databases)).items()}
-
-
-@router.post("/debug/resume", status_code=202)
-async def resume(databases: RequestDatabases) -> dict[str, str]:
-    """End a pause: this process connects anew, and serves those who have waited."""
-    databases.resume()
-    return {"status": "resumed"}
 
 
 @router.get("/debug/connections")
@@ -69,3 +54,20 @@ async def _connections(database: Database) -> dict[str, Any]:
     except DatabaseUnavailable as error:
         return {"held": holdings, "server": None, "blocked": None, "error": str(error)}
     return {"held": holdings, "server": [dict(row) for row in rows], "blocked": [dict(row) for row in pairs]}
+
+
+@guarded_router.post("/debug/pause", status_code=202, responses=documented(422))
+async def pause(databases: RequestDatabases, seconds: Annotated[float, Query(gt=0, le=120)] = 20) -> dict[str, Any]:
+    """Let requests wait for their connections until /debug/resume, or for `seconds`; those at work go on.
+
+    It holds for the process that answers. A planned switchover begins when `checked_out` is 0 in each pool.
+    """
+    databases.pause(seconds=seconds)
+    return {name: figures["checked_out"] for name, figures in (await get_pool_stats(databases)).items()}
+
+
+@guarded_router.post("/debug/resume", status_code=202)
+async def resume(databases: RequestDatabases) -> dict[str, str]:
+    """End a pause: this process connects anew, and serves those who have waited."""
+    databases.resume()
+    return {"status": "resumed"}

@@ -67,7 +67,7 @@ class Lifeguard:
         Routes and exception handlers of the application may be added before or after; its handlers win. Middleware
         that is added afterwards is outside of this. `open_dependencies` go to /health/* and /metrics, which probes and
         Prometheus call without a token; `debug_dependencies` to /debug/*, which tells who holds connections: give it a
-        guard where strangers can reach it.
+        guard where strangers can reach it. Without them there is no /debug/pause and /debug/resume.
         """
         app.state.databases = self.databases
         app.state.shared = {}
@@ -78,7 +78,8 @@ class Lifeguard:
         )
         for router in (health.router, exposition.router):
             app.include_router(router, dependencies=list(open_dependencies))
-        app.include_router(debug.router, dependencies=list(debug_dependencies))
+        for router in (debug.router, debug.guarded_router) if debug_dependencies else (debug.router,):
+            app.include_router(router, dependencies=list(debug_dependencies))
         # The last one added is the outermost.
         app.add_middleware(BodyLimit, settings=self.settings)
         app.add_middleware(ReadYourWrites, metrics=self.metrics, settings=self.settings)

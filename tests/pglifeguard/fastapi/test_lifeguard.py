@@ -120,8 +120,24 @@ async def test_dependencies_guard_the_operations_routes(database: Database) -> N
     async with running(app) as client:
         paths = ("/health/live", "/metrics", "/debug/pool-stats", "/debug/connections", "/count")
         statuses = [(await client.get(path)).status_code for path in paths]
+        changing = [(await client.post(path)).status_code for path in ("/debug/pause", "/debug/resume")]
 
     assert statuses == [418, 418, 451, 451, 200]
+    assert changing == [451, 451]
+
+
+async def test_nobody_pauses_a_service_without_a_guard(database: Database) -> None:
+    """Whoever reaches it could make every request wait, so the routes are not there."""
+    lifeguard = Lifeguard(database.settings(replica=False))
+    app = FastAPI(lifespan=lifeguard.lifespan)
+    lifeguard.install(app)
+
+    async with running(app) as client:
+        changing = [(await client.post(path)).status_code for path in ("/debug/pause", "/debug/resume")]
+        figures = await client.get("/debug/pool-stats")
+
+    assert changing == [404, 404]
+    assert figures.status_code == 200
 
 
 async def test_lifespan_of_the_application_goes_around(database: Database) -> None:
