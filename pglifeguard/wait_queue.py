@@ -12,7 +12,8 @@ the whole patience, however long that is. So there are three states:
   refuses all others at once. It ends when the queue is empty.
 
 Where clients are told apart (`client_key`), each has a line of its own and they take turns, so one with many requests
-in flight does not keep the others waiting; in a full queue it makes room for them.
+in flight does not keep the others waiting; in a full queue it makes room for them. While the queue stands a client may
+wait in its own line, which is served newest first.
 
 The idea is that of controlled delay (Nichols and Jacobson, "Controlling Queue Delay", ACM Queue 2012) and of adaptive
 LIFO (Maurer, "Fail at Scale", ACM Queue 2015). Decision 0031 says what was measured. Times are seconds of the pool's
@@ -123,7 +124,8 @@ class WaitQueue(Generic[S]):
         """Remove and return the request that gets the connection that is free now; None when nobody waits."""
         while self._lines:
             client, line = next(iter(self._lines.items()))
-            newest_first = self._grown > 0 and self._limit is None
+            # A standing queue lets a client wait in its own line, which may be long.
+            newest_first = self._grown > 0 if self._limit is None else client is not None
             waiter = next(reversed(line)) if newest_first else next(iter(line))
             self.leave(waiter)
             if client in self._lines:

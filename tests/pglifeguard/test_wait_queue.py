@@ -30,6 +30,7 @@ class Outcome:
     """What became of the requests of one run: seconds until the answer, by how it ended."""
 
     served: list[float] = field(default_factory=list)
+    served_at: list[float] = field(default_factory=list)
     refused: Counter[str] = field(default_factory=Counter)
     order: list[int] = field(default_factory=list)
 
@@ -89,6 +90,7 @@ class Simulation:
 
     def _release(self, now: float, request: int) -> None:
         self.outcome.served.append(now - self._came[request])
+        self.outcome.served_at.append(now)
         chosen = self.queue.next(now)
         for late in self.queue.take_overdue():
             late.cancel()
@@ -136,6 +138,23 @@ async def test_overload_keeps_nobody_waiting(loop: asyncio.AbstractEventLoop, lo
     assert outcome.p99() <= 0.1
     # Nearly all others are told at once: only the first ones are told after a wait.
     assert outcome.refused["overload"] >= 0.9 * outcome.refused.total()
+
+
+@pytest.mark.parametrize("load", [2, 3, 5])
+async def test_overload_by_one_client_keeps_its_answers_fast(loop: asyncio.AbstractEventLoop, load: int) -> None:
+    """All requests may have one token, a gateway's: they may wait in line, and who is served has not waited for long.
+
+    When the overload ends, those who still wait are served.
+    """
+    client_key.set("gateway")
+    seconds = 10
+
+    outcome = Simulation(loop).run(at_random(load * PER_SECOND, seconds))
+
+    waits = [waited for waited, at in zip(outcome.served, outcome.served_at, strict=True) if at <= seconds]
+    assert len(waits) >= 0.95 * PER_SECOND * seconds
+    assert sorted(waits)[int(0.99 * len(waits))] <= 0.1
+    assert max(outcome.served_at) <= seconds + PATIENCE_SECONDS + SERVICE_SECONDS
 
 
 async def test_plain_queue_lets_everybody_wait(loop: asyncio.AbstractEventLoop) -> None:
