@@ -48,7 +48,8 @@ SERVER_FULL = "53"
 OnConnect: TypeAlias = Callable[[KeptAliveConnection], Awaitable[None]]
 # Requests that may wait while the pool is paused; no settings ask for more than a few hundred otherwise.
 PAUSED_WAITING = 10_000
-# Seconds after a pause in which those who have waited get their turn.
+# Seconds after a pause in which those who have waited get their turn. All connections are opened anew then, so whoever
+# comes in these seconds may wait as long: with `pool_timeout`, 43 requests were refused after a planned switchover.
 RESUMED_SECONDS = 5.0
 # Opening a connection raises one of these when the database is away; anything else is a bug of the service.
 FAILURES = (DatabaseUnreachable, *DRIVER_FAILURES)
@@ -140,6 +141,8 @@ class ConnectionPool(Generic[S]):
         self._closed = False
         # Ends a pause; None while connections are handed out.
         self._pause: asyncio.TimerHandle | None = None
+        # Nobody is refused for having waited before this time of the event loop: the end of a pause, and some seconds.
+        self._patient_until = float("-inf")
         self._drained: asyncio.Event | None = None
 
     async def acquire(self) -> S:
@@ -156,9 +159,7 @@ class ConnectionPool(Generic[S]):
             raise self._refusal("closing", "The service is shutting down.")
         started = self._clock()
         loop = asyncio.get_running_loop()
-        deadline = loop.time() + self.settings.pool_timeout
-        if self._pause is not None:
-            deadline = self._pause.when() + RESUMED_SECONDS
+        deadline = max(loop.time() + self.settings.pool_timeout, self._patient_until)
         while self._idle and self._pause is None:
             # The most recently used connection comes first. It is the likeliest to live, and the others stay idle, so
             # that `tend` can close them. Handed out in turn, all of them stay in use, however few the requests are.
@@ -169,8 +170,8 @@ class ConnectionPool(Generic[S]):
         # has gone by then. Those that the pool has room for do not count, they wait for a login only.
         free = self._free
         self._queue.count_arrival(self._clock())
-        paused = self._pause is not None
-        if len(self._queue.waiters) >= free + PAUSED_WAITING if paused else not self._queue.has_room(free):
+        patient = loop.time() < self._patient_until
+        if len(self._queue.waiters) >= free + PAUSED_WAITING if patient else not self._queue.has_room(free):
             refusal, other = self._full(free), self._queue.make_room()
             if other is None:
                 raise refusal
@@ -180,8 +181,7 @@ class ConnectionPool(Generic[S]):
         if not self.asleep:
             slot = await self._wait_in_queue(deadline)
             return self._hand_out(slot, _checkout(slot), started)
-        begins = loop.time() if self._pause is None else self._pause.when()
-        slot = await self._wait_in_queue(begins + self.settings.wake_seconds + TELL_SECONDS)
+        slot = await self._wait_in_queue(max(loop.time() + self._waking_seconds, self._patient_until))
         # The time of a wake-up is counted by itself: else each morning would be an alert of slow acquisitions.
         self._watch.woke(self._clock() - started)
         return self._hand_out(slot, _checkout(slot), self._clock())
@@ -286,6 +286,10 @@ class ConnectionPool(Generic[S]):
         """Refuse a request at its deadline, and say what it waited for: a release, or a login."""
         if waiter.done() or self._pause is not None:
             return  # `resume` sets another deadline for those who have waited.
+        loop = asyncio.get_running_loop()
+        if (left := self._patient_until - loop.time()) > 0:
+            loop.call_later(left, self._expire, waiter, queued_at)
+            return
         self._queue.leave(waiter)
         seconds = self.settings.pool_timeout
         # A login that has gone on for as long as this request waited says that the database is away, and not that the
@@ -634,9 +638,10 @@ class ConnectionPool(Generic[S]):
         if self._pause is not None:
             self._pause.cancel()
         self._pause = asyncio.get_running_loop().call_later(seconds, self.resume)
+        self._patient_until = self._pause.when() + self._resumed_seconds
 
     def resume(self) -> None:
-        """End a pause: all connections are replaced, and those who have waited get RESUMED_SECONDS for their turn.
+        """End a pause: all connections are replaced, and for RESUMED_SECONDS nobody is refused for having waited.
 
         A database that sleeps gets the time to wake up.
         """
@@ -648,9 +653,17 @@ class ConnectionPool(Generic[S]):
         self._failure = None
         self._open_more()
         loop = asyncio.get_running_loop()
-        seconds = self.settings.wake_seconds + TELL_SECONDS if self.asleep else RESUMED_SECONDS
+        self._patient_until = loop.time() + self._resumed_seconds
         for waiter in self._queue.waiters:
-            loop.call_later(seconds, self._expire, waiter, loop.time())
+            loop.call_at(self._patient_until, self._expire, waiter, loop.time())
+
+    @property
+    def _resumed_seconds(self) -> float:
+        return self._waking_seconds if self.asleep else RESUMED_SECONDS
+
+    @property
+    def _waking_seconds(self) -> float:
+        return self.settings.wake_seconds + TELL_SECONDS
 
     def leave_demoted(self) -> bool:
         """Dispose of the connections to a server that takes no writes; return whether that was done.

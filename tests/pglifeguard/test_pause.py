@@ -2,6 +2,7 @@
 
 import asyncio
 from contextlib import AsyncExitStack
+from typing import Any
 
 import pytest
 
@@ -104,6 +105,27 @@ async def test_shutdown_ends_a_pause(database: Database) -> None:
 
         with pytest.raises(PoolExhausted, match="shutting down"):
             await tasks[0]
+
+
+async def test_who_comes_after_a_pause_waits_like_who_came_in_it(database: Database, proxy: Proxy) -> None:
+    """All connections are opened anew then: nobody is refused for a full queue, or for a patience that is over."""
+    hasty: dict[str, Any] = {"pool_timeout": 0.01, "pool_max_waiting": 0, "connect_timeout_seconds": 30}
+    async with pooled(proxy.url(database.url()), pool_size=1, max_overflow=0, **hasty) as p:
+        proxy.hang()
+        p.pool.pause(LONG)
+        before = await waiting(p, 1)
+        p.pool.resume()
+        after = [asyncio.create_task(p.backend()) for _ in range(3)]
+
+        async def all_wait() -> bool:
+            return len(p.pool._queue.waiters) == 4
+
+        assert await eventually(all_wait, 5)
+        for waiter in list(p.pool._queue.waiters):
+            p.pool._expire(waiter, 0.0)  # As their own timers may have done.
+        proxy.resume()
+
+        assert all(await asyncio.gather(*before, *after))
 
 
 async def test_queue_of_a_pause_is_bounded(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
