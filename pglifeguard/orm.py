@@ -55,6 +55,23 @@ class Owner(Protocol):
         """Return the connection for the session to work on."""
 
 
+class EndedOwner:
+    """Stands in for a session that has ended, so that what outlives it refuses as the session would."""
+
+    pinned = False
+    ended = True
+
+    def __init__(self, *, reads: bool) -> None:
+        self.reads = reads
+
+    def hand_over(self, _engine: Engine) -> Never:
+        """Refuse: no connection that is acquired now would ever be released."""
+        raise RuntimeError(ENDED)
+
+
+ENDED_READER, ENDED_WRITER = EndedOwner(reads=True), EndedOwner(reads=False)
+
+
 class EndedStream(ResultFetchStrategy):
     """The source of a streamed result whose session has released the connection.
 

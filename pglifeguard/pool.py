@@ -159,7 +159,7 @@ class ConnectionPool(Generic[S]):
             raise self._refusal("closing", "The service is shutting down.")
         started = self._clock()
         loop = asyncio.get_running_loop()
-        deadline = max(loop.time() + self.settings.pool_timeout, self._patient_until)
+        deadline = max(loop.time() + self._queue.patience(self.settings.pool_timeout), self._patient_until)
         while self._idle and self._pause is None:
             # The most recently used connection comes first. It is the likeliest to live, and the others stay idle, so
             # that `tend` can close them. Handed out in turn, all of them stay in use, however few the requests are.

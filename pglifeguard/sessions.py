@@ -25,7 +25,15 @@ from pglifeguard.driver_failures import LOST, SWALLOWED
 from pglifeguard.effects import effect_of
 from pglifeguard.errors import ConnectionLost, TransactionAborted
 from pglifeguard.lease import DriverLane, Lease, fetch_once
-from pglifeguard.orm import ENDED, PINNED, HeldConnection, OneConnection, refuse_transaction_options
+from pglifeguard.orm import (
+    ENDED,
+    ENDED_READER,
+    ENDED_WRITER,
+    PINNED,
+    HeldConnection,
+    OneConnection,
+    refuse_transaction_options,
+)
 from pglifeguard.query import Query
 from pglifeguard.router import ServerCheck
 
@@ -291,10 +299,19 @@ class ReadSession(AsyncSession):
         failed, and the block went on as if it had not.
         """
         self.ended, self.pinned = True, False
-        if self._lease is not None:
-            await self._end_lease("close")
-        if not self.sync_session.in_use:
-            return
+        try:
+            if self._lease is not None:
+                await self._end_lease("close")
+            if self.sync_session.in_use:
+                await self._end_objects(kind, error, trace)
+        finally:
+            # Two sessions that know each other are freed by the garbage collector alone. Beside 200 requests in flight
+            # it ran four times a second, and stopped them all for 8 to 46 ms.
+            self.sync_session.owner = ENDED_READER if self.reads else ENDED_WRITER
+
+    async def _end_objects(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         held = self.sync_session.held
         lost = held is not None and held.invalidated
         try:

@@ -22,6 +22,7 @@ clock.
 
 import asyncio
 import math
+import random
 from collections import OrderedDict
 from contextvars import ContextVar
 from typing import Generic, TypeVar
@@ -83,6 +84,18 @@ class WaitQueue(Generic[S]):
             return waiting < free + self._limit
         # One more in a client's own line keeps nobody else waiting. Refused at once, it would come back at once.
         return client in self._lines or len(self._lines) < free + self._limit
+
+    def patience(self, seconds: float) -> float:
+        """Return for how many of these seconds a request of this context's client may wait.
+
+        A client with more requests in the queue than can be served at once gets a random part for each further one.
+        When 200 requests that had come at once were refused at once, their client sent them again at once, and twice a
+        second all others waited for a tenth of a second.
+        """
+        client = client_key.get()
+        if client is None or len(self._lines.get(client, ())) < self._settings.capacity:
+            return seconds
+        return random.uniform(seconds / 2, seconds)  # noqa: S311  # No secret.
 
     def count_arrival(self, now: float) -> None:
         """Count a request that found no connection, whether it then joins or is refused."""

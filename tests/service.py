@@ -93,7 +93,8 @@ async def listening(
 
     One that is `running`, by `serving`, has its lifespan open: opened twice, it would leave its tasks behind.
     """
-    with socket.socket() as listener:
+    # With the protocol named, asyncio turns off the delay of small packets, which costs each request 40 ms here.
+    with socket.socket(proto=socket.IPPROTO_TCP) as listener:
         listener.bind(("127.0.0.1", 0))
         server = uvicorn.Server(
             uvicorn.Config(

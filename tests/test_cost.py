@@ -4,7 +4,9 @@ Counts do not depend on the machine or on what else it does, so a regression sho
 bands are two-sided: an improvement must lower them, or the next regression hides in the room that it left.
 """
 
+import gc
 import sys
+from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -200,3 +202,26 @@ async def test_round_trips(seeded: Database, proxy: Proxy, replica_proxy: Proxy,
         await client.send(cost)
 
         assert (proxy.round_trips, replica_proxy.round_trips) == (cost.primary, cost.replica)
+
+
+@pytest.mark.parametrize("name", COSTS)
+async def test_leaves_nothing_to_the_garbage_collector(counted: Service, name: str) -> None:
+    """What a request has made is freed with its answer: no object is part of a cycle."""
+    client, cost = Client(counted), COSTS[name]
+    for _ in range(WARM_UP):
+        await client.send(cost)
+    gc.collect()
+    gc.disable()
+    gc.set_debug(gc.DEBUG_SAVEALL)
+    try:
+        for _ in range(REPETITIONS):
+            await client.send(cost)
+        gc.collect()
+        # What runs beside the requests, such as the monitor, leaves a handful.
+        kinds = Counter(type(thing).__qualname__ for thing in gc.garbage)
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+        gc.enable()
+
+    assert not {kind: count for kind, count in kinds.items() if count >= REPETITIONS}

@@ -195,10 +195,14 @@ async def test_one_client_starves_nobody(database: Database, tmp_path: Path, mea
             client.close()
 
     served_ones = sum(answer.status == 200 for answer in beside)
-    before, later = (quantile([a.seconds for a in answers], 0.99) for answers in (alone, beside))
+    # All two hundred come at once. Whoever comes among them waits until the process has read them all.
+    begun = beside[0].asked_at + ONSET_SECONDS
+    onset = max(answer.seconds for answer in beside if answer.asked_at < begun)
+    before = quantile([answer.seconds for answer in alone], 0.99)
+    later = quantile([answer.seconds for answer in beside if answer.asked_at >= begun], 0.99)
     measured(
         f"{served_ones} of {len(beside)} served, p99 {later * 1000:.0f} ms, {before * 1000:.0f} ms without the other, "
-        f"who was served {served_greedily} times"
+        f"who was served {served_greedily} times; slowest when the 200 arrive {onset * 1000:.0f} ms"
     )
     assert {answer.status for answer in alone} == {200}
     in_time(served_ones >= 0.999 * len(beside), served_ones / len(beside))

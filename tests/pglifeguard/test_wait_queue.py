@@ -275,3 +275,21 @@ async def test_client_may_wait_in_its_own_line_while_the_queue_stands(loop: asyn
             queue.join(loop.create_future(), 0.0)
 
     assert room == [True, True, True, True, False, False]
+
+
+async def test_requests_of_one_client_give_up_one_after_another(loop: asyncio.AbstractEventLoop) -> None:
+    """Told all at once, they would come again all at once. Who has few in the queue has its whole patience."""
+    queue: WaitQueue[int] = WaitQueue(settings())
+    client_key.set("greedy")
+    patience = []
+    for _ in range(settings().capacity + 100):
+        patience.append(queue.patience(0.5))
+        queue.join(loop.create_future(), 0.0)
+    client_key.set("polite")
+    polite = queue.patience(0.5)
+    client_key.set(None)
+
+    few, many = patience[: settings().capacity], patience[settings().capacity :]
+    assert {*few, polite, queue.patience(0.5)} == {0.5}
+    assert 0.25 <= min(many) < 0.3
+    assert 0.45 < max(many) <= 0.5
