@@ -1,10 +1,12 @@
 # Every recipe is one command that a person could type. `make` alone lists the targets.
 .DEFAULT_GOAL := help
-.PHONY: help install run test test-fast test-compose chaos poolers check lint types format lock clean bench
+.PHONY: help install run test test-fast test-compose chaos soak poolers check lint types format lock clean bench
 
 PYTHON ?= python3
 BIN := .venv/bin
 ARGS ?=
+# How long `make soak` takes, in whole minutes.
+SECONDS ?= 1200
 # Processes that run tests, each with a primary and replica of its own; 0 runs them in pytest itself.
 TESTERS ?= 0
 
@@ -39,6 +41,9 @@ test-compose: install  ## Build and start the compose stack, break it, and take 
 
 chaos: install  ## Break databases, network and processes, and print what was measured (ARGS=--write-figures)
 	CHAOS=full $(BIN)/python -m pytest -v --timeout 300 tests/chaos $(ARGS)
+
+soak: install  ## Serve for 20 minutes while connections and the replica are broken (SECONDS=300 ARGS=--write-figures)
+	CHAOS=full SOAK_SECONDS=$(SECONDS) $(BIN)/python -m pytest -s tests/chaos/test_soak.py $(ARGS)
 
 poolers: install  ## Play what a service relies on behind each pooler, and write docs/poolers.md (Docker for most)
 	POOLERS=full $(BIN)/python -m pytest -q --timeout 300 tests/poolers $(ARGS)

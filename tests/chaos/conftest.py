@@ -11,18 +11,22 @@ from tests.chaos import FULL
 from tests.conftest import Database
 
 TABLE = Path(__file__).parents[2] / "docs" / "failures.md"
-# The column of the table, by position; the last one names the test.
+# The column of a table, by position; the last one names the test, or the figure.
 MEASURED = 3
 
 _measured: dict[str, str] = {}
 
 
 @pytest.fixture
-def measured(request: pytest.FixtureRequest) -> Callable[[str], None]:
-    """Give a function that keeps the figures of this test for the table; later ones are added to earlier ones."""
-    name = request.node.name.partition("[")[0]
+def measured(request: pytest.FixtureRequest) -> Callable[..., None]:
+    """Give a function that keeps the figures of this test for the table; later ones are added to earlier ones.
 
-    def note(figures: str) -> None:
+    They are for the row whose last cell names this test, or is `row`.
+    """
+    test = request.node.name.partition("[")[0]
+
+    def note(figures: str, *, row: str | None = None) -> None:
+        name = row or test
         _measured[name] = f"{_measured[name]}; {figures}" if name in _measured else figures
 
     return note

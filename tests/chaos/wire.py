@@ -26,13 +26,13 @@ class Client:
         self._idle: list[Streams] = []
         self._opened: set[asyncio.StreamWriter] = set()
 
-    async def ask(self, method: str, path: str, body: Any = None) -> Answer:
-        """Send one request and read its answer."""
+    async def ask(self, method: str, path: str, body: Any = None, **headers: str) -> Answer:
+        """Send one request and read its answer; headers are written with underscores."""
         asked_at = time.monotonic()
         reader, writer = self._kept() or await self.connect()
         kept = False
         try:
-            writer.write(self.request(method, path, body))
+            writer.write(self.request(method, path, body, **headers))
             status, headers, content = await _read(reader)
             kept = self._keep and headers.get("connection") != "close"
         finally:
@@ -48,13 +48,14 @@ class Client:
         self._opened.add(writer)
         return reader, writer
 
-    def request(self, method: str, path: str, body: Any = None) -> bytes:
+    def request(self, method: str, path: str, body: Any = None, **headers: str) -> bytes:
         """Write a request down."""
+        more = "".join(f"{name.replace('_', '-')}: {value}\r\n" for name, value in headers.items())
         content = b"" if body is None else json.dumps(body).encode()
         head = (
             f"{method} {path} HTTP/1.1\r\nHost: test\r\nContent-Type: application/json\r\n"
             f"Content-Length: {len(content)}\r\nConnection: {'keep-alive' if self._keep else 'close'}\r\n"
-            f"{self._authorization}\r\n"
+            f"{self._authorization}{more}\r\n"
         )
         return head.encode() + content
 
