@@ -12,6 +12,8 @@ from urllib.parse import urlsplit
 from tests.chaos.load import Answer
 
 Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
+# The server closes what has idled for five seconds, perhaps while a request is on its way.
+KEPT_SECONDS = 4.0
 
 
 class Client:
@@ -23,7 +25,7 @@ class Client:
         self._authorization = "" if token is None else f"Authorization: Bearer {token}\r\n"
         self._address = (parts.hostname or "", parts.port or 80)
         self._keep = keep
-        self._idle: list[Streams] = []
+        self._idle: list[tuple[Streams, float]] = []
         self._opened: set[asyncio.StreamWriter] = set()
 
     async def ask(self, method: str, path: str, body: Any = None, **headers: str) -> Answer:
@@ -37,7 +39,7 @@ class Client:
             kept = self._keep and headers.get("connection") != "close"
         finally:
             if kept:
-                self._idle.append((reader, writer))
+                self._idle.append(((reader, writer), time.monotonic()))
             else:
                 self._drop(writer)
         return Answer(status, headers, content, asked_at, time.monotonic())
@@ -67,9 +69,9 @@ class Client:
 
     def _kept(self) -> Streams | None:
         while self._idle:
-            reader, writer = self._idle.pop()
-            # The server closes what idled for five seconds.
-            if not reader.at_eof() and not writer.is_closing():
+            (reader, writer), since = self._idle.pop()
+            lately = time.monotonic() - since < KEPT_SECONDS
+            if lately and not reader.at_eof() and not writer.is_closing():
                 return reader, writer
             self._drop(writer)
         return None
