@@ -10,7 +10,7 @@ from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal, get_args
 
 from prometheus_client import Counter, Histogram
 
@@ -22,6 +22,9 @@ logger = logging.getLogger(__name__)
 
 # A statement is cut to this length in the log: enough to find it, too little to flood.
 STATEMENT_CHARACTERS = 200
+
+# How the wait for a connection ended; the metric's label.
+WaitOutcome = Literal["granted", "refused", "cancelled"]
 
 # The holder of connections that are acquired in this context: the route template of a request, or the name of a task.
 holder: ContextVar[str] = ContextVar("holder", default="background")
@@ -127,11 +130,17 @@ class PoolWatch:
         # Routes are templates and a handful: the caches stay small.
         self._hold: Callable[[str], Histogram] = lru_cache(lambda route: metrics.hold_seconds.labels(pool, route))
         self._idle: Callable[[str], Histogram] = lru_cache(lambda route: metrics.idle_hold_seconds.labels(pool, route))
+        self._waited: Callable[[str], Histogram] = lru_cache(lambda how: metrics.wait_seconds.labels(pool, how))
+        self._cancelled: Callable[[str], Counter] = lru_cache(lambda why: metrics.cancelled.labels(pool, why))
         self._rejected: Callable[[str], Counter] = lru_cache(lambda why: metrics.rejected.labels(pool, why))
         self._replaced: Callable[[str], Counter] = lru_cache(lambda why: metrics.invalidations.labels(pool, why))
         for reason in ("queue_full", "overload", "timeout", "closing"):
             # A rate needs a zero to start from: without it the first refusal would not show.
             self._rejected(reason)
+        for reason in ("client_left", "cancelled"):
+            self._cancelled(reason)
+        for outcome in get_args(WaitOutcome):
+            self._waited(outcome)
 
     def acquired(self, seconds: float, holder: str) -> None:
         """Count a checkout and the seconds that it took."""
@@ -140,9 +149,17 @@ class PoolWatch:
         self._hold(holder)
         self._idle(holder)
 
-    def waited(self) -> None:
-        """Count an acquisition that has to queue."""
+    def queued(self) -> None:
+        """Count an acquisition that has to queue; `waited` follows."""
         self._wait.inc()
+
+    def waited(self, seconds: float, outcome: WaitOutcome) -> None:
+        """Count the seconds in the queue of an acquisition that `queued` has counted, and how its wait ended."""
+        self._waited(outcome).observe(seconds)
+
+    def cancelled(self, reason: str) -> None:
+        """Count an acquisition that was given up while it waited."""
+        self._cancelled(reason).inc()
 
     def woke(self, seconds: float) -> None:
         """Count an acquisition that waited for a sleeping database, and the seconds that it waited."""

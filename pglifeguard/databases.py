@@ -342,6 +342,7 @@ class Databases:
             metrics.pool_available.labels(name).set(figures.available)
             metrics.pool_checked_out.labels(name).set(figures.checked_out)
             metrics.pool_open.labels(name).set(figures.checked_out + figures.checked_in)
+            metrics.pool_connecting.labels(name).set(figures.connecting)
             metrics.pool_waiting.labels(name).set(figures.waiting)
             metrics.asleep.labels(name).set(database.monitor.asleep)
             if database.monitor.asleep:

@@ -1,8 +1,9 @@
 """Every Prometheus object: name, help, labels, buckets. No logic.
 
-Wait, connect, query and hold are four different times. A request first waits for a connection (`acquire`, which
-includes a login where one is needed), then runs statements (`query`), and holds the connection meanwhile (`hold`). The
-time that it holds the connection without a statement is `idle hold`: slow work that is done at the wrong place.
+Wait, connect, query and hold are four different times. A request first gets a connection (`acquire`, of which `wait` is
+the time in the queue, and `connect` that of a login), then runs statements (`query`), and holds the connection
+meanwhile (`hold`). The time that it holds the connection without a statement is `idle hold`: slow work that is done at
+the wrong place.
 
 `Metrics` is made once per application, with a registry of its own, so that two applications in one process do not
 share figures. In multi-process mode (PROMETHEUS_MULTIPROC_DIR) gauges are the sum over the living workers, or the
@@ -61,6 +62,9 @@ class Metrics:
         )
         self.pool_checked_out = gauge("db_pool_connections_checked_out", "Connections at work.", "pool")
         self.pool_open = gauge("db_pool_connections_open", "Connections open, at work or idle.", "pool")
+        self.pool_connecting = gauge(
+            "db_pool_connections_connecting", "Connections being opened, checked or handed over.", "pool"
+        )
         self.pool_waiting = gauge("db_pool_connections_waiting", "Requests in the queue for a connection.", "pool")
         self.up = gauge(
             "db_up",
@@ -83,6 +87,19 @@ class Metrics:
             buckets=ACQUIRE_BUCKETS,
         )
         self.wait = counter("db_connection_wait_total", "Acquisitions that had to wait in the queue.", "pool")
+        self.wait_seconds = histogram(
+            "db_connection_wait_seconds",
+            "Seconds in the queue of those that db_connection_wait_total counts, by how it ended: granted, refused or "
+            "cancelled.",
+            "pool",
+            "outcome",
+        )
+        self.cancelled = counter(
+            "db_connection_cancelled_total",
+            "Acquisitions given up while they waited: client_left, or cancelled with their task.",
+            "pool",
+            "reason",
+        )
         self.rejected = counter(
             "db_connection_rejected_total",
             "Acquisitions refused: queue_full, overload (the queue stands), timeout (the deadline passed) or closing.",

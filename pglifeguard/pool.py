@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Any, Generic, Protocol, TypeAlias, TypeVar
 
-from pglifeguard.checkout import Checkout, Holding, PoolFigures, PoolWatch, holder, holding_of
+from pglifeguard.checkout import Checkout, Holding, PoolFigures, PoolWatch, WaitOutcome, holder, holding_of
 from pglifeguard.connector import KeptAliveConnection, password_is_late
 from pglifeguard.database_settings import DatabaseSettings
 from pglifeguard.driver_failures import DRIVER_FAILURES
@@ -176,12 +176,13 @@ class ConnectionPool(Generic[S]):
             if other is None:
                 raise refusal
             _refuse(other, refusal)
-        if len(self._queue.waiters) >= free:
-            self._watch.waited()
+        if queued := len(self._queue.waiters) >= free:
+            self._watch.queued()
         if not self.asleep:
-            slot = await self._wait_in_queue(deadline)
+            slot = await self._wait_in_queue(deadline, queued=queued)
             return self._hand_out(slot, _checkout(slot), started)
-        slot = await self._wait_in_queue(max(loop.time() + self._waking_seconds, self._patient_until))
+        waking_until = max(loop.time() + self._waking_seconds, self._patient_until)
+        slot = await self._wait_in_queue(waking_until, queued=queued)
         # The time of a wake-up is counted by itself: else each morning would be an alert of slow acquisitions.
         self._watch.woke(self._clock() - started)
         return self._hand_out(slot, _checkout(slot), self._clock())
@@ -226,10 +227,13 @@ class ConnectionPool(Generic[S]):
             return None
         return self._hand_out(self._idle.pop(), checkout, now)
 
-    async def _wait_in_queue(self, deadline: float) -> S:
+    async def _wait_in_queue(self, deadline: float, *, queued: bool) -> S:
+        """Wait for a connection; `queued` says that others wait for a release too, and not for a login only."""
         loop = asyncio.get_running_loop()
         waiter: asyncio.Future[S] = loop.create_future()
-        self._queue.join(waiter, self._clock())
+        joined = self._clock()
+        outcome: WaitOutcome = "refused"
+        self._queue.join(waiter, joined)
         # A timer ends the wait, and not asyncio.timeout, which would cancel the task: a cancel in the same turn of the
         # event loop as a grant is how connections get lost (SQLAlchemy 2.0.43 and 2.1.1 lose slots in this way).
         self._open_more()
@@ -237,7 +241,10 @@ class ConnectionPool(Generic[S]):
         timer = loop.call_at(deadline, self._expire, waiter, loop.time())
         try:
             slot = await waiter
+            outcome = "granted"
         except asyncio.CancelledError:
+            outcome = "cancelled"
+            self._watch.cancelled("cancelled")
             # The answer came in the same turn as the cancel. A granted connection goes to the next request. A refusal
             # granted nothing: when it was handed back all the same, the pool opened more than its capacity.
             if waiter.done() and not waiter.cancelled() and waiter.exception() is None:
@@ -248,6 +255,8 @@ class ConnectionPool(Generic[S]):
         finally:
             timer.cancel()
             self._queue.leave(waiter)
+            if queued:
+                self._watch.waited(self._clock() - joined, outcome)
         self._in_hand.discard(slot)
         return slot
 

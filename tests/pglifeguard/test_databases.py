@@ -102,9 +102,9 @@ async def test_gauges_are_what_the_pools_are(database: Database) -> None:
 
         figures = {
             name: service.sample(f"db_pool_connections_{name}", pool="primary")
-            for name in ("total", "available", "checked_out", "waiting")
+            for name in ("total", "available", "checked_out", "connecting", "waiting")
         }
-        assert figures == {"total": 3, "available": 2, "checked_out": 1, "waiting": 0}
+        assert figures == {"total": 3, "available": 2, "checked_out": 1, "connecting": 0, "waiting": 0}
         assert service.sample("db_pool_connections_open", pool="primary") == 2
         assert service.sample("db_up", pool="primary") == 1
 

@@ -5,7 +5,7 @@ import gc
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import AsyncExitStack
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import asyncpg
 import pytest
@@ -14,6 +14,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from local.waiting import eventually
 from pglifeguard import database as database_module
+from pglifeguard.checkout import WaitOutcome
 from pglifeguard.connector import KeptAliveConnection
 from pglifeguard.errors import DatabaseUnreachable, PoolExhausted, sqlstate
 from pglifeguard.lease import fetch_once
@@ -299,6 +300,30 @@ async def test_cancelled_waiter_leaves_the_queue(database: Database) -> None:
             assert p.pool.figures().waiting == 0
 
         assert await p.backend()
+
+
+async def test_wait_is_counted_by_its_end(database: Database, clock: Clock) -> None:
+    """The seconds in the queue count for the served, the refused and the cancelled alike, and are no logins."""
+    async with pooled(database.url(), pool_size=1, max_overflow=0, pool_timeout=10, clock=clock) as p:
+        async with AsyncExitStack() as stack:
+            await hold(p, stack, 1)
+            tasks = [taking(p) for _ in range(3)]
+            await p.waiting(3)
+            clock.now += 3
+            tasks[0].cancel()
+            await p.waiting(2)
+            clock.now += 4
+            p.pool._expire(next(iter(p.pool._queue.waiters)), 0.0)
+            await asyncio.wait(tasks[1:2])
+            clock.now += 5
+        ends = await asyncio.gather(*tasks, return_exceptions=True)
+
+        assert [type(end) for end in ends] == [asyncio.CancelledError, PoolExhausted, int]
+        seconds = {how: p.sample("db_connection_wait_seconds_sum", outcome=how) for how in get_args(WaitOutcome)}
+        assert seconds == {"cancelled": 3, "refused": 7, "granted": 12}
+        counts = [p.sample("db_connection_wait_seconds_count", outcome=how) for how in seconds]
+        assert (sum(counts), p.sample("db_connection_wait_total")) == (3, 3)
+        assert p.sample("db_connection_cancelled_total", reason="cancelled") == 1
 
 
 async def test_permit_granted_to_a_cancelled_waiter_goes_on(database: Database) -> None:
