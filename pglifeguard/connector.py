@@ -17,11 +17,12 @@ from pglifeguard.database_settings import DatabaseSettings
 from pglifeguard.database_url import Host, KeepAlive
 from pglifeguard.driver_failures import DRIVER_FAILURES
 from pglifeguard.errors import DatabaseUnreachable, sqlstate
+from pglifeguard.fence import Fence
 from pglifeguard.host_search import HostSearch
 from pglifeguard.lookup import Lookups
 from pglifeguard.pooler import PoolerRefused, refused_parameter
 from pglifeguard.pooler_look import PoolerLook
-from pglifeguard.server import is_missing_feature
+from pglifeguard.server import WRITTEN_TIMELINE, is_missing_feature
 from pglifeguard.tracked_connection import TrackedConnection
 
 logger = logging.getLogger(__name__)
@@ -35,14 +36,18 @@ UNACKNOWLEDGED_MILLISECONDS = 30_000
 LOGIN_REFUSED = ("28", "08P01")
 # Seconds between two questions for a password that is late.
 RETRY_SECONDS = 0.1
-# The start time tells two servers behind one address apart: they were not started in the same microsecond.
-SERVER_IDENTITY = """
-SELECT current_setting('transaction_read_only')::boolean AS read_only, pg_backend_pid() AS process,
-       extract(epoch FROM pg_postmaster_start_time())::float8 AS server, inet_client_port() AS port
-"""
-# For a server that has no pg_postmaster_start_time.
 SERVER_IDENTITY_MINIMAL = (
     "SELECT current_setting('transaction_read_only')::boolean AS read_only, pg_backend_pid() AS process"
+)
+# The start time tells two servers behind one address apart: they were not started in the same microsecond.
+SERVER_IDENTITY = (
+    f"{SERVER_IDENTITY_MINIMAL}, extract(epoch FROM pg_postmaster_start_time())::float8 AS server,"
+    " inet_client_port() AS port"
+)
+# What a fence needs to know, asked by itself: a read/write splitter sends a query with these functions to the primary.
+TIMELINE = (
+    "SELECT (SELECT system_identifier FROM pg_control_system()) AS system,"  # noqa: S608  # Constants.
+    f" CASE WHEN NOT pg_is_in_recovery() THEN {WRITTEN_TIMELINE} END AS timeline"
 )
 
 
@@ -114,7 +119,7 @@ class Connector:
     Keep one for each database, and `close` it: logins go on after the calls that asked for them.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  # Where to connect, and five things that not every caller wants.
         self,
         settings: DatabaseSettings,
         *,
@@ -122,11 +127,13 @@ class Connector:
         console: bool = False,
         warn_as: str | None = None,
         look: PoolerLook | None = None,
+        fence: Fence | None = None,
     ) -> None:
         """Connect as `settings` say.
 
         With `warn_as`, the log says once, under that name, that a connection leaves the machine without encryption.
-        With `look`, a connection is given out when that has let it pass.
+        With `look`, a connection is given out when that has let it pass. With `fence`, a primary that was replaced is
+        refused.
         """
         self.settings = settings
         self.look = look
@@ -151,6 +158,7 @@ class Connector:
         # The connection that was opened last; it says what the next hop is, and what protects the way to it.
         self.latest: KeptAliveConnection | None = None
         self._warn_as = warn_as
+        self._fence = fence
 
     @property
     def login_seconds(self) -> float:
@@ -208,7 +216,8 @@ class Connector:
         cache_size = self.statement_cache_size
         connection = await self._log_in(host, deadline, cache_size)
         try:
-            await self._check_writes(connection, host, deadline)
+            if not self.console:
+                await self._identify(connection, host, deadline)
             if self.look is not None:
                 await self.look.admit(
                     connection,
@@ -232,10 +241,43 @@ class Connector:
             self._warn_as = None
         return connection
 
-    async def _check_writes(self, connection: KeptAliveConnection, host: Host, deadline: float) -> None:
-        takes_no_writes = not self.console and await _takes_no_writes(connection, deadline)
-        if self.writable and takes_no_writes and len(self.hosts) > 1:
+    async def _identify(self, connection: KeptAliveConnection, host: Host, deadline: float) -> None:
+        """Ask the server for its identity.
+
+        Raises: ConnectionRefusedError when it takes no writes and another host may, and when it was replaced.
+        """
+        timer = asyncio.get_running_loop().call_at(deadline, connection.cut)
+        try:
+            await self._ask_identity(connection, host)
+            if self._fence is not None:
+                await self._ask_timeline(connection, host, self._fence)
+        finally:
+            timer.cancel()
+
+    async def _ask_identity(self, connection: KeptAliveConnection, host: Host) -> None:
+        try:
+            identity = await _fetch_row(connection, SERVER_IDENTITY)
+        except asyncpg.PostgresError as error:
+            if not is_missing_feature(error):
+                raise
+            identity = await _fetch_row(connection, SERVER_IDENTITY_MINIMAL)
+        connection.server = identity.get("server")
+        connection.pooled = identity["process"] != connection.get_server_pid()
+        port = connection.transport.get_extra_info("sockname")[1:2]
+        connection.direct = not connection.pooled and identity.get("port") == next(iter(port), None)
+        if self.writable and identity["read_only"] and len(self.hosts) > 1:
             raise ConnectionRefusedError(f"{host} takes no writes")
+
+    async def _ask_timeline(self, connection: KeptAliveConnection, host: Host, fence: Fence) -> None:
+        try:
+            seen = await _fetch_row(connection, TIMELINE)
+        except asyncpg.PostgresError as error:
+            if not is_missing_feature(error):
+                raise
+            return  # Aurora has no such functions, and no timelines.
+        if refusal := fence.refusal(seen["system"], seen["timeline"]):
+            raise ConnectionRefusedError(f"{host} {refusal}")
+        fence.see(seen["system"], seen["timeline"], connection.server)
 
     async def _log_in(self, host: Host, deadline: float, statement_cache_size: int) -> KeptAliveConnection:
         settings, parameters = self.settings, self.parameters
@@ -275,26 +317,7 @@ def password_is_late(error: Exception, settings: DatabaseSettings) -> bool:
     return isinstance(error.__cause__, PasswordUnavailable) or (refused and settings.password_may_change)
 
 
-async def _takes_no_writes(connection: KeptAliveConnection, deadline: float) -> bool:
-    """Ask the server for its identity; return whether it is a standby or was demoted."""
-    timer = asyncio.get_running_loop().call_at(deadline, connection.cut)
-    try:
-        try:
-            identity = await _identity(connection, SERVER_IDENTITY)
-        except asyncpg.PostgresError as error:
-            if not is_missing_feature(error):
-                raise
-            identity = await _identity(connection, SERVER_IDENTITY_MINIMAL)
-    finally:
-        timer.cancel()
-    connection.server = identity.get("server")
-    connection.pooled = identity["process"] != connection.get_server_pid()
-    port = connection.transport.get_extra_info("sockname")[1:2]
-    connection.direct = not connection.pooled and identity.get("port") == next(iter(port), None)
-    return bool(identity["read_only"])
-
-
-async def _identity(connection: KeptAliveConnection, sql: str) -> asyncpg.Record:
+async def _fetch_row(connection: KeptAliveConnection, sql: str) -> asyncpg.Record:
     # By a statement without a name: behind a pooler that keeps none, a name may be another client's, and the login
     # would fail.
     prepared = await connection.prepare(sql, name="")

@@ -12,6 +12,7 @@ from pglifeguard import dialect
 from pglifeguard.checkout import PoolWatch
 from pglifeguard.connector import Connector
 from pglifeguard.database_settings import DatabaseSettings
+from pglifeguard.fence import Fence
 from pglifeguard.metrics import Metrics
 from pglifeguard.monitor import Monitor, Probe
 from pglifeguard.pool import OnConnect
@@ -71,13 +72,17 @@ class Database:
             parameters=startup_parameters(settings.parameters.server_settings),
             keeps_statements=settings.statement_cache_size > 0,
         )
+        # Replicas take no writes, and each standby is judged where it is read from.
+        self.fence = Fence()
+        fence = self.fence if role == "primary" else None
         self.connector = connector = Connector(
             settings,
             writable=role == "primary",
             warn_as=name if service.warn_unencrypted else None,
             look=look if settings.pooler_check else None,
+            fence=fence,
         )
-        self.monitor = Monitor(name, connector, service, metrics)
+        self.monitor = Monitor(name, connector, service, metrics, fence)
         self.engine = create_async_engine(
             # SQLAlchemy reads the dialect from this URL; the connector knows where to connect.
             dialect.URL,
@@ -113,10 +118,28 @@ class Database:
         )
         self._server: float | None = None
         if role == "primary":
+            self.fence.leave = lambda server: self.pool.abandon(keep=server)
             self.monitor.listeners.append(self._leave_replaced_server)
         self._answered_at = time.monotonic()
         if role != "replica":  # A replica's reads are cut sooner: they are run once more on the primary.
             self.monitor.listeners.append(self._cut_mute_server)
+
+    def learn_from(self, replica: "Database") -> None:
+        """Let a replica's probes tell this primary that it was replaced.
+
+        A standby that follows a newer timeline does, and a promoted one where this database's URL names it as a host.
+        Another replica that was promoted, by mistake or for tests, is no successor: see replica.py.
+        """
+        successor = not set(self.connector.hosts).isdisjoint(replica.connector.hosts)
+
+        def see(probe: Probe) -> None:
+            at = probe.position
+            if at.in_recovery:
+                self.fence.see(at.system, at.timeline, None)
+            elif successor:
+                self.fence.see(at.system, at.timeline, at.started)
+
+        replica.monitor.listeners.append(see)
 
     def _cut_mute_server(self, probe: Probe) -> None:
         """Cut the statements that wait on a server which answers no probe, no login and no statement."""

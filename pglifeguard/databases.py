@@ -103,6 +103,8 @@ class Databases:
             database("replica" if len(settings.replicas) == 1 else f"replica-{number}", "replica", chosen)
             for number, chosen in enumerate(settings.replicas, 1)
         ]
+        for replica in self.replicas:
+            self.primary.learn_from(replica)
         self.router = Router(
             self.primary,
             [Replica(database, self.primary.monitor, settings, metrics) for database in self.replicas],

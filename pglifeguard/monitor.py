@@ -18,6 +18,7 @@ import asyncpg
 from pglifeguard.connector import Connector, KeptAliveConnection
 from pglifeguard.driver_failures import DRIVER_FAILURES
 from pglifeguard.errors import DatabaseUnavailable, DatabaseUnreachable
+from pglifeguard.fence import Fence
 from pglifeguard.metrics import Metrics
 from pglifeguard.server import UNKNOWN, Position, PositionQuery, is_missing_feature
 from pglifeguard.settings import DatabasesSettings
@@ -59,7 +60,14 @@ class SleepingPool(Protocol):
 class Monitor:
     """Probes one database through a connection of its own."""
 
-    def __init__(self, name: str, connector: Connector, settings: DatabasesSettings, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        name: str,
+        connector: Connector,
+        settings: DatabasesSettings,
+        metrics: Metrics,
+        fence: Fence | None = None,
+    ) -> None:
         self.name = name
         self.last = Probe(at=time.monotonic(), status="unknown")
         # The position of the last probe that was answered; it is kept when the database goes away.
@@ -77,6 +85,7 @@ class Monitor:
         self._probe: asyncio.Task[Probe] | None = None
         self._turn = asyncio.Lock()
         self._pool: SleepingPool | None = None
+        self._fence = fence
 
     @property
     def healthy(self) -> bool:
@@ -183,6 +192,11 @@ class Monitor:
             # probe connects anew.
             self._disconnect()
             return Probe(now, "error", now - started, "The server takes no writes.", position)
+        if self._fence is not None:
+            if refusal := self._fence.refusal(position.system, position.timeline):
+                self._disconnect()
+                return Probe(now, "error", now - started, f"The server {refusal}.", position)
+            self._fence.see(position.system, position.timeline, position.started)
         if position.is_same_server(self.position) and position.in_recovery and position.timeline is not None:
             # The WAL receiver may have reported a later timeline than the control file does, and have ended since.
             position = replace(position, timeline=max(position.timeline, self.position.timeline or 0))

@@ -19,6 +19,8 @@ from asyncpg import Record
 from pglifeguard.errors import sqlstate
 
 RECOVERY = "in_recovery"
+# The timeline of a server that is not in recovery.
+WRITTEN_TIMELINE = "('x' || left(pg_walfile_name(pg_current_wal_insert_lsn()), 8))::bit(32)::int"
 # The parts of a position, by name. `r.in_recovery` is whether the server is in recovery, false where it cannot tell.
 PARTS = {
     "read_only": "current_setting('transaction_read_only')::boolean",
@@ -30,8 +32,7 @@ PARTS = {
     " THEN extract(epoch FROM clock_timestamp() - pg_last_xact_replay_timestamp())::float8 END",
     # A primary knows its timeline. A standby has three sources. The WAL receiver is the first to know a new timeline,
     # and shows it to roles in pg_read_all_stats; the control file may have it a checkpoint later. Timelines only rise.
-    "written_timeline": "CASE WHEN NOT r.in_recovery"
-    " THEN ('x' || left(pg_walfile_name(pg_current_wal_insert_lsn()), 8))::bit(32)::int END",
+    "written_timeline": f"CASE WHEN NOT r.in_recovery THEN {WRITTEN_TIMELINE} END",
     "checkpoint_timeline": "CASE WHEN r.in_recovery THEN (SELECT timeline_id FROM pg_control_checkpoint()) END",
     "recovery_timeline": "CASE WHEN r.in_recovery"
     " THEN (SELECT min_recovery_end_timeline FROM pg_control_recovery()) END",
