@@ -79,6 +79,8 @@ class Checkout:
 class PoolFigures:
     """One instant of a pool. `checked_out + connecting + available == total`, always.
 
+    Only in a pool that was made smaller the sum is more, until what is beyond its size is released.
+
     `connecting` counts the requests within `total` whose connection was just granted, or is being probed or opened, and
     the logins that no request waits for any more. `waiting` counts the requests beyond `total`.
     """

@@ -141,6 +141,11 @@ class Database:
 
         replica.monitor.listeners.append(see)
 
+    def resize(self, settings: DatabaseSettings) -> None:
+        """Take the size of these settings, which are otherwise those of this database."""
+        self.settings = settings
+        self.pool.resize(settings)
+
     def _cut_mute_server(self, probe: Probe) -> None:
         """Cut the statements that wait on a server which answers no probe, no login and no statement."""
         if probe.status != "timeout":

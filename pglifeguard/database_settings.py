@@ -69,6 +69,9 @@ def _checked_password_file(path: Path) -> Path:
 # bill. While the database wakes up, the requests of many seconds wait in the queue, and not those of half a second.
 SLEEPING = {"pool_idle_seconds": 60, "pool_max_waiting": 1000}
 
+# The most connections in each of the two sizes of a pool.
+MOST = 500
+
 DatabaseUrl = Annotated[SecretStr, AfterValidator(_checked_url)]
 PasswordFile = Annotated[Path, AfterValidator(_checked_password_file)]
 
@@ -95,8 +98,8 @@ class DatabaseSettings(BaseModel):
         le=300,
         description="Seconds to wait for a sleeping database to wake up, before a 503; otherwise not used.",
     )
-    pool_size: int = Field(10, ge=1, le=500, description="Connections kept open.")
-    max_overflow: int = Field(5, ge=0, le=500, description="Connections beyond pool_size under a burst.")
+    pool_size: int = Field(10, ge=1, le=MOST, description="Connections kept open.")
+    max_overflow: int = Field(5, ge=0, le=MOST, description="Connections beyond pool_size under a burst.")
     pool_timeout: float = Field(
         0.5, gt=0, le=60, description="Seconds to wait, connect and check, all together, before a 503."
     )
@@ -187,6 +190,18 @@ class DatabaseSettings(BaseModel):
         asking = self.model_copy()
         asking._password = source  # noqa: SLF001  # Of the same class.
         return asking
+
+    def resized(self, pool_size: int, max_overflow: int) -> Self:
+        """Return these settings with another size; of a smaller pool no more connections are kept warm than it keeps.
+
+        Raises: ValueError when a size is out of its bounds.
+        """
+        if not (1 <= pool_size <= MOST and 0 <= max_overflow <= MOST):
+            raise ValueError(f"pool_size is 1 to {MOST} and max_overflow 0 to {MOST}")
+        warm = None if self.pool_min_size is None else min(self.pool_min_size, pool_size)
+        return self.model_copy(
+            update={"pool_size": pool_size, "max_overflow": max_overflow, "pool_min_size": warm},
+        )
 
     @property
     def capacity(self) -> int:

@@ -22,7 +22,7 @@ from pglifeguard.credentials import PasswordSource
 from pglifeguard.database import Database, Isolation, Role
 from pglifeguard.database_settings import DatabaseSettings
 from pglifeguard.environment import SettingsError
-from pglifeguard.errors import DatabaseUnavailable
+from pglifeguard.errors import BudgetExceeded, DatabaseUnavailable, NotFound
 from pglifeguard.listening import Listener
 from pglifeguard.metrics import Metrics
 from pglifeguard.pool import OnConnect
@@ -114,6 +114,8 @@ class Databases:
         self.listener = Listener(settings.listening, warns=settings.warn_unencrypted)
         self.primary.monitor.listeners.append(self.listener.follow)
         self.primary_retry = PrimaryRetry(settings, self.router, metrics)
+        # As they were set, by name: `resize` changes those of the database itself.
+        self._configured = {database.name: database.settings for database in self.all()}
         self._demands = demands(settings)
         self.closing = False
         self._paused_until = 0.0
@@ -238,26 +240,39 @@ class Databases:
         self._check_loop()
         return self.listener.listen(channel)
 
-    async def renew_connections(self) -> None:
+    def named(self, pool: str) -> Database:
+        """Return the database whose pool has this name.
+
+        Raises: NotFound.
+        """
+        found = {database.name: database for database in self.all()}
+        if pool not in found:
+            raise NotFound(f"There is no pool {pool!r}; there are {', '.join(found)}.")
+        return found[pool]
+
+    async def renew_connections(self, pool: str | None = None) -> None:
         """Replace all connections by new ones, after a password was rotated or a role's settings were changed.
 
-        Each database is first asked for a new connection, which becomes the monitor's. Then the idle connections of its
-        pool are closed, and those at work at their release. Listeners hear None.
+        Each database, or the one whose `pool` is named, is first asked for a new connection, which becomes the
+        monitor's. Then the idle connections of its pool are closed, and those at work at their release. No request is
+        refused for waiting for a login meanwhile. Listeners of the primary hear None.
 
-        Raises: DatabaseUnreachable when a database lets no new connection in; its old ones go on then.
+        Raises: DatabaseUnreachable when a database lets no new connection in; its old ones go on then. NotFound when
+        there is no such pool.
         """
         self._check_loop()
         if self.closing:
             return
+        databases = self.all() if pool is None else [self.named(pool)]
         renewing = (
-            database.monitor.renew(timeout_seconds=self.settings.health_timeout_seconds) for database in self.all()
+            database.monitor.renew(timeout_seconds=self.settings.health_timeout_seconds) for database in databases
         )
         failures = await asyncio.gather(*renewing, return_exceptions=True)
-        for database, failure in zip(self.all(), failures, strict=True):
+        for database, failure in zip(databases, failures, strict=True):
             if failure is None:
-                database.pool.dispose()
-        if failures[0] is None:
-            self.listener.renew()
+                database.pool.renew()
+                if database is self.primary:
+                    self.listener.renew()
         for failure in failures:
             if failure is not None:
                 raise failure
@@ -284,7 +299,60 @@ class Databases:
     @property
     def paused(self) -> bool:
         """Whether requests wait for the end of a pause."""
-        return time.monotonic() < self._paused_until
+        return self.paused_seconds > 0
+
+    @property
+    def paused_seconds(self) -> float:
+        """Seconds until a pause ends by itself; 0 without one."""
+        return max(0.0, self._paused_until - time.monotonic())
+
+    def resize(self, pool: str, *, pool_size: int | None = None, max_overflow: int | None = None) -> DatabaseSettings:
+        """Give a pool another size until the databases are closed; return its settings, with the new size.
+
+        None leaves a size as it is; both None are a return to the settings that these databases were made with. In a
+        smaller pool idle connections are closed now and others at their release, and the queue goes on.
+
+        Raises: BudgetExceeded when the server grants less to all workers and instances together. NotFound when there is
+        no such pool. ValueError when a size is out of its bounds.
+        """
+        self._check_loop()
+        database, configured = self.named(pool), self._configured[pool]
+        current = configured if pool_size is None and max_overflow is None else database.settings
+        sized = configured.resized(
+            current.pool_size if pool_size is None else pool_size,
+            current.max_overflow if max_overflow is None else max_overflow,
+        )
+        if sized == database.settings:
+            return sized
+        wanted = demands(self._sized({pool: sized}))
+        for before, after in zip(self._demands, wanted, strict=True):
+            allowed = self._granted(after.server)
+            # A pool that is too large already may become smaller.
+            if allowed is not None and after.wanted > max(allowed, before.wanted):
+                raise BudgetExceeded(
+                    f"{after.server} would get {after.arithmetic} = {after.wanted} connections, and grants this "
+                    f"service {allowed}. Choose a smaller size, or make another pool smaller first."
+                )
+        database.resize(sized)
+        if database is self.primary:
+            self.primary_retry.resize(sized.capacity)
+        self._demands = wanted
+        self.publish()
+        logger.warning(
+            "pool is resized",
+            extra={"pool": pool, "pool_size": sized.pool_size, "max_overflow": sized.max_overflow},
+        )
+        return sized
+
+    def configured(self, pool: str) -> DatabaseSettings:
+        """Return the settings that a pool was made with, whatever its size is now."""
+        return self._configured[self.named(pool).name]
+
+    def _sized(self, changed: dict[str, DatabaseSettings]) -> DatabasesSettings:
+        """Return the settings with the sizes of now, and those of these pools in place of theirs."""
+        primary, *replicas, analytics = (changed.get(one.name, one.settings) for one in self.all())
+        update = {"primary": primary, "replicas": tuple(replicas), "analytics": analytics}
+        return self.settings.model_copy(update=update)
 
     async def open(self) -> None:
         """Warm the pools and start the monitors. A database that is down does not keep the service from starting.
@@ -355,11 +423,15 @@ class Databases:
         for demand in self._demands:
             metrics.budget_wanted.labels(demand.server).set(demand.wanted)
             metrics.budget_instance.labels(demand.server).set(demand.per_instance)
-            on_it = (database for database in self.all() if database.settings.server == demand.server)
-            said = [one for one in (database.monitor.granted for database in on_it) if one is not None]
-            allowed = granted(self.settings, min(said, default=None))
+            allowed = self._granted(demand.server)
             if allowed is not None:
                 metrics.budget_granted.labels(demand.server).set(allowed)
+
+    def _granted(self, server: str) -> int | None:
+        """Return how many connections a server has for this service; None where nobody says."""
+        on_it = (database for database in self.all() if database.settings.server == server)
+        said = [one for one in (database.monitor.granted for database in on_it) if one is not None]
+        return granted(self.settings, min(said, default=None))
 
     def _check_loop(self) -> None:
         # During the shutdown the pools refuse late requests, which are answered 503; that is no mistake of the caller.

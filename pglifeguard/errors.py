@@ -3,6 +3,7 @@
     ServiceError                      code                   status
     ├── NotFound                      not_found              404    (each domain names its own)
     ├── Conflict                      conflict               409    (each domain names its own)
+    │   └── BudgetExceeded            budget_exceeded        409    a pool would be too large for its server
     ├── BodyTooSlow                   body_too_slow          408
     ├── BodyTooLarge                  body_too_large         413
     ├── WriteInReadSession            internal_error         500    a bug: a read session was asked to write
@@ -58,6 +59,12 @@ class Conflict(ServiceError):
 
     status = 409
     code = "conflict"
+
+
+class BudgetExceeded(Conflict):
+    """A pool of the wanted size, in all workers and instances, would take more connections than its server grants."""
+
+    code = "budget_exceeded"
 
 
 class BodyTooSlow(ServiceError):

@@ -48,8 +48,9 @@ SERVER_FULL = "53"
 OnConnect: TypeAlias = Callable[[KeptAliveConnection], Awaitable[None]]
 # Requests that may wait while the pool is paused; no settings ask for more than a few hundred otherwise.
 PAUSED_WAITING = 10_000
-# Seconds after a pause in which those who have waited get their turn. All connections are opened anew then, so whoever
-# comes in these seconds may wait as long: with `pool_timeout`, 43 requests were refused after a planned switchover.
+# Seconds after a pause or a renewal in which those who have waited get their turn. All connections are opened anew
+# then, so whoever comes in these seconds may wait as long: with `pool_timeout`, 43 requests were refused after a
+# planned switchover.
 RESUMED_SECONDS = 5.0
 # Opening a connection raises one of these when the database is away; anything else is a bug of the service.
 FAILURES = (DatabaseUnreachable, *DRIVER_FAILURES)
@@ -141,9 +142,11 @@ class ConnectionPool(Generic[S]):
         self._closed = False
         # Ends a pause; None while connections are handed out.
         self._pause: asyncio.TimerHandle | None = None
-        # Nobody is refused for having waited before this time of the event loop: the end of a pause, and some seconds.
+        # Nobody is refused for having waited before this time of the event loop: some seconds after the last renewal.
         self._patient_until = float("-inf")
         self._drained: asyncio.Event | None = None
+        # Whether more connections may be open than a smaller size allows.
+        self._shrinking = False
 
     async def acquire(self) -> S:
         """Take a connection; the caller must `release` it whatever happens.
@@ -262,6 +265,9 @@ class ConnectionPool(Generic[S]):
 
     def _grant(self, slot: S) -> None:
         """Hand a connection to the request that is next in the queue; without one, keep it idle."""
+        if self._shrinking and self._is_surplus():
+            self._discard(slot, "surplus")
+            return
         if self._queue.waiters and self._pause is None:
             waiter = self._queue.next(self._clock())
             for late in self._queue.take_overdue():
@@ -397,7 +403,8 @@ class ConnectionPool(Generic[S]):
     @property
     def _free(self) -> int:
         """Connections that may still be taken, idle or not open yet."""
-        return self.settings.capacity - len(self._out) - len(self._in_hand)
+        # After the pool was made smaller, more of them may be at work than it has now.
+        return max(0, self.settings.capacity - len(self._out) - len(self._in_hand))
 
     def _open_more(self) -> None:
         """Open what the queue needs: few at a time, and never more than the pool may hold."""
@@ -459,6 +466,8 @@ class ConnectionPool(Generic[S]):
             self._grant(slot)
         elif checkout.generation != self._generation:
             self._discard(slot, "disposed")
+        elif self._shrinking and self._is_surplus():
+            self._discard(slot, "surplus")
         else:
             self._idle.insert(0, slot)
 
@@ -513,6 +522,12 @@ class ConnectionPool(Generic[S]):
     def load(self) -> int:
         """Requests that hold a connection or wait for one."""
         return len(self._out) + len(self._in_hand) + len(self._queue.waiters)
+
+    @property
+    def leaving(self) -> int:
+        """Connections at work that are closed at their release, since the pool was renewed or made smaller."""
+        outdated = sum(checkout.generation != self._generation for checkout in self._out.values())
+        return max(outdated, len(self._out) + len(self._in_hand) - self.settings.capacity)
 
     def holdings(self) -> list[Holding]:
         """List the checkouts that are open, longest first."""
@@ -658,13 +673,42 @@ class ConnectionPool(Generic[S]):
             return
         self._pause.cancel()
         self._pause = None
-        self.dispose()
         self._failure = None
-        self._open_more()
+        self.renew()
         loop = asyncio.get_running_loop()
-        self._patient_until = loop.time() + self._resumed_seconds
         for waiter in self._queue.waiters:
             loop.call_at(self._patient_until, self._expire, waiter, loop.time())
+
+    def renew(self) -> None:
+        """Replace all connections as `dispose` does, and refuse nobody for having waited in the RESUMED_SECONDS after.
+
+        Requests wait for logins meanwhile. With `pool_timeout`, and in a queue that has to be kept short, some were
+        refused for that.
+        """
+        self.dispose()
+        seconds = self._resumed_seconds
+        self._patient_until = max(self._patient_until, asyncio.get_running_loop().time() + seconds)
+        self._queue.calm_until = self._clock() + seconds
+        self._open_more()
+
+    def resize(self, settings: DatabaseSettings) -> None:
+        """Take the size of these settings. Of too many connections those at work are closed at their release."""
+        self.settings = self._queue.settings = settings
+        self._shrinking = True
+        surplus = max(0, len(self._idle) - self._free)
+        # The connection that has been idle for longest comes first.
+        closing, self._idle = self._idle[:surplus], self._idle[surplus:]
+        for slot in closing:
+            self._discard(slot, "surplus")
+        self._open_more()
+
+    def _is_surplus(self) -> bool:
+        """Whether a connection that is in none of the figures now is one more than the pool may hold."""
+        if len(self._idle) + len(self._out) + len(self._in_hand) >= self.settings.capacity:
+            return True
+        # A login that began in the larger pool may still add one.
+        self._shrinking = bool(self._openings)
+        return False
 
     @property
     def _resumed_seconds(self) -> float:

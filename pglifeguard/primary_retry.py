@@ -47,8 +47,12 @@ class PrimaryRetry:
         self._allowed = settings.replica_fallback
         self._router = router
         self._count = lru_cache(lambda reason: metrics.reads_retried.labels(reason))
-        self._room = asyncio.Semaphore(max(1, settings.primary.capacity // 2))
         self._patience_seconds = settings.primary.pool_timeout
+        self.resize(settings.primary.capacity)
+
+    def resize(self, capacity: int) -> None:
+        """Take half of another capacity from now on; whoever waits or runs goes on as before."""
+        self._room = asyncio.Semaphore(max(1, capacity // 2))
 
     def reason(self, consistency: Consistency, failure: BaseException) -> str | None:
         """Return the reason to run the read on the primary, "not_found" or the failure's code; None for no reason.
@@ -79,8 +83,9 @@ class PrimaryRetry:
 
         Raises: ReplicaUnavailable when the turn does not come in time.
         """
+        room = self._room
         try:
-            await self._take_turn()
+            await self._take_turn(room)
         except TimeoutError:
             raise ReplicaUnavailable("The replica cannot tell, and the primary is busy.") from None
         self._count(reason).inc()
@@ -88,11 +93,11 @@ class PrimaryRetry:
         try:
             return await attempt()
         finally:
-            self._room.release()
+            room.release()
 
-    async def _take_turn(self) -> None:
-        if not self._room.locked():
-            await self._room.acquire()  # It succeeds at once, and needs no timer.
+    async def _take_turn(self, room: asyncio.Semaphore) -> None:
+        if not room.locked():
+            await room.acquire()  # It succeeds at once, and needs no timer.
             return
         async with asyncio.timeout(self._patience_seconds):
-            await self._room.acquire()
+            await room.acquire()

@@ -49,15 +49,17 @@ S = TypeVar("S")
 class WaitQueue(Generic[S]):
     """The waiting requests, oldest first: `waiters` maps their futures to the time and the client of each.
 
-    Set `idle` when a connection is free and nobody waits for it: this ends every state.
+    Set `idle` when a connection is free and nobody waits for it: this ends every state. Until `calm_until` it is not
+    judged: the pool renews its connections, and requests wait for logins. `settings` may be replaced by another size.
     """
 
     def __init__(self, settings: DatabaseSettings) -> None:
-        self._settings = settings
+        self.settings = settings
         self.waiters: OrderedDict[asyncio.Future[S], tuple[float, str | None]] = OrderedDict()
         # The requests of each client that has some, oldest first; the client whose turn it is comes first.
         self._lines: OrderedDict[str | None, OrderedDict[asyncio.Future[S], None]] = OrderedDict()
         self.idle = True
+        self.calm_until = float("-inf")
         # The current interval: its start, and the requests that came and that were served in it.
         self._began = self._served_at = 0.0
         self._came = self._served = 0
@@ -76,7 +78,7 @@ class WaitQueue(Generic[S]):
     def has_room(self, free: int) -> bool:
         """Whether a request of this context's client may wait; `free` others wait for a login only."""
         waiting, client = len(self.waiters), client_key.get()
-        if waiting >= free + self._settings.pool_max_waiting:
+        if waiting >= free + self.settings.pool_max_waiting:
             return False
         if self._limit is None or self.idle:
             return True
@@ -93,7 +95,7 @@ class WaitQueue(Generic[S]):
         second all others waited for a tenth of a second.
         """
         client = client_key.get()
-        if client is None or len(self._lines.get(client, ())) < self._settings.capacity:
+        if client is None or len(self._lines.get(client, ())) < self.settings.capacity:
             return seconds
         return random.uniform(seconds / 2, seconds)  # noqa: S311  # No secret.
 
@@ -159,12 +161,16 @@ class WaitQueue(Generic[S]):
 
     def _judge(self, now: float) -> None:
         """At the end of an interval, find out whether the queue has grown in it, and what it may hold."""
-        seconds = now - self._began
-        if seconds < INTERVAL_SECONDS or self._served < max(INTERVAL_SERVED, self._settings.capacity):
+        if now < self.calm_until:
+            self._grown, self._limit = 0, None
+            self._begin(now)
             return
-        target, rate = self._settings.pool_queue_target_seconds, self._served / seconds
+        seconds = now - self._began
+        if seconds < INTERVAL_SECONDS or self._served < max(INTERVAL_SERVED, self.settings.capacity):
+            return
+        target, rate = self.settings.pool_queue_target_seconds, self._served / seconds
         late = bool(self.waiters) and now - self._oldest > target > 0
-        long = len(self.waiters) >= rate * self._settings.pool_timeout * LONG
+        long = len(self.waiters) >= rate * self.settings.pool_timeout * LONG
         grows = late and self._came >= self._served * (1.0 if long else GROWTH)
         self._grown = self._grown + 1 if grows else 0
         if self._limit is None and self._grown >= STANDING_AFTER:
@@ -175,7 +181,7 @@ class WaitQueue(Generic[S]):
 
     def _most(self, rate: float) -> int:
         """Count the requests that are served within the target; all connections are kept at work in any case."""
-        return max(self._settings.capacity, math.ceil(rate * self._settings.pool_queue_target_seconds))
+        return max(self.settings.capacity, math.ceil(rate * self.settings.pool_queue_target_seconds))
 
     def _keep_newest(self, number: int, *, joined_since: float) -> None:
         """Remove other requests without a client: who would be served next has waited for too long already."""

@@ -35,7 +35,7 @@ LIBRARY = (
     {"primary_retry", "sessions"},
     {"databases"},
     {"", "__main__"},
-    {"serving.limits", "serving.loop", "serving.shutdown", "serving.workers"},
+    {"serving.limits", "serving.loop", "serving.shutdown", "serving.siblings", "serving.workers"},
     {"serving.protocol"},
     {"serving.server"},
     {"serving"},

@@ -1,26 +1,46 @@
-"""Operators' routes for a slow service: pool figures, holders of connections. They use no request pool."""
+"""Operators' routes: pool figures, holders of connections, and orders to the pools. They use no request pool."""
 
+import logging
 from dataclasses import asdict
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request
+from pydantic import BaseModel, ConfigDict, Field
 
 from pglifeguard.activity import BLOCKED, BY_STATE
 from pglifeguard.database import Database
+from pglifeguard.database_settings import MOST
 from pglifeguard.databases import Databases
-from pglifeguard.errors import DatabaseUnavailable
+from pglifeguard.errors import DatabaseUnavailable, ServiceError
 from pglifeguard.fastapi.problems import documented
 from pglifeguard.fastapi.sessions import RequestDatabases
 from pglifeguard.fastapi.shared import shared
+from pglifeguard.serving.siblings import Siblings, Told
+from pglifeguard.wait_queue import client_key
+
+logger = logging.getLogger(__name__)
 
 # An operator waits for the answer, and the server may be overloaded already.
 ASK_SECONDS = 2.0
 # At most this many sessions that wait for a lock: the first of a crowd show what it waits for.
 MAX_BLOCKED = 50
 ASLEEP = "The database is asleep, and this question does not wake it."
+WaitSeconds = Annotated[float, Field(ge=0, le=60, description="Seconds to wait until nothing is pending.")]
+PoolName = Annotated[str, Field(description="primary, replica, analytics; several replicas are numbered: replica-1.")]
 router = APIRouter(tags=["operations"], responses=documented(401, 403))
-# Whoever may ask these makes every request wait, so they are there only where something guards them.
+# Whoever may ask these decides about every request, so they are there only where something guards them.
 guarded_router = APIRouter(tags=["operations"], responses=documented(401, 403))
+
+
+class NewSize(BaseModel):
+    """The size that a pool gets; what is not given stays as it is, and without any it is that of the settings."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    pool: PoolName
+    pool_size: int | None = Field(None, ge=1, le=MOST)
+    max_overflow: int | None = Field(None, ge=0, le=MOST)
+    wait_seconds: WaitSeconds = 0
 
 
 @router.get("/debug/pool-stats")
@@ -57,17 +77,61 @@ async def _connections(database: Database) -> dict[str, Any]:
 
 
 @guarded_router.post("/debug/pause", status_code=202, responses=documented(422))
-async def pause(databases: RequestDatabases, seconds: Annotated[float, Query(gt=0, le=120)] = 20) -> dict[str, Any]:
+async def pause(
+    request: Request, seconds: Annotated[float, Query(gt=0, le=120)] = 20, wait_seconds: WaitSeconds = 0
+) -> dict[str, Any]:
     """Let requests wait for their connections until /debug/resume, or for `seconds`; those at work go on.
 
-    It holds for the process that answers. A planned switchover begins when `checked_out` is 0 in each pool.
+    `pending` counts the connections that are still at work: a planned switchover begins when there are none.
     """
-    databases.pause(seconds=seconds)
-    return {name: figures["checked_out"] for name, figures in (await get_pool_stats(databases)).items()}
+    return asdict(await _tell(request, "pause", wait_seconds, seconds=seconds))
 
 
 @guarded_router.post("/debug/resume", status_code=202)
-async def resume(databases: RequestDatabases) -> dict[str, str]:
-    """End a pause: this process connects anew, and serves those who have waited."""
-    databases.resume()
-    return {"status": "resumed"}
+async def resume(request: Request) -> dict[str, Any]:
+    """End a pause: the pools connect anew, and serve those who have waited."""
+    return asdict(await _tell(request, "resume"))
+
+
+@guarded_router.post("/debug/drain", status_code=202, responses=documented(404, 422, 503))
+async def drain(request: Request, pool: PoolName | None = None, wait_seconds: WaitSeconds = 0) -> dict[str, Any]:
+    """Renew the connections of a pool, or of all: idle ones are closed now, those at work at their release.
+
+    `pending` counts the old connections that are still at work. No request fails for it. A database that lets no new
+    connection in keeps its old ones, and the answer is 503.
+    """
+    return asdict(await _tell(request, "drain", wait_seconds, pool=pool))
+
+
+@guarded_router.post("/debug/resize", status_code=202, responses=documented(404, 409, 422))
+async def resize(request: Request, databases: RequestDatabases, size: Annotated[NewSize, Query()]) -> dict[str, Any]:
+    """Give a pool another size in each worker, up to a restart; without sizes, that of the settings.
+
+    In a smaller pool `pending` counts the connections beyond its size that are still at work; they are closed at their
+    release. What would take more connections than the server grants all instances together is refused.
+    """
+    wanted = size.model_dump(exclude={"wait_seconds"})
+    told = await _tell(request, "resize", size.wait_seconds, **wanted)
+    now, set_to = databases.named(size.pool).settings, databases.configured(size.pool)
+    return {
+        **asdict(told),
+        "pool": size.pool,
+        "pool_size": now.pool_size,
+        "max_overflow": now.max_overflow,
+        "note": f"A restart goes back to the settings: pool_size {set_to.pool_size}, max_overflow "
+        f"{set_to.max_overflow}.",
+    }
+
+
+async def _tell(request: Request, operation: str, wait_seconds: float = 0, **arguments: Any) -> Told:
+    """Have all workers carry an order out, and write down who gave it."""
+    siblings: Siblings = request.app.state.siblings
+    address = None if request.client is None else request.client.host
+    audit = {"operation": operation, "by": client_key.get(), "address": address, **arguments}
+    try:
+        told = await siblings.tell(operation, arguments, wait_seconds=wait_seconds)
+    except ServiceError as error:
+        logger.warning("operator's order refused", extra={**audit, "reason": str(error)})
+        raise
+    logger.warning("operator's order", extra={**audit, "workers": told.workers, "obeyed": told.obeyed})
+    return told

@@ -20,6 +20,7 @@ from pglifeguard.pool import OnConnect
 from pglifeguard.serving.limits import LIMITS, ConnectionLimits
 from pglifeguard.serving.loop import LoopWatch
 from pglifeguard.serving.shutdown import draining_first, ending_with_parent
+from pglifeguard.serving.siblings import Siblings
 from pglifeguard.settings import DatabasesSettings
 
 
@@ -54,6 +55,7 @@ class Lifeguard:
         self.metrics = Metrics()
         self.databases = Databases(settings, self.metrics, on_connect=on_connect, password=password)
         self.settings = self.databases.settings
+        self.siblings = Siblings(self.databases)
 
     def install(
         self,
@@ -67,9 +69,10 @@ class Lifeguard:
         Routes and exception handlers of the application may be added before or after; its handlers win. Middleware
         that is added afterwards is outside of this. `open_dependencies` go to /health/* and /metrics, which probes and
         Prometheus call without a token; `debug_dependencies` to /debug/*, which tells who holds connections: give it a
-        guard where strangers can reach it. Without them there is no /debug/pause and /debug/resume.
+        guard where strangers can reach it. Without them there is no /debug/pause, /resume, /drain and /resize.
         """
         app.state.databases = self.databases
+        app.state.siblings = self.siblings
         app.state.shared = {}
         problems.install(app)
         # Innermost, inside the exception handlers: a retried request passes the dependencies of inclusions again.
@@ -106,8 +109,9 @@ class Lifeguard:
         if _keeps_keys(app):
             tasks.append(asyncio.create_task(purge_expired_keys(databases, hours=settings.idempotency_hours)))
         try:
-            with draining_first(databases, delay_seconds=settings.drain_delay_seconds), ending_with_parent():
-                yield {LIMITS: ConnectionLimits.of(settings, self.metrics)}
+            async with self.siblings.reachable():
+                with draining_first(databases, delay_seconds=settings.drain_delay_seconds), ending_with_parent():
+                    yield {LIMITS: ConnectionLimits.of(settings, self.metrics)}
         finally:
             for task in tasks:
                 task.cancel()

@@ -41,6 +41,8 @@ ROUTES = [
     ("GET", "/debug/connections", None),
     ("POST", "/debug/pause", None),
     ("POST", "/debug/resume", None),
+    ("POST", "/debug/drain", None),
+    ("POST", "/debug/resize?pool=primary", None),
     ("GET", "/metrics", None),
 ]
 

@@ -16,6 +16,7 @@ from pglifeguard.fastapi import Lifeguard, ReadDB, WriteDB
 from tests.conftest import Database
 from tests.service import Service, write
 
+ORDERS = ("pause", "resume", "drain", "resize?pool=primary")
 TENANT = text("SELECT current_setting('app.tenant', true)")
 
 
@@ -120,10 +121,10 @@ async def test_dependencies_guard_the_operations_routes(database: Database) -> N
     async with running(app) as client:
         paths = ("/health/live", "/metrics", "/debug/pool-stats", "/debug/connections", "/count")
         statuses = [(await client.get(path)).status_code for path in paths]
-        changing = [(await client.post(path)).status_code for path in ("/debug/pause", "/debug/resume")]
+        changing = [(await client.post(f"/debug/{order}")).status_code for order in ORDERS]
 
     assert statuses == [418, 418, 451, 451, 200]
-    assert changing == [451, 451]
+    assert changing == [451] * len(ORDERS)
 
 
 async def test_nobody_pauses_a_service_without_a_guard(database: Database) -> None:
@@ -133,10 +134,10 @@ async def test_nobody_pauses_a_service_without_a_guard(database: Database) -> No
     lifeguard.install(app)
 
     async with running(app) as client:
-        changing = [(await client.post(path)).status_code for path in ("/debug/pause", "/debug/resume")]
+        changing = [(await client.post(f"/debug/{order}")).status_code for order in ORDERS]
         figures = await client.get("/debug/pool-stats")
 
-    assert changing == [404, 404]
+    assert changing == [404] * len(ORDERS)
     assert figures.status_code == 200
 
 
