@@ -5,6 +5,7 @@
 the summary says so.
 """
 
+import functools
 import re
 import shutil
 import subprocess
@@ -44,6 +45,7 @@ def _rules(file: str) -> list[dict[str, Any]]:
     return [rule for group in groups for rule in group["rules"]]
 
 
+@functools.cache
 def _unit_tests() -> list[dict[str, Any]]:
     files = sorted((PROMETHEUS / "tests").glob("*.yml"))
     return [test for file in files for test in yaml.safe_load(file.read_text(encoding="utf-8"))["tests"]]

@@ -1,6 +1,7 @@
 """The rules of the house, checked on the syntax trees of both packages; each rule is shown to see what it forbids."""
 
 import ast
+import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -263,13 +264,16 @@ RULES: tuple[Rule, ...] = (
 )
 
 
-def modules() -> Iterator[tuple[str, ast.Module]]:
+@functools.cache
+def modules() -> tuple[tuple[str, ast.Module], ...]:
     """Parse every module of both packages that has a floor."""
+    found = []
     for path in sorted([*(ROOT / "app").rglob("*.py"), *(ROOT / "pglifeguard").rglob("*.py")]):
         parts = path.relative_to(ROOT).with_suffix("").parts
         module = ".".join(part for part in parts if part != "__init__")
         if module not in {"app", "app.__main__"}:
-            yield module, ast.parse(path.read_text(encoding="utf-8"))
+            found.append((module, ast.parse(path.read_text(encoding="utf-8"))))
+    return tuple(found)
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
