@@ -12,7 +12,7 @@ from rich.markup import escape
 from bench import report
 from bench.load import BenchError, require_generators
 from bench.measure import Plan
-from bench.sections import bar, growth, overload, pool_size, start, ways
+from bench.sections import bar, growth, overload, pool_size, scrape, start, ways
 from bench.setup import set_up
 from local.account import LocalError
 from local.setup import PROJECT
@@ -24,6 +24,7 @@ SECTIONS = {
     "pool-size": pool_size.run,
     "overload": overload.run,
     "start": start.run,
+    "scrape": scrape.run,
     "growth": growth.run,
 }
 FULL = Plan(rounds=3, seconds=1)
@@ -41,6 +42,7 @@ The parts:
   pool-size  how many connections are enough
   overload   what becomes of more requests than can be served
   start      how long it takes until it serves
+  scrape     for how long /metrics holds the event loop
   growth     whether a request costs more with more clients, rows and workers
 """
 UNTOUCHED = f"{report.PAGE.relative_to(PROJECT)} is as it was."

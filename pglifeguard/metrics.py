@@ -11,26 +11,16 @@ worst of them.
 """
 
 import math
-from collections.abc import Iterator
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, disable_created_metrics
+from prometheus_client import Counter, Gauge, Histogram, disable_created_metrics
+
+from pglifeguard.registry import Registry
 
 ACQUIRE_BUCKETS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
 # What a gauge is set to while nobody knows its value. It loses against the value of any other worker, by the way in
 # which the gauges of several workers are put together.
 UNKNOWN = {"livemin": math.inf, "livemax": -math.inf}
 SECONDS_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
-
-
-class Registry(CollectorRegistry):
-    """A registry that leaves out the gauges whose value nobody knows."""
-
-    def collect(self) -> Iterator[Metric]:
-        """Give the families, without those samples."""
-        for family in super().collect():
-            if family.type == "gauge":
-                family.samples = [sample for sample in family.samples if not math.isinf(sample.value)]
-            yield family
 
 
 class Metrics:

@@ -11,9 +11,10 @@ ROOT = Path(__file__).parent.parent
 DOMAINS = sorted(path.parent.name for path in (ROOT / "app").glob("*/routes.py"))
 # A module imports from lower floors only. `TYPE_CHECKING` is no way around: no two modules import each other.
 LIBRARY = (
-    {"activity", "builtin_functions", "credentials", "dialect", "errors", "fence", "metrics", "pooler", "query",
+    {"activity", "builtin_functions", "credentials", "dialect", "errors", "fence", "pooler", "query", "registry",
      "sampling", "service_file", "tls", "variables", "duration", "doctor.findings"},
-    {"collisions", "doctor.questions", "driver_failures", "effects", "environment", "server", "url_parameters"},
+    {"collisions", "doctor.questions", "driver_failures", "effects", "environment", "metrics", "server",
+     "url_parameters"},
     {"database_url"},
     {"host_search", "lookup"},
     {"database_settings", "tracked_connection"},
@@ -59,8 +60,8 @@ PUBLIC = {"pglifeguard", "pglifeguard.cli", "pglifeguard.doctor", "pglifeguard.f
 # The pool and all that it imports: SQLAlchemy is no part of it.
 POOL = {
     "builtin_functions", "checkout", "connector", "credentials", "database_settings", "database_url", "driver_failures",
-    "effects", "errors", "fence", "host_search", "lookup", "metrics", "pool", "pooler", "pooler_look", "sampling",
-    "server", "service_file", "tls", "tracked_connection", "url_parameters", "wait_queue",
+    "effects", "errors", "fence", "host_search", "lookup", "metrics", "pool", "pooler", "pooler_look", "registry",
+    "sampling", "server", "service_file", "tls", "tracked_connection", "url_parameters", "wait_queue",
 }  # fmt: skip
 # What opens something or reads the environment, and so must not be called when a module is imported.
 OPENERS = {

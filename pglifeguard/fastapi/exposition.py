@@ -1,21 +1,21 @@
 """`/metrics`, as Prometheus reads it, written without blocking the event loop."""
 
 import asyncio
-from copy import copy
 from dataclasses import dataclass
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import PlainTextResponse
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Metric, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST, Metric, generate_latest
 
 from pglifeguard.databases import Databases
 from pglifeguard.fastapi.problems import documented
 from pglifeguard.fastapi.sessions import RequestDatabases
 from pglifeguard.fastapi.shared import shared
+from pglifeguard.registry import Registry
 from pglifeguard.serving.workers import exposition
 
-# Samples written before other requests get the event loop.
-SLICE_SAMPLES = 200
+# Samples collected and written before other requests get the event loop.
+SLICE_SAMPLES = 100
 router = APIRouter(tags=["operations"], responses=documented(401, 403))
 
 
@@ -35,20 +35,18 @@ async def _expose(databases: Databases) -> bytes:
     return await in_slices(databases.metrics.registry)
 
 
-async def in_slices(registry: CollectorRegistry) -> bytes:
-    """Write the exposition in slices of a millisecond or two; other requests get the event loop between two slices.
+async def in_slices(registry: Registry) -> bytes:
+    """Write the exposition in slices of about a millisecond; other requests get the event loop between two slices.
 
     A thread would not help: it would hold the interpreter's lock for 5 ms at a time.
     """
-    parts = []
-    for family in registry.collect():
-        # An empty family has a help text too.
-        for start in range(0, max(1, len(family.samples)), SLICE_SAMPLES):
-            part = copy(family)
-            part.samples = family.samples[start : start + SLICE_SAMPLES]
-            text = generate_latest(_One(part))
-            parts.append(text if start == 0 else text.split(b"\n", 2)[2])  # HELP and TYPE are in the first slice.
-            await asyncio.sleep(0)
+    parts, name = [], ""
+    for family in registry.in_slices(SLICE_SAMPLES):
+        text = generate_latest(_One(family))
+        # HELP and TYPE are in the first slice of a family.
+        parts.append(text if family.name != name else text.split(b"\n", 2)[2])
+        name = family.name
+        await asyncio.sleep(0)
     return b"".join(parts)
 
 

@@ -25,7 +25,7 @@ from prometheus_client import generate_latest
 from prometheus_client.mmap_dict import MmapedDict
 from prometheus_client.multiprocess import MultiProcessCollector
 
-from pglifeguard.metrics import Registry
+from pglifeguard.registry import Registry
 
 VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
 # Seconds between two checks for dead workers; the parent notices and replaces them in about the same time.

@@ -1,15 +1,20 @@
 """What is dear is made once for all who ask together, and never too often."""
 
 import asyncio
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
+from itertools import pairwise
 
 import pytest
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
+from prometheus_client import Counter, Gauge, Histogram, Info, Metric, disable_created_metrics, generate_latest
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.registry import Collector
 
 from local.waiting import eventually
 from pglifeguard.activity import BY_STATE
 from pglifeguard.fastapi.exposition import SLICE_SAMPLES, in_slices
 from pglifeguard.fastapi.shared import MAX_PAUSE_SECONDS, Shared
+from pglifeguard.registry import Registry
 from pglifeguard.server import PositionQuery
 from tests.conftest import Database
 from tests.service import Service, quiet
@@ -125,29 +130,70 @@ async def test_failure_is_told_to_all_and_forgotten() -> None:
     assert await shared.get() == "good"
 
 
-async def test_slices_are_the_whole_exposition() -> None:
-    """Written down piece by piece, it is what prometheus-client writes at once, and others run in between."""
-    registry = CollectorRegistry()
-    disable_created_metrics()  # type: ignore[no-untyped-call]  # As pglifeguard/metrics.py does.
-    Gauge("empty", "Nothing yet.", ["pool"], registry=registry)
-    many = Counter("many", "More than a slice.", ["number"], registry=registry)
-    for number in range(3 * SLICE_SAMPLES + 1):
-        many.labels(str(number)).inc()
-    Histogram("some", "A few.", registry=registry).observe(1)
-    turns = 0
+class Elsewhere(Collector):
+    """A collector of another library."""
+
+    def collect(self) -> Iterator[Metric]:
+        """Give a family of its own making."""
+        many = GaugeMetricFamily("elsewhere", "More than a slice.", labels=["number"])
+        for number in range(SLICE_SAMPLES + 1):
+            many.add_metric([str(number)], number)
+        yield many
+
+
+async def turns_of(registry: Registry, count: Callable[[], int]) -> tuple[bytes, list[int]]:
+    """Write the exposition beside another task; return it with what was counted in each turn of the event loop."""
+    counts = [count()]
 
     async def take_turns() -> None:
-        nonlocal turns
         while True:
-            turns += 1
+            counts.append(count())
             await asyncio.sleep(0)
 
     others = asyncio.create_task(take_turns())
     text = await in_slices(registry)
     others.cancel()
+    return text, [after - before for before, after in pairwise([*counts, count()])]
+
+
+async def test_slices_are_the_whole_exposition() -> None:
+    """Written down piece by piece, it is what prometheus-client writes at once."""
+    registry = Registry()
+    disable_created_metrics()  # type: ignore[no-untyped-call]  # As pglifeguard/metrics.py does.
+    Gauge("empty", "Nothing yet.", ["pool"], registry=registry)
+    Gauge("unknown", "Nobody knows.", registry=registry).set(math.inf)
+    many = Counter("many", "Just two slices.", ["number"], registry=registry)
+    times = Histogram("times", "Slices that end within a set of labels.", ["route"], registry=registry)
+    for number in range(2 * SLICE_SAMPLES):
+        many.labels(str(number)).inc()
+        times.labels(f"/{number}").observe(number)
+    registry.register(Elsewhere())
+    Info("build", "One.", registry=registry).info({"version": "1"})
+
+    text, _ = await turns_of(registry, int)
 
     assert text == generate_latest(registry)
-    assert turns >= 5
+    assert b"\nunknown" not in text
+    assert text.count(b"# HELP") == 6
+
+
+async def test_event_loop_is_held_for_one_slice_at_a_time() -> None:
+    """However many series a metric has, others get the event loop whenever a slice of them was collected."""
+    registry, collected = Registry(), 0
+
+    def collect() -> float:
+        nonlocal collected
+        collected += 1
+        return 1
+
+    many = Gauge("many", "Tells when it is collected.", ["number"], registry=registry)
+    for number in range(10_000):
+        many.labels(str(number)).set_function(collect)
+
+    _, turns = await turns_of(registry, lambda: collected)
+
+    assert sum(turns) == 10_000
+    assert max(turns) == SLICE_SAMPLES
 
 
 @pytest.mark.parametrize("path", ["/metrics", "/health/db", "/debug/connections"])

@@ -1,0 +1,54 @@
+"""The registry of metrics: what a scrape is given, at once or in slices."""
+
+import math
+from collections.abc import Iterator
+from copy import copy
+from itertools import islice
+
+from prometheus_client import CollectorRegistry, Metric
+from prometheus_client.metrics import MetricWrapperBase
+from prometheus_client.registry import Collector
+from prometheus_client.samples import Sample
+
+
+class Registry(CollectorRegistry):
+    """A registry that leaves out the gauges whose value nobody knows."""
+
+    def collect(self) -> Iterator[Metric]:
+        """Give the families, without those samples."""
+        for family in super().collect():
+            family.samples = [sample for sample in family.samples if _is_known(family, sample)]
+            yield family
+
+    def in_slices(self, most: int) -> Iterator[Metric]:
+        """Give the families in slices of at most `most` samples, each collected when it is asked for.
+
+        The slices of a family follow each other, and a family without samples has one. The series of one set of label
+        values are collected at once, so a histogram's count is that of its buckets. Only the metrics of
+        prometheus-client itself can be collected by slices; another collector makes all of its samples for the first.
+        """
+        for collector in list(self._collector_to_names):
+            for family, samples in _families(collector):
+                known = (sample for sample in samples if _is_known(family, sample))
+                part, is_first = list(islice(known, most)), True
+                while part or is_first:
+                    one = copy(family)
+                    one.samples = part
+                    yield one
+                    part, is_first = list(islice(known, most)), False
+
+
+def _families(collector: Collector) -> Iterator[tuple[Metric, Iterator[Sample]]]:
+    """Give a collector's families, each with its samples one by one."""
+    if isinstance(collector, MetricWrapperBase):
+        # Its `collect` would make the samples of all label values before it returns: 28 ms for 10,000 of them.
+        for family in collector.describe():
+            samples = collector._samples()  # noqa: SLF001  # Nothing public gives them one by one.
+            yield family, (sample._replace(name=family.name + sample.name) for sample in samples)
+    else:
+        for family in collector.collect():
+            yield family, iter(family.samples)
+
+
+def _is_known(family: Metric, sample: Sample) -> bool:
+    return family.type != "gauge" or not math.isinf(sample.value)
