@@ -1,8 +1,9 @@
 """The consistency that a request or a job asks for: which database may serve its reads, and how new they must be."""
 
+import asyncio
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from pglifeguard.database import Database
 from pglifeguard.server import Token
@@ -25,6 +26,10 @@ class Consistency:
     token: str | None = None
     # Whether something is stored, by a session or by `write_once`, which a second attempt would store again.
     committed: bool = False
+    # Whether its answer has begun.
+    answered: bool = False
+    # The task that serves it, while the router does.
+    task: "asyncio.Task[Any] | None" = None
     # Whether the request is over: a task that it has started goes on without it.
     ended: bool = False
     # The holder that its sessions are counted for, once the route is known.

@@ -6,6 +6,7 @@
     │   └── BudgetExceeded            budget_exceeded        409    a pool would be too large for its server
     ├── BodyTooSlow                   body_too_slow          408
     ├── BodyTooLarge                  body_too_large         413
+    ├── ClientLeft                    client_left            499    nobody reads this answer
     ├── WriteInReadSession            internal_error         500    a bug: a read session was asked to write
     ├── TransactionAborted            internal_error         500    a bug: a statement's failure was swallowed
     └── DatabaseUnavailable           database_unavailable   503    a transient failure: the same request may work soon
@@ -79,6 +80,13 @@ class BodyTooLarge(ServiceError):
 
     status = 413
     code = "body_too_large"
+
+
+class ClientLeft(ServiceError):
+    """The client left while its request waited for a connection. The status is nginx's; nobody gets the answer."""
+
+    status = 499
+    code = "client_left"
 
 
 class WriteInReadSession(ServiceError):

@@ -23,6 +23,7 @@ import time
 from collections.abc import Awaitable, Callable
 from contextvars import Context
 from dataclasses import dataclass
+from functools import partial
 from types import FrameType
 from typing import Any, Generic, Protocol, TypeAlias, TypeVar
 
@@ -30,8 +31,8 @@ from pglifeguard.checkout import Checkout, Holding, PoolFigures, PoolWatch, Wait
 from pglifeguard.connector import KeptAliveConnection, password_is_late
 from pglifeguard.database_settings import DatabaseSettings
 from pglifeguard.driver_failures import DRIVER_FAILURES
-from pglifeguard.errors import DatabaseUnreachable, PoolExhausted, sqlstate
-from pglifeguard.wait_queue import WaitQueue
+from pglifeguard.errors import ClientLeft, DatabaseUnreachable, PoolExhausted, sqlstate
+from pglifeguard.wait_queue import WaitQueue, watch_client
 
 # Connections that one pool opens at the same time. Each login costs the server a process and both sides a millisecond
 # of hashing. When every waiting request logged in for itself, on a machine with two processors, each login took longer
@@ -153,7 +154,8 @@ class ConnectionPool(Generic[S]):
 
         One deadline, `pool_timeout` seconds from now, covers waiting, connecting and probing.
 
-        Raises: PoolExhausted when all are checked out, DatabaseUnreachable when none could be opened.
+        Raises: PoolExhausted when all are checked out, DatabaseUnreachable when none could be opened; ClientLeft when
+        the client of the request left meanwhile (see `watch_client`).
         """
         # Most of the time an idle connection needs no probe, and this request waits for nothing.
         if (slot := self.take_warm()) is not None:
@@ -242,21 +244,33 @@ class ConnectionPool(Generic[S]):
         self._open_more()
         # Read after the logins of this request have begun: one that still goes on then is what it waited for.
         timer = loop.call_at(deadline, self._expire, waiter, loop.time())
+        watch = watch_client.get()
+        left = None if watch is None else watch()
+        give_up = partial(self._give_up, waiter)
+        if left is not None:
+            left.add_done_callback(give_up)
         try:
             slot = await waiter
             outcome = "granted"
+        except ClientLeft:
+            outcome = "cancelled"
+            raise
         except asyncio.CancelledError:
             outcome = "cancelled"
-            self._watch.cancelled("cancelled")
+            if waiter.cancelled():
+                self._watch.cancelled("cancelled")
             # The answer came in the same turn as the cancel. A granted connection goes to the next request. A refusal
             # granted nothing: when it was handed back all the same, the pool opened more than its capacity.
             if waiter.done() and not waiter.cancelled() and waiter.exception() is None:
+                self._watch.cancelled("cancelled")
                 self._in_hand.discard(waiter.result())
                 self._grant(waiter.result())
                 self._note_drained()
             raise
         finally:
             timer.cancel()
+            if left is not None:
+                left.remove_done_callback(give_up)
             self._queue.leave(waiter)
             if queued:
                 self._watch.waited(self._clock() - joined, outcome)
@@ -314,6 +328,13 @@ class ConnectionPool(Generic[S]):
             waiter.set_exception(self._unreachable())
         else:
             waiter.set_exception(self._refusal("timeout", f"No connection became free within {seconds:g} s."))
+
+    def _give_up(self, waiter: asyncio.Future[S], _left: asyncio.Future[None]) -> None:
+        """Let a request go whose client has left; its place in the queue is free at once."""
+        if not waiter.done():
+            self._queue.leave(waiter)
+            self._watch.cancelled("client_left")
+            waiter.set_exception(ClientLeft("The client left while its request waited for a connection."))
 
     def _full(self, free: int) -> Exception:
         if free and self._failure is not None:

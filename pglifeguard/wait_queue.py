@@ -24,6 +24,7 @@ import asyncio
 import math
 import random
 from collections import OrderedDict
+from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Generic, TypeVar
 
@@ -43,6 +44,9 @@ STANDING_AFTER = 4
 
 # On whose behalf a connection is acquired in this context: a token's subject, a tenant; None tells nobody apart.
 client_key: ContextVar[str | None] = ContextVar("client_key", default=None)
+# How a request of this context begins to watch its client. It returns a future that is done once the client has left,
+# or None when the request is to be served all the same.
+watch_client: ContextVar[Callable[[], asyncio.Future[None] | None] | None] = ContextVar("watch_client", default=None)
 S = TypeVar("S")
 
 

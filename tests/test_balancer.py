@@ -11,7 +11,7 @@ from starlette.types import Receive, Scope, Send
 from local.waiting import eventually
 from tests.balancer import Balancer, balanced, needs_haproxy
 from tests.crowd import crowd
-from tests.service import ADA, Service, listening
+from tests.service import ADA, Service, exhausted, listening
 
 pytestmark = needs_haproxy
 
@@ -90,6 +90,27 @@ async def test_answer_may_take_longer_than_a_client_may_be_silent(balancer: Bala
         answer = await client.get(f"{balancer.url}/long", timeout=30)
 
     assert answer.json() == "at last"
+
+
+async def test_client_that_leaves_is_told_to_the_instance(balancer: Balancer, service: Service) -> None:
+    """The place in the queue for a connection is free at once, also behind a balancer."""
+    pool = service.databases.primary.pool
+
+    async def waits() -> bool:
+        return pool.figures().waiting == 1
+
+    async def left() -> bool:
+        return pool.figures().waiting == 0
+
+    async with exhausted(service.databases.primary):
+        pool.settings = pool.settings.model_copy(update={"pool_timeout": 60})
+        _, writer = await asyncio.open_connection("127.0.0.1", balancer.port)
+        writer.write(b"DELETE /patients/1 HTTP/1.1\r\nHost: test\r\n\r\n")
+        assert await eventually(waits, 5)
+        writer.transport.abort()
+        assert await eventually(left, 5)
+
+    assert service.sample("db_connection_cancelled_total", pool="primary", reason="client_left") == 1
 
 
 OPERATORS = (

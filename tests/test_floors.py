@@ -41,7 +41,7 @@ LIBRARY = (
     {"serving.protocol"},
     {"serving.server"},
     {"serving"},
-    {"fastapi.routing", "fastapi.sessions", "fastapi.shared"},
+    {"fastapi.client_watch", "fastapi.routing", "fastapi.sessions", "fastapi.shared"},
     {"fastapi.failures", "fastapi.health"},
     {"fastapi.problems"},
     {"fastapi.debug", "fastapi.exposition", "fastapi.idempotency", "fastapi.middleware"},

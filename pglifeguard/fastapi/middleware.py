@@ -26,6 +26,7 @@ from pglifeguard.collisions import ATTEMPTS, collision, pause_seconds
 from pglifeguard.consistency import CURRENT, Consistency
 from pglifeguard.databases import Databases
 from pglifeguard.errors import BodyTooLarge, BodyTooSlow, Failure
+from pglifeguard.fastapi.client_watch import ClientWatch, announces_body, may_be_given_up
 from pglifeguard.fastapi.failures import report_bug
 from pglifeguard.fastapi.problems import answer_unforeseen, most_severe, problem
 from pglifeguard.fastapi.sessions import (
@@ -42,7 +43,7 @@ from pglifeguard.sampling import Sampler
 from pglifeguard.server import Token
 from pglifeguard.sessions import WriteSession
 from pglifeguard.settings import DatabasesSettings
-from pglifeguard.wait_queue import client_key
+from pglifeguard.wait_queue import client_key, watch_client
 
 logger = logging.getLogger(__name__)
 
@@ -164,8 +165,10 @@ class ReadYourWrites:
         path = self._cookie_path or quote(scope.get("root_path", "")) or "/"
 
         async def send_with_token(message: Message) -> None:
-            if consistency.token is not None and message["type"] == "http.response.start":
-                message["headers"] = [*message.get("headers", ()), *self._token_headers(consistency.token, path)]
+            if message["type"] == "http.response.start":
+                consistency.answered = True
+                if consistency.token is not None:
+                    message["headers"] = [*message.get("headers", ()), *self._token_headers(consistency.token, path)]
             await send(message)
 
         if self._by_address and scope.get("client"):
@@ -202,6 +205,8 @@ class ReadYourWrites:
 class BodyLimit:
     """Bound each request's body while it is read. A body that is not read is not waited for.
 
+    This layer also watches the client of a request that waits for a connection: all messages of the client pass here.
+
     FastAPI's `max_body_size=` of a route or a router overrides the setting. An excess is raised where the body is read,
     before the rest of it has arrived.
     """
@@ -218,15 +223,39 @@ class BodyLimit:
             await self._app(scope, receive, send)
             return
         body: _Body | None = None
+        watch: ClientWatch | None = None
+        readers = 0
 
         async def receive_some() -> Message:
-            nonlocal body
+            nonlocal body, readers
             if body is None:
                 max_bytes = scope.get(MAX_BODY_SIZE_SCOPE_KEY, self._max_bytes)
                 body = _Body(scope, max_bytes=max_bytes, max_values=self._max_values, seconds=self._seconds)
-            return await body.receive(receive)
+            readers += 1
+            try:
+                return await body.receive(receive if watch is None else watch.receive)
+            finally:
+                readers -= 1
 
-        await self._app(scope, receive_some, send)
+        def watch_this() -> asyncio.Future[None] | None:
+            nonlocal watch
+            if not may_be_given_up():
+                return None
+            if watch is None:
+                # The watch must not read a body in place of the application, which takes as much as it can work on.
+                complete = not announces_body(scope) if body is None else body.complete
+                if readers or not complete:
+                    return None
+                watch = ClientWatch(receive)
+            return watch.left
+
+        before = watch_client.set(watch_this)
+        try:
+            await self._app(scope, receive_some, send)
+        finally:
+            watch_client.reset(before)
+            if watch is not None:
+                watch.end()
 
 
 class RetryOnPrimary:
@@ -245,6 +274,9 @@ class RetryOnPrimary:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request or WebSocket."""
         scope[DATABASES] = self._databases
+        record = CURRENT.get()
+        if record is not None:
+            record.task = asyncio.current_task()
         try:
             if scope["type"] == "http" and scope["method"] in SAFE_METHODS:
                 await self._read(scope, receive, send)
@@ -254,12 +286,14 @@ class RetryOnPrimary:
             if isinstance(group, Exception):
                 raise
             raise most_severe(group) from None  # Servers and ObserveRequests expect a bare CancelledError.
+        finally:
+            if record is not None:
+                record.task = None
 
     async def _read(self, scope: Scope, receive: Receive, send: Send) -> None:
         before = dict(scope)
         # Closing and opening the databases makes a new one, so it is read for each request.
         primary_retry = self._databases.primary_retry
-        consistency = consistency_of(scope)
         received: list[Message] = []
         reason: str | None = None
 
@@ -275,7 +309,7 @@ class RetryOnPrimary:
             if message["type"] == "http.response.start":
                 failure = why_read_failed(scope, message["status"])
                 if failure is not None:
-                    reason = primary_retry.reason(consistency, most_severe(failure))
+                    reason = primary_retry.reason(consistency_of(scope), most_severe(failure))
             if reason is not None:
                 raise _Abandoned
             await send(message)
@@ -290,7 +324,7 @@ class RetryOnPrimary:
             # Routing, mounts and dependencies have changed the scope.
             scope.clear()
             scope.update(before)
-            await primary_retry.run(reason, consistency, lambda: self._app(scope, receive_again, send))
+            await primary_retry.run(reason, consistency_of(scope), lambda: self._app(scope, receive_again, send))
 
 
 class RetryOnCollision:
@@ -354,14 +388,14 @@ class _Body:
         self._is_json = any(name == b"content-type" and b"json" in value.lower() for name, value in scope["headers"])
         self._bytes = 0
         self._commas = 0
-        self._complete = False
+        self.complete = False
         announced = headers.get(b"content-length", b"")
         if announced.isdigit() and (len(announced) > len(str(max_bytes)) or int(announced) > max_bytes):
             raise BodyTooLarge(self._too_many_bytes())
 
     async def receive(self, receive: Receive) -> Message:
         """Receive the next message. After a complete body only the client's disconnect comes, without a deadline."""
-        if self._complete:
+        if self.complete:
             return await receive()
         try:
             async with asyncio.timeout_at(self._deadline):
@@ -371,7 +405,7 @@ class _Body:
         if message["type"] != "http.request":
             return message
         chunk = message.get("body", b"")
-        self._complete = not message.get("more_body", False)
+        self.complete = not message.get("more_body", False)
         self._bytes += len(chunk)
         if self._bytes > self._max_bytes:
             raise BodyTooLarge(self._too_many_bytes())

@@ -5,6 +5,7 @@ import gc
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import AsyncExitStack
+from contextvars import copy_context
 from typing import Any, cast, get_args
 
 import asyncpg
@@ -19,7 +20,7 @@ from pglifeguard.connector import KeptAliveConnection
 from pglifeguard.errors import DatabaseUnreachable, PoolExhausted, sqlstate
 from pglifeguard.lease import fetch_once
 from pglifeguard.query import Query
-from pglifeguard.wait_queue import client_key
+from pglifeguard.wait_queue import client_key, watch_client
 from tests.conftest import Database, Execute
 from tests.pglifeguard.conftest import Clock, Pooled, pooled, sessions_end
 from tests.proxy import Proxy
@@ -375,6 +376,23 @@ async def test_deadline_that_meets_a_grant_refuses_nobody(database: Database) ->
 
         assert await second
         assert p.rejected("timeout") == 0
+
+
+async def test_client_that_leaves_with_its_grant_is_served(database: Database) -> None:
+    """When a client leaves in the moment of the grant, the connection is in hand, and the request has it."""
+    left: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    async with pooled(database.url(), pool_size=1, max_overflow=0, pool_timeout=10) as p:
+        held = await p.database.engine.connect()
+        context = copy_context()
+        context.run(watch_client.set, lambda: left)
+        second = asyncio.create_task(p.backend(), context=context)
+        await p.waiting(1)
+
+        await held.close()
+        left.set_result(None)
+
+        assert await second
+        assert p.sample("db_connection_cancelled_total", reason="client_left") == 0
 
 
 async def test_refusal_of_a_cancelled_waiter_returns_no_permit(database: Database) -> None:

@@ -1,0 +1,76 @@
+"""Noticing that the client of a request has left, while the request waits for a connection.
+
+An ASGI server says so to whoever receives the next message. While a request waits nobody does, so the request would be
+served for nobody: `ClientWatch` receives meanwhile. Only a request that waits has one; see `BodyLimit`.
+"""
+
+import asyncio
+from contextlib import suppress
+
+from starlette.types import Message, Receive, Scope
+
+from pglifeguard.consistency import current_consistency
+
+
+class ClientWatch:
+    """Receives the messages of one request until its client leaves, and keeps them for the application.
+
+    From its start on the application receives by `receive`. One of the two asks the server at a time. A message that
+    the watch has taken is not lost, and no wait for a message is cancelled before `end`: a BaseHTTPMiddleware around
+    this would take that for the end of the body.
+    """
+
+    def __init__(self, receive: Receive) -> None:
+        loop = asyncio.get_running_loop()
+        # Done when the client has left.
+        self.left: asyncio.Future[None] = loop.create_future()
+        self._receive = receive
+        # After the last one stands None: the application asks the server itself from then on.
+        self._messages: asyncio.Queue[Message | None] = asyncio.Queue()
+        self._task = loop.create_task(self._watch())
+
+    async def receive(self) -> Message:
+        """Receive the next message for the application."""
+        message = await self._messages.get()
+        if message is not None:
+            return message
+        self._messages.put_nowait(None)
+        return {"type": "http.disconnect"} if self.left.done() else await self._receive()
+
+    def end(self) -> None:
+        """Stop receiving: the request is over."""
+        self._task.cancel()
+
+    async def _watch(self) -> None:
+        try:
+            # The application gets the error from the server when it asks.
+            with suppress(Exception):
+                message = await self._receive()
+                if message["type"] == "http.request" and not message.get("more_body"):
+                    # The body, empty or in one piece. Only the end of the connection can follow.
+                    self._messages.put_nowait(message)
+                    message = await self._receive()
+                if message["type"] == "http.disconnect":
+                    self.left.set_result(None)
+                else:
+                    self._messages.put_nowait(message)
+        finally:
+            self._messages.put_nowait(None)
+
+
+def announces_body(scope: Scope) -> bool:
+    """Say whether the headers of a request announce a body."""
+    lengths = [value for name, value in scope["headers"] if name == b"content-length"]
+    return any(value != b"0" for value in lengths) or any(n == b"transfer-encoding" for n, _ in scope["headers"])
+
+
+def may_be_given_up() -> bool:
+    """Say whether this request is served for nobody once its client has left.
+
+    It is not when it has committed something, since the rest of it may belong to that; nor when its answer has begun,
+    as for a background task; nor in another task that its endpoint has started.
+    """
+    record = current_consistency()
+    if record is None or record.committed or record.answered:
+        return False
+    return record.task is asyncio.current_task()
