@@ -119,6 +119,9 @@ class PoolWatch:
         self, metrics: Metrics, pool: str, sampler: Sampler, *, slow_query_seconds: float, idle_hold_seconds: float
     ) -> None:
         self.pool = pool
+        # Holders that have kept a connection for too long: the line that takes their next ones is remembered. For all
+        # holders that is too dear, and the first sight of such a holder is seldom its last.
+        self.traced: set[str] = set()
         self._sampler = sampler
         self._slow_query_seconds = slow_query_seconds
         self._idle_hold_seconds = idle_hold_seconds
@@ -186,13 +189,20 @@ class PoolWatch:
         self._replaced(reason).inc()
         logger.debug("connection closed", extra={"pool": self.pool, "reason": reason})
 
-    def returned(self, holder: str, held: float, queried: float) -> None:
+    def returned(self, checkout: Checkout, held: float) -> None:
         """Count a checkin: seconds held, and of these the ones without a query; log it when those were many."""
-        idle = max(0.0, held - queried)
+        holder = checkout.holder
+        idle = max(0.0, held - checkout.queried_seconds())
         self._hold(holder).observe(held)
         self._idle(holder).observe(idle)
         if idle >= self._idle_hold_seconds:
-            self.log("connection held idle", route=holder, held_seconds=round(held, 3), idle_seconds=round(idle, 3))
+            self.log_kept("connection held idle", checkout, held_seconds=round(held, 3), idle_seconds=round(idle, 3))
+
+    def log_kept(self, message: str, checkout: Checkout, *, level: int = logging.WARNING, **details: Any) -> None:
+        """Write a line about a connection that its holder kept for too long; the second one says where it was taken."""
+        self.traced.add(checkout.holder)
+        by = {"pool": self.pool, "route": checkout.holder, "taken_in": checkout.taken_in}
+        self._sampler.log(logger, level, message, by=by, **details)
 
     def answered(self, checkout: Checkout, statement: str, seconds: float) -> None:
         """Count a statement, answered or failed, and the seconds that it took; log it when it was slow."""

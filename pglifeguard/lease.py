@@ -202,9 +202,7 @@ class Lease(DriverLane):
         if self.entry is not None:
             # A session was dropped without being closed, and its place in the pool would be lost with it. A destructor
             # cannot wait for a ROLLBACK, so the connection is closed.
-            self._database.watch.log(
-                "session dropped without being closed", level=logging.ERROR, route=self.checkout.holder
-            )
+            self._database.watch.log_kept("session dropped without being closed", self.checkout, level=logging.ERROR)
             self.connection.terminate()
             self.give_back()
 

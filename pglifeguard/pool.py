@@ -200,7 +200,7 @@ class ConnectionPool(Generic[S]):
         now = self._clock()
         kept = False
         try:
-            self._watch.returned(checkout.holder, now - checkout.taken_at, checkout.queried_seconds())
+            self._watch.returned(checkout, now - checkout.taken_at)
             if slot.dbapi_connection is None:
                 # SQLAlchemy invalidated it, and has closed it already.
                 self._watch.replaced("error")
@@ -303,7 +303,7 @@ class ConnectionPool(Generic[S]):
         checkout.holder = holder.get()
         checkout.taken_at = now
         checkout.queried, checkout.asked_at = 0.0, None
-        checkout.taken_in = self._caller() if self._trace else None
+        checkout.taken_in = self._caller() if self._trace or checkout.holder in self._watch.traced else None
         checkout.reported = False
         self._out[slot] = checkout
         self._watch.acquired(now - started, checkout.holder)
@@ -562,6 +562,7 @@ class ConnectionPool(Generic[S]):
         for checkout in self._out.values():
             if now - checkout.taken_at >= seconds and not checkout.reported:
                 checkout.reported = True
+                self._watch.traced.add(checkout.holder)
                 found.append(holding_of(checkout, now))
         return found
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
@@ -141,22 +142,30 @@ async def test_figures_are_logged(database: Database, caplog: pytest.LogCaptureF
 async def test_long_held_connection_is_counted_and_named(
     database: Database, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Who holds a connection for long is in the log once, and in a metric."""
+    """Each such checkout is in the log once, and in a metric; from the second one on with the line that took it."""
     monkeypatch.setattr(engines, "UPKEEP_SECONDS", 0.01)
-    async with (
-        serving(database.settings(leak_after_seconds=0.05)) as service,
-        service.databases.writing(label="forgetful") as session,
-    ):
-        await session.execute(text("SELECT 1"))
+    held: list[Any] = []
+    async with serving(database.settings(leak_after_seconds=0.05)) as service:
 
         async def reported() -> bool:
-            return service.sample("db_connection_long_held_total", pool="primary", route="forgetful") == 1
+            labels = {"pool": "primary", "route": "forgetful"}
+            return service.sample("db_connection_long_held_total", **labels) == len(held) + 1
 
-        assert await eventually(reported, 5)
+        for _ in range(2):
+            async with service.databases.writing(label="forgetful") as session:
+                await session.execute(text("SELECT 1"))
+                assert await eventually(reported, 5)
+                held += (await service.client.get("/debug/connections")).json()["primary"]["held"]
+        async with service.databases.writing(label="another") as session:
+            await session.execute(text("SELECT 1"))
+            (other,) = service.databases.primary.pool.holdings()
 
-    (line,) = (vars(record) for record in caplog.records if record.message == "connection held for long")
-    assert (line["pool"], line["route"]) == ("primary", "forgetful")
-    assert line["held_seconds"] + 0.05 >= 0.05
+    first, second = (vars(record) for record in caplog.records if record.message == "connection held for long")
+    assert (first["pool"], first["route"], first["taken_in"]) == ("primary", "forgetful", None)
+    assert first["held_seconds"] + 0.05 >= 0.05
+    assert re.fullmatch(r"tests\.pglifeguard\.test_databases:\d+ in test_long_held_\w+", second["taken_in"])
+    assert [holding["taken_in"] for holding in held] == [None, second["taken_in"]]
+    assert other.taken_in is None
 
 
 # Another server.

@@ -117,18 +117,22 @@ async def test_statement_beside_another_is_refused_and_harms_nothing(service: Se
 
 
 async def test_dropped_session_loses_no_permit(service: Service, caplog: pytest.LogCaptureFixture) -> None:
-    """A session that nobody closes is named, and its connection is not used again."""
-    session = service.databases.writing(label="forgetful")
-    await queries.add_patient(session, ADA)
-    with caplog.at_level(logging.ERROR):
-        del session
-        gc.collect()
+    """A session that nobody closes is named, the second time with its line, and its connection is not used again."""
+    for _ in range(2):
+        session = service.databases.writing(label="forgetful")
+        await queries.add_patient(session, ADA)
+        with caplog.at_level(logging.ERROR):
+            del session
+            gc.collect()
 
-    (line,) = (vars(record) for record in caplog.records if record.message == "session dropped without being closed")
+    first, second = (
+        vars(record) for record in caplog.records if record.message == "session dropped without being closed"
+    )
     figures = service.databases.primary.pool.figures()
-    assert line["route"] == "forgetful"
+    assert first["route"] == second["route"] == "forgetful"
+    assert second["taken_in"].endswith("in add_patient")
     assert (figures.checked_out, figures.available) == (0, figures.total)
-    assert service.sample("db_connection_invalidations_total", pool="primary", reason="closed") == 1
+    assert service.sample("db_connection_invalidations_total", pool="primary", reason="closed") == 2
 
 
 @pytest.mark.parametrize("first", ["driver", "sqlalchemy"])

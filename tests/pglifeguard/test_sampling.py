@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -336,7 +337,10 @@ async def test_slow_statements_are_counted_by_statement(database: Database, capl
 
 
 async def test_idle_hold_is_logged_with_its_route(database: Database, caplog: pytest.LogCaptureFixture) -> None:
-    """A route that waits for somebody else with a connection in its hand is told by its first request."""
+    """A route that waits for somebody else with a connection in its hand is told by its first request.
+
+    Its next request tells the line that took the connection as well.
+    """
     async with serving(database.settings(replica=False, idle_hold_seconds=0.5)) as service:
 
         @service.app.post("/calling")
@@ -350,7 +354,13 @@ async def test_idle_hold_is_logged_with_its_route(database: Database, caplog: py
 
         await service.client.post("/asking")
         await service.client.post("/calling")
+        await service.client.post("/calling")
 
-    (line,) = [line for line in lines(caplog, "pglifeguard.checkout") if line["message"] == "connection held idle"]
-    assert (line["pool"], line["route"]) == ("primary", "/calling")
-    assert line["held_seconds"] >= line["idle_seconds"] >= 0.5
+    first, second = (
+        line for line in lines(caplog, "pglifeguard.checkout") if line["message"] == "connection held idle"
+    )
+    for line in (first, second):
+        assert (line["pool"], line["route"]) == ("primary", "/calling")
+        assert line["held_seconds"] >= line["idle_seconds"] >= 0.5
+    assert "taken_in" not in first
+    assert re.fullmatch(r"tests\.pglifeguard\.test_sampling:\d+ in calling", second["taken_in"])
