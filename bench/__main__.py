@@ -12,7 +12,7 @@ from rich.markup import escape
 from bench import report
 from bench.load import BenchError, require_generators
 from bench.measure import Plan
-from bench.sections import bar, growth, overload, pool_size, scrape, start, ways
+from bench.sections import at_once, bar, growth, memory, overload, pool_size, scrape, start, total, ways
 from bench.setup import set_up
 from local.account import LocalError
 from local.setup import PROJECT
@@ -20,29 +20,36 @@ from local.setup import PROJECT
 console = Console(highlight=False)
 SECTIONS = {
     "bar": bar.run,
+    "total": total.run,
     "ways": ways.run,
     "pool-size": pool_size.run,
     "overload": overload.run,
+    "at-once": at_once.run,
     "start": start.run,
     "scrape": scrape.run,
+    "memory": memory.run,
     "growth": growth.run,
 }
 FULL = Plan(rounds=3, seconds=1)
+QUICK_SECTIONS = ["bar", "total"]
 QUICK = Plan(rounds=3, seconds=1, quick=True)
 HELP = """Measure the service side by side with its floor and with the textbook's ways to connect.
 
 Starts a primary, a replica and every server that is measured, loads them on 127.0.0.1 and stops them again. Tables
-are printed as they are done; after all parts, in under ten minutes, docs/benchmarks.md and its pictures are
+are printed as they are done; after all parts, in under 15 minutes, docs/benchmarks.md and its pictures are
 written. With --quick or --only nothing is written. A missed bar is reported; a wrong answer ends the run.
 
 \b
 The parts:
   bar        what a request costs, in floors and in textbooks
+  total      what it costs the service, the pooler and PostgreSQL together
   ways       what each way to connect costs, and does to the server with 2 and 10 instances
   pool-size  how many connections are enough
   overload   what becomes of more requests than can be served
+  at-once    what becomes of ten thousand requests at the same moment
   start      how long it takes until it serves
   scrape     for how long /metrics holds the event loop
+  memory     what a process and its idle clients take
   growth     whether a request costs more with more clients, rows and workers
 """
 UNTOUCHED = f"{report.PAGE.relative_to(PROJECT)} is as it was."
@@ -61,7 +68,7 @@ def _known(names: list[str] | None) -> list[str] | None:
 @cli.command(help=HELP)
 def main(
     *,
-    quick: Annotated[bool, typer.Option("--quick", help="The bar's first routes alone, in under a minute.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="The first routes of bar and total, in two minutes.")] = False,
     only: Annotated[
         list[str] | None, typer.Option(callback=_known, help="This part alone, by its name; repeat it for several.")
     ] = None,
@@ -69,7 +76,7 @@ def main(
     """Measure what `--only` names, or everything, and write the report."""
     try:
         require_generators()
-        missed = asyncio.run(_run(quick=quick, only=only or (["bar"] if quick else list(SECTIONS))))
+        missed = asyncio.run(_run(quick=quick, only=only or (QUICK_SECTIONS if quick else list(SECTIONS))))
     except (BenchError, LocalError) as error:
         console.print(f"[red]{escape(str(error))}[/red]\n{UNTOUCHED}")
         raise typer.Exit(1) from None

@@ -56,7 +56,8 @@ async def load_together(stage: Stage, plan: Plan, tell: Callable[[str], None], w
     crowd = Crowd()
     async with AsyncExitStack() as stack:
         # PgBouncer keeps its connections to the server, and nobody else is to find them there.
-        through = await stack.enter_async_context(pgbouncer.pooling(stage.cluster)) if way == "pooled" else {}
+        pooled = way == "pooled"
+        through = (await stack.enter_async_context(pgbouncer.pooling(stage.cluster))).variables if pooled else {}
         variables = _settings(way, through, instances)
         tell(f"{instances} instances · {way} · starting")
         servers = await stage.serving_many(stack, instances, MODULES.get(way, way), variables, name=way)

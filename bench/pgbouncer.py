@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import AsyncIterator
 from configparser import ConfigParser
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import asyncpg
@@ -23,6 +24,14 @@ START_SECONDS = 10
 FOLLOWS_STATEMENTS = (1, 21)
 
 
+@dataclass(frozen=True)
+class Pooler:
+    """One that runs: its process, and the variables that lead the service through it."""
+
+    pid: int
+    variables: dict[str, str]
+
+
 def version() -> tuple[int, int] | None:
     """Return the version of the one on PATH; None without one."""
     if shutil.which("pgbouncer") is None:
@@ -33,8 +42,8 @@ def version() -> tuple[int, int] | None:
 
 
 @asynccontextmanager
-async def pooling(cluster: Cluster) -> AsyncIterator[dict[str, str]]:
-    """Run it and yield the variables that lead the service through it."""
+async def pooling(cluster: Cluster) -> AsyncIterator[Pooler]:
+    """Run it in front of primary and replica."""
     found, port = version(), free_port()
     if found is None:
         raise BenchError("pgbouncer is not on PATH")
@@ -58,11 +67,12 @@ async def pooling(cluster: Cluster) -> AsyncIterator[dict[str, str]]:
             reader = url.format(role="app_ro", password=cluster.passwords["app_ro"], database="replica")
             if not await eventually(lambda: _answers(reader), START_SECONDS):
                 raise BenchError("PgBouncer did not start.")
-            yield {
+            urls = {
                 "DATABASE_URL": url.format(role="app_rw", password=cluster.passwords["app_rw"], database="primary"),
                 "DATABASE_REPLICA_URL": reader,
                 "DATABASE_ANALYTICS_URL": reader,
-            } | ({} if follows else {"DATABASE_STATEMENT_CACHE_SIZE": "0"})
+            }
+            yield Pooler(process.pid, urls | ({} if follows else {"DATABASE_STATEMENT_CACHE_SIZE": "0"}))
         finally:
             process.terminate()
             await asyncio.to_thread(process.wait)

@@ -34,11 +34,15 @@ class Served:
 
     def cpu_seconds(self) -> float:
         """User and system time of all its processes by the kernel's account, ended threads included."""
-        return float(sum(sum(process.cpu_times()[:2]) for process in self._processes()))
+        return cpu_seconds(self.process.pid)
 
     def memory_bytes(self) -> int:
         """Resident memory of all its processes."""
         return int(sum(process.memory_info().rss for process in self._processes()))
+
+    def proportional_bytes(self) -> int:
+        """Resident memory of all its processes (PSS); a page that several processes share counts in parts."""
+        return int(sum(process.memory_full_info().pss for process in self._processes()))
 
     def pin(self, core: int) -> None:
         """Keep it on this core, with the threads that it starts from now on; starting may use all of them."""
@@ -48,6 +52,21 @@ class Served:
     def _processes(self) -> list[psutil.Process]:
         parent = psutil.Process(self.process.pid)
         return [parent, *parent.children(recursive=True)]
+
+
+def cpu_seconds(pid: int) -> float:
+    """User and system time of a process and of all that it has started, ended ones included.
+
+    Raises: psutil.NoSuchProcess when the process itself has ended.
+    """
+    parent = psutil.Process(pid)
+    while True:
+        try:
+            # The parent first: a child's time becomes the parent's when the child ends, and must not count twice.
+            return float(sum(sum(process.cpu_times()[:4]) for process in (parent, *parent.children(recursive=True))))
+        except psutil.NoSuchProcess as ended:
+            if ended.pid == pid:
+                raise
 
 
 async def stop(process: subprocess.Popen[bytes]) -> None:

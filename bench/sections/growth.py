@@ -1,10 +1,9 @@
 """What a request costs when clients, rows and workers grow tenfold: it should cost the same."""
 
-import socket
-from collections.abc import Callable, Iterator
-from contextlib import AsyncExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import AsyncExitStack
 
-from bench import plots
+from bench import clients, plots
 from bench.measure import Plan, Row, Series, alternate
 from bench.report import Section
 from bench.served import Served
@@ -48,7 +47,8 @@ async def _clients(stage: Stage, server: Served, plan: Plan, tell: Tell, section
     memory = {count: Series() for count in OPEN}
     for _ in range(plan.rounds):
         for count in OPEN:
-            with _idle_connections(server.port, count):
+            # Without a request they stay open: uvicorn closes those that idle after an answer in five seconds.
+            with clients.connected(server.port, count):
                 row = await _one(stage, server, PATHS[0], Plan(1, 1), tell)
                 cpu[count].values.append(row.cpu.median)
                 memory[count].values.append(server.memory_bytes() / 1e6)
@@ -59,9 +59,6 @@ async def _clients(stage: Stage, server: Served, plan: Plan, tell: Tell, section
         ["open", "µs CPU for each request", "resident MB"],
         [[f"{count:,}", cpu[count].text(), memory[count].text(1)] for count in OPEN],
     )
-    # Memory that was used is not given back, so the first round alone shows what clients cost.
-    grown = (memory[OPEN[-1]].values[0] - memory[OPEN[0]].values[0]) / (OPEN[-1] - OPEN[0]) * 1000
-    section.say(f"1,000 idle clients take {grown:.1f} MB; the process itself {memory[OPEN[0]].values[0]:.0f} MB.")
     return cpu
 
 
@@ -121,16 +118,3 @@ def _flatness(cpu: dict[int, Series], why_not: str) -> str:
 
 async def _one(stage: Stage, server: Served, path: str, plan: Plan, tell: Tell) -> Row:
     return (await alternate(stage, [server], path, clients=BUSY, plan=plan, tell=tell))[server.name]
-
-
-@contextmanager
-def _idle_connections(port: int, count: int) -> Iterator[None]:
-    # They send nothing: uvicorn closes a connection that idles after an answer in five seconds, and waits for a first
-    # request without end.
-    sockets: list[socket.socket] = []
-    try:
-        sockets.extend(socket.create_connection(("127.0.0.1", port), timeout=10) for _ in range(count))
-        yield
-    finally:
-        for one in sockets:
-            one.close()

@@ -21,7 +21,8 @@ async def run(stage: Stage, plan: Plan, tell: Tell) -> Section:
     found = pgbouncer.version()
     ways = [way for way in WAYS if way != "pooled" or found is not None]
     async with AsyncExitStack() as stack:
-        through = await stack.enter_async_context(pgbouncer.pooling(stage.cluster)) if "pooled" in ways else {}
+        pooled = "pooled" in ways
+        through = (await stack.enter_async_context(pgbouncer.pooling(stage.cluster))).variables if pooled else {}
         await _alone(stage, plan, tell, section, ways, through)
     await crowds.measure(stage, plan, tell, section, ways)
     if found is not None and found < pgbouncer.FOLLOWS_STATEMENTS:

@@ -2,22 +2,12 @@
 
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from datetime import date
 from typing import Any
 
 from fastapi import FastAPI, HTTPException, Request, Response
-from pydantic import BaseModel
 
 from bench.variants.floor import ADD, GET, LIST, LSN, open_pool
-from bench.variants.patients import PatientOut
-
-
-class PatientIn(BaseModel):
-    """A new patient."""
-
-    mrn: str
-    full_name: str
-    birth_date: date
+from bench.variants.patients import PatientIn, PatientOut
 
 
 @asynccontextmanager

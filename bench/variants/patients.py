@@ -4,6 +4,7 @@ import os
 from datetime import date, datetime
 
 from pydantic import BaseModel, ConfigDict
+from sqlalchemy import FetchedValue
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 # As tutorials have it; a benchmark of many instances sets others.
@@ -31,8 +32,16 @@ class Patient(Base):
     mrn: Mapped[str]
     full_name: Mapped[str]
     birth_date: Mapped[date]
-    created_at: Mapped[datetime]
-    updated_at: Mapped[datetime]
+    created_at: Mapped[datetime] = mapped_column(server_default=FetchedValue())
+    updated_at: Mapped[datetime] = mapped_column(server_default=FetchedValue())
+
+
+class PatientIn(BaseModel):
+    """A new patient."""
+
+    mrn: str
+    full_name: str
+    birth_date: date
 
 
 class PatientOut(BaseModel):
@@ -50,4 +59,13 @@ class PatientOut(BaseModel):
 
 def reader_url(driver: str = "") -> str:
     """Return where reads go, for SQLAlchemy's dialect when a driver is named."""
-    return os.environ["DATABASE_REPLICA_URL"].replace("postgresql://", f"postgresql{driver}://", 1)
+    return _for_driver("DATABASE_REPLICA_URL", driver)
+
+
+def writer_url(driver: str = "") -> str:
+    """Return where writes go, for SQLAlchemy's dialect when a driver is named."""
+    return _for_driver("DATABASE_URL", driver)
+
+
+def _for_driver(variable: str, driver: str) -> str:
+    return os.environ[variable].replace("postgresql://", f"postgresql{driver}://", 1)

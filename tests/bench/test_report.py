@@ -124,4 +124,6 @@ def test_unknown_part_is_named(tmp_path: Path) -> None:
     done = bench("--only", "speed", path=str(tmp_path))
 
     assert done.returncode == 2
-    assert "speed is none of bar, ways, pool-size, overload, start, growth." in done.stderr
+    assert (
+        "speed is none of bar, total, ways, pool-size, overload, at-once, start, scrape, memory, growth." in done.stderr
+    )

@@ -5,9 +5,10 @@ import sys
 
 import asyncpg
 import psutil  # type: ignore[import-untyped]  # See local/waiting.py.
+import pytest
 from sqlalchemy.engine import make_url
 
-from bench.served import Served, stop
+from bench.served import Served, cpu_seconds, stop
 from bench.wire import counting
 from tests.conftest import Database
 
@@ -46,6 +47,26 @@ async def test_workers_count_too() -> None:
         process.stdout.close()
     _, alive = psutil.wait_procs(workers, timeout=5)
     assert alive == []
+
+
+def test_time_of_an_ended_child_counts() -> None:
+    """PostgreSQL's backends end with their connections: what they took stays in the account of the server."""
+    forget = "subprocess.run([sys.executable, '-c', 'import time\\nwhile time.process_time() < 0.3: pass'])"
+    process = subprocess.Popen(
+        [sys.executable, "-c", f"import subprocess, sys; {forget}; print('ended', flush=True); input()"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    with process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"ended\n"
+
+        # The kernel counts in hundredths of a second.
+        assert cpu_seconds(process.pid) >= BURNT_SECONDS - 0.02
+        assert psutil.Process(process.pid).children() == []
+        process.communicate(b"go\n")
+    with pytest.raises(psutil.NoSuchProcess):
+        cpu_seconds(process.pid)
 
 
 async def test_nobody_else_counts() -> None:
