@@ -1,5 +1,6 @@
-"""The operator's commands: `python -m app serve | doctor | connections | token`."""
+"""The operator's commands: `python -m app serve | doctor | connections | token | pause | resume | drain | resize`."""
 
+import getpass
 import os
 from datetime import timedelta
 from typing import Annotated, cast, get_args
@@ -14,11 +15,29 @@ from pglifeguard import serving
 from pglifeguard.cli import checked, database_commands, stop
 
 cli = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False)
-cli.add_typer(database_commands(Settings, further=migration_targets, checks=[pending_migrations]))
-
 HostOption = Annotated[str | None, typer.Option(help="Address to listen on; HOST.")]
 PortOption = Annotated[int | None, typer.Option(help="Port to listen on; PORT.", min=0, max=65_535)]
 WorkersOption = Annotated[int | None, typer.Option(help="Processes; WORKERS. One for each container.", min=1)]
+
+
+def _reach(settings: Settings) -> tuple[str, str | None]:
+    """Return where this machine reaches the service, and a token for one order, in the name of who is logged in."""
+    scheme = "http" if settings.tls_certificate is None else "https"
+    host = "127.0.0.1" if settings.host in {"0.0.0.0", "::"} else settings.host  # noqa: S104  # It is compared only.
+    url = f"{scheme}://{f'[{host}]' if ':' in host else host}:{settings.port}"
+    if settings.auth_secret is None:
+        return url, None
+    return url, issue_token(settings.auth_secret, subject=_account(), scopes=["ops"], lifetime=timedelta(minutes=5))
+
+
+def _account() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # A container runs under a number that has no name.
+        return "operator"
+
+
+cli.add_typer(database_commands(Settings, further=migration_targets, checks=[pending_migrations], reach=_reach))
 
 
 @cli.command()

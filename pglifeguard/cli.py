@@ -1,4 +1,4 @@
-"""The operator's commands for a service's databases: `python -m pglifeguard doctor | connections`."""
+"""The operator's commands: `python -m pglifeguard doctor | connections | pause | resume | drain | resize`."""
 
 import asyncio
 import json
@@ -25,6 +25,7 @@ from pglifeguard.environment import SettingsError
 from pglifeguard.errors import DatabaseUnavailable
 from pglifeguard.metrics import Metrics
 from pglifeguard.monitor import Monitor
+from pglifeguard.orders import LOCAL, order_commands
 from pglifeguard.settings import DatabasesSettings
 
 SettingsT = TypeVar("SettingsT", bound=DatabasesSettings)
@@ -77,12 +78,14 @@ def database_commands(
     password: PasswordSource | None = None,
     further: Further | None = None,
     checks: Iterable[Check] = (),
+    reach: Callable[[Any], tuple[str, str | None]] | None = None,
 ) -> typer.Typer:
-    """Make the commands `doctor` and `connections`, which read these settings.
+    """Make the commands `doctor` and `connections`, which read these settings, and the orders to a running service.
 
     A service adds them to its own: `cli.add_typer(database_commands(Settings))`; with the function that gives its
     passwords, if it has one. `further(settings)` lists databases that the settings do not name, `checks` are the
-    service's own; both are for `doctor`, see `pglifeguard.doctor`.
+    service's own; both are for `doctor`, see `pglifeguard.doctor`. `reach(settings)` returns the URL at which this
+    machine reaches the service, and an operator's token or None: the orders ask it when they are given none.
     """
 
     def read(**chosen: Any) -> DatabasesSettings:
@@ -90,6 +93,7 @@ def database_commands(
         return settings if password is None else settings.asking(password)
 
     commands = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False)
+    commands.add_typer(order_commands(lambda: (LOCAL, None) if reach is None else reach(read())))
 
     @commands.command("doctor")
     def _doctor(  # noqa: PLR0913  # One parameter for each option.

@@ -15,7 +15,7 @@ LIBRARY = (
      "sampling", "service_file", "tls", "variables", "duration", "doctor.findings"},
     {"collisions", "doctor.questions", "driver_failures", "effects", "environment", "metrics", "server",
      "url_parameters"},
-    {"database_url"},
+    {"database_url", "orders"},
     {"host_search", "lookup"},
     {"database_settings", "tracked_connection"},
     {"settings"},

@@ -15,7 +15,7 @@ import os
 import socket
 import time
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from secrets import token_hex
@@ -87,24 +87,37 @@ class Siblings:
             yield
             return
         try:
-            opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+            opened, own, listener = self._listen_in(folder)
         except OSError as error:
             logger.warning("operators' orders do not reach this worker", extra={"reason": str(error)})
             yield
             return
+        server = await asyncio.start_unix_server(self._answer, sock=listener)
+        try:
+            await self._catch_up()
+            yield
+        finally:
+            server.close()
+            self._leave(opened, own)
+
+    def _listen_in(self, folder: Path) -> tuple[int, Path, socket.socket]:
+        """Open the folder, and bind this worker's socket in it. Raises: OSError."""
+        opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         self._folder = _shortened(folder, opened)
         self._name = f"{self._service}-{os.getpid()}-{token_hex(4)}{SUFFIX}"
         own = self._folder / self._name
         try:
             _forget_dead(self._folder)
-            server = await asyncio.start_unix_server(self._answer, sock=_bound(own))
-            await self._catch_up()
-            yield
-            server.close()
-        finally:
-            own.unlink(missing_ok=True)
-            self._folder = None
-            os.close(opened)
+            return opened, own, _bound(own)
+        except OSError:
+            self._leave(opened, own)
+            raise
+
+    def _leave(self, opened: int, own: Path) -> None:
+        self._folder = None
+        with suppress(OSError):  # Also where its path is too long to be one.
+            own.unlink()
+        os.close(opened)
 
     def _others(self) -> list[Path]:
         if self._folder is None:
@@ -213,9 +226,13 @@ def _shortened(folder: Path, opened: int) -> Path:
 def _bound(address: Path) -> socket.socket:
     """Return a socket at this address that only this account may connect to."""
     listener = socket.socket(socket.AF_UNIX)
-    listener.bind(str(address))
-    # Nobody can connect before it listens.
-    address.chmod(0o600)
+    try:
+        listener.bind(str(address))
+        # Nobody can connect before it listens.
+        address.chmod(0o600)
+    except OSError:
+        listener.close()
+        raise
     return listener
 
 
