@@ -24,7 +24,7 @@ from tests.chaos.wire import Client
 from tests.conftest import Database
 from tests.service import exhausted, serving
 
-SERVICE_SECONDS = 0.02  # As in `slow_down`.
+SERVICE_SECONDS = 0.02
 POOL_TIMEOUT_SECONDS = 0.5
 POOL = 4
 WAITING = 40
@@ -56,16 +56,16 @@ def _no_collection() -> Iterator[None]:
     gc.enable()
 
 
-async def slow_down(database: Database) -> None:
-    """Make each read of a patient take 20 ms more on the server."""
+async def slow_down(database: Database, seconds: float = SERVICE_SECONDS) -> None:
+    """Make each read of a patient take so much more on the server."""
     owner = await asyncpg.connect(database.url("app_owner"), timeout=5)
     try:
         await owner.execute("INSERT INTO patients (mrn, full_name, birth_date) VALUES ('O-1', 'Ada', '1980-05-17')")
         await owner.execute("ALTER TABLE patients RENAME TO patients_stored")
-        await owner.execute("""
+        await owner.execute(f"""
             CREATE VIEW patients AS
-            SELECT stored.* FROM patients_stored AS stored, (SELECT pg_sleep(0.02) OFFSET 0) AS slowly
-        """)
+            SELECT stored.* FROM patients_stored AS stored, (SELECT pg_sleep({seconds}) OFFSET 0) AS slowly
+        """)  # noqa: S608  # A number.
     finally:
         await owner.close()
 

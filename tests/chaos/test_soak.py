@@ -41,8 +41,10 @@ SAMPLE_SECONDS = 5.0 if SOAK else 1.0
 END_SECONDS = 1.0
 # A short form has no processor to itself.
 LOAD = 0.7 if SOAK else 0.3
-# Of ten requests eight read what takes 20 ms, one writes, and one reads what was written last.
+# Of ten requests eight read what takes so long, one writes, and one reads what was written last.
 SLOW_SHARE = 0.8
+# Long, so that seven tenths of what a pool can serve leave the machine time for other things.
+SLOW_SECONDS = 0.05
 REST_SECONDS = 30
 # After a restart the monitor finds the replica usable within two probes; the primary serves the reads until then.
 RETURN_SECONDS = 2.0
@@ -72,7 +74,7 @@ SPREAD_AT_REST = 2
 CUT = {"GET": {"connection_lost"}, "POST": {"connection_lost", "outcome_unknown"}}
 # What requests are told that come while the machine, not the service, has no time for them.
 BUSY = {"pool_exhausted", "replica_unavailable"}
-BUSY_SHARE = 0.001
+BUSY_SHARE = 0.01
 
 
 @dataclass
@@ -263,7 +265,7 @@ async def play_a_round(server: Process, cluster: Cluster, story: Story, per_seco
 @asynccontextmanager
 async def served_slowly(database: Database, directory: Path) -> AsyncIterator[tuple[Process, float]]:
     """Serve with small pools that are kept full, and tell how many slow reads a second a pool can serve."""
-    await slow_down(database)
+    await slow_down(database, SLOW_SECONDS)
     await database.cluster.wait_replayed()
     environment = database.environment() | {
         "DATABASE_POOL_SIZE": str(POOL),
