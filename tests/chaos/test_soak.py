@@ -184,7 +184,7 @@ class Watch:
         return len(await sessions_on(self._cluster.primary)), len(await sessions_on(self._cluster.replica))
 
     def _clients(self) -> int:
-        """Count the connections of clients: one for each request at a time, so more of them while the machine is busy."""
+        """Count the connections of clients: one for each request at a time, so more while the machine is busy."""
         found = self._process.net_connections("tcp")
         return sum(each.laddr.port == self._port and each.status != psutil.CONN_LISTEN for each in found)
 
