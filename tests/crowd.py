@@ -8,6 +8,8 @@ from local.waiting import eventually
 
 # Connections that are opened together: more would find a listener's backlog full.
 AT_A_TIME = 500
+# Clients that come at a steady rate come in waves.
+WAVE_SECONDS = 0.05
 
 
 class Member(asyncio.Protocol):
@@ -53,10 +55,13 @@ class Crowd:
 
 
 @asynccontextmanager
-async def crowd(
-    port: int, clients: int, *, begun: bytes, drip: bytes = b"", drip_seconds: float = 0.1
+async def crowd(  # noqa: PLR0913  # Each says what the clients do.
+    port: int, clients: int, *, begun: bytes, drip: bytes = b"", drip_seconds: float = 0.1, per_second: float = 0
 ) -> AsyncIterator[Crowd]:
-    """Connect `clients` to a port of this machine, and let each drip until it is cut off or the test is over."""
+    """Connect `clients` to a port of this machine, and let each drip until it is cut off or the test is over.
+
+    They come as fast as they are let in, or `per_second`.
+    """
     loop = asyncio.get_running_loop()
     held = Crowd()
 
@@ -73,8 +78,12 @@ async def crowd(
                 if member.transport is not None and not member.cut:
                     member.transport.write(drip)
 
-    for start in range(0, clients, AT_A_TIME):
-        await asyncio.gather(*(connect() for _ in range(min(AT_A_TIME, clients - start))))
+    at_a_time = min(AT_A_TIME, round(per_second * WAVE_SECONDS)) if per_second else AT_A_TIME
+    come_at = loop.time()
+    for start in range(0, clients, at_a_time):
+        await asyncio.gather(*(connect() for _ in range(min(at_a_time, clients - start))))
+        come_at += WAVE_SECONDS if per_second else 0.0
+        await asyncio.sleep(come_at - loop.time())
     dripping = asyncio.create_task(go_on()) if drip else None
     try:
         yield held
