@@ -35,6 +35,7 @@ async def test_smaller_pool_closes_what_is_idle_now_and_the_rest_at_release(data
 
             assert (p.pool.figures().checked_in, p.replaced("surplus"), p.pool.leaving) == (0, 1, 1)
             assert (p.pool.figures().total, p.pool.figures().available, p.pool.figures().overflow) == (2, 0, 2)
+            assert p.pool._queue.settings is p.pool.settings
             requests = [asyncio.create_task(p.backend()) for _ in range(3)]
             await p.waiting(3)
         backends = await asyncio.gather(*requests)
@@ -125,11 +126,12 @@ async def test_pool_over_the_budget_may_become_smaller(database: Database) -> No
 
 
 async def test_operators_resize(database: Database, caplog: pytest.LogCaptureFixture) -> None:
-    """Figures, health and metrics show the new size; without sizes it is that of the settings again."""
+    """Figures, health, metrics and what else depends on it follow; without sizes it is that of the settings again."""
     async with serving(database.settings(pool_size=3, max_overflow=1)) as service:
         post = service.client.post
         with caplog.at_level(logging.WARNING, "pglifeguard.fastapi.debug"):
             grown = await post("/debug/resize?pool=primary&pool_size=7&max_overflow=2")
+        retried_at_once = service.databases.primary_retry._room._value
         part = await post("/debug/resize?pool=replica&max_overflow=0")
         health = (await service.client.get("/health/db")).json()["databases"]
         stats = (await service.client.get("/debug/pool-stats")).json()
@@ -145,7 +147,7 @@ async def test_operators_resize(database: Database, caplog: pytest.LogCaptureFix
     assert (grown.status_code, grown.json()) == (202, told | {"pool": "primary", "pool_size": 7, "max_overflow": 2})
     assert part.json() == told | {"pool": "replica", "pool_size": 3, "max_overflow": 0}
     assert (health["primary"]["pool_size"], stats["primary"]["total"], stats["replica"]["total"]) == (7, 9, 3)
-    assert gauges == [9, 3]
+    assert (gauges, retried_at_once) == ([9, 3], 9 // 2)
     assert back.json() == told | {"pool": "primary", "pool_size": 3, "max_overflow": 1}
     assert (too_large.status_code, too_large.json()["code"]) == (409, "budget_exceeded")
     assert (unknown.status_code, wrong) == (404, [422, 422])

@@ -216,6 +216,17 @@ async def test_server_that_stands_still_is_no_overload(loop: asyncio.AbstractEve
     assert queue.take_overdue() == []
 
 
+async def test_renewal_of_the_connections_is_no_overload(loop: asyncio.AbstractEventLoop) -> None:
+    """While requests wait for logins nobody is told that the queue is kept short; afterwards it is, when it grows."""
+    simulation = Simulation(loop)
+    simulation.queue.calm_until = 2.0
+
+    outcome = simulation.run(evenly(3 * PER_SECOND, 2.0))
+
+    assert not outcome.refused.keys() & {"overload", "late"}
+    assert simulation.run(evenly(3 * PER_SECOND, 5, begin=3)).refused["overload"]
+
+
 async def test_request_that_has_ended_gets_no_turn(loop: asyncio.AbstractEventLoop) -> None:
     """A waiter whose client has left is passed over; without any other the connection stays free."""
     queue = Simulation(loop).queue
