@@ -351,6 +351,11 @@ class _DatabaseVariables(Variables):
                 "PROMETHEUS_MULTIPROC_DIR: is set in .env, where prometheus-client does not look, and /metrics would "
                 "be empty; export it to the environment of the process"
             )
+        folder = variables.get("prometheus_multiproc_dir")
+        if folder is not None and not Path(folder).is_dir():
+            raise SettingsError(
+                f"PROMETHEUS_MULTIPROC_DIR: there is no directory {folder}; make it, or unset the variable"
+            )
         groups = grouped(variables, DatabaseSettings.model_fields)
         found: dict[str, Any] = {n: variables[n] for n in self._of_service if n in variables}
         found["ignored_variables"] = findings.ignored

@@ -19,7 +19,7 @@ PATHS = ("/patients/7", "/patients?limit=50")
 FLAT = 1.15
 WHY_CLIENTS = "epoll names only the sockets that have something to say, but more of them wear out the caches."
 WHY_ROWS = "the server answers more slowly, so the event loop wakes more often for the same number of answers."
-WHY_WORKERS = "several workers keep their metrics in shared files, and here they take turns on one core."
+WHY_WORKERS = "each probes the databases, and here they take turns on one core, which wears out its caches."
 
 Tell = Callable[[str], None]
 

@@ -30,8 +30,7 @@ async def _expose(databases: Databases) -> bytes:
     databases.publish()
     folder = databases.settings.prometheus_multiproc_dir
     if folder is not None:
-        # This reads the files of all workers and waits for their lock, so it runs in a thread.
-        return await asyncio.to_thread(exposition, folder)
+        return await exposition(folder)
     return await in_slices(databases.metrics.registry)
 
 

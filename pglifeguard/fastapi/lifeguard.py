@@ -21,6 +21,7 @@ from pglifeguard.serving.limits import LIMITS, ConnectionLimits
 from pglifeguard.serving.loop import LoopWatch
 from pglifeguard.serving.shutdown import draining_first, ending_with_parent
 from pglifeguard.serving.siblings import Siblings
+from pglifeguard.serving.workers import keep_written, write_figures
 from pglifeguard.settings import DatabasesSettings
 
 
@@ -106,6 +107,8 @@ class Lifeguard:
             locate=settings.trace_checkouts,
         )
         tasks = [asyncio.create_task(loop_watch.run())]
+        if settings.prometheus_multiproc_dir is not None:
+            tasks.append(asyncio.create_task(keep_written()))
         if _keeps_keys(app):
             tasks.append(asyncio.create_task(purge_expired_keys(databases, hours=settings.idempotency_hours)))
         try:
@@ -117,6 +120,7 @@ class Lifeguard:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             await databases.close()
+            write_figures()
 
 
 def _keeps_keys(app: FastAPI) -> bool:

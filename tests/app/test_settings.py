@@ -538,6 +538,7 @@ def test_folder_of_metrics_must_be_in_the_environment(monkeypatch: pytest.Monkey
 
     assert "export it to the environment" in refusal(monkeypatch)
     assert load(monkeypatch, PROMETHEUS_MULTIPROC_DIR=tmp_path).prometheus_multiproc_dir == tmp_path
+    assert "there is no directory" in refusal(monkeypatch, PROMETHEUS_MULTIPROC_DIR=tmp_path / "absent")
 
 
 @pytest.mark.parametrize(

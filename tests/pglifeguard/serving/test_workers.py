@@ -1,4 +1,4 @@
-"""The figures of several workers: on the running service, and file by file."""
+"""The figures of several workers: on the running service, and worker by worker."""
 
 import asyncio
 import os
@@ -6,23 +6,32 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import suppress
 from pathlib import Path
+from struct import pack
 
 import httpx
 import psutil  # type: ignore[import-untyped]  # See local/waiting.py.
 import pytest
-from prometheus_client.mmap_dict import MmapedDict, mmap_key
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Summary, generate_latest, values
 
 from local.waiting import eventually
-from pglifeguard.serving.workers import VARIABLE, exposition, shared_figures, tidy
+from pglifeguard.metrics import Metrics
+from pglifeguard.serving.workers import (
+    VARIABLE,
+    Buffered,
+    Place,
+    buffer_values,
+    exposition,
+    shared_figures,
+    write_figures,
+)
 from tests.app.test_cli import MODULE, Process, served, sessions
 from tests.conftest import Database
+from tests.service import serving
 
 WORKERS = 4
-# A process that has ended: above Linux's highest number.
-DEAD = 2**22 + 1
-ALIVE = os.getpid()
 
 
 @pytest.fixture
@@ -40,25 +49,30 @@ async def _figures(server: Process, pattern: str) -> float:
     return sum(float(line.rpartition(" ")[2]) for line in text.splitlines() if re.match(pattern, line))
 
 
-def _files(tmp_path: Path) -> list[str]:
-    return sorted(file.name for file in tmp_path.glob("lifeguard-metrics-*/*.db"))
+def _files(folder: Path) -> list[str]:
+    return sorted(file.name for file in folder.glob("*.db"))
 
 
-def _workers(tmp_path: Path) -> set[int]:
-    """List the workers by the files that they write, the archive's apart."""
-    return {int(name[:-3].rpartition("_")[2]) for name in _files(tmp_path)} - {0}
+def _workers(server: Process) -> set[int]:
+    """List the workers: the children that multiprocessing has spawned, its tracker of resources apart."""
+    found = set()
+    for child in psutil.Process(server.process.pid).children():
+        with suppress(psutil.NoSuchProcess):  # It has ended meanwhile.
+            if "--multiprocessing-fork" in child.cmdline():
+                found.add(child.pid)
+    return found
 
 
 async def test_counters_sum_to_what_was_sent_and_survive_a_killed_worker(server: Process, tmp_path: Path) -> None:
     """400 requests on new connections each are 400 in any worker's scrape, before and after two workers are killed;
-    the killed ones' gauges leave, and so do their files.
+    the killed ones' gauges leave, and there are no more files than before.
     """
     sent = 400
     requests = r'http_requests_total\{method="GET",route="/health/live"'
     capacity = r'db_pool_connections_total\{pool="primary"\}'
 
     async def all_report() -> bool:
-        return len(_workers(tmp_path)) == WORKERS and await _figures(server, capacity) == WORKERS * 15
+        return len(_workers(server)) == WORKERS and await _figures(server, capacity) == WORKERS * 15
 
     assert await eventually(all_report, 60)
     for _ in range(sent // 20):
@@ -66,16 +80,17 @@ async def test_counters_sum_to_what_was_sent_and_survive_a_killed_worker(server:
             await asyncio.gather(*(client.get("/health/live") for _ in range(20)))
     assert {await _figures(server, requests) for _ in range(10)} == {sent}
 
-    for victim in sorted(_workers(tmp_path))[:2]:
+    for victim in sorted(_workers(server))[:2]:
         os.kill(victim, signal.SIGKILL)
 
         async def is_replaced(victim: int = victim) -> bool:
-            return victim not in _workers(tmp_path) and await all_report()
+            return victim not in _workers(server) and await all_report()
 
         assert await eventually(is_replaced, 60)
         assert {await _figures(server, requests) for _ in range(10)} == {sent}
-    kinds = len({name.rpartition("_")[0] for name in _files(tmp_path)})
-    assert len(_files(tmp_path)) <= (WORKERS + 1) * kinds
+    (folder,) = await asyncio.to_thread(lambda: list(tmp_path.glob("lifeguard-metrics-*")))
+    files = _files(folder)
+    assert len(files) == WORKERS * len({name.rpartition("_")[0] for name in files})
 
 
 async def test_pool_gauges_are_what_the_server_sees(server: Process, database: Database) -> None:
@@ -89,14 +104,14 @@ async def test_pool_gauges_are_what_the_server_sees(server: Process, database: D
     assert await eventually(agree, 60)
 
 
-async def test_workers_end_with_their_parent(server: Process, tmp_path: Path, database: Database) -> None:
+async def test_workers_end_with_their_parent(server: Process, database: Database) -> None:
     """A parent that was killed leaves no worker and no connection behind."""
 
     async def all_there() -> bool:
-        return len(_workers(tmp_path)) == WORKERS
+        return len(_workers(server)) == WORKERS
 
     assert await eventually(all_there, 60)
-    workers = _workers(tmp_path)
+    workers = _workers(server)
     server.process.kill()
 
     async def all_gone() -> bool:
@@ -107,77 +122,211 @@ async def test_workers_end_with_their_parent(server: Process, tmp_path: Path, da
 
 async def test_folder_is_gone_when_the_service_has_ended(server: Process, tmp_path: Path) -> None:
     """SIGTERM ends the workers and takes their folder away."""
-    assert _files(tmp_path)
+    folders = tmp_path.glob
+    assert len(list(folders("lifeguard-metrics-*"))) == 1
 
     await server.stop()
 
-    assert not await asyncio.to_thread(lambda: list(tmp_path.glob("lifeguard-metrics-*")))
+    assert not list(folders("lifeguard-metrics-*"))
 
 
-def _write(folder: Path, kind: str, pid: int, name: str, value: float) -> None:
-    # prometheus-client annotates only parts.
-    file = MmapedDict(str(folder / f"{kind}_{pid}.db"))  # type: ignore[no-untyped-call]
-    file.write_value(mmap_key(name, name, [], [], "A figure."), value, 0.0)  # type: ignore[no-untyped-call]
-    file.close()  # type: ignore[no-untyped-call]
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Make this process the first worker of several, with figures in this folder."""
+    monkeypatch.setenv(VARIABLE, str(tmp_path))
+    monkeypatch.setattr(values, "ValueClass", values.ValueClass)
+    monkeypatch.setattr(Buffered, "place", None)
+    buffer_values()
+    assert Buffered.place is not None
+    held = Buffered.place.held
+    yield tmp_path
+    values.close_all_multiprocess_files()  # type: ignore[no-untyped-call]  # It annotates only parts.
+    os.close(held)
 
 
-def test_dead_gauges_go_and_dead_counts_are_kept(tmp_path: Path) -> None:
-    """Two workers die one after the other: their counts stay in the sum, their gauges leave it, one file is left."""
-    _write(tmp_path, "gauge_livesum", ALIVE, "open", 3)
-    _write(tmp_path, "counter", ALIVE, "asked", 10)
-    for number, count in ((DEAD, 5), (DEAD + 1, 7)):
-        _write(tmp_path, "gauge_livesum", number, "open", 100)
-        _write(tmp_path, "counter", number, "asked", count)
+def _run(folder: Path, script: str) -> subprocess.CompletedProcess[str]:
+    """Run a worker that ends."""
+    script = f"from prometheus_client import Counter, Gauge, Histogram\n{script}"
+    environment = os.environ | {VARIABLE: str(folder)}
+    return subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
 
-        tidy(tmp_path)
 
-    text = exposition(tmp_path).decode()
-    assert "\nopen 3.0\n" in text
-    assert "\nasked 22.0\n" in text
-    assert sorted(file.name for file in tmp_path.glob("*.db")) == [
-        "counter_0.db",
-        f"counter_{ALIVE}.db",
-        f"gauge_livesum_{ALIVE}.db",
+async def _exposed(folder: Path) -> list[str]:
+    text = (await exposition(folder)).decode()
+    return [line for line in text.splitlines() if not line.startswith("#")]
+
+
+async def test_counts_of_killed_workers_stay_and_their_gauges_go(folder: Path) -> None:
+    """Two workers are killed one after the other: the second continues in the first one's files, and loses what it
+    counted since it last wrote.
+    """
+    registry = CollectorRegistry()
+    Counter("asked", "Questions.", registry=registry).inc(10)
+    Gauge("open", "Connections.", registry=registry, multiprocess_mode="livesum").inc(3)
+    killed = """
+import os, signal
+from pglifeguard.serving.workers import write_figures
+asked, opened = Counter("asked", "Questions."), Gauge("open", "Connections.", multiprocess_mode="livesum")
+asked.inc({count})
+opened.set(100)
+write_figures()
+asked.inc(1000)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+    for count in (5, 7):
+        assert _run(folder, killed.format(count=count)).returncode == -signal.SIGKILL
+
+    assert sorted(await _exposed(folder)) == ["asked_total 22.0", "open 3.0"]
+    assert _files(folder) == [
+        "counter_worker1.db",
+        "counter_worker2.db",
+        "gauge_livesum_worker1.db",
+        "gauge_livesum_worker2.db",
     ]
 
 
-def test_file_of_a_worker_that_was_killed_at_its_start(tmp_path: Path) -> None:
-    """It was made and has no size yet: there is nothing to add up, and it goes."""
-    _write(tmp_path, "counter", ALIVE, "asked", 10)
-    (tmp_path / f"counter_{DEAD}.db").touch()
+async def test_new_worker_takes_over_no_gauge(folder: Path) -> None:
+    """What a gauge was when its worker died is nothing that the next one in its place knows."""
+    worker = """
+import asyncio, os, pathlib
+from pglifeguard.serving.workers import VARIABLE, exposition
+Gauge("open", "Connections.", ["pool"], multiprocess_mode="livesum").labels("{pool}").set(1)
+print(asyncio.run(exposition(pathlib.Path(os.environ[VARIABLE]))).decode())
+"""
 
-    tidy(tmp_path)
+    first, second = (_run(folder, worker.format(pool=pool)).stdout for pool in ("first", "second"))
 
-    assert [file.name for file in tmp_path.glob("*.db")] == [f"counter_{ALIVE}.db"]
-    assert b"asked 10.0" in exposition(tmp_path)
-
-
-def test_worker_that_knows_nothing_does_not_count(tmp_path: Path) -> None:
-    """A gauge that one worker has forgotten is what another one says; it is absent when none knows it."""
-
-    def exposed_after(last: str) -> str:
-        script = f"from pglifeguard.metrics import Metrics; m = Metrics(); {last}"
-        subprocess.run([sys.executable, "-c", script], check=True, env=os.environ | {VARIABLE: str(tmp_path)})
-        return exposition(tmp_path).decode()
-
-    forgotten = exposed_after(
-        "m.up.labels('primary').set(1); m.replica_lag_bytes.labels('replica').set(7);"
-        "m.forget(m.up, 'primary'); m.forget(m.replica_lag_bytes, 'replica')"
-    )
-    known = exposed_after("m.up.labels('primary').set(0); m.replica_lag_bytes.labels('replica').set(3)")
-
-    assert [line for line in forgotten.splitlines() if line.startswith(("db_up{", "db_replica_lag_bytes{"))] == []
-    assert 'db_up{pool="primary"} 0.0' in known
-    assert 'db_replica_lag_bytes{pool="replica"} 3.0' in known
+    assert ('open{pool="first"} 1.0' in first, 'open{pool="second"} 1.0' in second) == (True, True)
+    assert "first" not in second
 
 
-def test_nothing_to_tidy_changes_nothing(tmp_path: Path) -> None:
-    """While every worker lives, their files are left alone, and the lock is not even taken."""
-    _write(tmp_path, "counter", ALIVE, "asked", 10)
+async def test_every_kind_of_figure_is_what_it_is_in_one_process(folder: Path) -> None:
+    """A histogram, a summary and each way to count come out as from the registry of the process."""
+    registry = CollectorRegistry()
+    histogram = Histogram("seconds", "Time.", ["route"], registry=registry, buckets=(0.1, 1.0))
+    for seconds in (0.05, 0.5, 5.0):
+        histogram.labels("/").observe(seconds, {"trace": "1"})
+    Summary("bytes", "Size.", registry=registry).observe(3)
+    gauge = Gauge("open", "Connections.", registry=registry, multiprocess_mode="livesum")
+    gauge.inc(4)
+    gauge.set(7)
+    gauge.dec(2)
+    lines = generate_latest(registry).decode().splitlines()
+    of_this_process = [line for line in lines if not line.startswith("#") and "_created" not in line]
 
-    tidy(tmp_path)
+    assert sorted(await _exposed(folder)) == sorted(of_this_process)
+    assert 'seconds_bucket{le="1.0",route="/"} 2.0' in of_this_process
+    assert "open 5.0" in of_this_process
 
-    assert [file.name for file in tmp_path.iterdir()] == [f"counter_{ALIVE}.db"]
+
+def test_count_stays_in_memory_until_it_is_written(folder: Path) -> None:
+    """A request writes to no file: what many counts have added up to is written at once, later."""
+    counter = Counter("asked", "Questions.", registry=CollectorRegistry())
+    write_figures()
+    before = (folder / "counter_worker1.db").read_bytes()
+
+    for _ in range(3):
+        counter.inc()
+    counted = (folder / "counter_worker1.db").read_bytes()
+    write_figures()
+
+    assert counted == before
+    assert (folder / "counter_worker1.db").read_bytes().count(pack("d", 3.0)) == 1
+
+
+async def test_worker_is_asked_for_what_it_has_counted(folder: Path) -> None:
+    """A scrape has all that was counted before it, though nobody has written it yet."""
+    counter = Counter("asked", "Questions.", registry=CollectorRegistry())
+    for _ in range(3):
+        counter.inc()
+
+        last = await _exposed(folder)
+
+    assert last == ["asked_total 3.0"]
+
+
+async def test_blocked_worker_delays_a_scrape_and_does_not_stop_it(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its last figures have to do."""
+    monkeypatch.setattr("pglifeguard.serving.workers.SCRAPE_PATIENCE_SECONDS", 0.01)
+    blocked = Place(folder)
+    assert blocked() == "worker2"
+    os.utime(blocked.path, ns=(0, 0))
+
+    assert await _exposed(folder) == []
+    os.close(blocked.held)
+
+
+async def test_metric_that_was_made_too_early_is_counted_and_named(folder: Path) -> None:
+    """prometheus-client made it by itself: its figure is right, but its file is that of this process alone."""
+    early = 'Counter("early", "A figure.").inc(3)\nimport pglifeguard.serving.workers'
+
+    said = _run(folder, early).stderr
+
+    assert "metrics were made before pglifeguard.serving was imported" in said
+    assert await _exposed(folder) == ["early_total 3.0"]
+
+
+async def test_process_that_was_forked_has_a_place_of_its_own(folder: Path) -> None:
+    """A server that imports the application before it forks its workers loses nothing and counts nothing twice."""
+    forking = """
+import os
+from pglifeguard.serving.workers import write_figures
+asked = Counter("asked", "Questions.")
+if os.fork() == 0:
+    asked.inc(5)
+    write_figures()
+    os._exit(0)
+os.wait()
+asked.inc(2)
+write_figures()
+"""
+
+    assert _run(folder, forking).returncode == 0
+
+    assert await _exposed(folder) == ["asked_total 7.0"]
+    assert _files(folder) == ["counter_worker2.db", "counter_worker3.db"]
+
+
+async def test_file_of_a_worker_that_was_killed_at_its_start(folder: Path) -> None:
+    """It was made and has no size yet: there is nothing to add up."""
+    Counter("asked", "Questions.", registry=CollectorRegistry()).inc()
+    (folder / "counter_worker2.db").touch()
+
+    assert await _exposed(folder) == ["asked_total 1.0"]
+
+
+async def test_worker_that_knows_nothing_does_not_count(folder: Path) -> None:
+    """A gauge that this worker has forgotten is what another one says; it is absent when none knows it."""
+    metrics = Metrics()
+    metrics.up.labels("primary").set(1)
+    metrics.forget(metrics.up, "primary")
+    metrics.forget(metrics.replica_lag_bytes, "replica")
+
+    async def known() -> list[str]:
+        lines = await _exposed(folder)
+        return sorted(line for line in lines if line.startswith(("db_up{", "db_replica_lag_bytes{")))
+
+    other = """
+import pglifeguard.serving.workers
+from pglifeguard.metrics import Metrics
+metrics = Metrics()
+metrics.up.labels("primary").set(0)
+metrics.replica_lag_bytes.labels("replica").set(3)
+input()
+"""
+    with subprocess.Popen(  # noqa: ASYNC220  # It returns at once.
+        [sys.executable, "-c", other], env=os.environ | {VARIABLE: str(folder)}, stdin=subprocess.PIPE
+    ) as process:
+
+        async def both_known() -> bool:
+            return await known() == ['db_replica_lag_bytes{pool="replica"} 3.0', 'db_up{pool="primary"} 0.0']
+
+        assert await eventually(both_known, 30)
+        process.communicate(b"\n")
+    assert await known() == []
 
 
 @pytest.mark.parametrize("before", [None, "/somewhere/else"])
@@ -198,14 +347,13 @@ def test_folder_is_named_to_the_workers_and_forgotten_afterwards(
     assert not folder.exists()
 
 
-async def test_parent_tidies_while_its_workers_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A file that a dead worker left is gone within moments, without anybody asking."""
-    monkeypatch.setattr("pglifeguard.serving.workers.TIDY_SECONDS", 0.01)
-    with shared_figures():
-        folder = Path(os.environ[VARIABLE])
-        _write(folder, "gauge_livesum", DEAD, "open", 1)
+async def test_last_counts_are_written_when_the_lifespan_ends(
+    folder: Path, database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker that ends in good order loses nothing."""
+    monkeypatch.setattr("pglifeguard.serving.workers.WRITE_SECONDS", 3600)
+    async with serving(database.settings(prometheus_multiproc_dir=folder)) as service:
+        await service.client.get("/health/live")
 
-        async def tidied() -> bool:
-            return not await asyncio.to_thread(lambda: list(folder.glob("*.db")))
-
-        assert await eventually(tidied, 5)
+    monkeypatch.setattr(Buffered, "place", None)  # From here on this process writes no more.
+    assert 'http_requests_total{method="GET",route="/health/live",status="200"} 1.0' in await _exposed(folder)
