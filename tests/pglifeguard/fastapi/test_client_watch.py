@@ -45,10 +45,12 @@ async def small(database: Database) -> AsyncIterator[Service]:
 
 
 @asynccontextmanager
-async def waiting(service: Service, sent: bytes, app: ASGIApp | None = None) -> AsyncIterator[asyncio.StreamWriter]:
+async def waiting(
+    service: Service, sent: bytes, app: ASGIApp | None = None, *, http: str = "auto"
+) -> AsyncIterator[asyncio.StreamWriter]:
     """Send a request and let it wait in the queue of the primary; no connection comes free in here."""
     async with (
-        listening(service.app if app is None else app, running=True) as url,
+        listening(service.app if app is None else app, running=True, http=http) as url,
         exhausted(service.databases.primary),
     ):
         _, writer = await asyncio.open_connection("127.0.0.1", int(url.rpartition(":")[2]))
@@ -72,9 +74,9 @@ def counted(service: Service, reason: str) -> float:
     return service.sample("db_connection_cancelled_total", pool="primary", reason=reason)
 
 
-@pytest.mark.parametrize("method", ["GET", "POST", "DELETE"])
+@pytest.mark.parametrize(("method", "http"), [("GET", "httptools"), ("POST", "httptools"), ("DELETE", "h11")])
 async def test_client_that_leaves_gives_its_place_back(
-    small: Service, method: str, caplog: pytest.LogCaptureFixture
+    small: Service, method: str, http: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Its request leaves the queue at once, and is counted as given up and as 499; nothing of that is a failure."""
     path, body = ("/patients", BODY) if method == "POST" else ("/patients/1", b"")
@@ -84,7 +86,7 @@ async def test_client_that_leaves_gives_its_place_back(
     async def left() -> bool:
         return small.sample("http_requests_total", method=method, route=route, status="499") == 1
 
-    async with waiting(small, sent) as writer:
+    async with waiting(small, sent, http=http) as writer:
         writer.transport.abort()
 
         assert await eventually(in_queue(small, 0), 5)
