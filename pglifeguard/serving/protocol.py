@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 from uvicorn.config import Config
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
 from pglifeguard.errors import HEAD_TOO_LARGE, HEAD_TOO_SLOW, MALFORMED, MEDIA_TYPE, Failure, document
@@ -47,6 +47,8 @@ class LimitedProtocol(HttpToolsProtocol):
         # Bytes since the parser last reported anything: it keeps a header's name and value until they are whole.
         self._unreported = 0
         self._failure = MALFORMED
+        # The request that is being served. uvicorn's `cycle` is the last one that has come, which may wait for it.
+        self._served: RequestResponseCycle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # As uvicorn has it.
         """Accept the client, or close its connection when there are too many."""
@@ -59,8 +61,12 @@ class LimitedProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Stop the timer, and tell a request in progress that its client has left."""
         self._stop()
-        if self.cycle is not None and not self.cycle.response_complete:
-            self.cycle.scope["state"]["client_left"] = True
+        served = self._served
+        if served is not None and not served.response_complete:
+            served.scope["state"]["client_left"] = True
+            # uvicorn tells `cycle` alone (0.54): where requests are pipelined, the one that is served would not know.
+            served.disconnected = True
+            served.message_event.set()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -97,6 +103,8 @@ class LimitedProtocol(HttpToolsProtocol):
             raise _TooLarge
         self._stop()
         super().on_headers_complete()
+        if not self.pipeline:
+            self._served = self.cycle
 
     def on_body(self, body: bytes) -> None:
         """Take a piece of the body."""
@@ -105,6 +113,8 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         """Take the next request, or bound the time in which the client reads the last answer."""
+        if self.pipeline:
+            self._served = self.pipeline[-1][0]
         super().on_response_complete()
         if self.transport.is_closing():
             self._watch_reader()

@@ -29,11 +29,15 @@ LIMIT = 4096
 
 @dataclass
 class Server:
-    """An application behind the protocol: it answers `answer` when it may, and remembers how its clients left."""
+    """An application behind the protocol: it answers `answer` when it may, and remembers how its clients left.
+
+    While it `watches` it does not answer, and waits for its clients to leave.
+    """
 
     metrics: Metrics = field(default_factory=Metrics)
     answer: bytes = b"here"
     may_answer: asyncio.Event = field(default_factory=asyncio.Event)
+    watches: bool = False
     asked: int = 0
     left: int = 0
     port: int = 0
@@ -47,6 +51,11 @@ class Server:
                 await send({"type": f"lifespan.{done}.complete"})
             return
         self.asked += 1
+        if self.watches:
+            while (await receive())["type"] != "http.disconnect":
+                pass
+            self.left += scope["state"].get("client_left", False)
+            return
         await self.may_answer.wait()
         headers = [(b"content-length", b"%d" % len(self.answer))]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
@@ -239,6 +248,51 @@ async def test_waiting_requests_of_a_connection_are_bounded(server: Server) -> N
     assert await many == b""
     server.may_answer.set()
     assert (await few).count(b"here") == 51
+
+
+@pytest.mark.parametrize("requests", [1, 2, 3])
+async def test_request_that_is_served_is_told_that_its_client_left(server: Server, requests: int) -> None:
+    """Also when others wait behind it on the same connection, of which uvicorn tells the last one alone."""
+    server.watches = True
+    _, writer = await asyncio.open_connection("127.0.0.1", server.port)
+    writer.write((GET + b"\r\n") * requests)
+
+    async def asked() -> bool:
+        return server.asked == 1
+
+    async def left() -> bool:
+        return server.left == 1
+
+    assert await eventually(asked, 5)
+    writer.transport.abort()
+
+    assert await eventually(left, 5)
+    assert server.asked == 1
+
+
+@pytest.mark.parametrize("requests", [2, 3])
+async def test_request_that_has_waited_is_told_as_well(server: Server, requests: int) -> None:
+    """The one that is served after an answer is told, and not the one that is behind it."""
+    server.may_answer.clear()
+    _, writer = await asyncio.open_connection("127.0.0.1", server.port)
+    writer.write((GET + b"\r\n") * requests)
+
+    async def asked() -> bool:
+        return server.asked == 2
+
+    async def left() -> bool:
+        return server.left == 1
+
+    async def first_is_asked() -> bool:
+        return server.asked == 1
+
+    assert await eventually(first_is_asked, 5)
+    server.watches = True
+    server.may_answer.set()
+    assert await eventually(asked, 5)
+    writer.transport.abort()
+
+    assert await eventually(left, 5)
 
 
 @pytest.mark.parametrize(
