@@ -14,7 +14,8 @@ import pytest
 from local.waiting import eventually
 from migrations.__main__ import INI
 from tests.conftest import Database
-from tests.test_migrations import ASKING, python
+from tests.interpreter import python
+from tests.test_migrations import ASKING
 
 Connection: TypeAlias = "asyncpg.Connection[Any]"
 COMMANDS = [("-m", "alembic", "upgrade", "head"), ("-m", "migrations")]

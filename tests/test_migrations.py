@@ -1,9 +1,7 @@
 """The schema goes up and down by Alembic, as the models say, one runner at a time."""
 
 import asyncio
-import os
 import re
-import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ from migrations.settings import MigrationSettings, load_migration_settings
 from migrations.turn import ADVISORY_LOCK
 from pglifeguard.fastapi import IDEMPOTENCY_TABLE
 from tests.conftest import Database
+from tests.interpreter import python
 
 load_models()
 TABLES = "SELECT count(*) FROM pg_tables WHERE schemaname = 'public' AND tablename <> 'alembic_version'"
@@ -39,22 +38,6 @@ async def owner(database: Database) -> AsyncIterator["asyncpg.Connection[Any]"]:
 async def alembic(*arguments: str, **environment: str) -> tuple[int, str]:
     """Run Alembic and return its status and what it said."""
     return await python("-m", "alembic", *arguments, environment=environment)
-
-
-async def python(*arguments: str, environment: dict[str, str], cwd: Path = INI.parent) -> tuple[int, str]:
-    """Run Python and return its status and what it said."""
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, *arguments,
-        cwd=cwd, env=os.environ | environment,
-        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
-    )  # fmt: skip
-    try:
-        output, _ = await asyncio.wait_for(process.communicate(), 60)
-    finally:
-        if process.returncode is None:
-            process.kill()
-    assert process.returncode is not None
-    return process.returncode, output.decode()
 
 
 async def test_down_and_up_again(database: Database, owner: "asyncpg.Connection[Any]") -> None:

@@ -11,8 +11,8 @@ from sqlalchemy.engine import make_url
 from local.waiting import eventually
 from tests.chaos.pooler import pooling, program, statement_cache_size
 from tests.conftest import Database
+from tests.interpreter import python
 from tests.poolers.programs import Mode
-from tests.test_migrations import python
 
 pytestmark = pytest.mark.skipif(program() is None, reason="PgBouncer is not installed: apt-get install pgbouncer")
 COMMAND = ("-m", "migrations")

@@ -18,10 +18,10 @@ from pglifeguard.errors import DatabaseUnreachable
 from tests import tls
 from tests.app.test_cli import run
 from tests.conftest import Database
+from tests.interpreter import python
 from tests.pglifeguard.test_servers import SHADOW
 from tests.service import ADA, serving
 from tests.standbys import REPLAYS, balancing, second_standby
-from tests.test_migrations import python
 
 # What Aurora answers with 0A000, and what a server has that is PostgreSQL by its protocol alone (42883).
 OF_THE_LOG = {

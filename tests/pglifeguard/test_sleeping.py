@@ -12,10 +12,10 @@ from local.waiting import eventually
 from pglifeguard.database_settings import DatabaseSettings
 from pglifeguard.fastapi.idempotency import purge_expired_keys
 from tests.conftest import Database
+from tests.interpreter import python
 from tests.pglifeguard.conftest import pooled, sessions_end
 from tests.proxy import Proxy, Sleep
 from tests.service import ADA, Service, serving
-from tests.test_migrations import python
 
 # The sessions that the server has served, since it counts: monitors and probes would be among them.
 SERVED = "SELECT sessions FROM pg_stat_database WHERE datname = $1"

@@ -22,9 +22,9 @@ from tests.app.test_cli import MODULE, run, served
 from tests.chaos import pooler
 from tests.chaos.pooler import pooling
 from tests.conftest import Database
+from tests.interpreter import python
 from tests.pglifeguard.conftest import service_settings
 from tests.service import ADA, serving
-from tests.test_migrations import python
 from tests.tls import NAME, Authority, Certificate, Tls, program
 
 pytestmark = pytest.mark.skipif(program() is None, reason="openssl is not installed: apt-get install openssl")
