@@ -473,6 +473,21 @@ async def test_first_reason_is_told_when_the_last_attempt_hears_none() -> None:
     await connector.close()
 
 
+async def test_server_that_is_away_is_not_asked_for_another_password() -> None:
+    """Only what another password may cure is worth another attempt."""
+    calls = []
+
+    async def source(_login: Login) -> str:
+        calls.append(1)
+        return "given"
+
+    connector = Connector(DatabaseSettings(url="postgresql://app@127.0.0.1:1/x").asking(source), writable=True)
+    with pytest.raises(DatabaseUnreachable):
+        await connector.open_patiently(asyncio.get_running_loop().time() + 0.5)
+    assert len(calls) == 1
+    await connector.close()
+
+
 async def test_closed_databases_open_nothing_to_renew(role: Rotating) -> None:
     """Their connections have ended, or are about to."""
     async with Databases(settings_of(role, replica=False)) as databases:
