@@ -22,6 +22,8 @@ class Consistency:
     wanted: Token | None = None
     primary_only: bool = False
     read_from: Database | None = None
+    # The replica that has failed this read, which then goes to another one.
+    avoided: Database | None = None
     reason: Reason | None = None
     token: str | None = None
     # Whether something is stored, by a session or by `write_once`, which a second attempt would store again.

@@ -133,7 +133,9 @@ class Databases:
         """
         self._check_loop()
         consistency = consistency or current_consistency() or Consistency()
-        database, consistency.reason = self.router.route(at_least=consistency.wanted, primary=consistency.primary_only)
+        database, consistency.reason = self.router.route(
+            at_least=consistency.wanted, primary=consistency.primary_only, avoided=consistency.avoided
+        )
         if consistency.read_from is None or consistency.read_from.role != "replica" or consistency.primary_only:
             # When one of several reads in a request went to a replica, the whole request can be run once more.
             consistency.read_from = database

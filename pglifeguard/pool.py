@@ -733,6 +733,11 @@ class ConnectionPool(Generic[S]):
         return False
 
     @property
+    def patience_seconds(self) -> float:
+        """The seconds for which a request that comes now may wait; in a pause and soon after it they are more."""
+        return max(self.settings.pool_timeout, self._patient_until - asyncio.get_running_loop().time())
+
+    @property
     def _resumed_seconds(self) -> float:
         return self._waking_seconds if self.asleep else RESUMED_SECONDS
 

@@ -2,7 +2,7 @@
 
 A replica cancels queries that conflict with replay, it is lost, or it has not replayed the row yet. In each case the
 first attempt is thrown away, and the request runs again from its dependencies on. So no client gets a 404 for a row
-that exists.
+that exists. Where the primary is away too, a read that failed runs on another replica, if there is one.
 """
 
 import asyncio
@@ -47,7 +47,6 @@ class PrimaryRetry:
         self._allowed = settings.replica_fallback
         self._router = router
         self._count = lru_cache(lambda reason: metrics.reads_retried.labels(reason))
-        self._patience_seconds = settings.primary.pool_timeout
         self.resize(settings.primary.capacity)
 
     def resize(self, capacity: int) -> None:
@@ -79,10 +78,15 @@ class PrimaryRetry:
         return known.code
 
     async def run(self, reason: str, consistency: Consistency, attempt: Callable[[], Awaitable[T]]) -> T:
-        """Wait for a turn and run the attempt, whose read sessions are on the primary.
+        """Wait for a turn and run the attempt, whose read sessions are on the primary; or on another replica, at once.
 
         Raises: ReplicaUnavailable when the turn does not come in time.
         """
+        failed = consistency.read_from
+        if failed is not None and reason != "not_found" and self._router.has_other_than(failed):
+            self._count(reason).inc()
+            consistency.avoided, consistency.read_from = failed, None
+            return await attempt()
         room = self._room
         try:
             await self._take_turn(room)
@@ -99,5 +103,5 @@ class PrimaryRetry:
         if not room.locked():
             await room.acquire()  # It succeeds at once, and needs no timer.
             return
-        async with asyncio.timeout(self._patience_seconds):
+        async with asyncio.timeout(self._router.primary.pool.patience_seconds):
             await room.acquire()

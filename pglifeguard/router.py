@@ -26,7 +26,7 @@ class Router:
 
     def __init__(self, primary: Database, replicas: list[Replica], metrics: Metrics, *, fallback: bool) -> None:
         self.replicas = replicas
-        self._primary = primary
+        self.primary = primary
         self._count = lru_cache(lambda target, reason: metrics.reads_routed.labels(target, reason))
         self._fallback = fallback
         self.forged = ForgedTokens(primary.monitor, metrics.tokens.labels("ahead").inc)
@@ -34,7 +34,9 @@ class Router:
             # A rate needs a zero to start from: without it the first reads that fall back would not show.
             self._count("primary", reason)
 
-    def route(self, *, at_least: Token | None = None, primary: bool = False) -> tuple[Database, Reason]:
+    def route(
+        self, *, at_least: Token | None = None, primary: bool = False, avoided: Database | None = None
+    ) -> tuple[Database, Reason]:
         """Choose the serving replica with the fewest requests that has replayed `at_least`, else the primary.
 
         A replica that is not known to have replayed it is chosen when the read may ask it: see `ServerCheck`.
@@ -46,6 +48,8 @@ class Router:
         best: Replica | None = None
         asked: Replica | None = None
         for replica in () if primary else self.replicas:
+            if replica.database is avoided:
+                continue
             if replica.state not in SERVING:
                 # `behind_token` wins over other reasons: it tells the operator that a replica is healthy but has not
                 # replayed this client's write.
@@ -70,7 +74,7 @@ class Router:
     def _woken(self) -> Replica | None:
         """Wake a replica, if one sleeps; return it for the read that waits for it, None where the primary can serve."""
         sleeping = next((replica for replica in self.replicas if replica.state == "asleep"), None)
-        if sleeping is None or not self._fallback or not self._primary.monitor.healthy:
+        if sleeping is None or not self._fallback or not self.primary.monitor.healthy:
             return sleeping
         sleeping.database.pool.wake()
         return None
@@ -79,6 +83,16 @@ class Router:
     def serves_reads(self) -> bool:
         """Whether a replica takes reads now."""
         return any(replica.state in SERVING for replica in self.replicas)
+
+    def has_other_than(self, failed: Database) -> bool:
+        """Whether a read that this replica has failed belongs to another replica: the primary is away as well.
+
+        It may be the same server, where all members of a cluster are named as replicas, the leader among them.
+        """
+        primary = self.primary.monitor
+        if primary.healthy and not primary.position.is_same_server(failed.monitor.position):
+            return False
+        return any(replica.state in SERVING and replica.database is not failed for replica in self.replicas)
 
     def leave(self, reason: Reason) -> Database:
         """Return the primary, for a read that the server behind its connection may not serve.
@@ -99,7 +113,7 @@ class Router:
                 f"The replica is {reason} and falling back to the primary is switched off.", reason=reason
             )
         self._count("primary", reason).inc()
-        return self._primary
+        return self.primary
 
 
 @dataclass(frozen=True, slots=True)

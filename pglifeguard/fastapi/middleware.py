@@ -256,6 +256,13 @@ class BodyLimit:
             watch_client.reset(before)
             if watch is not None:
                 watch.end()
+            # Connections that were opened meanwhile keep this context, and `watch_this` in it. The request is over, and
+            # they are not to keep that too.
+            scope, receive, watch = {}, _over, None
+
+
+async def _over() -> Message:
+    return {"type": "http.disconnect"}
 
 
 class RetryOnPrimary:

@@ -128,6 +128,29 @@ async def test_who_comes_after_a_pause_waits_like_who_came_in_it(database: Datab
         assert all(await asyncio.gather(*before, *after))
 
 
+async def test_reads_whose_replica_is_lost_wait_for_the_primary(database: Database, replica_proxy: Proxy) -> None:
+    """At the end of the pause all of them go to the primary at once, which serves a few of them at a time."""
+    async with Proxy(database.cluster.primary.port) as slow:
+        primary = {"url": slow.url(database.url()), "pool_size": 2, "max_overflow": 0, "pool_timeout": 0.1}
+        replica = {"url": replica_proxy.url(database.replica_url()), "pool_timeout": 0.1}
+        async with serving(database.settings(primary=primary, replicas=(replica,))) as service:
+            service.databases.pause(seconds=LONG)
+            reads = [asyncio.create_task(service.client.get("/patients")) for _ in range(10)]
+            pool = service.databases.replicas[0].pool
+
+            async def queued() -> bool:
+                return len(pool._queue.waiters) == 10
+
+            assert await eventually(queued, 10)
+            replica_proxy.refuse()
+            replica_proxy.cut()
+            slow.delay_seconds = 0.05
+
+            service.databases.resume()
+
+            assert {answer.status_code for answer in await asyncio.gather(*reads)} == {200}
+
+
 async def test_queue_of_a_pause_is_bounded(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
     """Far beyond that of other times, and yet."""
     monkeypatch.setattr("pglifeguard.pool.PAUSED_WAITING", 1)

@@ -14,6 +14,7 @@ from pglifeguard.fastapi.sessions import ReadDB
 from pglifeguard.replica import State
 from pglifeguard.server import Token
 from tests.conftest import Database, Execute
+from tests.proxy import Proxy
 from tests.servers import Servers
 from tests.service import ADA, Service, serving
 from tests.standbys import balancing, second_standby
@@ -259,3 +260,29 @@ async def test_write_stall_shows(
     said = [record.getMessage() for record in caplog.records if "stalled" in record.getMessage()]
     assert said == ["writes are stalled", "writes are stalled no more"]
     assert (flowing["writes"], flowing["write_stall_seconds"]) == ("flowing", 0)
+
+
+async def test_read_that_dies_with_the_leader_is_served_by_another_replica(database: Database) -> None:
+    """The leader is named among the replicas too. A read that it loses cannot be run again on the primary."""
+    async with Proxy(database.cluster.primary.port) as leader:
+        url = leader.url(database.url())
+        replicas = ({"url": leader.url(database.url("app_ro"))}, {"url": database.replica_url()})
+        settings = database.settings(primary={"url": url}, replicas=replicas, monitor_interval_seconds=60)
+        async with serving(settings) as service:
+            path, _ = await write(service, 1)
+            await database.cluster.wait_replayed()
+            # Of two that are as free the first one is chosen.
+            leader.freeze()
+            read = asyncio.create_task(service.client.get(path))
+
+            async def on_the_leader() -> bool:
+                return service.databases.replicas[0].pool.figures().checked_out == 1
+
+            assert await eventually(on_the_leader, 5)
+            leader.refuse()
+            leader.reset()
+            answer = await read
+
+            assert answer.status_code == 200
+            assert service.sample("db_reads_retried_total", reason="connection_lost") == 1
+            assert service.sample("db_reads_routed_total", target="replica-2", reason="replica") == 1
