@@ -2,19 +2,24 @@
 
 import asyncio
 import time
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Request, Response, status
+from fastapi import APIRouter, Query, Request, Response, status
 
 from pglifeguard.connector import Connector
 from pglifeguard.database import Database
 from pglifeguard.databases import Databases
+from pglifeguard.fastapi.problems import documented
 from pglifeguard.fastapi.sessions import RequestDatabases
 from pglifeguard.fastapi.shared import shared
 
 router = APIRouter(prefix="/health", tags=["operations"])
 # A probe reads the same body with 200 and 503, so this is no problem document.
 UNAVAILABLE: dict[int | str, dict[str, Any]] = {503: {"description": "Service Unavailable", "model": dict[str, Any]}}
+
+WhenAway = Annotated[
+    bool, Query(description="Stay ready when a primary that was there has gone: clients get the service's own answers.")
+]
 
 
 @router.get("/live")
@@ -23,13 +28,13 @@ async def get_live() -> dict[str, str]:
     return {"status": "alive"}
 
 
-@router.get("/ready", responses=UNAVAILABLE)
-async def get_ready(databases: RequestDatabases, response: Response) -> dict[str, Any]:
+@router.get("/ready", responses=documented(422) | UNAVAILABLE)
+async def get_ready(databases: RequestDatabases, response: Response, *, when_away: WhenAway = False) -> dict[str, Any]:
     """Say whether traffic may come: the primary answered the last probe, and no shutdown is under way. No I/O.
 
     With READY_WITHOUT_PRIMARY a replica that serves reads is enough; writes are then answered by 503. The status is
     "starting" while the primary has not answered since the start. A primary that sleeps may have traffic, which wakes
-    it.
+    it. `when_away` is for probes that see the status alone, of balancers that have no answer as good as the service's.
     """
     if databases.closing:
         return _unavailable(databases, response, {"status": "closing"})
@@ -38,11 +43,13 @@ async def get_ready(databases: RequestDatabases, response: Response) -> dict[str
         return {"status": "ready", "requests": "paused"}
     if databases.primary.monitor.asleep:
         return {"status": "ready", "primary": "asleep"}
-    if not databases.primary.monitor.healthy:
-        if databases.settings.ready_without_primary and databases.router.serves_reads:
+    monitor = databases.primary.monitor
+    if not monitor.healthy:
+        serves_reads = databases.settings.ready_without_primary and databases.router.serves_reads
+        if serves_reads or (when_away and monitor.was_healthy):
             return {"status": "ready", "writes": "primary database is not healthy"}
         # A balancer may keep a new instance back for this word, and must not take out all when the database goes away.
-        status = "primary database is not healthy" if databases.primary.monitor.was_healthy else "starting"
+        status = "primary database is not healthy" if monitor.was_healthy else "starting"
         return _unavailable(databases, response, {"status": status})
     return {"status": "ready"}
 

@@ -22,6 +22,7 @@ from tests.deploy.chart import ROOT, VALUE_SETS, only, rendered, run_helm
 
 # Less than the defaults have, so that the test takes seconds; the chart derives the rest of it as usual.
 QUICK = {"shutdown": {"drainDelaySeconds": 2}, "probes": {"readiness": {"periodSeconds": 1, "failureThreshold": 2}}}
+READINESS = "/health/ready?when_away=true"
 SECRET = SecretStr("of-a-secret" * 4)
 
 
@@ -41,6 +42,8 @@ def test_time_for_each_step(values: str) -> None:
     assert pod["terminationGracePeriodSeconds"] > drain + graceful
     # Nothing holds SIGTERM back: what a preStop would wait for, the drain delay waits for.
     assert "lifecycle" not in container
+    # An instance is kept back until its database has answered, and not taken out when that goes away.
+    assert readiness["httpGet"]["path"] == READINESS
     # Busy is not dead, and a database that is away is no reason for a restart.
     assert liveness["httpGet"]["path"] == container["startupProbe"]["httpGet"]["path"] == "/health/live"
     assert liveness["periodSeconds"] * liveness["failureThreshold"] >= 60
@@ -84,7 +87,7 @@ async def test_an_instance_ends_in_this_order(
                 return None
 
         async def ready() -> bool:
-            return await asked("/health/ready") == 200
+            return await asked(READINESS) == 200
 
         async def closed() -> bool:
             return await asked("/health/live") is None
@@ -101,7 +104,7 @@ async def test_an_instance_ends_in_this_order(
         process.send_signal(signal.SIGTERM)
 
         async def not_ready() -> bool:
-            return await asked("/health/ready") == 503
+            return await asked(READINESS) == 503
 
         assert await eventually(not_ready, 10)
         assert await asked("/health/live") == 200, "readiness says no first, and the port is still open"

@@ -12,6 +12,7 @@ from local.cluster import Cluster
 from local.postgres import free_port
 from local.waiting import eventually
 from tests.conftest import Database
+from tests.proxy import Proxy
 from tests.service import Service, exhausted, quiet, serving
 from tests.stopwatch import Stopwatch
 
@@ -164,6 +165,34 @@ async def test_closing_service_is_not_ready(service: Service) -> None:
 
     assert (answer.status_code, answer.json()) == (503, {"status": "closing"})
     assert answer.headers["retry-after"] == "1"
+
+
+async def test_balancer_may_keep_instances_whose_database_went_away(database: Database) -> None:
+    """Asked with `when_away`, readiness stays when the primary goes, and not before it came or while closing."""
+    async with Proxy(database.cluster.primary.port) as proxy:
+        settings = database.settings(replica=False, primary={"url": proxy.url(database.url())})
+        proxy.refuse()
+        async with serving(settings, settled=False) as service:
+            ask = service.client.get
+            starting = await ask("/health/ready?when_away=true")
+            await proxy.accept()
+
+            async def is_ready(*, really: bool) -> bool:
+                return (await ask("/health/ready")).is_success is really
+
+            assert await eventually(lambda: is_ready(really=True), 10)
+            proxy.refuse()
+            proxy.cut()
+            assert await eventually(lambda: is_ready(really=False), 10)
+            away = await ask("/health/ready?when_away=true")
+            plain = await ask("/health/ready")
+            service.databases.closing = True
+            closing = await ask("/health/ready?when_away=true")
+
+    assert (starting.status_code, starting.json()) == (503, {"status": "starting"})
+    assert (away.status_code, away.json()["writes"]) == (200, "primary database is not healthy")
+    assert (plain.status_code, plain.json()) == (503, {"status": "primary database is not healthy"})
+    assert (closing.status_code, closing.json()) == (503, {"status": "closing"})
 
 
 @pytest.mark.parametrize("path", ["/health/live", "/health/ready"])

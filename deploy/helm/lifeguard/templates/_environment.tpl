@@ -25,8 +25,6 @@ their variables name these files. A password file is read at each connect, so a 
 {{- if gt (int $logins.replica.count) 0 -}}
   {{- $_ := set $env "DATABASE_REPLICA_POOL_SIZE" $v.pools.replica.size -}}
   {{- $_ := set $env "DATABASE_REPLICA_MAX_OVERFLOW" $v.pools.replica.maxOverflow -}}
-  {{- /* Without it no instance would take a request while the primary is away, and reads would fail with the writes. */ -}}
-  {{- $_ := set $env "READY_WITHOUT_PRIMARY" "true" -}}
 {{- end -}}
 {{- if $v.authSecret.name }}{{ $_ := set $env "AUTH_SECRET_FILE" "/run/secrets/lifeguard/auth_secret" }}{{ end -}}
 {{- $env = merge $env (include "lifeguard.loginVariables" (list $logins "primary" "replica" "listen") | fromJson) -}}
