@@ -42,9 +42,9 @@ LIBRARY = (
     {"serving.server"},
     {"serving"},
     {"fastapi.client_watch", "fastapi.routing", "fastapi.sessions", "fastapi.shared"},
-    {"fastapi.failures", "fastapi.health"},
+    {"fastapi.failures"},
     {"fastapi.problems"},
-    {"fastapi.debug", "fastapi.exposition", "fastapi.idempotency", "fastapi.middleware"},
+    {"fastapi.debug", "fastapi.exposition", "fastapi.health", "fastapi.idempotency", "fastapi.middleware"},
     {"fastapi.lifeguard"},
     {"fastapi"},
 )  # fmt: skip
