@@ -44,7 +44,7 @@ def _families(collector: Collector) -> Iterator[tuple[Metric, Iterator[Sample]]]
         # Its `collect` would make the samples of all label values before it returns: 28 ms for 10,000 of them.
         for family in collector.describe():
             samples = collector._samples()  # noqa: SLF001  # Nothing public gives them one by one.
-            yield family, (sample._replace(name=family.name + sample.name) for sample in samples)
+            yield family, (Sample(family.name + sample.name, *sample[1:]) for sample in samples)
     else:
         for family in collector.collect():
             yield family, iter(family.samples)

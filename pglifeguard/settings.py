@@ -40,7 +40,13 @@ class DatabasesSettings(BaseSettings):
     """
 
     model_config = SettingsConfigDict(
-        frozen=True, extra="forbid", hide_input_in_errors=True, env_file=".env", env_ignore_empty=True
+        frozen=True,
+        extra="forbid",
+        hide_input_in_errors=True,
+        env_file=".env",
+        env_ignore_empty=True,
+        # The first use builds the validators: a service uses its subclass, and these would be built for nothing.
+        defer_build=True,
     )
     # Settings whose default leaves a service open: a typing error in them ends the start.
     guards: ClassVar[frozenset[str]] = frozenset()

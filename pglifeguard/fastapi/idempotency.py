@@ -14,16 +14,14 @@ import re
 from collections.abc import Callable, Collection, Coroutine, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
-from datetime import datetime
-from typing import Any, ClassVar, cast
+from typing import Any
 
 from fastapi import Request, Response, params
 from fastapi.dependencies.utils import get_dependant, solve_dependencies
 from fastapi.routing import APIRoute
-from sqlalchemy import LargeBinary, MetaData, Row, SmallInteger, Table, Text, func, select, text, update
+from sqlalchemy import Column, LargeBinary, MetaData, Row, SmallInteger, Table, Text, func, select, text, update
 from sqlalchemy.dialects.postgresql import TIMESTAMP, insert
 from sqlalchemy.exc import DBAPIError
-from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from starlette.types import Message
 
 from pglifeguard.databases import Databases
@@ -77,32 +75,23 @@ class AnswerNotKept(ServiceError):
     code = "idempotency_not_possible"
 
 
-class _Base(DeclarativeBase):
-    """A table of the library's, apart from those of the application."""
-
-    metadata = MetaData(naming_convention={"pk": "pk_%(table_name)s", "ix": "ix_%(table_name)s_%(column_0_N_name)s"})
-    type_annotation_map: ClassVar = {str: Text, datetime: TIMESTAMP(timezone=True)}
-
-
-class IdempotencyKey(_Base):
-    """A key that was used, the request that used it, and its answer."""
-
-    __tablename__ = "idempotency_keys"
-
-    # SHA-256 of caller and key: callers cannot reach each other's answers, and the table shows no key.
-    digest: Mapped[bytes] = mapped_column(LargeBinary, primary_key=True)
-    fingerprint: Mapped[bytes] = mapped_column(LargeBinary)
-    status: Mapped[int | None] = mapped_column(SmallInteger)
-    location: Mapped[str | None]
-    media_type: Mapped[str | None]
-    # The other headers of the answer, "name:value" on a line each; cookies have one line each.
-    headers: Mapped[bytes | None] = mapped_column(LargeBinary)
-    body: Mapped[bytes | None] = mapped_column(LargeBinary)
-    created_at: Mapped[datetime] = mapped_column(server_default=func.now(), index=True)
-
-
+# The keys that were used, the requests that used them, and their answers.
 # For migrations: Alembic's target_metadata is a list of the application's metadata and this table's.
-IDEMPOTENCY_TABLE = cast("Table", IdempotencyKey.__table__)
+IDEMPOTENCY_TABLE = Table(
+    "idempotency_keys",
+    MetaData(naming_convention={"pk": "pk_%(table_name)s", "ix": "ix_%(table_name)s_%(column_0_N_name)s"}),
+    # SHA-256 of caller and key: callers cannot reach each other's answers, and the table shows no key.
+    Column("digest", LargeBinary, primary_key=True),
+    Column("fingerprint", LargeBinary, nullable=False),
+    Column("status", SmallInteger),
+    Column("location", Text),
+    Column("media_type", Text),
+    # The other headers of the answer, "name:value" on a line each; cookies have one line each.
+    Column("headers", LargeBinary),
+    Column("body", LargeBinary),
+    Column("created_at", TIMESTAMP(timezone=True), server_default=func.now(), nullable=False, index=True),
+)
+_KEYS = IDEMPOTENCY_TABLE.c
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,21 +203,20 @@ async def claim_key(session: WriteSession, claim: Claim, *, hours: float) -> Row
 
     Waits for a transaction that holds the claim. A key older than `hours` may be claimed again.
     """
-    keys = IdempotencyKey
     statement = (
-        insert(keys)
+        insert(IDEMPOTENCY_TABLE)
         .values(digest=claim.digest, fingerprint=claim.fingerprint)
         .on_conflict_do_update(
-            index_elements=[keys.digest],
+            index_elements=[_KEYS.digest],
             set_={"fingerprint": claim.fingerprint, "status": None, "created_at": func.now()},
-            where=keys.created_at < func.now() - func.make_interval(0, 0, 0, 0, 0, 0, hours * 3600),
+            where=_KEYS.created_at < func.now() - func.make_interval(0, 0, 0, 0, 0, 0, hours * 3600),
         )
-        .returning(keys.digest)
+        .returning(_KEYS.digest)
     )
     if (await session.execute(statement)).one_or_none() is not None:
         return None
-    columns = (keys.fingerprint, keys.status, keys.location, keys.media_type, keys.headers, keys.body)
-    return (await session.execute(select(*columns).where(keys.digest == claim.digest))).one()
+    columns = (_KEYS.fingerprint, _KEYS.status, _KEYS.location, _KEYS.media_type, _KEYS.headers, _KEYS.body)
+    return (await session.execute(select(*columns).where(_KEYS.digest == claim.digest))).one()
 
 
 def replay(claim: Claim, stored: Row[*tuple[Any, ...]]) -> Response:
@@ -253,8 +241,8 @@ async def store_answer(session: WriteSession, claim: Claim, response: Response) 
     """Keep the answer with the key, in the transaction of the work: status, body, and every header of the route's."""
     others = [(name, value) for name, value in response.raw_headers if name.lower() not in _HEADERS_APART]
     await session.execute(
-        update(IdempotencyKey)
-        .where(IdempotencyKey.digest == claim.digest)
+        update(IDEMPOTENCY_TABLE)
+        .where(_KEYS.digest == claim.digest)
         .values(
             status=response.status_code,
             location=response.headers.get("location"),

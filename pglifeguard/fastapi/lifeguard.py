@@ -11,7 +11,7 @@ from fastapi.routing import iter_route_contexts
 from pglifeguard.budget import check_budget
 from pglifeguard.credentials import PasswordSource
 from pglifeguard.databases import Databases
-from pglifeguard.fastapi import debug, exposition, health, problems
+from pglifeguard.fastapi import problems
 from pglifeguard.fastapi.idempotency import IdempotentRoute, purge_expired_keys
 from pglifeguard.fastapi.middleware import BodyLimit, ObserveRequests, ReadYourWrites, RetryOnCollision, RetryOnPrimary
 from pglifeguard.fastapi.sessions import refuse_plain_functions
@@ -72,6 +72,9 @@ class Lifeguard:
         Prometheus call without a token; `debug_dependencies` to /debug/*, which tells who holds connections: give it a
         guard where strangers can reach it. Without them there is no /debug/pause, /resume, /drain and /resize.
         """
+        # Their routes are made when they are imported, and FastAPI loads pydantic.v1 to make its first one: 25 ms.
+        from pglifeguard.fastapi import debug, exposition, health  # noqa: PLC0415
+
         app.state.databases = self.databases
         app.state.siblings = self.siblings
         app.state.shared = {}
