@@ -10,6 +10,7 @@ transaction acquires a connection for each call.
 """
 
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from types import TracebackType
 from typing import Any, Never, TypeVarTuple, cast
 
@@ -30,6 +31,7 @@ from pglifeguard.orm import (
     ENDED_READER,
     ENDED_WRITER,
     PINNED,
+    EndedOwner,
     HeldConnection,
     OneConnection,
     refuse_transaction_options,
@@ -53,14 +55,11 @@ class ReadSession(AsyncSession):
     """
 
     sync_session_class = OneConnection
-    sync_session: OneConnection
     reads = True
 
     def __init__(
         self, database: Database, mode: TransactionMode, *, label: str, server_check: ServerCheck | None = None
     ) -> None:
-        super().__init__(mode.engine, expire_on_commit=False)
-        self.sync_session.owner = self
         self._database = database
         self._mode = mode
         self._server_check = server_check
@@ -70,6 +69,32 @@ class ReadSession(AsyncSession):
         self.ended = False
         # Whether the layer of the Idempotency-Key ends the transaction: then all methods here that would end it refuse.
         self.pinned = False
+
+    @cached_property
+    def sync_session(self) -> OneConnection:  # type: ignore[override]  # SQLAlchemy sets it in its constructor.
+        """SQLAlchemy's session, made when it is first needed. `rows` alone needs none, and making it is dear."""
+        super().__init__(self._mode.engine, expire_on_commit=False)
+        made: OneConnection = vars(self)["sync_session"]
+        made.owner = self._ended_owner if self.ended else self
+        return made
+
+    @cached_property
+    def _proxied(self) -> OneConnection:  # type: ignore[override]  # By this name SQLAlchemy's own methods ask for it.
+        return self.sync_session
+
+    @property
+    def _made(self) -> bool:
+        """Whether SQLAlchemy's session was needed so far."""
+        return "sync_session" in vars(self)
+
+    @property
+    def _in_use(self) -> bool:
+        """Whether SQLAlchemy's session has the connection, or a transaction."""
+        return self._made and self.sync_session.in_use
+
+    @property
+    def _ended_owner(self) -> EndedOwner:
+        return ENDED_READER if self.reads else ENDED_WRITER
 
     @property
     def connection_held(self) -> HeldConnection | None:
@@ -115,7 +140,7 @@ class ReadSession(AsyncSession):
         given: object = query
         if not isinstance(given, Query):
             raise TypeError(NO_QUERY)
-        if self.sync_session.in_use:
+        if self._in_use:
             return await greenlet_spawn(self.sync_session.read_rows, query.statement, parameters)
         if self.ended:
             raise RuntimeError(ENDED)
@@ -247,7 +272,7 @@ class ReadSession(AsyncSession):
         Raises: OutcomeUnknown when the connection dies during COMMIT, ConnectionLost when before; TransactionAborted
         when a statement failed and its error was swallowed.
         """
-        if self.sync_session.in_transaction() or self._owes():
+        if self._made and (self.sync_session.in_transaction() or self._owes()):
             await self._commit_objects()
         if self._lease is not None and self._lease.begun:
             self._refuse_if_pinned("commit")
@@ -266,19 +291,19 @@ class ReadSession(AsyncSession):
     async def rollback(self) -> None:
         """Roll back to the last commit; the next statement begins another transaction."""
         await self._end_lease("rollback")
-        if self.sync_session.in_use:
+        if self._in_use:
             await super().rollback()
 
     async def close(self) -> None:
         """Roll back what is not committed, and release the connection."""
         await self._end_lease("close")
-        if self.sync_session.in_use:
+        if self._in_use:
             await super().close()
 
     async def reset(self) -> None:
         """Roll back what is not committed, and release the connection."""
         await self._end_lease("reset")
-        if self.sync_session.in_use:
+        if self._in_use:
             await super().reset()
 
     async def invalidate(self) -> None:
@@ -287,7 +312,7 @@ class ReadSession(AsyncSession):
             self._refuse_if_pinned("invalidate")
             self._lease.connection.terminate()
         await self._end_lease("invalidate")
-        if self.sync_session.in_use:
+        if self._in_use:
             await super().invalidate()
 
     async def __aexit__(
@@ -302,12 +327,13 @@ class ReadSession(AsyncSession):
         try:
             if self._lease is not None:
                 await self._end_lease("close")
-            if self.sync_session.in_use:
+            if self._in_use:
                 await self._end_objects(kind, error, trace)
         finally:
             # Two sessions that know each other are freed by the garbage collector alone. Beside 200 requests in flight
             # it ran four times a second, and stopped them all for 8 to 46 ms.
-            self.sync_session.owner = ENDED_READER if self.reads else ENDED_WRITER
+            if self._made:
+                self.sync_session.owner = self._ended_owner
 
     async def _end_objects(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -395,7 +421,7 @@ class WriteSession(ReadSession):
 
         Raises: sqlalchemy.exc.IntegrityError, for all of them together; else as `rows`.
         """
-        if self.sync_session.in_use:
+        if self._in_use:
             held = cast("HeldConnection", (await self.connection()).sync_connection)
             lane = DriverLane(self._database, held.checkout, readonly=False)
             return await lane.copy(table, records, columns, schema=schema)
@@ -437,7 +463,7 @@ class WriteSession(ReadSession):
         """Commit, or roll back after an error, and give the connection back."""
         self.pinned, self.failure = False, error
         try:
-            if self._lease is None and not self.sync_session.in_use:
+            if self._lease is None and not self._in_use:
                 return
             if error is None:
                 await self.commit()

@@ -214,3 +214,23 @@ async def test_reads_on_the_replica_end_too(service: Service) -> None:
 
     with pytest.raises(RuntimeError, match="this session ended"):
         await service.client.get("/late")
+
+
+async def test_rows_alone_makes_no_session_of_sqlalchemy(service: Service) -> None:
+    """It takes longer to make than a connection to acquire, so it is made when something needs it."""
+    async with service.databases.writing() as session:
+        await queries.add_patient(session, ADA)
+        assert "sync_session" not in vars(session)
+
+        assert not list(session.new)
+        assert session.sync_session.owner is session
+
+
+async def test_session_of_sqlalchemy_that_is_made_after_the_end_refuses(service: Service) -> None:
+    """A task of the background that is the first to ask SQLAlchemy is told that the session has ended."""
+    async with service.databases.writing() as session:
+        await queries.add_patient(session, ADA)
+
+    with pytest.raises(RuntimeError, match="this session ended"):
+        await session.execute(text("SELECT 1"))
+    assert session.sync_session.owner is not session
