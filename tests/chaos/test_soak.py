@@ -321,7 +321,8 @@ async def test_nothing_grows(
             f"{tell(story.answers)}; p99 {quantile(story.seconds, 0.99) * 1000:.0f} ms"
         )
         for name, samples in story.samples.items():
-            measured("{:.5g} and {:.5g}, {:+.2g}".format(*ends(samples), rises[name]), row=name)
+            first, last = (f"{figure:,.1f}".removesuffix(".0") for figure in ends(samples))
+            measured(f"{first} and {last}, {rises[name]:+,.2f}", row=name)
     failed = [*(answer for _, answer in story.cut), *story.refused]
     assert {(answer.status, "retry-after" in answer.headers) for answer in failed} <= {(503, True)}
     in_time(len(story.cut) <= len(story.ended["primary"]), story.answers)
