@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from difflib import SequenceMatcher
+from functools import lru_cache
 
 PREFIX = "database_"
 # What platforms say of a database, word by word. In the names of settings are URL, NAME, and PASSWORD with
@@ -50,7 +51,12 @@ def inspect(names: Iterable[str], known: Iterable[str], *, guarding: AbstractSet
     Of the others it is only told what looks like a typing error, and refused if it looks like one of `guarding`, whose
     defaults leave the service open.
     """
-    found = set(names)
+    return _inspect(frozenset(names), frozenset(known), frozenset(guarding))
+
+
+# Of everything that settings do this takes longest, and a process reads them from the same names each time.
+@lru_cache(16)
+def _inspect(found: frozenset[str], known: frozenset[str], guarding: frozenset[str]) -> Findings:
     settings = _Settings(known)
     refused: list[str] = []
     ignored: list[str] = []
