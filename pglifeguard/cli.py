@@ -17,7 +17,7 @@ from pglifeguard.activity import BLOCKED, CLOSE_IDLE, EACH, END_IDLE, IDLE
 from pglifeguard.connector import Connector
 from pglifeguard.credentials import PasswordSource
 from pglifeguard.database_settings import DatabaseSettings
-from pglifeguard.doctor import Check, Load, Target, diagnose
+from pglifeguard.doctor import Check, Finding, Inquiry, Load, Target, diagnose, error, warning
 from pglifeguard.doctor.findings import EXIT_CODES
 from pglifeguard.doctor.show import show, wide_console
 from pglifeguard.duration import parse_duration
@@ -25,7 +25,7 @@ from pglifeguard.environment import SettingsError
 from pglifeguard.errors import DatabaseUnavailable
 from pglifeguard.metrics import Metrics
 from pglifeguard.monitor import Monitor
-from pglifeguard.orders import LOCAL, order_commands
+from pglifeguard.orders import LOCAL, OrderFailedError, Token, order_commands, pool_sizes
 from pglifeguard.settings import DatabasesSettings
 
 SettingsT = TypeVar("SettingsT", bound=DatabasesSettings)
@@ -69,6 +69,10 @@ LatencyMs = Annotated[
     float | None,
     typer.Option(help="Milliseconds for which a request holds its connection.", min=0.001, max=3_600_000),
 ]
+Running = Annotated[
+    list[str] | None,
+    typer.Option("--url", help="An instance whose pools are compared with the settings; repeat it for several."),
+]
 Cores = Annotated[int | None, typer.Option(help="Cores of the database server to size for.", min=1, max=4096)]
 
 
@@ -104,6 +108,8 @@ def database_commands(
         rate: Rate = None,
         latency_ms: LatencyMs = None,
         cores: Cores = None,
+        url: Running = None,
+        token: Token = None,
         as_json: AsJson = False,
     ) -> None:
         """Ask each database what an operator should know, and say what is wrong and what cures it.
@@ -120,11 +126,14 @@ def database_commands(
         try:
             settings = read(**chosen)
             targets = [] if further is None else list(further(settings))
+            if url and token is None and reach is not None:
+                token = reach(settings)[1]
         except SettingsError as error:
             raise _refuse(str(error), as_json=as_json) from None
         # What the connections log is in the report; without a handler Python would write it to standard error.
         logging.getLogger("pglifeguard").addHandler(logging.NullHandler())
-        report = asyncio.run(diagnose(settings, further=targets, checks=checks, load=load))
+        of_instances = [_sizes_of(each, token) for each in url or ()]
+        report = asyncio.run(diagnose(settings, further=targets, checks=[*checks, *of_instances], load=load))
         if as_json:
             print(json.dumps(report.as_json(), ensure_ascii=False, indent=2))  # noqa: T201  # For a pipe: no colours, no wrapping.
         else:
@@ -152,6 +161,31 @@ def database_commands(
             connections(checked(read), close_idle=close_idle, idle_seconds=idle_seconds)
 
     return commands
+
+
+def _sizes_of(url: str, token: str | None) -> Check:
+    """Make a check that compares the sizes of a running instance's pools, which `resize` changes, with the settings."""
+
+    async def sizes(inquiry: Inquiry) -> list[Finding]:
+        try:
+            shown, pools = await asyncio.to_thread(pool_sizes, url, token)
+        except OrderFailedError as failure:
+            cure = "Name an instance that runs, past the balancer, and a token for its operations routes."
+            return [error("instance_not_asked", "--url", str(failure), cure)]
+        return [
+            warning(
+                "pool_resized",
+                f"{shown} {name}",
+                f"The pool has pool_size {pools[name][0]} and max_overflow {pools[name][1]} there, and the settings "
+                f"say {settings.pool_size} and {settings.max_overflow}.",
+                "Change the settings if that size is to stay: a restart goes back to them.",
+            )
+            for name, settings in inquiry.settings.pools.items()
+            if pools.get(name, (settings.pool_size, settings.max_overflow))
+            != (settings.pool_size, settings.max_overflow)
+        ]
+
+    return sizes
 
 
 def checked(read: Callable[[], SettingsT]) -> SettingsT:

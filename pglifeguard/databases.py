@@ -99,9 +99,9 @@ class Databases:
         self.primary = database("primary", "primary", settings.primary)
         self.analytics = database("analytics", "analytics", settings.analytics)
         self.replicas = [
-            # One replica is plainly "replica"; several are numbered.
-            database("replica" if len(settings.replicas) == 1 else f"replica-{number}", "replica", chosen)
-            for number, chosen in enumerate(settings.replicas, 1)
+            database(name, "replica", chosen)
+            for name, chosen in settings.pools.items()
+            if name not in {"primary", "analytics"}
         ]
         for replica in self.replicas:
             self.primary.learn_from(replica)
@@ -114,8 +114,8 @@ class Databases:
         self.listener = Listener(settings.listening, warns=settings.warn_unencrypted)
         self.primary.monitor.listeners.append(self.listener.follow)
         self.primary_retry = PrimaryRetry(settings, self.router, metrics)
-        # As they were set, by name: `resize` changes those of the database itself.
-        self._configured = {database.name: database.settings for database in self.all()}
+        # As they were set: `resize` changes those of the database itself.
+        self._configured = settings.pools
         self._demands = demands(settings)
         self.closing = False
         self._paused_until = 0.0

@@ -170,10 +170,33 @@ def post(url: str, operation: str, arguments: Mapping[str, Any], token: str | No
 
     Raises: OrderFailedError.
     """
+    seconds = ANSWER_SECONDS + arguments.get("wait_seconds", 0.0)
+    shown, status, answer = _ask("POST", url, f"/debug/{operation}?{urlencode(arguments)}", token, seconds)
+    if isinstance(answer, dict) and status == http.client.ACCEPTED and "obeyed" in answer:
+        return shown, answer
+    raise OrderFailedError(f"{shown} answered {_refusal(status, answer)}")
+
+
+def pool_sizes(url: str, token: str | None) -> tuple[str, dict[str, tuple[int, int]]]:
+    """Ask one instance for the pool_size and max_overflow of each pool; return its address, and them by name.
+
+    Raises: OrderFailedError.
+    """
+    shown, status, answer = _ask("GET", url, "/debug/pool-stats", token, ANSWER_SECONDS)
+    try:
+        return shown, {name: (figures["pool_size"], figures["max_overflow"]) for name, figures in answer.items()}
+    except (AttributeError, KeyError, TypeError):
+        raise OrderFailedError(f"{shown} answered {_refusal(status, answer)}") from None
+
+
+def _ask(method: str, url: str, path: str, token: str | None, seconds: float) -> tuple[str, int, Any]:
+    """Send a request; return the instance's address as it may be shown, the status, and the answer (None if no JSON).
+
+    Raises: OrderFailedError.
+    """
     try:
         parts = urlsplit(url)
         kind = {"http": http.client.HTTPConnection, "https": http.client.HTTPSConnection}[parts.scheme]
-        seconds = ANSWER_SECONDS + arguments.get("wait_seconds", 0.0)
         connection = kind(str(parts.hostname), parts.port, timeout=seconds)
     except (ValueError, KeyError, http.client.InvalidURL):
         raise OrderFailedError(NO_URL) from None
@@ -183,9 +206,7 @@ def post(url: str, operation: str, arguments: Mapping[str, Any], token: str | No
     shown = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"
     headers = {} if token is None else {"Authorization": f"Bearer {token.strip()}"}
     try:
-        connection.request(
-            "POST", f"{parts.path.rstrip('/')}/debug/{operation}?{urlencode(arguments)}", headers=headers
-        )
+        connection.request(method, f"{parts.path.rstrip('/')}{path}", headers=headers)
         response = connection.getresponse()
         status, body = response.status, response.read(ANSWER_BYTES)
     except TimeoutError:
@@ -197,12 +218,9 @@ def post(url: str, operation: str, arguments: Mapping[str, Any], token: str | No
     finally:
         connection.close()
     try:
-        answer = json.loads(body)
+        return shown, status, json.loads(body)
     except ValueError:
-        answer = None
-    if isinstance(answer, dict) and status == http.client.ACCEPTED and "obeyed" in answer:
-        return shown, answer
-    raise OrderFailedError(f"{shown} answered {_refusal(status, answer)}")
+        return shown, status, None
 
 
 def _refusal(status: int, answer: Any) -> str:

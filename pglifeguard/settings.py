@@ -218,6 +218,15 @@ class DatabasesSettings(BaseSettings):
         replicas = [("DATABASE_REPLICA_", replica) for replica in self.replicas]
         return [("DATABASE_", self.primary), *replicas, ("DATABASE_ANALYTICS_", self.analytics)]
 
+    @property
+    def pools(self) -> dict[str, DatabaseSettings]:
+        """Primary, replicas, analytics by the names of their pools. One replica is plainly "replica"."""
+        several = len(self.replicas) > 1
+        replicas = {
+            f"replica-{number}" if several else "replica": replica for number, replica in enumerate(self.replicas, 1)
+        }
+        return {"primary": self.primary, **replicas, "analytics": self.analytics}
+
     @cached_property
     def listening(self) -> DatabaseSettings | None:
         """The primary as LISTEN_URL leads to it; None where LISTEN_URL is not set."""

@@ -457,7 +457,8 @@ async def test_page_describes_the_json(database: Database) -> None:
     page = (ROOT / "docs/doctor.md").read_text(encoding="utf-8")
     found = await diagnosis("--rate", "500", "--latency-ms", "10", "--cores", "8", **database.environment())
     source = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "pglifeguard/doctor").glob("*.py"))
-    source += (ROOT / "migrations/doctor.py").read_text(encoding="utf-8")
+    for path in ("migrations/doctor.py", "pglifeguard/cli.py"):
+        source += (ROOT / path).read_text(encoding="utf-8")
     told = set(re.findall(r"\b(?:error|warning|note|report)\(\s*\"([a-z_]+)\"", source)) | {"settings"}
     told |= set(re.findall(r"_limits\(\s*\"([a-z_]+)\"", source))
 

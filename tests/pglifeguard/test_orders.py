@@ -2,6 +2,7 @@
 
 import asyncio
 import getpass
+import json
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -128,6 +129,27 @@ async def test_token_may_be_given(database: Database, tmp_path: Path, monkeypatc
         2,
         "Without --url the settings say where the service is, and they are wrong.",
     )
+
+
+async def test_doctor_tells_what_was_resized(database: Database, environment: dict[str, str]) -> None:
+    """With the URL of an instance; one that cannot be asked is an error, and changes nothing else in the report."""
+    sizes = {"DATABASE_POOL_SIZE": "3", "DATABASE_MAX_OVERFLOW": "1"}
+    async with running(database, pool_size=3, max_overflow=1) as (service, url):
+        service.databases.resize("primary", pool_size=7)
+        examined = await run("doctor", "--json", "--url", url, **environment | sizes)
+        refused = await run("doctor", "--json", "--url", url, "--token", "wrong", **environment | sizes)
+        mistaken = await run("doctor", "--json", "--url", f"{url}/health/live", **environment | sizes)
+
+    def found(report: Result, code: str) -> dict[str, dict[str, str]]:
+        findings = json.loads(report.stdout)["findings"]
+        return {each["subject"]: each for each in findings if each["code"] == code}
+
+    resized = found(examined, "pool_resized")[f"{url} primary"]
+    assert (resized["severity"], "pool_size 7 and max_overflow 1" in resized["text"]) == ("warning", True)
+    assert "say 3 and 1" in resized["text"]
+    for report, status in ((refused, 401), (mistaken, 403)):
+        assert f"answered {status}: " in found(report, "instance_not_asked")["--url"]["text"]
+        assert not found(report, "pool_resized")
 
 
 async def test_what_is_no_such_service_is_told(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
