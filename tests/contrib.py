@@ -35,4 +35,4 @@ async def running() -> AsyncIterator[Server]:
             await server.start()
             yield server
         finally:
-            await server.kill()
+            await server.stop("immediate")

@@ -45,9 +45,7 @@ async def second_standby(cluster: Cluster) -> AsyncIterator[Server]:
         await connection.close()
         yield server
     finally:
-        if server.running:
-            server.thaw()
-        await server.kill()
+        await server.stop("immediate")
 
 
 @asynccontextmanager

@@ -133,4 +133,4 @@ async def running(authority: Authority, certificate: Certificate) -> AsyncIterat
             await connection.close()
             yield made
         finally:
-            await server.kill()
+            await server.stop("immediate")
