@@ -6,6 +6,7 @@ from typing import Any
 
 import certifi
 import pytest
+import yaml
 
 from app.settings import Settings
 from migrations.settings import load_migration_settings
@@ -75,6 +76,25 @@ def test_notes_show_the_services_own_arithmetic(settings: tuple[str, Settings]) 
         server = UNKNOWN if values == "defaults" else demand.server
         assert f"  {server}\n    {demand.arithmetic} = {demand.wanted}\n" in text
     assert text.count(" instances x ") == len(demands(loaded))
+
+
+def test_settings_arrive_as_they_are_written() -> None:
+    """Large numbers, fractions and booleans of `settings` become what the service reads, and none is rounded."""
+    given = {
+        "REQUEST_BODY_BYTES": 10_485_761,
+        "POOL_LOG_INTERVAL_SECONDS": 0.25,
+        "ACCESS_LOG": True,
+        "LOG_LEVEL": "DEBUG",
+    }
+    changes = {"settings": given, "cluster": {"parameters": {"wal_decode_buffer_size": 12_345_678}}}
+    objects = list(
+        filter(None, yaml.safe_load_all(run_helm("template", "lifeguard", values="cluster", changes=changes)))
+    )
+
+    read = only(objects, "ConfigMap")["data"]
+    parameters = only(objects, "Cluster", "lifeguard-db")["spec"]["postgresql"]["parameters"]
+    assert [read[name] for name in given] == ["10485761", "0.25", "true", "DEBUG"]
+    assert parameters["wal_decode_buffer_size"] == "12345678"
 
 
 @pytest.mark.parametrize("values", VALUE_SETS)

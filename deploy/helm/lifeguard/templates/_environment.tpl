@@ -30,7 +30,7 @@ their variables name these files. A password file is read at each connect, so a 
 {{- $env = merge $env (include "lifeguard.loginVariables" (list $logins "primary" "replica" "listen") | fromJson) -}}
 {{- range $name, $value := $v.settings }}{{ $_ := set $env $name $value }}{{ end -}}
 {{- range $name, $value := $env }}
-{{ $name }}: {{ toString $value | quote }}
+{{ $name }}: {{ include "lifeguard.text" $value | quote }}
 {{- end -}}
 {{- end -}}
 
