@@ -48,8 +48,8 @@ async def run(stage: Stage, plan: Plan, tell: Tell) -> Section:
     found, seconds = pgbouncer.version(), plan.seconds if plan.quick else SECONDS
     section.say(
         f"CPU of the service, of PgBouncer and of all processes of primary and replica, for each request; {CLIENTS} "
-        "clients kept busy. The service's own CPU is what the other parts compare: here it shows what a way makes the "
-        "others do."
+        "clients kept busy. The other parts compare the service's own CPU; a way that spares the service may burden "
+        "the pooler or the server."
     )
     async with AsyncExitStack() as stack:
         pooler, servers = None, []
@@ -76,13 +76,13 @@ async def run(stage: Stage, plan: Plan, tell: Tell) -> Section:
     if found is None:
         section.say("PgBouncer is not on PATH: its row is missing.")
     else:
-        follows = "follows prepared statements" if found >= pgbouncer.FOLLOWS_STATEMENTS else "follows no prepared ones"
-        section.say(f"PgBouncer {found[0]}.{found[1]}, in transaction mode, which {follows}.")
+        follows = "follows" if found >= pgbouncer.FOLLOWS_STATEMENTS else "does not follow"
+        section.say(f"PgBouncer {found[0]}.{found[1]} in transaction mode {follows} prepared statements.")
     section.say(
         "The floor and bare FastAPI create a patient with as many round trips as ours, the token's among them; the "
         "textbook asks for no token, and reads the row again after its COMMIT. The monitors of ours probe primary and "
-        "replica all the time, so every row has a little of them. PostgreSQL runs without fsync, so what a disk costs "
-        "is not in it."
+        "replica all the time, so every row has a little of that. PostgreSQL runs without fsync: the cost of a disk is "
+        "missing."
     )
     return section
 
