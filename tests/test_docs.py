@@ -209,7 +209,7 @@ def test_dependencies_are_justified() -> None:
     project = tomllib.loads(read("pyproject.toml"))
     extras = project["project"]["optional-dependencies"].values()
     of_library = [*project["project"]["dependencies"], *chain.from_iterable(extras)]
-    locks = read("requirements-deploy.txt") + read("requirements-dev.txt")
+    locks = read("requirements-deploy.txt") + read("requirements-ha.txt") + read("requirements-dev.txt")
     locked = dict(re.findall(r"^([a-z0-9-]+)==([^ ;]+)", locks, re.MULTILINE))
     text = read("docs/dependencies.md")
 
@@ -217,6 +217,7 @@ def test_dependencies_are_justified() -> None:
         ("In the image", sorted([*of_library, *project["dependency-groups"]["service"]], key=by_name)),
         ("For development", project["dependency-groups"]["dev"]),
         ("For the chart", project["dependency-groups"]["deploy"]),
+        ("For `make test-ha`", project["dependency-groups"]["ha"]),
     ):
         names = list(dict.fromkeys(by_name(requirement) for requirement in wanted))
         rows = {match[1]: match for match in map(parse_dependency, table(text, heading))}
