@@ -267,7 +267,7 @@ async def test_read_that_dies_with_the_leader_is_served_by_another_replica(datab
     async with Proxy(database.cluster.primary.port) as leader:
         url = leader.url(database.url())
         replicas = ({"url": leader.url(database.url("app_ro"))}, {"url": database.replica_url()})
-        settings = database.settings(primary={"url": url}, replicas=replicas, monitor_interval_seconds=60)
+        settings = database.settings(primary={"url": url}, replicas=replicas, monitor_interval_seconds=1)
         async with serving(settings) as service:
             path, _ = await write(service, 1)
             await database.cluster.wait_replayed()
