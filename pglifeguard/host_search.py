@@ -61,12 +61,13 @@ C = TypeVar("C", bound=Connection)
 class _Attempt:
     """One login; `late` when its host counts as silent and the search no longer waits for it.
 
-    `patience` is the seconds after which it does.
+    `patience` is the seconds after which it does. With `waking` it may have to wake the host.
     """
 
     host: int
     patience: float
     started_at: float
+    waking: bool
     late: bool = False
     task: asyncio.Task[None] = field(init=False)
     timer: asyncio.TimerHandle = field(init=False)
@@ -236,7 +237,8 @@ class HostSearch(Generic[C]):
         loop = asyncio.get_running_loop()
         # The most patient caller decides: a second login beside the first would not wake the database sooner.
         patience = max(self._patience, *(seconds or 0.0 for seconds in self._callers.values()))
-        attempt = _Attempt(host, patience, loop.time())
+        waking = any(seconds is not None for seconds in self._callers.values())
+        attempt = _Attempt(host, patience, loop.time(), waking)
         self._attempts.add(attempt)
         attempt.timer = loop.call_later(patience, self._mark_silent, attempt)
         # A context of its own: in that of a request, the log lines of the login would carry the request's id.
@@ -273,7 +275,7 @@ class HostSearch(Generic[C]):
         # A login to another host that ends later must not move all callers away from the host that was found. One that
         # the sleeping host has left alone may end when nobody asks any more, and would keep the host awake.
         for other in list(self._attempts):
-            if other.host != attempt.host or (other.late and other.patience > self._patience):
+            if other.host != attempt.host or (other.late and other.waking):
                 self._cancel(other)
         self._deliver(connection)
         self._advance()
