@@ -25,7 +25,6 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -92,8 +91,10 @@ def write_figures() -> None:
 
 
 def buffer_values() -> None:
-    """Let prometheus-client make its values here from now on, in the folder that the environment names."""
-    folder = Path(os.environ[VARIABLE])
+    """Let prometheus-client make its values here from now on, where the environment names a folder for them."""
+    folder = Path(os.environ.get(VARIABLE, "-"))
+    if not folder.is_dir():
+        return
     if list(folder.glob(f"*_{os.getpid()}.db")):
         logger.warning("metrics were made before pglifeguard.serving was imported: their figures outlive this worker")
     Buffered.place = Place(folder)
@@ -120,17 +121,23 @@ class Place:
 
     def _take(self) -> None:
         with _locked(self._folder, fcntl.LOCK_EX):
-            for number in count(1):
-                self.path = self._folder / f"worker{number}.lock"
-                self.held = os.open(self.path, os.O_RDONLY | os.O_CREAT)
-                if _lock(self.held, fcntl.LOCK_EX):
-                    break
-                os.close(self.held)
+            number = 1
+            while not self._is_free(number):
+                number += 1
             for file in self._folder.glob(f"gauge_*_{self.path.stem}.db"):
                 file.unlink()
             # The time of day is later than each monotonic time: no scrape waits for a worker that has yet to write.
             os.utime(self.path)
         self._pid = os.getpid()
+
+    def _is_free(self, number: int) -> bool:
+        """Take the place of this number, and say whether that was free."""
+        self.path = self._folder / f"worker{number}.lock"
+        self.held = os.open(self.path, os.O_RDONLY | os.O_CREAT)
+        free = _lock(self.held, fcntl.LOCK_EX)
+        if not free:
+            os.close(self.held)
+        return free
 
 
 class Buffered:
@@ -230,5 +237,4 @@ def _locked(folder: Path, how: int) -> Iterator[None]:
         yield
 
 
-if VARIABLE in os.environ and Path(os.environ[VARIABLE]).is_dir():
-    buffer_values()
+buffer_values()

@@ -233,4 +233,6 @@ async def test_session_of_sqlalchemy_that_is_made_after_the_end_refuses(service:
 
     with pytest.raises(RuntimeError, match="this session ended"):
         await session.execute(text("SELECT 1"))
+    with pytest.raises(RuntimeError, match="this session ended"):
+        await session.copy_records("patients", [], columns=["mrn"])
     assert session.sync_session.owner is not session

@@ -246,3 +246,17 @@ async def test_no_message_is_lost() -> None:
     assert await received(part, EMPTY, DISCONNECT) == [part, EMPTY, DISCONNECT, False]
     assert await received(EMPTY, EMPTY, DISCONNECT) == [EMPTY, EMPTY, DISCONNECT, False]
     assert await received(EMPTY, failure, failure) == [EMPTY, "broken", False]
+
+
+async def test_request_that_is_over_says_that_its_client_has_left(service: Service) -> None:
+    """A task that goes on receiving beyond the answer is not kept waiting for a request that nobody serves."""
+    kept: list[Request] = []
+
+    async def read(request: Request) -> None:
+        await request.body()
+        kept.append(request)
+
+    service.app.add_api_route("/read", read, methods=["POST"])
+    await service.client.post("/read", content=b"{}")
+
+    assert await kept[0].receive() == DISCONNECT

@@ -360,3 +360,40 @@ async def test_last_counts_are_written_when_the_lifespan_ends(
 
     monkeypatch.setattr(Buffered, "place", None)  # From here on this process writes no more.
     assert 'http_requests_total{method="GET",route="/health/live",status="200"} 1.0' in await _exposed(folder)
+
+
+def test_place_that_is_taken_is_left_to_its_owner(folder: Path) -> None:
+    """The kernel frees a place when its worker ends, however it ends; the lowest free one is taken, without gauges."""
+    second, third = Place(folder), Place(folder)
+    first = Buffered.place
+    assert first is not None
+    assert (first(), second(), third()) == ("worker1", "worker2", "worker3")
+
+    os.close(second.held)
+    gauge = folder / "gauge_livesum_worker2.db"
+    gauge.touch()
+    again = Place(folder)
+
+    assert again() == "worker2"
+    assert not gauge.exists()
+    os.close(again.held)
+    os.close(third.held)
+
+
+def test_values_that_were_made_too_early_are_named(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Their file is named by the process's id, and nobody takes it over."""
+    (folder / f"counter_{os.getpid()}.db").touch()
+
+    buffer_values()
+
+    assert "their figures outlive this worker" in caplog.text
+
+
+def test_values_are_plain_where_no_folder_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One process alone keeps prometheus-client's own values."""
+    monkeypatch.delenv(VARIABLE, raising=False)
+    before = values.ValueClass
+
+    buffer_values()
+
+    assert values.ValueClass is before
