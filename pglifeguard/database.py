@@ -130,7 +130,9 @@ class Database:
         A standby that follows a newer timeline does, and a promoted one where this database's URL names it as a host.
         Another replica that was promoted, by mistake or for tests, is no successor: see replica.py.
         """
-        successor = not set(self.connector.hosts).isdisjoint(replica.connector.hosts)
+        hosts = self.connector.hosts
+        # A single host for both is a pooler's, and says nothing of the servers behind it.
+        successor = len(hosts) > 1 and not set(hosts).isdisjoint(replica.connector.hosts)
 
         def see(probe: Probe) -> None:
             at = probe.position

@@ -144,7 +144,7 @@ async def test_every_route_answers_through_pgbouncer(stack: Stack, client: httpx
     for method, template, body in ROUTES:
         url = OPERATIONS + template if template.startswith("/debug") else template.format(**ids)
         response = await client.request(method, url, json=body)
-        answers[method, template] = response.status_code
+        answers[method, template.partition("?")[0]] = response.status_code
         if response.status_code == 201:
             ids["user_id" if template == "/users" else "patient_id"] = response.json()["id"]
 
