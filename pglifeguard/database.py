@@ -130,15 +130,14 @@ class Database:
         A standby that follows a newer timeline does, and a promoted one where this database's URL names it as a host.
         Another replica that was promoted, by mistake or for tests, is no successor: see replica.py.
         """
-        hosts = self.connector.hosts
-        # A single host for both is a pooler's, and says nothing of the servers behind it.
-        successor = len(hosts) > 1 and not set(hosts).isdisjoint(replica.connector.hosts)
+        named = not set(self.connector.hosts).isdisjoint(replica.connector.hosts)
 
         def see(probe: Probe) -> None:
-            at = probe.position
+            at, latest = probe.position, replica.connector.latest
             if at.in_recovery:
                 self.fence.see(at.system, at.timeline, None)
-            elif successor:
+            elif named and latest is not None and latest.direct:
+                # Through a pooler the name is the pooler's, and says nothing of the servers behind it.
                 self.fence.see(at.system, at.timeline, at.started)
 
         replica.monitor.listeners.append(see)

@@ -77,16 +77,23 @@ class PrimaryRetry:
             self._router.trip(database.name)
         return known.code
 
+    def leave_replica(self, reason: str, consistency: Consistency) -> bool:
+        """Return whether the read runs on another replica, once: the primary is away as the one that failed is.
+
+        What that one does not find is looked for on the primary as ever.
+        """
+        failed, tried = consistency.read_from, consistency.avoided is not None
+        if failed is None or tried or reason == "not_found" or not self._router.has_other_than(failed):
+            return False
+        self._count(reason).inc()
+        consistency.avoided, consistency.read_from = failed, None
+        return True
+
     async def run(self, reason: str, consistency: Consistency, attempt: Callable[[], Awaitable[T]]) -> T:
-        """Wait for a turn and run the attempt, whose read sessions are on the primary; or on another replica, at once.
+        """Wait for a turn and run the attempt, whose read sessions are on the primary.
 
         Raises: ReplicaUnavailable when the turn does not come in time.
         """
-        failed = consistency.read_from
-        if failed is not None and reason != "not_found" and self._router.has_other_than(failed):
-            self._count(reason).inc()
-            consistency.avoided, consistency.read_from = failed, None
-            return await attempt()
         room = self._room
         try:
             await self._take_turn(room)

@@ -301,15 +301,8 @@ class RetryOnPrimary:
         before = dict(scope)
         # Closing and opening the databases makes a new one, so it is read for each request.
         primary_retry = self._databases.primary_retry
-        received: list[Message] = []
+        messages = _Messages(receive)
         reason: str | None = None
-
-        async def receive_kept() -> Message:
-            received.append(await receive())
-            return received[-1]
-
-        async def receive_again() -> Message:
-            return received.pop(0) if received else await receive()
 
         async def send_unless_failed(message: Message) -> None:
             nonlocal reason
@@ -321,17 +314,45 @@ class RetryOnPrimary:
                 raise _Abandoned
             await send(message)
 
-        try:
-            await self._app(scope, receive_kept, send_unless_failed)
-        except BaseException as error:
-            if reason is None or isinstance(error, asyncio.CancelledError):
-                raise
-            # Errors of the dependencies' cleanup are dropped: the client gets the answer of the second attempt.
-        if reason is not None:
+        while True:
+            try:
+                await self._app(scope, messages.from_the_first(), send_unless_failed)
+            except BaseException as error:
+                if reason is None or isinstance(error, asyncio.CancelledError):
+                    raise
+                # Errors of the dependencies' cleanup are dropped: the client gets the answer of the next attempt.
+            if reason is None:
+                return
             # Routing, mounts and dependencies have changed the scope.
             scope.clear()
             scope.update(before)
-            await primary_retry.run(reason, consistency_of(scope), lambda: self._app(scope, receive_again, send))
+            if not primary_retry.leave_replica(reason, consistency_of(scope)):
+                break
+            reason = None
+        await primary_retry.run(
+            reason, consistency_of(scope), lambda: self._app(scope, messages.from_the_first(), send)
+        )
+
+
+class _Messages:
+    """The messages that a request has received, for as many attempts as it takes."""
+
+    def __init__(self, receive: Receive) -> None:
+        self._receive = receive
+        self._received: list[Message] = []
+
+    def from_the_first(self) -> Receive:
+        """Return how an attempt receives: what another one has received before, then what comes."""
+        place = 0
+
+        async def receive_next() -> Message:
+            nonlocal place
+            if place == len(self._received):
+                self._received.append(await self._receive())
+            place += 1
+            return self._received[place - 1]
+
+        return receive_next
 
 
 class RetryOnCollision:
