@@ -10,11 +10,10 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import httpx
 import psutil  # type: ignore[import-untyped]  # See local/waiting.py.
@@ -133,19 +132,6 @@ class PatroniCluster:
         self._etcd_ports = free_port(), free_port()
         self._etcd: subprocess.Popen[bytes] | None = None
         self.members = [self._member(f"node{number}") for number in range(1, members + 1)]
-
-    async def __aenter__(self) -> Self:
-        try:
-            await self.start()
-        except BaseException:
-            await self.stop()
-            raise
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self.stop()
 
     async def start(self, progress: Callable[[str], None] = lambda _: None) -> None:
         """Bring all members up; returns when all follow the leader, and roles and tables are there.
@@ -342,6 +328,17 @@ class PatroniCluster:
                 "basebackup": ["no-sync", {"checkpoint": "fast"}],
             },
         }  # fmt: skip
+
+
+@asynccontextmanager
+async def running(directory: Path) -> AsyncIterator[PatroniCluster]:
+    """Give a settled cluster over a directory, until the block ends."""
+    cluster = PatroniCluster(directory)
+    try:
+        await cluster.start()
+        yield cluster
+    finally:
+        await cluster.stop()
 
 
 def _etcd() -> str:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from local.patroni import PatroniCluster
+from local.patroni import PatroniCluster, running
 from tests.chaos.conftest import measured, pytest_addoption, pytest_terminal_summary
 from tests.servers import open_directory
 
@@ -23,7 +23,7 @@ def folder() -> Iterator[Path]:
 async def whole_cluster() -> AsyncIterator[PatroniCluster]:
     """Give three members, made once."""
     with open_directory() as directory:
-        async with PatroniCluster(directory) as cluster:
+        async with running(directory) as cluster:
             yield cluster
 
 

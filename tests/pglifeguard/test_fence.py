@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any
+from pathlib import Path
 
 import pytest
 from sqlalchemy.engine import make_url
@@ -12,7 +12,9 @@ from local.cluster import Cluster
 from local.postgres import HOST, Server
 from local.waiting import eventually
 from pglifeguard.fence import Fence
+from tests.chaos.pooler import program, statement_cache_size
 from tests.conftest import Database
+from tests.poolers.programs import Shape, running
 from tests.proxy import Proxy
 from tests.service import ADA, Service, serving
 from tests.standbys import cascading_standby
@@ -45,10 +47,10 @@ async def test_older_timeline_of_a_cluster_is_refused() -> None:
 
 
 @asynccontextmanager
-async def behind_an_address(database: Database, proxy: Proxy, **changes: Any) -> AsyncIterator[Service]:
+async def behind_an_address(database: Database, proxy: Proxy) -> AsyncIterator[Service]:
     """Give a service that reaches its primary by an address which may lead to another server later."""
     primary = {"url": proxy.url(database.url()), "pool_min_size": 2}
-    async with serving(database.settings(primary=primary, **changes)) as service:
+    async with serving(database.settings(primary=primary, replicas=())) as service:
         assert (await service.client.post("/patients", json=patient(1))).status_code == 201
         yield service
 
@@ -60,6 +62,17 @@ async def stored(server: Server, database: Database) -> int:
         return int(await connection.fetchval("SELECT count(*) FROM patients"))
     finally:
         await connection.close()
+
+
+async def promote(cluster: Cluster) -> None:
+    """Promote the replica with all that is committed; the primary goes on."""
+    await cluster.wait_replayed()
+    await cluster.replica.promote()
+
+
+async def shows_promoted(service: Service) -> bool:
+    """Whether the service knows that its replica is none any more."""
+    return service.databases.router.replicas[0].state == "promoted"
 
 
 async def answers(service: Service, status: int, *, number: int) -> bool:
@@ -75,9 +88,8 @@ async def test_former_primary_behind_the_address_takes_no_write(
     database: Database, breakable_cluster: Cluster, proxy: Proxy
 ) -> None:
     """The address leads to the promoted standby, and back to the server of before, which takes writes as ever."""
-    async with behind_an_address(database, proxy, replicas=()) as service:
-        await breakable_cluster.wait_replayed()
-        await breakable_cluster.replica.promote()
+    async with behind_an_address(database, proxy) as service:
+        await promote(breakable_cluster)
         proxy.upstream = breakable_cluster.replica.port
         proxy.cut()
         assert await answers(service, 201, number=2)
@@ -101,9 +113,8 @@ async def test_connections_to_a_replaced_primary_are_left(
     database: Database, breakable_cluster: Cluster, proxy: Proxy
 ) -> None:
     """They are open, answer and take writes; one login that meets the new primary ends them."""
-    async with behind_an_address(database, proxy, replicas=()) as service:
-        await breakable_cluster.wait_replayed()
-        await breakable_cluster.replica.promote()
+    async with behind_an_address(database, proxy) as service:
+        await promote(breakable_cluster)
         proxy.upstream = breakable_cluster.replica.port
 
         connector, loop = service.databases.primary.connector, asyncio.get_running_loop()
@@ -139,14 +150,31 @@ async def test_promoted_replica_tells_where_it_is_the_successor(
     url = database.url()
     url = url.replace(f":{primary}/", f":{primary},{HOST}:{standby}/") if named else url
     async with serving(database.settings(primary={"url": url})) as service:
-        await breakable_cluster.wait_replayed()
-        await breakable_cluster.replica.promote()
-        replica = service.databases.router.replicas[0]
-
-        async def seen() -> bool:
-            return replica.state == "promoted"
-
-        assert await eventually(seen, 10)
+        await promote(breakable_cluster)
+        assert await eventually(lambda: shows_promoted(service), 10)
         assert await answers(service, 201, number=1)
 
         assert await stored(breakable_cluster.replica if named else breakable_cluster.primary, database) == 1
+
+
+@pytest.mark.skipif(program() is None, reason="PgBouncer is not installed: apt-get install pgbouncer")
+@pytest.mark.parametrize("hosts", [1, 2])
+async def test_name_of_a_pooler_is_nobodys(
+    database: Database, breakable_cluster: Cluster, open_directory: Path, *, hosts: int
+) -> None:
+    """Behind one pooler primary and replica have one address: a replica that is promoted there succeeds nobody."""
+    pgbouncer = program()
+    assert pgbouncer is not None
+    shape = Shape(size=10, on_replica=database.name)
+    async with running(pgbouncer, shape, breakable_cluster, open_directory) as pooler:
+        one = f"{HOST}:{pooler.port}"
+        url = pooler.url(database.url()).replace(one, ",".join([one] * hosts))
+        replica_url = pooler.replica_url(database.replica_url())
+        cache = {"statement_cache_size": statement_cache_size()}
+        settings = database.settings(primary={"url": url, **cache}, replicas=({"url": replica_url, **cache},))
+        async with serving(settings) as service:
+            await promote(breakable_cluster)
+            assert await eventually(lambda: shows_promoted(service), 10)
+            await service.databases.primary.monitor.probe()
+
+            assert (await service.client.post("/patients", json=patient(1))).status_code == 201
