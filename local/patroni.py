@@ -34,7 +34,7 @@ SCOPE = "lifeguard"
 TTL, LOOP_WAIT, RETRY_TIMEOUT = 20, 1, 3
 START_SECONDS = 60.0
 END_SECONDS = 10.0
-# The mode of a pg_hba.conf line that Patroni writes, from the file that the other servers use.
+# Patroni writes pg_hba.conf itself; these are the lines that the other servers have.
 HBA = [
     line
     for line in (PROJECT / "postgres" / "pg_hba.conf").read_text(encoding="utf-8").splitlines()
@@ -99,16 +99,16 @@ class Member:
             self.manager.kill()
             await asyncio.to_thread(self.manager.wait)
 
-    def freeze(self, *, manager: bool = True) -> None:
-        """Suspend the server, and its manager unless told otherwise: sockets stay open, and nothing answers."""
-        self._signal(signal.SIGSTOP, manager=manager)
+    def freeze(self) -> None:
+        """Suspend the server and its manager: sockets stay open, and nothing answers."""
+        self._signal(signal.SIGSTOP)
 
     def thaw(self) -> None:
         """Let both go on."""
-        self._signal(signal.SIGCONT, manager=True)
+        self._signal(signal.SIGCONT)
 
-    def _signal(self, number: signal.Signals, *, manager: bool) -> None:
-        if manager and self.manager is not None and self.manager.poll() is None:
+    def _signal(self, number: signal.Signals) -> None:
+        if self.manager is not None and self.manager.poll() is None:
             os.kill(self.manager.pid, number)
         for process in self.processes():
             with suppress(psutil.NoSuchProcess):
@@ -118,35 +118,34 @@ class Member:
 class PatroniCluster:
     """Three members and an etcd over one directory, made anew at each start.
 
-    With `synchronous` the leader answers COMMIT when another member has it. The database `lifeguard` has its roles and
-    tables after `start`.
+    The leader answers COMMIT when another member has it. The database `lifeguard` has its roles and tables after
+    `start`.
     """
 
-    def __init__(self, directory: Path, *, members: int = 3, synchronous: bool = True) -> None:
+    def __init__(self, directory: Path) -> None:
         self.directory = directory.absolute()
         self.account = Account.current()
         self.passwords = read_passwords(self.directory / "passwords.json")
-        self.synchronous = synchronous
         self._home = self.account.home(self.directory / "data")
         self.account.own(self._home)
         self._etcd_ports = free_port(), free_port()
         self._etcd: subprocess.Popen[bytes] | None = None
-        self.members = [self._member(f"node{number}") for number in range(1, members + 1)]
+        self.members = [self._member(f"node{number}") for number in (1, 2, 3)]
 
-    async def start(self, progress: Callable[[str], None] = lambda _: None) -> None:
+    async def start(self) -> None:
         """Bring all members up; returns when all follow the leader, and roles and tables are there.
 
         Raises: LocalError, with the last words of what failed.
         """
         if not PYTHON.exists():
             raise LocalError("Patroni is not installed: run `make test-ha`, which makes .venv-ha.")
-        progress("Starting etcd")
         self.start_etcd()
-        for number, member in enumerate(self.members):
-            progress(f"Starting {member.name}")
+        first, *others = self.members
+        first.start_manager(self.account)
+        if not await self._becomes(lambda roles: "leader" in roles):
+            raise self._failure(first)
+        for member in others:
             member.start_manager(self.account)
-            if number == 0 and not await self._becomes(lambda roles: roles.count("leader") == 1):
-                raise self._failure(member)
         await self.settle()
         await create_roles((await self.leader()).server, "lifeguard", self.passwords)
         await self._migrate()
@@ -163,10 +162,10 @@ class PatroniCluster:
             self._etcd.kill()
             self._etcd.wait()
 
-    def url(self, role: str = "app_rw", *members: Member, target: str = "any") -> str:
+    def url(self, role: str = "app_rw", *members: Member) -> str:
         """Return postgresql://… with these members as hosts, all of them by default, in their order."""
         hosts = ",".join(f"{HOST}:{member.server.port}" for member in members or self.members)
-        return f"postgresql://{role}:{self.passwords[role]}@{hosts}/lifeguard?target_session_attrs={target}"
+        return f"postgresql://{role}:{self.passwords[role]}@{hosts}/lifeguard"
 
     async def leader(self) -> Member:
         """Return the member that is the leader now. Raises: LocalError when there is none."""
@@ -189,12 +188,7 @@ class PatroniCluster:
 
     async def settle(self) -> None:
         """Return when there is one leader, and all others stream from it, one of them synchronously."""
-        synchronous = int(self.synchronous)
-
-        def settled(roles: Sequence[str]) -> bool:
-            return roles.count("leader") == 1 and "" not in roles and roles.count("sync_standby") >= synchronous
-
-        if not await self._becomes(settled):
+        if not await self._becomes(lambda roles: sorted(roles) == ["leader", "replica", "sync_standby"]):
             raise self._failure(*self.members)
 
     async def switch_over(self) -> None:
@@ -305,7 +299,7 @@ class PatroniCluster:
                     "ttl": TTL,
                     "loop_wait": LOOP_WAIT,
                     "retry_timeout": RETRY_TIMEOUT,
-                    "synchronous_mode": self.synchronous,
+                    "synchronous_mode": True,
                     "postgresql": {"use_pg_rewind": True, "use_slots": True, "parameters": parameters},
                 },
                 "initdb": [
