@@ -14,6 +14,7 @@ from pglifeguard.connector import Connector, KeptAliveConnection
 from pglifeguard.database_settings import DatabaseSettings
 from pglifeguard.database_url import Host
 from pglifeguard.errors import DatabaseUnreachable
+from pglifeguard.fence import Fence
 from tests.conftest import Database, Execute
 from tests.pglifeguard.conftest import sessions_end
 from tests.proxy import Proxy, _Link
@@ -231,16 +232,19 @@ async def test_unreachable_says_why(database: Database, proxy: Proxy) -> None:
     assert isinstance(refused.value.__cause__, ConnectionRefusedError)
 
 
-async def test_server_that_fails_to_say_who_it_is_is_left(database: Database, execute: Execute) -> None:
+@pytest.mark.parametrize(
+    "function",
+    ["pg_postmaster_start_time() RETURNS timestamptz", "pg_current_wal_insert_lsn() RETURNS pg_lsn"],
+    ids=["identity", "timeline"],
+)
+async def test_server_that_fails_to_say_who_it_is_is_left(database: Database, execute: Execute, function: str) -> None:
     """A failure that is no missing feature is a failure of the login, and no session stays there."""
     await execute("CREATE SCHEMA shadow")
     await execute("GRANT USAGE ON SCHEMA shadow TO PUBLIC")
     body = "BEGIN RAISE EXCEPTION 'broken' USING ERRCODE = '58000'; END"
-    await execute(
-        f"CREATE FUNCTION shadow.pg_postmaster_start_time() RETURNS timestamptz LANGUAGE plpgsql AS $${body}$$"
-    )
+    await execute(f"CREATE FUNCTION shadow.{function} LANGUAGE plpgsql AS $${body}$$")
     await execute(f"ALTER DATABASE {database.name} SET search_path = shadow, pg_catalog, public")
 
     with pytest.raises(DatabaseUnreachable, match="broken"):
-        async with opened(connector(database.url())):
+        async with opened(Connector(DatabaseSettings(url=database.url()), writable=True, fence=Fence())):
             pass
