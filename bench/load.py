@@ -8,6 +8,7 @@ each arrival, at a fixed rate, whatever became of the earlier ones: nothing is o
 
 import asyncio
 import re
+import secrets
 import shutil
 import tempfile
 from collections import Counter
@@ -90,7 +91,7 @@ async def closed_loop(  # noqa: PLR0913  # Each is a condition of the measuremen
     """
     output = await _run(
         "wrk", "-t1", f"-c{clients}", f"-d{seconds}s", "--timeout", "30s", "-s", str(SCRIPT), url,
-        "--", method, str(expected),
+        "--", method, str(expected), secrets.token_hex(8),
     )  # fmt: skip
     counted = re.search(r"counted (\d+) (\d+) (\d+) (\d+)", output)
     if counted is None:

@@ -1,5 +1,6 @@
--- wrk -s requests.lua URL -- METHOD STATUS: send METHOD, and count every answer that has another status than STATUS, or
--- that ends its connection: wrk would open another, and say nothing of what that took.
+-- wrk -s requests.lua URL -- METHOD STATUS NAME: send METHOD, and count every answer that has another status than STATUS, or
+-- that ends its connection: wrk would open another, and say nothing of what that took. What is stored is called after
+-- NAME, which no other run may have.
 local threads = {}
 wrong = 0
 
@@ -8,9 +9,8 @@ function setup(thread)
 end
 
 function init(arguments)
-  math.randomseed(os.time() + math.floor(os.clock() * 1e6))
   expected = tonumber(arguments[2])
-  local prefix, number = string.format("%x", math.random(2 ^ 31 - 1)), 0
+  local prefix, number = arguments[3], 0
   if arguments[1] == "POST" then
     -- Each request stores another patient.
     local headers = { ["content-type"] = "application/json" }
