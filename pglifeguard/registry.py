@@ -1,14 +1,19 @@
 """The registry of metrics: what a scrape is given, at once or in slices."""
 
+import asyncio
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from copy import copy
+from dataclasses import dataclass
 from itertools import islice
 
-from prometheus_client import CollectorRegistry, Metric
+from prometheus_client import CollectorRegistry, Metric, generate_latest
 from prometheus_client.metrics import MetricWrapperBase
 from prometheus_client.registry import Collector
 from prometheus_client.samples import Sample
+
+# Samples collected and written before other requests get the event loop: about a millisecond's work.
+SLICE_SAMPLES = 100
 
 
 class Registry(CollectorRegistry):
@@ -17,11 +22,11 @@ class Registry(CollectorRegistry):
     def collect(self) -> Iterator[Metric]:
         """Give the families, without those samples."""
         for family in super().collect():
-            family.samples = [sample for sample in family.samples if _is_known(family, sample)]
+            family.samples = [sample for sample in family.samples if is_known(family, sample)]
             yield family
 
-    def in_slices(self, most: int) -> Iterator[Metric]:
-        """Give the families in slices of at most `most` samples, each collected when it is asked for.
+    def in_slices(self) -> Iterator[Metric]:
+        """Give the families in slices of at most `SLICE_SAMPLES`, each collected when it is asked for.
 
         The slices of a family follow each other, and a family without samples has one. The series of one set of label
         values are collected at once, so a histogram's count is that of its buckets. Only the metrics of
@@ -29,13 +34,39 @@ class Registry(CollectorRegistry):
         """
         for collector in list(self._collector_to_names):
             for family, samples in _families(collector):
-                known = (sample for sample in samples if _is_known(family, sample))
-                part, is_first = list(islice(known, most)), True
+                known = (sample for sample in samples if is_known(family, sample))
+                part, is_first = list(islice(known, SLICE_SAMPLES)), True
                 while part or is_first:
                     one = copy(family)
                     one.samples = part
                     yield one
-                    part, is_first = list(islice(known, most)), False
+                    part, is_first = list(islice(known, SLICE_SAMPLES)), False
+
+
+async def write(slices: Iterable[Metric]) -> bytes:
+    """Write the exposition of families in slices; other requests get the event loop between two slices.
+
+    A thread would not help: it would hold the interpreter's lock for 5 ms at a time.
+    """
+    parts, name = [], ""
+    for family in slices:
+        text = generate_latest(_One(family))
+        # HELP and TYPE are in the first slice of a family.
+        parts.append(text if family.name != name else text.split(b"\n", 2)[2])
+        name = family.name
+        await asyncio.sleep(0)
+    return b"".join(parts)
+
+
+@dataclass(frozen=True, slots=True)
+class _One:
+    """A registry of one family."""
+
+    family: Metric
+
+    def collect(self) -> list[Metric]:
+        """Return the family."""
+        return [self.family]
 
 
 def _families(collector: Collector) -> Iterator[tuple[Metric, Iterator[Sample]]]:
@@ -50,5 +81,6 @@ def _families(collector: Collector) -> Iterator[tuple[Metric, Iterator[Sample]]]
             yield family, iter(family.samples)
 
 
-def _is_known(family: Metric, sample: Sample) -> bool:
+def is_known(family: Metric, sample: Sample) -> bool:
+    """Whether somebody knows the value of a sample."""
     return family.type != "gauge" or not math.isinf(sample.value)

@@ -1,21 +1,16 @@
 """`/metrics`, as Prometheus reads it, written without blocking the event loop."""
 
-import asyncio
-from dataclasses import dataclass
-
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import PlainTextResponse
-from prometheus_client import CONTENT_TYPE_LATEST, Metric, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST
 
 from pglifeguard.databases import Databases
 from pglifeguard.fastapi.problems import documented
 from pglifeguard.fastapi.sessions import RequestDatabases
 from pglifeguard.fastapi.shared import shared
-from pglifeguard.registry import Registry
+from pglifeguard.registry import write
 from pglifeguard.serving.workers import exposition
 
-# Samples collected and written before other requests get the event loop.
-SLICE_SAMPLES = 100
 router = APIRouter(tags=["operations"], responses=documented(401, 403))
 
 
@@ -31,30 +26,4 @@ async def _expose(databases: Databases) -> bytes:
     folder = databases.settings.prometheus_multiproc_dir
     if folder is not None:
         return await exposition(folder)
-    return await in_slices(databases.metrics.registry)
-
-
-async def in_slices(registry: Registry) -> bytes:
-    """Write the exposition in slices of about a millisecond; other requests get the event loop between two slices.
-
-    A thread would not help: it would hold the interpreter's lock for 5 ms at a time.
-    """
-    parts, name = [], ""
-    for family in registry.in_slices(SLICE_SAMPLES):
-        text = generate_latest(_One(family))
-        # HELP and TYPE are in the first slice of a family.
-        parts.append(text if family.name != name else text.split(b"\n", 2)[2])
-        name = family.name
-        await asyncio.sleep(0)
-    return b"".join(parts)
-
-
-@dataclass(frozen=True, slots=True)
-class _One:
-    """A registry of one family."""
-
-    family: Metric
-
-    def collect(self) -> list[Metric]:
-        """Return the family."""
-        return [self.family]
+    return await write(databases.metrics.registry.in_slices())

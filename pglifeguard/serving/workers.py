@@ -23,15 +23,15 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from prometheus_client import Metric, generate_latest, values
-from prometheus_client.multiprocess import MultiProcessCollector
+from prometheus_client import values
 
-from pglifeguard.registry import Registry
+from pglifeguard.registry import write
+from pglifeguard.serving.merging import File, add_up
 
 logger = logging.getLogger(__name__)
 # Values that have counted since they were last written.
@@ -69,7 +69,7 @@ async def exposition(folder: Path) -> bytes:
             # No event reaches another process.
             while any(place.stat().st_mtime_ns < asked for place in _taken(folder)):  # noqa: ASYNC110
                 await asyncio.sleep(SCRAPE_LOOK_SECONDS)
-    return await asyncio.to_thread(_read, folder)
+    return await write(await add_up(await asyncio.to_thread(_read, folder)))
 
 
 async def keep_written() -> None:
@@ -186,30 +186,16 @@ class Buffered:
         """Return none."""
 
 
-class _Files:
-    """A collector of the workers' files: gauges of those that live, counts of all."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-
-    def collect(self) -> Iterable[Metric]:
-        """Add them up."""
-        places = {place.stem for place in self._folder.glob("worker*.lock")}
-        dead = places - {place.stem for place in _taken(self._folder)}
-        files = [
-            str(file)
-            for file in self._folder.glob("*.db")
-            # A worker that is killed at its start leaves a file of no size, which cannot be read.
-            if file.stat().st_size > 0 and not (file.stem.startswith("gauge") and file.stem.rpartition("_")[2] in dead)
-        ]
-        return list(MultiProcessCollector.merge(files))  # type: ignore[no-untyped-call]  # As above.
-
-
-def _read(folder: Path) -> bytes:
-    registry = Registry()
-    registry.register(_Files(folder))
+def _read(folder: Path) -> list[File]:
+    """Read the files of all workers: gauges of those that live, counts of all."""
     with _locked(folder, fcntl.LOCK_SH):
-        return generate_latest(registry)
+        dead = {place.stem for place in folder.glob("worker*.lock")} - {place.stem for place in _taken(folder)}
+        return [
+            File(path)
+            for path in folder.glob("*.db")
+            # A worker that is killed at its start leaves a file of no size, which cannot be read.
+            if path.stat().st_size > 0 and not (path.stem.startswith("gauge") and path.stem.rpartition("_")[2] in dead)
+        ]
 
 
 def _taken(folder: Path) -> Iterator[Path]:

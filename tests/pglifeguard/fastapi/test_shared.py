@@ -12,9 +12,8 @@ from prometheus_client.registry import Collector
 
 from local.waiting import eventually
 from pglifeguard.activity import BY_STATE
-from pglifeguard.fastapi.exposition import SLICE_SAMPLES, in_slices
 from pglifeguard.fastapi.shared import MAX_PAUSE_SECONDS, Shared
-from pglifeguard.registry import Registry
+from pglifeguard.registry import SLICE_SAMPLES, Registry, write
 from pglifeguard.server import PositionQuery
 from tests.conftest import Database
 from tests.service import Service, quiet
@@ -151,7 +150,7 @@ async def turns_of(registry: Registry, count: Callable[[], int]) -> tuple[bytes,
             await asyncio.sleep(0)
 
     others = asyncio.create_task(take_turns())
-    text = await in_slices(registry)
+    text = await write(registry.in_slices())
     others.cancel()
     return text, [after - before for before, after in pairwise([*counts, count()])]
 

@@ -18,6 +18,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Summ
 
 from local.waiting import eventually
 from pglifeguard.metrics import Metrics
+from pglifeguard.registry import SLICE_SAMPLES, write
+from pglifeguard.serving.merging import File, add_up
 from pglifeguard.serving.workers import (
     VARIABLE,
     Buffered,
@@ -221,6 +223,35 @@ async def test_every_kind_of_figure_is_what_it_is_in_one_process(folder: Path) -
     assert sorted(await _exposed(folder)) == sorted(of_this_process)
     assert 'seconds_bucket{le="1.0",route="/"} 2.0' in of_this_process
     assert "open 5.0" in of_this_process
+
+
+async def test_event_loop_is_held_for_one_slice_at_a_time(folder: Path) -> None:
+    """However many series the workers have, others get the event loop after each slice of values and of samples."""
+    registry, turns = CollectorRegistry(), 0
+    times = Histogram("seconds", "Time.", ["route"], registry=registry, buckets=(1.0,))
+    for number in range(SLICE_SAMPLES):
+        times.labels(f"/{number}").observe(number)
+    write_figures()
+    first, second = (folder / f"histogram_worker{number}.db" for number in (1, 2))
+    second.write_bytes(first.read_bytes())
+
+    async def take_turns() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    others = asyncio.create_task(take_turns())
+    slices = await add_up([File(first), File(second)])
+    parsed = turns
+    text = await write(slices)
+    others.cancel()
+
+    # For each route a sum and two buckets, twice to be read and once to be sorted; then they have a count, too.
+    assert parsed >= (2 + 1) * 3
+    assert turns - parsed >= 3
+    assert text.count(b"# TYPE") == 1
+    assert b'\nseconds_count{route="/7"} 2.0\n' in text
 
 
 def test_count_stays_in_memory_until_it_is_written(folder: Path) -> None:
