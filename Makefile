@@ -1,6 +1,6 @@
 # Every recipe is one command that a person could type. `make` alone lists the targets.
 .DEFAULT_GOAL := help
-.PHONY: help install run test test-fast test-compose test-deploy test-ha chaos soak poolers check lint types format lock clean bench
+.PHONY: help install run test test-fast test-compose test-deploy test-ha chaos soak poolers check lint types format lock clean bench dashboards
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -66,6 +66,9 @@ poolers: install  ## Play what a service relies on behind each pooler, and write
 
 bench: install  ## Measure against the floor and the textbook's ways (ARGS=--quick; needs wrk and h2load)
 	$(BIN)/python -m bench $(ARGS)
+
+dashboards: install  ## Write the dashboards' JSON anew, from grafana/
+	$(BIN)/python -m grafana
 
 lint: install  ## Check style and formatting
 	$(BIN)/ruff check .

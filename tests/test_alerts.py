@@ -111,9 +111,9 @@ def test_runbook_has_no_section_without_an_alert() -> None:
     assert sorted(sections) == sorted(ALERTS)
 
 
-def _served() -> dict[str, set[str]]:
+def served() -> dict[str, set[str]]:
     """Return each series name that the service serves, with its labels."""
-    served = {}
+    labels_of = {}
     for metric in vars(Metrics()).values():
         if not hasattr(metric, "_labelnames"):
             continue
@@ -121,8 +121,8 @@ def _served() -> dict[str, set[str]]:
         for sample in metric.describe():
             suffixes = {"counter": ("_total",), "histogram": ("_count", "_sum", "_bucket")}.get(sample.type, ("",))
             for suffix in suffixes:
-                served[sample.name + suffix] = labels | ({"le"} if isinstance(metric, Histogram) else set())
-    return served
+                labels_of[sample.name + suffix] = labels | ({"le"} if isinstance(metric, Histogram) else set())
+    return labels_of
 
 
 @pytest.mark.parametrize("expression", [rule["expr"] for rule in (*RULES, *RECORDED.values())])
@@ -132,15 +132,15 @@ def test_rule_asks_for_series_that_the_service_serves(expression: str) -> None:
     The exporters' series are compared with a live scrape, in tests/compose.
     """
     ours = set(re.findall(r"(?<![\w:])(?:db|http|event)_\w+", expression))
-    served = _served()
+    known = served()
     # Labels that Prometheus adds by itself, and those of the exporters.
     foreign = {"job", "instance", "server", "database", "user"}
     wanted = set(re.findall(r'(\w+)(?:=|!=|=~|!~)"', expression))
     wanted |= {label for group in re.findall(r"by \(([^)]*)\)", expression) for label in group.split(", ")}
 
-    assert ours <= served.keys()
+    assert ours <= known.keys()
     for series in ours:
-        assert wanted - foreign <= served[series]
+        assert wanted - foreign <= known[series]
 
 
 @needs_promtool

@@ -37,10 +37,11 @@ def test_chart_starts_the_images_of_the_compose_stack() -> None:
     ("name", "source"),
     [
         ("alerts.yml", "prometheus/alerts.yml"),
+        ("dashboards", "grafana/image/dashboards"),
         ("recording.yml", "prometheus/recording.yml"),
         ("roles.sql", "postgres/roles.sql"),
     ],
 )
 def test_chart_has_no_copies(name: str, source: str) -> None:
-    """Helm reads only files of the chart, and follows links: rules and roles are written once."""
+    """Helm reads only files of the chart, and follows links: rules, dashboards and roles are written once."""
     assert (CHART / "files" / name).resolve() == ROOT / source

@@ -48,21 +48,22 @@ ROUTES = [
 
 
 async def test_configuration_is_clean(stack: Stack) -> None:
-    """`docker compose config` has nothing to remark on either composition."""
+    """`docker compose config` has nothing to remark on either composition, with each profile and without."""
     secrets = Stack(stack.project, "docker-compose.yml", "docker-compose.secrets.yml")
 
     for composition in (Stack(stack.project, "docker-compose.yml"), secrets):
-        remarks = await composition.compose("config", "--quiet", check=False)
-        assert remarks == ""
+        for profiles in ((), ("--profile", "*")):
+            remarks = await composition.compose(*profiles, "config", "--quiet", check=False)
+            assert remarks == ""
 
 
-@pytest.mark.parametrize("file", ["Dockerfile", "pgbouncer/Dockerfile", "haproxy/Dockerfile"])
-def test_dockerfile_is_clean(file: str) -> None:
+@pytest.mark.parametrize("folder", [".", "pgbouncer", "haproxy", "grafana/image"])
+def test_dockerfile_is_clean(folder: str) -> None:
     """Hadolint has nothing to remark on the images' recipes."""
     hadolint = shutil.which("hadolint", path=f"{ROOT / '.venv/bin'}:{Path('/usr/local/bin')}:/usr/bin")
     assert hadolint is not None, "hadolint is not installed: make test-compose installs it"
 
-    result = subprocess.run([hadolint, file], cwd=ROOT, capture_output=True, text=True, check=False)
+    result = subprocess.run([hadolint, f"{folder}/Dockerfile"], cwd=ROOT, capture_output=True, text=True, check=False)
 
     assert result.stdout == ""
 

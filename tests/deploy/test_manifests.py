@@ -196,6 +196,19 @@ def test_metrics_have_the_names_that_rules_and_autoscaler_ask_for() -> None:
     assert f"| `{metrics[1]['pods']['metric']['name']}` | gauge |" in documented
 
 
+def test_dashboards_are_those_of_the_repository() -> None:
+    """Switched on, a ConfigMap with the sidecar's label has each dashboard, byte for byte; else there is none."""
+    folder = ROOT / "grafana/image/dashboards"
+    made = only(rendered("production"), "ConfigMap", "lifeguard-dashboards")
+
+    assert made["metadata"]["labels"]["grafana_dashboard"] == "1"
+    assert made["metadata"]["annotations"] == {"grafana_folder": "Lifeguard"}
+    assert made["data"] == {path.name: path.read_text(encoding="utf-8") for path in folder.iterdir()}
+    # What an API server takes for one object, and Helm's own record for the whole release.
+    assert len(yaml.safe_dump(made)) < 2**19
+    assert [each for each in rendered("defaults") if each["metadata"]["name"].endswith("-dashboards")] == []
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
@@ -220,6 +233,7 @@ def test_metrics_have_the_names_that_rules_and_autoscaler_ask_for() -> None:
         ({"resources": {"limits": {"memory": None}}}, "missing property 'memory'"),
         ({"cluster": {"backup": {"schedule": "0 2 * * *"}}}, "/cluster/backup/schedule'"),
         ({"cluster": {"parameters": {"max_connections": 500}}}, "invalid propertyName 'max_connections'"),
+        ({"monitoring": {"dashboards": {"enable": True}}}, "additional properties 'enable' not allowed"),
         ({"budget": {"maxConnections": 0}}, "/budget/maxConnections': minimum"),
     ],
     ids=str,
