@@ -1,8 +1,8 @@
-"""A Prometheus of the test's own, with the rules of prometheus/, that scrapes one instance of the service."""
+"""A Prometheus of the test's own, with the rules of prometheus/, that scrapes instances of the service."""
 
 import asyncio
 import shutil
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -24,18 +24,18 @@ needs_prometheus = pytest.mark.skipif(
 
 @asynccontextmanager
 async def running_prometheus(
-    url: str, directory: Path, *, interval_seconds: float, window: str = "2m"
+    url: str, directory: Path, *, interval_seconds: float, window: str = "2m", others: Sequence[str] = ()
 ) -> AsyncIterator[httpx.AsyncClient]:
     """Scrape and evaluate every `interval_seconds`, and give a client of Prometheus's own interface.
 
-    `window` takes the place of the recorded rates' two minutes, for a test that does not have them.
+    `others` are more instances. `window` takes the place of the recorded rates' two minutes, for a test that does not have them.
     """
     configuration = yaml.safe_load((PROMETHEUS / "prometheus.yml").read_text(encoding="utf-8"))
     del configuration["alerting"]
     interval = f"{interval_seconds * 1000:.0f}ms"
     configuration["global"] = dict.fromkeys(("scrape_interval", "scrape_timeout", "evaluation_interval"), interval)
     configuration["scrape_configs"] = [
-        {"job_name": "app", "static_configs": [{"targets": [url.removeprefix("http://")]}]}
+        {"job_name": "app", "static_configs": [{"targets": [each.removeprefix("http://") for each in (url, *others)]}]}
     ]
     recording = (PROMETHEUS / "recording.yml").read_text(encoding="utf-8")
     (directory / "recording.yml").write_text(recording.replace("[2m]", f"[{window}]"), encoding="utf-8")

@@ -1,11 +1,15 @@
 """The committed dashboards as Grafana reads them: panels, and queries with their variables filled in."""
 
 import json
+import math
 import re
+import time
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+import httpx
 
 FOLDER = Path(__file__).parent.parent.parent / "grafana/image/dashboards"
 # What each variable is when nothing is chosen.
@@ -64,6 +68,27 @@ def filled(query: str, interval: str) -> str:
     """Put values into the place of the variables; `interval` stands for those that depend on the time shown."""
     values = CHOSEN | {"__rate_interval": interval, "__range": interval}
     return re.sub(r"\$(\w+)", lambda name: values[name[1]], query)
+
+
+async def values(prometheus: httpx.AsyncClient, query: str, interval: str, started: float, step: float) -> list[float]:
+    """Return the values that Grafana would draw since a point in time, those that are no number left out.
+
+    Raises: AssertionError when Prometheus does not understand the query.
+    """
+    asked = {"query": filled(query, interval), "start": started, "end": time.time(), "step": step}
+    answer = await prometheus.post("/api/v1/query_range", data=asked)
+    assert answer.status_code == 200, (query, answer.text)
+    found = [float(value) for series in answer.json()["data"]["result"] for _, value in series["values"]]
+    return [value for value in found if math.isfinite(value)]
+
+
+def wrong(panel: Panel, drawn: list[float]) -> list[float]:
+    """List the values that something in the panel's unit cannot have on a machine of tests."""
+    bounds = {"percentunit": (0, 1), "s": (0, 600), "none": (0, 1), "bytes": (0, 2**40), "binBps": (0, 2**40)}
+    least, most = bounds.get(panel.unit, (0, 100_000))
+    if panel.title == "Budget left":
+        least = -1_000
+    return [value for value in drawn if not least <= value <= most]
 
 
 def _panel(board: str, box: dict[str, Any]) -> Panel:
