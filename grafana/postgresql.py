@@ -21,6 +21,8 @@ HERE = 'server=~"$server"'
 IN = f'{HERE}, datname=~"$database"'
 # Every alias of the pooler, and not its admin console.
 POOLER = 'database!="pgbouncer"'
+# Of these series the label `database` is the database behind an alias.
+ALIAS = 'name!="pgbouncer"'
 
 
 def rate(metric: str, labels: str, of: str = IN) -> str:
@@ -173,8 +175,8 @@ def _replication() -> Row:
         ),
         graph(
             43, "Standby behind, in seconds",
-            "As the standby sees it: the age of what it replayed last. On an idle primary it grows though "
-            "nothing is missing. Runbook: ReplicaLagging.",
+            "As the standby sees it: 0 when it has replayed all that came. That is also so when nothing comes any "
+            "more: then the bytes beside it tell. Runbook: ReplicaLagging.",
             (f"max by (server) (pg_replication_lag_seconds{{{HERE}}})", "{{server}}"),
             unit=Seconds,
         ),
@@ -240,12 +242,12 @@ def _pgbouncer() -> Row:
             "Open, and how many a database may have at most (max_db_connections). Bad: at the limit with "
             "clients that wait.",
             (
-                f"sum by (database) (pgbouncer_databases_current_connections{{{POOLER}}})",
-                "{{database}} open",
+                f"sum by (name) (pgbouncer_databases_current_connections{{{ALIAS}}})",
+                "{{name}} open",
             ),
             (
-                f"sum by (database) (pgbouncer_databases_max_connections{{{POOLER}}})",
-                "{{database}} at most",
+                f"sum by (name) (pgbouncer_databases_max_connections{{{ALIAS}}})",
+                "{{name}} at most",
             ),
             unit=Short,
         ),

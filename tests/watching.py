@@ -28,7 +28,8 @@ async def running_prometheus(
 ) -> AsyncIterator[httpx.AsyncClient]:
     """Scrape and evaluate every `interval_seconds`, and give a client of Prometheus's own interface.
 
-    `others` are more instances. `window` takes the place of the recorded rates' two minutes, for a test that does not have them.
+    `others` are more instances. `window` takes the place of the recorded rates' two minutes, for a test that does not
+    have them.
     """
     configuration = yaml.safe_load((PROMETHEUS / "prometheus.yml").read_text(encoding="utf-8"))
     del configuration["alerting"]

@@ -3,12 +3,15 @@
 import asyncio
 import json
 import re
+import time
 from typing import Any
 
 import httpx
 import yaml
 
+from local import waiting
 from tests.compose.stack import ROOT, Stack, eventually
+from tests.grafana.reading import Panel, is_served, panels, values, wrong
 
 # Reads as the rules' own tests do, against a live server.
 EXPRESSION_NAMES = re.compile(r"(?<![\w:\"])(?:db|http|pg|pgbouncer)_[a-z]\w+")
@@ -75,6 +78,27 @@ async def test_every_series_of_the_rules_is_scraped(prometheus: httpx.AsyncClien
                 return all([await _get(prometheus, "series", **{"match[]": match}) for match in matches])
 
             await eventually(series, within=30)
+
+
+async def test_every_panel_about_the_servers_has_data(prometheus: httpx.AsyncClient, client: httpx.AsyncClient) -> None:
+    """Each query of the dashboards about PostgreSQL, replication and PgBouncer has values, and such as its unit allows;
+    this version of Prometheus understands all the others.
+    """
+    started = time.time()
+    left: list[tuple[Panel, str]] = []
+
+    async def complete() -> bool:
+        assert (await client.get("/patients")).status_code == 200
+        left.clear()
+        for panel in panels():
+            for query in panel.queries:
+                drawn = await values(prometheus, query, "20s", started, 5)
+                assert is_served(query) or wrong(panel, drawn) == [], (panel, query)
+                if not is_served(query) and not drawn:
+                    left.append((panel, query))
+        return not left
+
+    assert await waiting.eventually(complete, 60), [f"{panel}: {query}" for panel, query in left]
 
 
 async def test_routes_by_severity(stack: Stack) -> None:

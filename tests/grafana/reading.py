@@ -82,6 +82,11 @@ async def values(prometheus: httpx.AsyncClient, query: str, interval: str, start
     return [value for value in found if math.isfinite(value)]
 
 
+def is_served(query: str) -> bool:
+    """Tell whether a query is about the service, and not about what an exporter says."""
+    return "pg_" not in query and "pgbouncer_" not in query
+
+
 def wrong(panel: Panel, drawn: list[float]) -> list[float]:
     """List the values that something in the panel's unit cannot have on a machine of tests."""
     bounds = {"percentunit": (0, 1), "s": (0, 600), "none": (0, 1), "bytes": (0, 2**40), "binBps": (0, 2**40)}

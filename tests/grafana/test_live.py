@@ -22,7 +22,7 @@ from pglifeguard.databases import Databases
 from pglifeguard.serving.protocol import LimitedProtocol
 from pglifeguard.sessions import WriteSession
 from tests.conftest import Database
-from tests.grafana.reading import Panel, panels, values, wrong
+from tests.grafana.reading import Panel, is_served, panels, values, wrong
 from tests.pglifeguard.test_sleeping import sleeping
 from tests.proxy import Proxy
 from tests.service import ADA, exhausted, listening
@@ -150,11 +150,6 @@ async def wake(served: Instance) -> None:
 
     assert await eventually(asleep, 10)
     assert (await served.client.get("/users")).status_code == 200
-
-
-def is_served(query: str) -> bool:
-    """Tell whether a query is about the service, and not about what an exporter says."""
-    return "pg_" not in query and "pgbouncer_" not in query
 
 
 async def lacking(prometheus: httpx.AsyncClient, asked: Iterable[Panel], started: float) -> list[tuple[Panel, str]]:
