@@ -196,7 +196,11 @@ def assemble(
         board = board.with_row(boards.Row(heading).id(number))
         for panel in panels:
             board = board.with_panel(panel.span(_width(panels)))
-    return board.build()
+    made = board.build()
+    # The SDK gives links and marks the place "inControlsMenu", where nobody sees them before that is opened.
+    for each in (*(made.links or ()), *(made.annotations.list_val or ())):
+        each.placement = None
+    return made
 
 
 def _width(panels: Sequence[Panel]) -> int:
