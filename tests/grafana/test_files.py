@@ -123,7 +123,9 @@ def fits(unit: str, query: str) -> bool:
     if unit in {"reqps", "ops", "rps"}:
         return "rate(" in query and not a_ratio and not re.search("_seconds_(?:sum|bucket)|_bytes", counter)
     # The rest has none: a share, a number of things, or seconds spent in each second.
-    return a_ratio if unit == "percentunit" else a_ratio or not found or "_seconds" in counter or "increase(" in query
+    spent = re.search(r"_seconds_(?:sum|total)$", counter) is not None
+    number = "increase(" in query if found else re.search(r"_(?:seconds|duration|bytes)\b", query) is None
+    return a_ratio if unit == "percentunit" else a_ratio or spent or number
 
 
 @pytest.mark.parametrize(
@@ -136,6 +138,8 @@ def fits(unit: str, query: str) -> bool:
         ("bytes", "sum(rate(pg_stat_database_temp_bytes[5m]))"),
         ("percentunit", "sum(up)"),
         ("short", "sum(rate(http_requests_total[5m]))"),
+        ("short", "histogram_quantile(0.9, sum by (le) (rate(db_query_seconds_bucket[5m])))"),
+        ("short", "max(db_replica_lag_bytes)"),
     ],
 )
 def test_a_wrong_unit_is_noticed(unit: str, query: str) -> None:
