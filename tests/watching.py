@@ -18,7 +18,7 @@ PROMETHEUS = Path(__file__).parent.parent / "prometheus"
 BINARY = shutil.which("prometheus")
 needs_prometheus = pytest.mark.skipif(
     BINARY is None,
-    reason="prometheus is not on the PATH (apt-get install prometheus): THE ALERT RULES AND THE DASHBOARDS WERE NOT EVALUATED",
+    reason="prometheus is not on the PATH (apt-get install prometheus): RULES AND DASHBOARDS WERE NOT EVALUATED",
 )
 
 
