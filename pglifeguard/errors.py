@@ -116,6 +116,11 @@ class PoolExhausted(DatabaseUnavailable):
 
     code = "pool_exhausted"
 
+    def __init__(self, detail: str, *, retry_after_seconds: float = 0.0, **of: str | None) -> None:
+        super().__init__(detail, **of)
+        # How long the requests that waited then take to be served, as far as the pool can tell.
+        self.retry_after_seconds = retry_after_seconds
+
 
 class DatabaseUnreachable(DatabaseUnavailable):
     """No connection could be opened."""
@@ -242,6 +247,12 @@ def database_of(error: BaseException) -> str | None:
             return str(name)
         cause = cause.__cause__
     return None
+
+
+def retry_after_seconds(error: BaseException) -> float:
+    """Return the seconds after which a retry may find a connection; 0 where nobody knows."""
+    cause = _unwrapped(error)
+    return cause.retry_after_seconds if isinstance(cause, PoolExhausted) else 0.0
 
 
 def classify(error: BaseException) -> Failure | None:

@@ -349,7 +349,11 @@ class ConnectionPool(Generic[S]):
 
     def _refusal(self, reason: str, sentence: str) -> PoolExhausted:
         self._watch.rejected(reason)
-        return PoolExhausted(sentence, database=self._watch.pool, reason=reason)
+        if self._pause is None:
+            seconds = self._queue.drain_seconds(self._clock())
+        else:
+            seconds = self._pause.when() - asyncio.get_running_loop().time()
+        return PoolExhausted(sentence, retry_after_seconds=seconds, database=self._watch.pool, reason=reason)
 
     def _unreachable(self) -> Exception:
         """Return the reason why no connection could be opened, as a new exception for each request.

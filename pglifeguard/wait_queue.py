@@ -67,6 +67,8 @@ class WaitQueue(Generic[S]):
         # The current interval: its start, and the requests that came and that were served in it.
         self._began = self._served_at = 0.0
         self._came = self._served = 0
+        # The interval before: its start, and the requests that were served in it.
+        self._before = (0.0, 0)
         # Intervals of growth in a row.
         self._grown = 0
         # Requests that a standing queue keeps; None while it does not stand.
@@ -108,6 +110,7 @@ class WaitQueue(Generic[S]):
         if self.idle:
             self.idle, self._grown, self._limit, self._served_at = False, 0, None, now
             self._begin(now)
+            self._before = (now, 0)
         self._came += 1
 
     def join(self, waiter: asyncio.Future[S], now: float) -> None:
@@ -158,6 +161,12 @@ class WaitQueue(Generic[S]):
                 return waiter
         return None
 
+    def drain_seconds(self, now: float) -> float:
+        """Estimate how long those who wait take to be served, at the rate of late; 0 when none has been served yet."""
+        began, served = self._before
+        served += self._served
+        return len(self.waiters) * (now - began) / served if served else 0.0
+
     def take_overdue(self) -> list[asyncio.Future[S]]:
         """Return the requests that the queue has removed since the last call: they had waited for too long."""
         overdue, self._overdue = self._overdue, []
@@ -201,4 +210,5 @@ class WaitQueue(Generic[S]):
         return next(iter(self.waiters.values()))[0]
 
     def _begin(self, now: float) -> None:
+        self._before = (self._began, self._served)
         self._began, self._came, self._served = now, 0, 0

@@ -1,5 +1,6 @@
 """Exceptions as answers: RFC 9457 problem documents with a stable `code`, for every exception of a route."""
 
+import math
 import random
 import re
 from contextlib import suppress
@@ -29,6 +30,7 @@ from pglifeguard.errors import (
     ServiceError,
     classify,
     document,
+    retry_after_seconds,
 )
 from pglifeguard.fastapi.failures import report_failure
 from pglifeguard.fastapi.sessions import note_failure
@@ -39,15 +41,19 @@ ERRORS_TOLD = 20
 LOC_PARTS = 20
 LOC_CHARACTERS = 100
 MESSAGE_CHARACTERS = 300
+# How long a queue takes is an estimate, and what it waits for may end sooner.
+MOST_ESTIMATED_SECONDS = 60
 
 
-def problem(request: Request | WebSocket, failure: Failure, **more: Any) -> Response:
-    """Build the answer: application/problem+json, with Retry-After on every 503."""
+def problem(
+    request: Request | WebSocket, failure: Failure, *, retry_after_seconds: float = 0.0, **more: Any
+) -> Response:
+    """Build the answer: application/problem+json, with Retry-After on every 503, of so many seconds at least."""
     headers = {}
     if failure.status == 503:  # noqa: PLR2004
         # An application that is mounted beneath this one has no databases of its own.
         databases = getattr(request.app.state, "databases", None)
-        headers["Retry-After"] = "1" if databases is None else _retry_after(databases.settings)
+        headers["Retry-After"] = "1" if databases is None else _retry_after(databases.settings, retry_after_seconds)
     if failure.status == 408 or (failure.status == 413 and "expect" in request.headers):  # noqa: PLR2004
         # The rest of the body will not come. After any other 413 it does, and closing before it was read would reset
         # the connection, so that the client loses the answer.
@@ -57,9 +63,9 @@ def problem(request: Request | WebSocket, failure: Failure, **more: Any) -> Resp
     return Response(document(failure, **more), failure.status, headers, MEDIA_TYPE)
 
 
-def _retry_after(settings: DatabasesSettings) -> str:
-    more = random.randint(0, settings.retry_after_spread_seconds)  # noqa: S311  # Not a secret.
-    return str(settings.retry_after_seconds + more)
+def _retry_after(settings: DatabasesSettings, seconds: float) -> str:
+    least = max(settings.retry_after_seconds, min(math.ceil(seconds), MOST_ESTIMATED_SECONDS))
+    return str(least + random.randint(0, settings.retry_after_spread_seconds))  # noqa: S311  # Not a secret.
 
 
 def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
@@ -129,7 +135,8 @@ async def _answer_failure(connection: Request | WebSocket, error: Exception) -> 
     note_failure(connection.scope, error)
     if failure.status >= HTTPStatus.INTERNAL_SERVER_ERROR:
         report_failure(connection, failure, error)
-    return await _send_back(connection, problem(connection, failure))
+    answer = problem(connection, failure, retry_after_seconds=retry_after_seconds(error))
+    return await _send_back(connection, answer)
 
 
 async def _send_back(connection: Request | WebSocket, answer: Response) -> Response | None:

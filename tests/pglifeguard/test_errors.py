@@ -20,7 +20,7 @@ from starlette.requests import ClientDisconnect
 from app.settings import Settings
 from local.postgres import free_port
 from local.waiting import eventually
-from pglifeguard.errors import DatabaseUnreachable, NotFound, WriteInReadSession, classify
+from pglifeguard.errors import DatabaseUnreachable, NotFound, PoolExhausted, WriteInReadSession, classify
 from pglifeguard.fastapi.problems import leaves
 from pglifeguard.fastapi.sessions import ReadDB, WriteDB
 from pglifeguard.sessions import ReadSession, WriteSession
@@ -453,3 +453,18 @@ async def test_refused_clients_do_not_return_together(database: Database) -> Non
         answers = [await service.client.get("/away") for _ in range(60)]
 
     assert {answer.headers["retry-after"] for answer in answers} == {"3", "4", "5"}
+
+
+@pytest.mark.parametrize(("seconds", "told"), [(0.0, "3"), (2.0, "3"), (6.5, "7"), (3600.0, "60")])
+async def test_whoever_is_refused_is_told_when_the_queue_is_served(
+    database: Database, seconds: float, told: str
+) -> None:
+    """The settings name the least; an estimate of more than a minute is none."""
+
+    async def endpoint() -> None:
+        raise PoolExhausted("Full.", retry_after_seconds=seconds)
+
+    async with serving(database.settings(replica=False, retry_after_seconds=3)) as service:
+        answer = await request(service, endpoint, "GET")
+
+    assert (answer.status_code, answer.headers["retry-after"]) == (503, told)

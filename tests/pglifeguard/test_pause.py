@@ -152,14 +152,15 @@ async def test_reads_whose_replica_is_lost_wait_for_the_primary(database: Databa
 
 
 async def test_queue_of_a_pause_is_bounded(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Far beyond that of other times, and yet."""
+    """Far beyond that of other times, and yet. Who is refused may come back when the pause ends."""
     monkeypatch.setattr("pglifeguard.pool.PAUSED_WAITING", 1)
     async with pooled(database.url(), pool_size=1, max_overflow=0, pool_max_waiting=0) as p:
         p.pool.pause(LONG)
         tasks = await waiting(p, 2)
 
-        with pytest.raises(PoolExhausted):
+        with pytest.raises(PoolExhausted) as refused:
             await p.backend()
+        assert LONG / 2 < refused.value.retry_after_seconds <= LONG
 
         p.pool.resume()
         await asyncio.gather(*tasks)

@@ -81,6 +81,25 @@ async def test_queue_is_first_come_first_served(database: Database) -> None:
     assert served == [0, 1, 2, 3, 4]
 
 
+async def test_refusal_tells_how_long_the_queue_takes(database: Database) -> None:
+    """As long as the one who was served last would take again for each one that waits."""
+    async with pooled(database.url(), pool_size=1, max_overflow=0, pool_max_waiting=2, pool_timeout=10) as p:
+        async with AsyncExitStack() as stack:
+            async with AsyncExitStack() as first:
+                await hold(p, first, 1)
+                served = asyncio.create_task(hold(p, stack, 1))
+                await p.waiting(1)
+            await served
+            tasks = [taking(p)]
+            await p.waiting(1)
+            tasks.append(taking(p))
+            await p.waiting(2)
+            with pytest.raises(PoolExhausted) as refused:
+                await p.backend()
+            assert refused.value.retry_after_seconds > 0
+        await asyncio.gather(*tasks)
+
+
 async def test_full_queue_refuses_at_once(database: Database, stopwatch: Stopwatch) -> None:
     """Past the queue's length nobody waits; the median refusal takes less than 5 ms."""
     async with pooled(database.url(), pool_size=1, max_overflow=0, pool_max_waiting=1, pool_timeout=10) as p:

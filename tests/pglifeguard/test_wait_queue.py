@@ -304,3 +304,25 @@ async def test_requests_of_one_client_give_up_one_after_another(loop: asyncio.Ab
     assert {*few, polite, queue.patience(0.5)} == {0.5}
     assert 0.25 <= min(many) < 0.3
     assert 0.45 < max(many) <= 0.5
+
+
+async def test_time_until_it_is_empty_is_told_by_the_rate_of_late() -> None:
+    """Nobody knows before the first was served; then the longer nothing is served, the longer it is thought to take."""
+    queue: WaitQueue[int] = WaitQueue(settings())
+    loop = asyncio.get_running_loop()
+    for _ in range(30):
+        queue.count_arrival(0.0)
+        queue.join(loop.create_future(), 0.0)
+    unknown = queue.drain_seconds(1.0)
+
+    for number in range(1, 11):
+        queue.next(number * SERVICE_SECONDS)
+
+    # Ten in 0.2 s, and twenty are left; after 2 s without any they were ten in 2.2 s.
+    assert unknown == 0.0
+    assert queue.drain_seconds(0.2) == pytest.approx(0.4)
+    assert queue.drain_seconds(2.2) == pytest.approx(4.4)
+
+    queue.idle = True
+    queue.count_arrival(100.0)
+    assert queue.drain_seconds(101.0) == 0.0
