@@ -42,7 +42,7 @@ LIBRARY = (
     {"serving.server"},
     {"serving"},
     {"fastapi.client_watch", "fastapi.routing", "fastapi.sessions", "fastapi.shared"},
-    {"fastapi.failures"},
+    {"fastapi.failure_log"},
     {"fastapi.problems"},
     {"fastapi.debug", "fastapi.exposition", "fastapi.health", "fastapi.idempotency", "fastapi.middleware"},
     {"fastapi.lifeguard"},

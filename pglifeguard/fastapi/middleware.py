@@ -27,7 +27,7 @@ from pglifeguard.consistency import CURRENT, Consistency
 from pglifeguard.databases import Databases
 from pglifeguard.errors import BodyTooLarge, BodyTooSlow, Failure
 from pglifeguard.fastapi.client_watch import ClientWatch, announces_body, may_be_given_up
-from pglifeguard.fastapi.failures import report_bug
+from pglifeguard.fastapi.failure_log import report_bug
 from pglifeguard.fastapi.problems import answer_unforeseen, most_severe, problem
 from pglifeguard.fastapi.sessions import (
     DATABASES,

@@ -32,7 +32,7 @@ from pglifeguard.errors import (
     document,
     retry_after_seconds,
 )
-from pglifeguard.fastapi.failures import report_failure
+from pglifeguard.fastapi.failure_log import report_failure
 from pglifeguard.fastapi.sessions import note_failure
 from pglifeguard.settings import DatabasesSettings
 

@@ -221,7 +221,7 @@ async def test_garbage_does_not_fill_the_log(
 
 def of_failures(caplog: pytest.LogCaptureFixture) -> list[dict[str, Any]]:
     """List what was written of requests that failed."""
-    return lines(caplog, "pglifeguard.fastapi.failures")
+    return lines(caplog, "pglifeguard.fastapi.failure_log")
 
 
 async def test_refusals_are_one_line_and_a_count(
