@@ -45,6 +45,8 @@ class Server:
         self.log = log
         self.password = password
         self.account = account
+        # Several servers can have one port, each on an address of its own.
+        self.host = HOST
         self.port = 0
         self.settings: dict[str, str] = {}
         self._base = base
@@ -124,7 +126,7 @@ class Server:
     async def connect(self, database: str = "postgres") -> "asyncpg.Connection[asyncpg.Record]":
         """Connect as the superuser; the caller closes."""
         return await asyncpg.connect(
-            host=HOST,
+            host=self.host,
             port=self.port,
             user="postgres",
             password=self.password,
@@ -134,7 +136,7 @@ class Server:
         )
 
     async def _start_once(self) -> None:
-        own = {"listen_addresses": HOST, "port": str(self.port), "unix_socket_directories": ""} | self.settings
+        own = {"listen_addresses": self.host, "port": str(self.port), "unix_socket_directories": ""} | self.settings
         lines = [f"{name} = '{value}'" for name, value in own.items()]
         (self.data / "postgresql.conf").write_text("\n".join([self._base, *lines, ""]), encoding="utf-8")
         with self.log.open("ab") as log:

@@ -10,6 +10,8 @@ jobs run beside the service, on the primary's server. `check_budget` refuses mor
 """
 
 import math
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from pglifeguard.database_settings import DatabaseSettings
@@ -82,23 +84,31 @@ class Demand:
         )
 
 
-def demands(settings: DatabasesSettings) -> list[Demand]:
-    """Work out what each server has to grant. Databases on the same host and port share one budget."""
+def demands(settings: DatabasesSettings, pools: Mapping[str, DatabaseSettings] | None = None) -> list[Demand]:
+    """Work out what each server has to grant. Databases on the same host and port share one budget.
+
+    `pools` are those of `settings`, unless others are given. Of replicas that DNS finds all places count for their one
+    name: two addresses may be one server.
+    """
     servers: dict[str, list[DatabaseSettings]] = {}
     listening = [] if settings.listening is None else [settings.listening]
-    for database in [*(database for _, database in settings.databases), *listening]:
+    for database in [*(settings.pools if pools is None else pools).values(), *listening]:
         servers.setdefault(database.server, []).append(database)
     return [_demand(settings, server, databases) for server, databases in servers.items()]
 
 
 def _demand(settings: DatabasesSettings, server: str, databases: list[DatabaseSettings]) -> Demand:
     sizes = [1 if database is settings.listening else database.capacity + 1 for database in databases]
-    terms = [
+    counts = Counter(
         "1 that listens"
         if each is settings.listening
         else f"({each.pool_size} + {each.max_overflow} + 1{', or 0 asleep' if each.sleeps else ''})"
         for each in databases
-    ]
+    )
+    finds = settings.finds_replicas and server == settings.replicas[0].server
+    terms = []
+    for term, count in counts.items():
+        terms += [f"{count} pools x {term}"] if finds and count > 1 else [term] * count
     pools = terms[0] if len(terms) == 1 else f"({' + '.join(terms)})"
     surge = settings.surge_instances
     instances = f"({settings.instances} + {surge} surge)" if surge else str(settings.instances)

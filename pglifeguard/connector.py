@@ -15,6 +15,7 @@ from pglifeguard import tls
 from pglifeguard.credentials import Login, Passwords, PasswordUnavailable
 from pglifeguard.database_settings import DatabaseSettings
 from pglifeguard.database_url import Host, KeepAlive
+from pglifeguard.discovery import Dialling
 from pglifeguard.driver_failures import DRIVER_FAILURES
 from pglifeguard.errors import DatabaseUnreachable, sqlstate
 from pglifeguard.fence import Fence
@@ -140,7 +141,7 @@ class Connector:
         # PgBouncer's admin console takes its own commands only, and closes the connection on a query.
         self.console = console
         self.parameters = settings.parameters
-        self.hosts = self.parameters.hosts_to_try
+        self.hosts = settings.hosts_to_try
         self.writable = writable
         self._lookups = Lookups()
         source = settings.password_source
@@ -292,6 +293,7 @@ class Connector:
                 **(parameters.arguments() | secret),
                 host=host.name,
                 port=host.port,
+                loop=loop if host.address is None else cast("asyncio.AbstractEventLoop", Dialling(loop, host.address)),
                 timeout=deadline - loop.time(),
                 command_timeout=settings.command_timeout_seconds,
                 statement_cache_size=statement_cache_size,

@@ -11,7 +11,7 @@ from pglifeguard.server import Token
 # Why a read goes where it goes; the metrics' label.
 Reason = Literal[
     "replica", "absent", "unknown", "lagging", "broken", "promoted", "foreign", "diverged", "unmeasured",
-    "asleep", "behind_token", "primary_only",
+    "asleep", "drained", "behind_token", "primary_only",
 ]  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from pglifeguard import dialect
 from pglifeguard.checkout import PoolWatch
 from pglifeguard.connector import Connector
 from pglifeguard.database_settings import DatabaseSettings
+from pglifeguard.discovery import Found
 from pglifeguard.fence import Fence
 from pglifeguard.metrics import Metrics
 from pglifeguard.monitor import Monitor, Probe
@@ -25,6 +26,8 @@ from pglifeguard.sqlalchemy import EngineWatch, PoolAdapter, opened_connection
 logger = logging.getLogger(__name__)
 
 Role = Literal["primary", "replica", "analytics"]
+# What a replica that DNS has found does: it opens its connections, takes reads, or lets the last ones end.
+Stage = Literal["warming", "serving", "draining"]
 Isolation: TypeAlias = Literal["READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE"]
 # Seconds without any answer after which the statements on a server are cut. They have no deadline of the client's
 # (decision 0005), so on a frozen primary they waited for command_timeout, 35 s.
@@ -116,6 +119,9 @@ class Database:
             read_only.execution_options(isolation_level="REPEATABLE READ"),
             "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY;",
         )
+        # Where DNS has found it, and what it does; None for what the URL names.
+        self.found: Found | None = None
+        self.stage: Stage | None = None
         self._server: float | None = None
         if role == "primary":
             self.fence.leave = lambda server: self.pool.abandon(keep=server)
@@ -130,7 +136,10 @@ class Database:
         A standby that follows a newer timeline does, and a promoted one where this database's URL names it as a host.
         Another replica that was promoted, by mistake or for tests, is no successor: see replica.py.
         """
-        named = not set(self.connector.hosts).isdisjoint(replica.connector.hosts)
+        own = {(host.name, host.port) for host in self.connector.hosts}
+        named = any(
+            (host.name, host.port) in own or (host.dialled, host.port) in own for host in replica.connector.hosts
+        )
 
         def see(probe: Probe) -> None:
             at, latest = probe.position, replica.connector.latest

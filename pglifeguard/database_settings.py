@@ -17,7 +17,7 @@ from pydantic import (
 )
 
 from pglifeguard.credentials import NO_FUNCTION, PasswordSource, from_file, read_password
-from pglifeguard.database_url import SHAPE, ConnectionParameters, parse_url
+from pglifeguard.database_url import SHAPE, ConnectionParameters, Host, parse_url
 from pglifeguard.tls import fault_of_files
 
 
@@ -151,6 +151,8 @@ class DatabaseSettings(BaseModel):
     echo: bool = Field(False, description="Log every statement; never in production.")
 
     _password: PasswordSource | None = PrivateAttr(None)
+    # Where the server of the URL's name was found; None where the driver is to look.
+    _found: Host | None = PrivateAttr(None)
 
     @property
     def user(self) -> str:
@@ -190,6 +192,17 @@ class DatabaseSettings(BaseModel):
         asking = self.model_copy()
         asking._password = source  # noqa: SLF001  # Of the same class.
         return asking
+
+    def at(self, host: Host | None) -> Self:
+        """Return these settings for the one server of the URL's name that was found at an address; None: for any."""
+        found = self.model_copy()
+        found._found = host  # noqa: SLF001  # Of the same class.
+        return found
+
+    @property
+    def hosts_to_try(self) -> tuple[Host, ...]:
+        """The hosts of the URL, in the order in which they are tried; of a replica that was found, its address."""
+        return self.parameters.hosts_to_try if self._found is None else (self._found,)
 
     def resized(self, pool_size: int, max_overflow: int) -> Self:
         """Return these settings with another size; of a smaller pool no more connections are kept warm than it keeps.

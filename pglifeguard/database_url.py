@@ -57,13 +57,23 @@ _HOST_AND_PORT = re.compile(r"(?:\[(?P<bracketed>[^\]]*)\]|(?P<name>/.*?|[^/:\[]
 
 @dataclass(frozen=True, slots=True)
 class Host:
-    """One address of a database: a name, an IP address, or the directory of a Unix socket."""
+    """One address of a database: a name, an IP address, or the directory of a Unix socket.
+
+    `address` is where the server of that name was found (see discovery.py); certificates are compared with the name.
+    """
 
     name: str
     port: int
+    address: str | None = None
 
     def __str__(self) -> str:
-        return f"[{self.name}]:{self.port}" if ":" in self.name and not self.is_socket else f"{self.name}:{self.port}"
+        shown = f"[{self.name}]:{self.port}" if ":" in self.name and not self.is_socket else f"{self.name}:{self.port}"
+        return shown if self.address is None else f"{shown} at {self.address}"
+
+    @property
+    def dialled(self) -> str:
+        """What a connection is opened to: the address where one was found, else the name."""
+        return self.name if self.address is None else self.address
 
     @property
     def is_socket(self) -> bool:

@@ -7,23 +7,26 @@ database is down: readiness reports that, and the monitors notice when the datab
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from types import TracebackType
 from typing import Any, Self, TypeVar, TypeVarTuple
 
 from sqlalchemy import Row
 
-from pglifeguard.budget import demands, granted
+from pglifeguard.budget import Demand, demands, granted
 from pglifeguard.checkout import holder
 from pglifeguard.collisions import ATTEMPTS, collision, pause_seconds
 from pglifeguard.consistency import Consistency, current_consistency
 from pglifeguard.credentials import PasswordSource
 from pglifeguard.database import Database, Isolation, Role
 from pglifeguard.database_settings import DatabaseSettings
+from pglifeguard.discovery import Found
 from pglifeguard.environment import SettingsError
 from pglifeguard.errors import BudgetExceeded, DatabaseUnavailable, NotFound
 from pglifeguard.listening import Listener
+from pglifeguard.members import Members
 from pglifeguard.metrics import Metrics
 from pglifeguard.pool import OnConnect
 from pglifeguard.primary_retry import PrimaryRetry
@@ -39,6 +42,8 @@ logger = logging.getLogger(__name__)
 
 # Seconds between two rounds of upkeep of the pools: short against every lifetime, long against a round's cost.
 UPKEEP_SECONDS = 1.0
+# The beginning of the variables that describe a database.
+PREFIX_OF_ROLE = {"primary": "DATABASE_", "replica": "DATABASE_REPLICA_", "analytics": "DATABASE_ANALYTICS_"}
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 
@@ -96,12 +101,20 @@ class Databases:
         def database(name: str, role: Role, chosen: DatabaseSettings) -> Database:
             return Database(name, role, chosen, settings, metrics, sampler, self._on_connect)
 
+        # As they are now: `resize` changes them until the databases are closed. Where DNS finds the replicas, these are
+        # the sizes of all places, taken or not.
+        self._sizes = dict(settings.pools)
+        self.closing = False
+        self._paused_until = 0.0
+        self._tasks: list[asyncio.Task[None]] = []
+
         self.primary = database("primary", "primary", settings.primary)
         self.analytics = database("analytics", "analytics", settings.analytics)
+        # With those that are drained.
         self.replicas = [
             database(name, "replica", chosen)
             for name, chosen in settings.pools.items()
-            if name not in {"primary", "analytics"}
+            if name not in {"primary", "analytics"} and not settings.finds_replicas
         ]
         for replica in self.replicas:
             self.primary.learn_from(replica)
@@ -110,19 +123,26 @@ class Databases:
             [Replica(database, self.primary.monitor, settings, metrics) for database in self.replicas],
             metrics,
             fallback=settings.replica_fallback,
+            finds_replicas=settings.finds_replicas,
         )
+        self._members: Members | None = None
+        if settings.finds_replicas:
+
+            def found(place: str, one: Found) -> Database:
+                made = database(place, "replica", self._sizes[place].at(one.host))
+                made.found, made.stage = one, "warming"
+                self.primary.learn_from(made)
+                if self.paused:
+                    made.pool.pause(self.paused_seconds)
+                return made
+
+            self._members = Members(settings, metrics, self.router, self.replicas, make=found, meet=_meet)
         self.listener = Listener(settings.listening, warns=settings.warn_unencrypted)
         self.primary.monitor.listeners.append(self.listener.follow)
         self.primary_retry = PrimaryRetry(settings, self.router, metrics)
-        # As they were set: `resize` changes those of the database itself.
-        self._configured = settings.pools
-        self._demands = demands(settings)
-        self.closing = False
-        self._paused_until = 0.0
-        self._tasks: list[asyncio.Task[None]] = []
 
     def all(self) -> list[Database]:
-        """List the databases: primary, replicas, analytics."""
+        """List the databases: primary, replicas, analytics. Where DNS finds the replicas, they come and go."""
         return [self.primary, *self.replicas, self.analytics]
 
     def reading(self, consistency: Consistency | None = None, *, label: str | None = None) -> ReadSession:
@@ -141,9 +161,13 @@ class Databases:
             consistency.read_from = database
         check = None
         if database.role == "replica" and (
-            consistency.wanted is not None or database.connector.several or database.settings.profile == "sleeping"
+            consistency.wanted is not None
+            or database.connector.several
+            or database.stage is not None
+            or database.settings.profile == "sleeping"
         ):
-            # The monitor probes one server; the connection may lead to another, or to one that has just woken up.
+            # The monitor probes one server; the connection may lead to another, or to one that has just woken up. A
+            # replica that was found may be drained before the session acquires its connection.
             check = ServerCheck(self.router, database, consistency)
         return ReadSession(database, database.reads, label=_label(label), server_check=check)
 
@@ -174,7 +198,7 @@ class Databases:
             self.primary,
             label=_label(label),
             consistency=consistency,
-            asks_token=bool(self.replicas),
+            asks_token=bool(self.settings.replicas),
             isolation=isolation,
         )
 
@@ -225,7 +249,7 @@ class Databases:
             raise TypeError(NO_QUERY)
         current = current_consistency()
         holder.set(_label(None))
-        token = current is not None and bool(self.replicas)
+        token = current is not None and bool(self.settings.replicas)
         return await write_once(self.primary, query, parameters, current or Consistency(), token=token)
 
     def listen(self, channel: str) -> AbstractAsyncContextManager[AsyncIterator[str | None]]:
@@ -242,15 +266,10 @@ class Databases:
         self._check_loop()
         return self.listener.listen(channel)
 
-    def named(self, pool: str) -> Database:
-        """Return the database whose pool has this name.
-
-        Raises: NotFound.
-        """
-        found = {database.name: database for database in self.all()}
-        if pool not in found:
-            raise NotFound(f"There is no pool {pool!r}; there are {', '.join(found)}.")
-        return found[pool]
+    def _in_place(self, pool: str) -> list[Database]:
+        """Return the database of this pool; none for the place of a replica that no replica takes now."""
+        self.sized(pool)
+        return [database for database in self.all() if database.name == pool]
 
     async def renew_connections(self, pool: str | None = None) -> None:
         """Replace all connections by new ones, after a password was rotated or a role's settings were changed.
@@ -265,7 +284,7 @@ class Databases:
         self._check_loop()
         if self.closing:
             return
-        databases = self.all() if pool is None else [self.named(pool)]
+        databases = self.all() if pool is None else self._in_place(pool)
         renewing = (
             database.monitor.renew(timeout_seconds=self.settings.health_timeout_seconds) for database in databases
         )
@@ -318,27 +337,20 @@ class Databases:
         no such pool. ValueError when a size is out of its bounds.
         """
         self._check_loop()
-        database, configured = self.named(pool), self._configured[pool]
-        current = configured if pool_size is None and max_overflow is None else database.settings
+        configured, before = self.configured(pool), self.sized(pool)
+        current = configured if pool_size is None and max_overflow is None else before
         sized = configured.resized(
             current.pool_size if pool_size is None else pool_size,
             current.max_overflow if max_overflow is None else max_overflow,
         )
-        if sized == database.settings:
+        if sized == before:
             return sized
-        wanted = demands(self._sized({pool: sized}))
-        for before, after in zip(self._demands, wanted, strict=True):
-            allowed = self._granted(after.server)
-            # A pool that is too large already may become smaller.
-            if allowed is not None and after.wanted > max(allowed, before.wanted):
-                raise BudgetExceeded(
-                    f"{after.server} would get {after.arithmetic} = {after.wanted} connections, and grants this "
-                    f"service {allowed}. Choose a smaller size, or make another pool smaller first."
-                )
-        database.resize(sized)
-        if database is self.primary:
-            self.primary_retry.resize(sized.capacity)
-        self._demands = wanted
+        self._check_grants(self._sizes | {pool: sized})
+        self._sizes[pool] = sized
+        for database in self._in_place(pool):
+            database.resize(sized if database.found is None else sized.at(database.found.host))
+            if database is self.primary:
+                self.primary_retry.resize(sized.capacity)
         self.publish()
         logger.warning(
             "pool is resized",
@@ -347,14 +359,56 @@ class Databases:
         return sized
 
     def configured(self, pool: str) -> DatabaseSettings:
-        """Return the settings that a pool was made with, whatever its size is now."""
-        return self._configured[self.named(pool).name]
+        """Return the settings that a pool was made with, whatever its size is now. Raises: NotFound."""
+        self.sized(pool)
+        return self.settings.pools[pool]
 
-    def _sized(self, changed: dict[str, DatabaseSettings]) -> DatabasesSettings:
-        """Return the settings with the sizes of now, and those of these pools in place of theirs."""
-        primary, *replicas, analytics = (changed.get(one.name, one.settings) for one in self.all())
-        update = {"primary": primary, "replicas": tuple(replicas), "analytics": analytics}
-        return self.settings.model_copy(update=update)
+    def sized(self, pool: str) -> DatabaseSettings:
+        """Return the settings of a pool with its size of now. Raises: NotFound."""
+        if pool not in self._sizes:
+            raise NotFound(f"There is no pool {pool!r}; there are {', '.join(self._sizes)}.")
+        return self._sizes[pool]
+
+    @property
+    def sizes(self) -> dict[str, DatabaseSettings]:
+        """The settings of all pools with their sizes of now, by name; of replicas that DNS finds, of each place."""
+        return dict(self._sizes)
+
+    def _check_grants(self, sizes: Mapping[str, DatabaseSettings]) -> None:
+        """Raise BudgetExceeded when pools of these sizes may open more than is granted, and more than before."""
+        # What one server grants is compared with what it gets, and CONNECTION_LIMIT with all that one name gets: see
+        # `_on_one_server`.
+        on_one_server, everything = self._on_one_server(self._sizes), dict(self._sizes)
+        for before, after, allowed in (
+            *self._compared(on_one_server, self._on_one_server(sizes), self._granted),
+            *self._compared(everything, sizes, lambda _server: granted(self.settings, None)),
+        ):
+            # A pool that is too large already may become smaller.
+            if allowed is not None and after.wanted > max(allowed, before.wanted):
+                raise BudgetExceeded(
+                    f"{after.server} would get {after.arithmetic} = {after.wanted} connections, and grants this "
+                    f"service {allowed}. Choose a smaller size, or make another pool smaller first."
+                )
+
+    def _compared(
+        self,
+        before: Mapping[str, DatabaseSettings],
+        after: Mapping[str, DatabaseSettings],
+        allowed: Callable[[str], int | None],
+    ) -> Iterator[tuple[Demand, Demand, int | None]]:
+        pairs = zip(demands(self.settings, before), demands(self.settings, after), strict=True)
+        return ((old, new, allowed(new.server)) for old, new in pairs)
+
+    def _on_one_server(self, sizes: Mapping[str, DatabaseSettings]) -> dict[str, DatabaseSettings]:
+        """Leave as many places of found replicas as lead to one server: one, but where it has several addresses."""
+        if self._members is None:
+            return dict(sizes)
+        started = Counter(
+            replica.monitor.position.started or replica for replica in self.replicas if replica.stage != "draining"
+        )
+        others = {"primary": sizes["primary"], "analytics": sizes["analytics"]}
+        places = sorted(sizes.keys() - others.keys(), key=lambda name: -sizes[name].capacity)
+        return others | {name: sizes[name] for name in places[: max(started.values(), default=1)]}
 
     async def open(self) -> None:
         """Warm the pools and start the monitors. A database that is down does not keep the service from starting.
@@ -368,15 +422,17 @@ class Databases:
             # Pools and monitors end with their event loop, which may have ended before they were closed.
             self._make()
         self._loop = asyncio.get_running_loop()
-        await asyncio.gather(*(_meet(database) for database in self.all()))
+        fixed = self.all()
+        members = [] if self._members is None else [self._members.open()]
+        await asyncio.gather(*(_meet(database) for database in fixed), *members)
         await self._refuse_poolers()
-        self._tasks = [asyncio.create_task(database.monitor.probe_forever()) for database in self.all()]
+        self._tasks = [asyncio.create_task(database.monitor.probe_forever()) for database in fixed]
         self._tasks += [asyncio.create_task(self._upkeep()), asyncio.create_task(self._log_figures())]
 
     async def _refuse_poolers(self) -> None:
         refused = [
-            f"{prefix}URL {database.connector.look.refusal}."
-            for (prefix, _), database in zip(self.settings.databases, self.all(), strict=True)
+            f"{PREFIX_OF_ROLE[database.role]}URL {database.connector.look.refusal}."
+            for database in self.all()
             if database.connector.look is not None and database.connector.look.refusal is not None
         ]
         if refused:
@@ -387,6 +443,8 @@ class Databases:
         """Refuse new requests, drain the pools for `grace_seconds` at most, close every connection."""
         self.closing = True
         await self.listener.close()
+        if self._members is not None:
+            await self._members.close()
         for database in self.all():
             database.pool.close()
         for task in self._tasks:
@@ -422,7 +480,7 @@ class Databases:
                 metrics.forget(metrics.up, name)
             else:
                 metrics.up.labels(name).set(database.monitor.healthy)
-        for demand in self._demands:
+        for demand in demands(self.settings, self._on_one_server(self._sizes)):
             metrics.budget_wanted.labels(demand.server).set(demand.wanted)
             metrics.budget_instance.labels(demand.server).set(demand.per_instance)
             allowed = self._granted(demand.server)
@@ -447,7 +505,7 @@ class Databases:
             for database in self.all():
                 database.pool.tend()
                 self._report_long_held(database)
-                if database.monitor.healthy:
+                if database.monitor.healthy and database.stage != "draining":
                     await _warm_up(database)
             # With several workers a scrape reaches one of them, which reads the last published figures of the others.
             self.publish()

@@ -19,33 +19,41 @@ class Lookups:
     """The lookups that are going on, by name; made for one event loop."""
 
     def __init__(self) -> None:
-        self._under_way: dict[str, asyncio.Future[None]] = {}
+        self._under_way: dict[str, asyncio.Future[list[str]]] = {}
 
     async def wait_for(self, host: Host, deadline: float) -> None:
         """Return when the resolver knows the host; addresses and sockets need none.
 
         Raises: OSError when it does not, or not by `deadline` (the event loop's time).
         """
-        if host.is_socket or _is_address(host.name):
-            return
-        lookup = self._under_way.get(host.name)
+        name = host.dialled
+        if not host.is_socket and not is_address(name):
+            await self.addresses(name, deadline)
+
+    async def addresses(self, name: str, deadline: float) -> list[str]:
+        """Return the addresses of a name, without repetition, in the order in which the system would try them.
+
+        Raises: OSError when there are none, or not by `deadline` (the event loop's time).
+        """
+        lookup = self._under_way.get(name)
         if lookup is None:
-            lookup = self._under_way[host.name] = asyncio.get_running_loop().create_future()
-            lookup.add_done_callback(lambda done: self._end(host.name, done))
-            threading.Thread(target=_look_up, args=(host, lookup), name=f"lookup-{host.name}", daemon=True).start()
+            lookup = self._under_way[name] = asyncio.get_running_loop().create_future()
+            lookup.add_done_callback(lambda done: self._end(name, done))
+            threading.Thread(target=_look_up, args=(name, lookup), name=f"lookup-{name}", daemon=True).start()
         try:
             async with asyncio.timeout_at(deadline):
-                # The shield keeps the lookup for the other logins that wait for it.
-                await asyncio.shield(lookup)
+                # The shield keeps the lookup for the others that wait for it.
+                return await asyncio.shield(lookup)
         except TimeoutError:
-            raise TimeoutError(f"{host.name} is still being looked up") from None
+            raise TimeoutError(f"{name} is still being looked up") from None
 
-    def _end(self, name: str, lookup: asyncio.Future[None]) -> None:
+    def _end(self, name: str, lookup: asyncio.Future[list[str]]) -> None:
         del self._under_way[name]
         lookup.exception()  # asyncio logs an exception that no caller has read.
 
 
-def _is_address(name: str) -> bool:
+def is_address(name: str) -> bool:
+    """Whether a host is an IP address, and no name."""
     try:
         ip_address(name)
     except ValueError:
@@ -53,19 +61,21 @@ def _is_address(name: str) -> bool:
     return True
 
 
-def _look_up(host: Host, lookup: "asyncio.Future[None]") -> None:
+def _look_up(name: str, lookup: "asyncio.Future[list[str]]") -> None:
+    found: list[str] = []
     failure: Exception | None = None
     try:
-        socket.getaddrinfo(host.name, host.port, type=socket.SOCK_STREAM)
-    except Exception as error:  # noqa: BLE001  # The edge of a thread; the waiting logins are told.
+        known = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
+        found = list(dict.fromkeys(str(address[0]) for *_, address in known))
+    except Exception as error:  # noqa: BLE001  # The edge of a thread; those who wait are told.
         failure = error
     loop = lookup.get_loop()
     if not loop.is_closed():
-        loop.call_soon_threadsafe(_tell, lookup, failure)
+        loop.call_soon_threadsafe(_tell, lookup, found, failure)
 
 
-def _tell(lookup: "asyncio.Future[None]", failure: Exception | None) -> None:
+def _tell(lookup: "asyncio.Future[list[str]]", found: list[str], failure: Exception | None) -> None:
     if failure is None:
-        lookup.set_result(None)
+        lookup.set_result(found)
     else:
         lookup.set_exception(failure)

@@ -183,6 +183,23 @@ class Metrics:
             "pool",
             mode="livemin",
         )
+        self.replicas = gauge(
+            "db_replicas",
+            "Replicas that DNS finds: listed in its last answer; of these, warming, serving or draining in a process. "
+            "Of several workers the most.",
+            "stage",
+            mode="livemax",
+        )
+        self.replica_changes = counter(
+            "db_replica_changes_total",
+            "Replicas found by DNS that a process took in or let go: joined or left.",
+            "change",
+        )
+        self.replica_lookups = counter(
+            "db_replica_lookups_total",
+            "Lookups of the replicas' name: found or failed. After a failed one the replicas stay as they are.",
+            "outcome",
+        )
         self.tokens = counter(
             "db_consistency_tokens_total",
             "Consistency tokens received: accepted, malformed or ahead (of all that the primary wrote).",
@@ -220,6 +237,16 @@ class Metrics:
         self.event_loop_lag_seconds = histogram(
             "event_loop_lag_seconds", "Seconds by which the event loop was late for a timer."
         )
+
+    def forget_pool(self, pool: str) -> None:
+        """Leave out what is known of a pool that is gone, and say that it has no connections; its counters stay."""
+        for count in (
+            self.pool_total, self.pool_available, self.pool_checked_out, self.pool_open, self.pool_connecting,
+            self.pool_waiting,
+        ):  # fmt: skip
+            count.labels(pool).set(0)
+        for known in (self.up, self.asleep, self.replica_lag_seconds, self.replica_lag_bytes, self.replica_usable):
+            self.forget(known, pool)
 
     def forget(self, gauge: Gauge, *labels: str) -> None:
         """Leave a series out of the exposition, because nobody knows its value now; setting it brings it back."""

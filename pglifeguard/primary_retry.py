@@ -15,7 +15,7 @@ from sqlalchemy.exc import DBAPIError, NoResultFound
 
 from pglifeguard.checkout import holder
 from pglifeguard.consistency import Consistency
-from pglifeguard.errors import DatabaseUnavailable, NotFound, ReplicaUnavailable, classify
+from pglifeguard.errors import DatabaseUnavailable, NotFound, PoolExhausted, ReplicaUnavailable, classify
 from pglifeguard.metrics import Metrics
 from pglifeguard.router import Router
 from pglifeguard.settings import DatabasesSettings
@@ -67,14 +67,16 @@ class PrimaryRetry:
         ):
             return "not_found"
         known = classify(failure)
-        if known is None or known.code not in REPLICA_FAILURES:
+        # The pool of a replica that was drained is closed, and a session that goes on afterwards is refused.
+        refused = database.stage == "draining" and isinstance(failure, PoolExhausted)
+        if known is None or not (known.code in REPLICA_FAILURES or refused):
             return None
         if isinstance(failure, DatabaseUnavailable) and failure.database not in {None, database.name}:
             return None  # Another database of the same request failed.
         cause = failure.orig if isinstance(failure, DBAPIError) else failure
         database.watch.log("read failed on its replica", route=holder.get(), code=known.code, cause=str(cause))
         if known.code in {"database_unreachable", "database_timeout"}:
-            self._router.trip(database.name)
+            self._router.trip(database)
         return known.code
 
     def leave_replica(self, reason: str, consistency: Consistency) -> bool:

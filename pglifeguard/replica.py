@@ -84,6 +84,12 @@ class Replica:
         self._settings = settings
         self._metrics = metrics
         self._broken_at = float("-inf")
+        # Of several replicas those of the least rank serve, each by its weight; a new one has a small share at first.
+        self.rank = 0
+        self.weight = 1.0
+        self.share = 1.0
+        # The turns that it had, by which the router goes round; see `Router`.
+        self.turns = 0.0
         self.wait = ReplayWait(settings.replica_wait_milliseconds / 1000)
         self._count_read = lru_cache(metrics.consistent_reads.labels)
         # What the server that the monitor probes has answered to reads since.
@@ -94,6 +100,10 @@ class Replica:
         self.other_servers: OrderedDict[float, tuple[float, Position]] = OrderedDict()
         database.monitor.listeners.append(self._judge)
         primary.listeners.append(self._judge_again)
+
+    def detach(self) -> None:
+        """Hear the primary's probes no more, because this replica is gone."""
+        self._primary.listeners.remove(self._judge_again)
 
     @property
     def position(self) -> Position:

@@ -24,26 +24,41 @@ FALLING_BACK: tuple[Reason, ...] = ("unknown", "lagging", "broken", "promoted", 
 class Router:
     """Chooses the database for each read."""
 
-    def __init__(self, primary: Database, replicas: list[Replica], metrics: Metrics, *, fallback: bool) -> None:
+    def __init__(
+        self,
+        primary: Database,
+        replicas: list[Replica],
+        metrics: Metrics,
+        *,
+        fallback: bool,
+        finds_replicas: bool = False,
+    ) -> None:
+        # Of replicas that DNS finds, those that take reads now, and all of them: see members.py.
         self.replicas = replicas
+        self.judges = list(replicas)
         self.primary = primary
+        # The turn of the replica that was chosen last.
+        self._turn = 0.0
+        self._without: Reason = "unknown" if finds_replicas else "absent"
         self._count = lru_cache(lambda target, reason: metrics.reads_routed.labels(target, reason))
         self._fallback = fallback
         self.forged = ForgedTokens(primary.monitor, metrics.tokens.labels("ahead").inc)
-        for reason in FALLING_BACK if replicas else ():
+        for reason in FALLING_BACK if replicas or finds_replicas else ():
             # A rate needs a zero to start from: without it the first reads that fall back would not show.
             self._count("primary", reason)
 
-    def route(
+    def route(  # noqa: C901  # The whole choice is told in one place.
         self, *, at_least: Token | None = None, primary: bool = False, avoided: Database | None = None
     ) -> tuple[Database, Reason]:
         """Choose the serving replica with the fewest requests that has replayed `at_least`, else the primary.
+
+        Of those that have equally few each has its turn, by its weight.
 
         A replica that is not known to have replayed it is chosen when the read may ask it: see `ServerCheck`.
 
         Raises: ReplicaUnavailable when no replica is usable and falling back is switched off.
         """
-        reason: Reason = "primary_only" if primary else "absent"
+        reason: Reason = "primary_only" if primary else self._without
         wanted = None if at_least is None else self.forged.believed(at_least)
         best: Replica | None = None
         asked: Replica | None = None
@@ -56,20 +71,32 @@ class Router:
                 reason = reason if reason == "behind_token" else cast("Reason", replica.state)
             elif wanted is None or replica.database.connector.several or replica.covers(wanted):
                 # Where the address leads to several servers, the connection decides: see `serves`.
-                if best is None or replica.database.pool.load < best.database.pool.load:
+                if best is None or self._order(replica) < self._order(best):
                     best = replica
             elif not (replica.awaits(wanted) or self.forged.is_ahead(wanted)):
                 reason = "behind_token"
                 replica.skip()
-            elif asked is None or replica.database.pool.load < asked.database.pool.load:
+            elif asked is None or self._order(replica) < self._order(asked):
                 asked = replica
         best = best or asked
         if best is None and not primary and reason != "behind_token":
             best = self._woken()
         if best is not None:
+            if len(self.replicas) > 1:
+                self._turn = max(self._turn, best.turns)
+                best.turns = self._turn + 1 / (best.weight * best.share)
             self._count(best.database.name, "replica").inc()
             return best.database, "replica"
         return self._fall_back(reason), reason
+
+    def _order(self, replica: Replica) -> tuple[bool, int, float, float]:
+        """Return what a replica is chosen by, the least first.
+
+        A new one waits for its turn, which comes as seldom as its share is small: it has the fewest requests, so by
+        these alone it would get all of them, into an empty cache. Who was away for some turns has not saved them up.
+        """
+        waits = replica.share < 1 and replica.turns > self._turn
+        return waits, replica.rank, replica.database.pool.load / replica.weight, max(replica.turns, self._turn)
 
     def _woken(self) -> Replica | None:
         """Wake a replica, if one sleeps; return it for the read that waits for it, None where the primary can serve."""
@@ -78,6 +105,10 @@ class Router:
             return sleeping
         sleeping.database.pool.wake()
         return None
+
+    def judge_of(self, database: Database) -> Replica | None:
+        """Return the replica of a database, whether it takes reads or not; None for the primary and analytics."""
+        return next((one for one in self.judges if one.database is database), None)
 
     @property
     def serves_reads(self) -> bool:
@@ -101,10 +132,10 @@ class Router:
         """
         return self._fall_back(reason)
 
-    def trip(self, name: str) -> None:
-        """Break the replica of this name."""
+    def trip(self, database: Database) -> None:
+        """Break the replica of this database."""
         for replica in self.replicas:
-            if replica.database.name == name:
+            if replica.database is database:
                 replica.trip()
 
     def _fall_back(self, reason: Reason) -> Database:
@@ -127,17 +158,20 @@ class ServerCheck:
     async def leave_early(self) -> Database | None:
         """Return the primary for a read that need not acquire a connection of the replica; None for any other.
 
-        A token that the primary did not write is forgotten here.
+        It does so for a replica that is drained: the session was opened before, and its pool may be closed by now. A
+        token that the primary did not write is forgotten here.
         """
         consistency, forged = self.consistency, self.router.forged
         token = consistency.wanted
+        if self._drained:
+            return self._leave("drained", token)
         if token is not None:
             token = consistency.wanted = forged.believed(token)
         if token is None or not forged.is_ahead(token) or self._replica.covers(token):
             return None
         if forged.alert and not await forged.confirms(token):
             consistency.wanted = None
-            return None
+            return self._leave("drained", None) if self._drained else None
         if self.database.connector.several or self._replica.awaits(token):
             return None
         self._replica.skip()
@@ -155,7 +189,11 @@ class ServerCheck:
 
     @property
     def _replica(self) -> Replica:
-        return next(one for one in self.router.replicas if one.database is self.database)
+        return cast("Replica", self.router.judge_of(self.database))
+
+    @property
+    def _drained(self) -> bool:
+        return self.database.stage == "draining"
 
     def _leave(self, reason: Reason, token: Token | None) -> Database:
         if reason == "behind_token" and token is not None:

@@ -9,8 +9,9 @@ set.
 import os
 from collections.abc import Mapping
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, ClassVar, Self, cast
+from typing import Any, ClassVar, Literal, Self, cast
 
 from pydantic import (
     Field,
@@ -22,6 +23,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 from pglifeguard.credentials import PasswordSource
 from pglifeguard.database_settings import DatabaseSettings, DatabaseUrl, PasswordFile
 from pglifeguard.database_url import holds_password, parse_url
+from pglifeguard.discovery import read_zones
 from pglifeguard.environment import (
     SettingsError,
     Variables,
@@ -30,6 +32,7 @@ from pglifeguard.environment import (
     sentences,
     split_urls,
 )
+from pglifeguard.lookup import is_address
 from pglifeguard.variables import inspect
 
 
@@ -173,6 +176,25 @@ class DatabasesSettings(BaseSettings):
     leak_after_seconds: float = Field(
         60, gt=0, description="A checkout held longer is logged once, with the route that holds it."
     )
+    database_replica_discovery: Literal["off", "dns", "srv"] = Field(
+        "off",
+        description="Ask DNS for the replicas that DATABASE_REPLICA_URL names: by its addresses, or its SRV records.",
+    )
+    database_replica_discovery_seconds: float = Field(
+        5, gt=0, le=3600, description="Seconds between two of these lookups, give or take a tenth."
+    )
+    database_replica_max_pools: int = Field(
+        3,
+        ge=1,
+        le=100,
+        description="Replicas that a process uses at most of those found, each with a pool; the budget counts all.",
+    )
+    database_zone: str | None = Field(
+        None, description="The zone of this instance: replicas in it come first. Unset: all are alike."
+    )
+    database_replica_zones: str | None = Field(
+        None, description="Zones of the replicas found, by network or name: 10.0.1.0/24=zone-a,*.b.example=zone-b."
+    )
     replica_max_lag_seconds: float = Field(10, gt=0, description="A replica behind by more seconds AND more bytes …")
     replica_max_lag_bytes: int = Field(8_388_608, ge=0, description="… than this serves no reads.")
     replica_wait_milliseconds: int = Field(
@@ -220,12 +242,24 @@ class DatabasesSettings(BaseSettings):
 
     @property
     def pools(self) -> dict[str, DatabaseSettings]:
-        """Primary, replicas, analytics by the names of their pools. One replica is plainly "replica"."""
-        several = len(self.replicas) > 1
-        replicas = {
-            f"replica-{number}" if several else "replica": replica for number, replica in enumerate(self.replicas, 1)
-        }
+        """Primary, replicas, analytics by the names of their pools. One replica is plainly "replica".
+
+        Of replicas that DNS finds these are the places: at most as many pools are open.
+        """
+        places = self.replicas * self.database_replica_max_pools if self.finds_replicas else self.replicas
+        several = len(places) > 1
+        replicas = {f"replica-{number}" if several else "replica": replica for number, replica in enumerate(places, 1)}
         return {"primary": self.primary, **replicas, "analytics": self.analytics}
+
+    @property
+    def finds_replicas(self) -> bool:
+        """Whether DNS says which replicas there are."""
+        return self.database_replica_discovery != "off"
+
+    @cached_property
+    def zones(self) -> dict[str, str]:
+        """The zones of replicas, by network or name."""
+        return {} if self.database_replica_zones is None else read_zones(self.database_replica_zones)
 
     @cached_property
     def listening(self) -> DatabaseSettings | None:
@@ -315,6 +349,54 @@ class DatabasesSettings(BaseSettings):
         if database.url in elsewhere or (wanted == "prefer-standby" and len(database.parameters.hosts) == 1):
             return None
         return f"{wanted}: reports run on whichever host answers; leave it out, and name only hosts that may be asked"
+
+    @model_validator(mode="after")
+    def _fit_for_discovery(self) -> Self:
+        if not self.finds_replicas:
+            for name in ("database_replica_discovery_seconds", "database_replica_max_pools", "database_replica_zones"):
+                if name in self.model_fields_set:
+                    raise ValueError(
+                        f"{name.upper()} is about replicas that DNS finds: set DATABASE_REPLICA_DISCOVERY too, or "
+                        "leave it out"
+                    )
+            return self
+        discovery = f"DATABASE_REPLICA_DISCOVERY={self.database_replica_discovery}"
+        if len(self.replicas) != 1:
+            raise ValueError(f"{discovery} takes one DATABASE_REPLICA_URL, whose host is the name that is looked up")
+        (replica,) = self.replicas
+        (host,) = replica.parameters.hosts
+        if host.is_socket or is_address(host.name):
+            raise ValueError(f"{discovery}: DATABASE_REPLICA_URL has {host.name} for its host; write a name instead")
+        if replica.sleeps:
+            raise ValueError(
+                f"{discovery} with DATABASE_REPLICA_PROFILE=sleeping: replicas that are found are probed all the "
+                "time, which keeps them awake; leave out one of the two"
+            )
+        if self.database_replica_discovery == "srv" and self.analytics.server == replica.server:
+            raise ValueError(
+                f"{discovery}: DATABASE_REPLICA_URL names records, to which reports cannot connect; set "
+                "DATABASE_ANALYTICS_URL"
+            )
+        if self.database_replica_discovery == "srv" and find_spec("dns") is None:
+            raise ValueError(f"{discovery} needs dnspython: pip install 'pglifeguard[dns]'")
+        return self
+
+    @model_validator(mode="after")
+    def _fit_for_zones(self) -> Self:
+        if not self.finds_replicas:
+            return self
+        try:
+            zones = self.zones
+        except ValueError as error:
+            raise ValueError(f"DATABASE_REPLICA_ZONES: {error}") from None
+        if self.database_zone is None and zones:
+            raise ValueError("DATABASE_REPLICA_ZONES without DATABASE_ZONE: say which zone this instance is in")
+        if self.database_zone is not None and self.database_zone not in zones.values():
+            raise ValueError(
+                f"DATABASE_ZONE {self.database_zone} is the zone of no entry of DATABASE_REPLICA_ZONES: say there "
+                "which networks or names are in it"
+            )
+        return self
 
     @model_validator(mode="after")
     def _fit_for_browsers(self) -> Self:

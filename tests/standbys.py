@@ -17,9 +17,10 @@ REPLAYS = "SELECT pg_is_in_recovery() AND EXISTS (SELECT FROM pg_stat_wal_receiv
 
 
 @asynccontextmanager
-async def second_standby(cluster: Cluster) -> AsyncIterator[Server]:
-    """Clone the primary into another standby, which streams when it is given."""
+async def second_standby(cluster: Cluster, *, host: str = HOST, port: int = 0) -> AsyncIterator[Server]:
+    """Clone the primary into another standby, which streams when it is given; by default on a port of its own."""
     server = cluster._server("second")
+    server.host, server.port = host, port
     half = _half_made(server.data, server.account)
     await _run(
         server.account,
@@ -96,10 +97,10 @@ async def _pass_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -
 
 
 @asynccontextmanager
-async def balancing(*ports: int) -> AsyncIterator[Balancer]:
+async def balancing(*ports: int, host: str = HOST, port: int = 0) -> AsyncIterator[Balancer]:
     """Listen in front of several servers."""
     balancer = Balancer(ports)
-    server = await asyncio.start_server(balancer.accept, HOST, 0)
+    server = await asyncio.start_server(balancer.accept, host, port)
     balancer.port = server.sockets[0].getsockname()[1]
     try:
         yield balancer

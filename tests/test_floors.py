@@ -17,7 +17,7 @@ LIBRARY = (
      "url_parameters"},
     {"database_url", "orders"},
     {"host_search", "lookup"},
-    {"database_settings", "tracked_connection"},
+    {"database_settings", "discovery", "tracked_connection"},
     {"settings"},
     {"budget", "pooler_look", "wait_queue"},
     {"connector"},
@@ -34,7 +34,7 @@ LIBRARY = (
     {"consistency", "lease"},
     {"replica", "write_once"},
     {"router"},
-    {"primary_retry", "sessions"},
+    {"members", "primary_retry", "sessions"},
     {"databases"},
     {"", "__main__"},
     {"serving.limits", "serving.loop", "serving.merging", "serving.shutdown", "serving.siblings"},
@@ -59,8 +59,8 @@ FLOORS = {f"pglifeguard.{name}".rstrip("."): floor for floor, names in enumerate
 PUBLIC = {"pglifeguard", "pglifeguard.cli", "pglifeguard.doctor", "pglifeguard.fastapi", "pglifeguard.serving"}
 # The pool and all that it imports: SQLAlchemy is no part of it.
 POOL = {
-    "builtin_functions", "checkout", "connector", "credentials", "database_settings", "database_url", "driver_failures",
-    "effects", "errors", "fence", "host_search", "lookup", "metrics", "pool", "pooler", "pooler_look", "registry",
+    "builtin_functions", "checkout", "connector", "credentials", "database_settings", "database_url", "discovery",
+    "driver_failures", "effects", "errors", "fence", "host_search", "lookup", "metrics", "pool", "pooler", "pooler_look", "registry",
     "sampling", "server", "service_file", "tls", "tracked_connection", "url_parameters", "wait_queue",
 }  # fmt: skip
 # What opens something or reads the environment, and so must not be called when a module is imported.

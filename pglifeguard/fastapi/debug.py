@@ -44,9 +44,14 @@ class NewSize(BaseModel):
 
 
 @router.get("/debug/pool-stats")
-async def get_pool_stats(databases: RequestDatabases) -> dict[str, dict[str, int]]:
-    """Count the connections of each pool of this process, now."""
-    return {database.name: asdict(database.pool.figures()) for database in databases.all()}
+async def get_pool_stats(databases: RequestDatabases) -> dict[str, dict[str, int | str]]:
+    """Count the connections of each pool of this process, now; of a replica that DNS has found say which one it is."""
+    return {database.name: asdict(database.pool.figures()) | _place_of(database) for database in databases.all()}
+
+
+def _place_of(database: Database) -> dict[str, str]:
+    found, stage = database.found, database.stage
+    return {} if found is None or stage is None else {"address": found.key, "stage": stage}
 
 
 @router.get("/debug/connections")
@@ -112,7 +117,7 @@ async def resize(request: Request, databases: RequestDatabases, size: Annotated[
     """
     wanted = size.model_dump(exclude={"wait_seconds"})
     told = await _tell(request, "resize", size.wait_seconds, **wanted)
-    now, set_to = databases.named(size.pool).settings, databases.configured(size.pool)
+    now, set_to = databases.sized(size.pool), databases.configured(size.pool)
     return {
         **asdict(told),
         "pool": size.pool,

@@ -12,6 +12,7 @@ from pglifeguard.databases import Databases
 from pglifeguard.fastapi.problems import documented
 from pglifeguard.fastapi.sessions import RequestDatabases
 from pglifeguard.fastapi.shared import shared
+from pglifeguard.replica import Replica
 
 router = APIRouter(prefix="/health", tags=["operations"])
 # A probe reads the same body with 200 and 503, so this is no problem document.
@@ -66,11 +67,12 @@ async def get_databases(databases: RequestDatabases, request: Request, response:
 
 
 async def _describe_all(databases: Databases) -> dict[str, Any]:
-    found = await asyncio.gather(*(_describe(databases, database) for database in databases.all()))
+    every = databases.all()
+    found = await asyncio.gather(*(_describe(databases, database) for database in every))
     of_primary = found[0]["status"]
     return {
         "status": of_primary if of_primary in {"healthy", "asleep"} else "unhealthy",
-        "databases": {database.name: one for database, one in zip(databases.all(), found, strict=True)},
+        "databases": {database.name: one for database, one in zip(every, found, strict=True)},
     }
 
 
@@ -102,21 +104,32 @@ async def _describe(databases: Databases, database: Database) -> dict[str, Any]:
         described["waiting_for_it"] = database.pool.load
     if probe.error is not None:
         described["error"] = probe.error
-    for replica in databases.router.replicas:
-        if replica.database is database:
-            described |= {
-                "state": replica.state,
-                # "own": the primary has not been seen since the start, and the lag cannot be measured against it.
-                "judged_by": "own" if replica.state == "alone" else "primary",
-                "replay_age_seconds": None if probe.status == "asleep" else replica.position.replay_age,
-                "lag_seconds": replica.lag_seconds,
-                "lag_bytes": replica.lag_bytes,
-            }
-            if replica.other_servers:
-                described["other_servers"] = [
-                    {"state": replica.state_of(position), "lag_bytes": replica.lag_of(position)}
-                    for _, position in replica.other_servers.values()
-                ]
+    if (replica := databases.router.judge_of(database)) is not None:
+        described |= _describe_replica(replica, asleep=probe.status == "asleep")
+    return described
+
+
+def _describe_replica(replica: Replica, *, asleep: bool) -> dict[str, Any]:
+    described: dict[str, Any] = {
+        "state": replica.state,
+        # "own": the primary has not been seen since the start, and the lag cannot be measured against it.
+        "judged_by": "own" if replica.state == "alone" else "primary",
+        "replay_age_seconds": None if asleep else replica.position.replay_age,
+        "lag_seconds": replica.lag_seconds,
+        "lag_bytes": replica.lag_bytes,
+    }
+    if replica.other_servers:
+        described["other_servers"] = [
+            {"state": replica.state_of(position), "lag_bytes": replica.lag_of(position)}
+            for _, position in replica.other_servers.values()
+        ]
+    if replica.database.found is not None:
+        described |= {
+            "address": replica.database.found.key,
+            "stage": replica.database.stage,
+            "rank": replica.rank,
+            "share": round(replica.share, 2),
+        }
     return described
 
 

@@ -57,7 +57,7 @@ class Siblings:
         # Where the workers' sockets are; None while this one does not listen.
         self._folder: Path | None = None
         # Two services may share processes and folder, so a name tells which databases the orders are for.
-        locations = "\n".join(database.settings.location for database in databases.all())
+        locations = "\n".join(database.location for _, database in databases.settings.databases)
         self._service = f"{crc32(locations.encode()):08x}"
         self._name = ""
 
@@ -76,7 +76,9 @@ class Siblings:
         workers = max(1 + len(heard), self._databases.settings.workers)
         if missing := workers - 1 - len(heard):
             failures.append(f"{missing} of {workers} workers cannot be reached from the one that answers.")
-        pending = {pool: sum(each[pool] for each in obeyed) for pool in own}
+        # Where DNS finds the replicas, each worker has its own.
+        pools = dict.fromkeys(pool for each in obeyed for pool in each)
+        pending = {pool: sum(each.get(pool, 0) for each in obeyed) for pool in pools}
         return Told(workers, len(obeyed), pending, failures)
 
     @asynccontextmanager
@@ -192,7 +194,7 @@ class Siblings:
 
     def _state(self) -> dict[str, Any]:
         databases = self._databases
-        sizes = {each.name: (each.settings.pool_size, each.settings.max_overflow) for each in databases.all()}
+        sizes = {name: (each.pool_size, each.max_overflow) for name, each in databases.sizes.items()}
         return {"told_at": self._told_at, "paused_seconds": databases.paused_seconds, "sizes": sizes}
 
     async def _catch_up(self) -> None:
@@ -214,7 +216,7 @@ class Siblings:
 
     def _growth(self, sized: tuple[str, list[int]]) -> int:
         pool, size = sized
-        return sum(size) - self._databases.named(pool).settings.capacity
+        return sum(size) - self._databases.sized(pool).capacity
 
 
 def _shortened(folder: Path, opened: int) -> Path:

@@ -231,7 +231,7 @@ async def test_unknown_name_breaks_nothing(database: Database) -> None:
     async with quiet(database.settings()) as service:
         assert await becomes(service, "usable")
 
-        service.databases.router.trip("primary")
+        service.databases.router.trip(service.databases.primary)
 
         assert service.databases.router.replicas[0].state == "usable"
 
