@@ -97,6 +97,17 @@ def demands(settings: DatabasesSettings, pools: Mapping[str, DatabaseSettings] |
     return [_demand(settings, server, databases) for server, databases in servers.items()]
 
 
+def on_one_server(
+    settings: DatabasesSettings, pools: Mapping[str, DatabaseSettings], addresses: int
+) -> dict[str, DatabaseSettings]:
+    """Leave, of the places of replicas that DNS finds, as many as lead to one server: one for each address of it."""
+    if not settings.finds_replicas:
+        return dict(pools)
+    fixed = {name: pools[name] for name in ("primary", "analytics")}
+    places = sorted(pools.keys() - fixed.keys(), key=lambda name: (-pools[name].capacity, name))
+    return fixed | {name: pools[name] for name in places[:addresses]}
+
+
 def _demand(settings: DatabasesSettings, server: str, databases: list[DatabaseSettings]) -> Demand:
     sizes = [1 if database is settings.listening else database.capacity + 1 for database in databases]
     counts = Counter(

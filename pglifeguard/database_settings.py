@@ -200,6 +200,11 @@ class DatabaseSettings(BaseModel):
         return found
 
     @property
+    def found(self) -> Host | None:
+        """Where the server was found; None for whatever the URL leads to."""
+        return self._found
+
+    @property
     def hosts_to_try(self) -> tuple[Host, ...]:
         """The hosts of the URL, in the order in which they are tried; of a replica that was found, its address."""
         return self.parameters.hosts_to_try if self._found is None else (self._found,)

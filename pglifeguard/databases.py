@@ -15,7 +15,7 @@ from typing import Any, Self, TypeVar, TypeVarTuple
 
 from sqlalchemy import Row
 
-from pglifeguard.budget import Demand, demands, granted
+from pglifeguard.budget import Demand, demands, granted, on_one_server
 from pglifeguard.checkout import holder
 from pglifeguard.collisions import ATTEMPTS, collision, pause_seconds
 from pglifeguard.consistency import Consistency, current_consistency
@@ -378,10 +378,9 @@ class Databases:
         """Raise BudgetExceeded when pools of these sizes may open more than is granted, and more than before."""
         # What one server grants is compared with what it gets, and CONNECTION_LIMIT with all that one name gets: see
         # `_on_one_server`.
-        on_one_server, everything = self._on_one_server(self._sizes), dict(self._sizes)
         for before, after, allowed in (
-            *self._compared(on_one_server, self._on_one_server(sizes), self._granted),
-            *self._compared(everything, sizes, lambda _server: granted(self.settings, None)),
+            *self._compared(self._on_one_server(self._sizes), self._on_one_server(sizes), self._granted),
+            *self._compared(self._sizes, sizes, lambda _server: granted(self.settings, None)),
         ):
             # A pool that is too large already may become smaller.
             if allowed is not None and after.wanted > max(allowed, before.wanted):
@@ -400,15 +399,10 @@ class Databases:
         return ((old, new, allowed(new.server)) for old, new in pairs)
 
     def _on_one_server(self, sizes: Mapping[str, DatabaseSettings]) -> dict[str, DatabaseSettings]:
-        """Leave as many places of found replicas as lead to one server: one, but where it has several addresses."""
-        if self._members is None:
-            return dict(sizes)
-        started = Counter(
-            replica.monitor.position.started or replica for replica in self.replicas if replica.stage != "draining"
-        )
-        others = {"primary": sizes["primary"], "analytics": sizes["analytics"]}
-        places = sorted(sizes.keys() - others.keys(), key=lambda name: -sizes[name].capacity)
-        return others | {name: sizes[name] for name in places[: max(started.values(), default=1)]}
+        """Return what leads to one server: of replicas that DNS finds one place, or one for each address of it."""
+        known = Counter(each.monitor.position.started for each in self.replicas)
+        known.pop(None, None)
+        return on_one_server(self.settings, sizes, max(known.values(), default=1))
 
     async def open(self) -> None:
         """Warm the pools and start the monitors. A database that is down does not keep the service from starting.

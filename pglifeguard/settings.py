@@ -354,7 +354,7 @@ class DatabasesSettings(BaseSettings):
     def _fit_for_discovery(self) -> Self:
         if not self.finds_replicas:
             for name in ("database_replica_discovery_seconds", "database_replica_max_pools", "database_replica_zones"):
-                if name in self.model_fields_set:
+                if getattr(self, name) != type(self).model_fields[name].default:
                     raise ValueError(
                         f"{name.upper()} is about replicas that DNS finds: set DATABASE_REPLICA_DISCOVERY too, or "
                         "leave it out"

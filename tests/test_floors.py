@@ -60,8 +60,9 @@ PUBLIC = {"pglifeguard", "pglifeguard.cli", "pglifeguard.doctor", "pglifeguard.f
 # The pool and all that it imports: SQLAlchemy is no part of it.
 POOL = {
     "builtin_functions", "checkout", "connector", "credentials", "database_settings", "database_url", "discovery",
-    "driver_failures", "effects", "errors", "fence", "host_search", "lookup", "metrics", "pool", "pooler", "pooler_look", "registry",
-    "sampling", "server", "service_file", "tls", "tracked_connection", "url_parameters", "wait_queue",
+    "driver_failures", "effects", "errors", "fence", "host_search", "lookup", "metrics", "pool", "pooler",
+    "pooler_look", "registry", "sampling", "server", "service_file", "tls", "tracked_connection", "url_parameters",
+    "wait_queue",
 }  # fmt: skip
 # What opens something or reads the environment, and so must not be called when a module is imported.
 OPENERS = {

@@ -12,6 +12,8 @@ from itertools import chain
 from typing import Any
 
 from pglifeguard.connector import Connector
+from pglifeguard.database_settings import DatabaseSettings
+from pglifeguard.discovery import Finder, Found
 from pglifeguard.doctor.budget_rules import Load, Sizes, budget_lines, judge_budget, judge_sizes, recommended
 from pglifeguard.doctor.cluster_rules import judge_cluster
 from pglifeguard.doctor.examination import Interview, examine
@@ -89,7 +91,8 @@ async def diagnose(
     """
     seconds = settings.health_timeout_seconds
     now = datetime.now(UTC).date() if today is None else today
-    targets = [*targets_of(settings), *further]
+    replicas, missing = await _replicas(settings, seconds)
+    targets = [*targets_of(settings, replicas), *further]
     turns: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
     examined = list(
         await asyncio.gather(
@@ -104,6 +107,7 @@ async def diagnose(
         judge_cluster(examined, settings),
         judge_budget(examined, settings),
         () if sizes is None else judge_sizes(sizes),
+        missing,
         *own,
         (
             note("ignored_variable", "environment", sentence, "Unset it, or correct its name.")
@@ -113,16 +117,33 @@ async def diagnose(
     return Report(examined, budget_lines(examined, settings), sizes, merged(findings))
 
 
-def targets_of(settings: DatabasesSettings) -> list[Target]:
-    """List the databases of the settings, each with the variable that names it; several replicas are numbered."""
+def targets_of(settings: DatabasesSettings, replicas: Sequence[DatabaseSettings]) -> list[Target]:
+    """List the databases of the settings, each with the variable that names it; several replicas are told apart."""
     targets = [Target("DATABASE_URL", "primary", settings.primary)]
-    for number, replica in enumerate(settings.replicas, 1):
-        numbered = f" ({number})" if len(settings.replicas) > 1 else ""
-        targets.append(Target(f"DATABASE_REPLICA_URL{numbered}", "replica", replica))
+    for number, replica in enumerate(replicas, 1):
+        numbered = f" ({number})" if len(replicas) > 1 else ""
+        mark = numbered if replica.found is None else f" ({Found(replica.found).key})"
+        targets.append(Target(f"DATABASE_REPLICA_URL{mark}", "replica", replica))
     targets.append(Target("DATABASE_ANALYTICS_URL", "analytics", settings.analytics))
     if settings.listening is not None:
         targets.append(Target("LISTEN_URL", "listen", settings.listening))
     return targets
+
+
+async def _replicas(settings: DatabasesSettings, seconds: float) -> tuple[Sequence[DatabaseSettings], list[Finding]]:
+    """Return the replicas of the settings, looked up where DNS names them, and what is wrong about that."""
+    records = settings.database_replica_discovery
+    if records == "off":
+        return settings.replicas, []
+    (replica,) = settings.replicas
+    (host,) = replica.parameters.hosts
+    try:
+        found = await Finder(host, records).find(seconds)
+    except OSError as failure:
+        sentence = f"DNS names no replica: {failure}."
+        cure = "Correct the name in DATABASE_REPLICA_URL, or its records."
+        return [], [error("replicas_not_found", "DATABASE_REPLICA_URL", sentence, cure)]
+    return [replica.at(one.host) for one in sorted(found, key=lambda one: one.key)], []
 
 
 def _with_repetitions(examined: list[Facts]) -> Iterator[tuple[Facts, bool]]:

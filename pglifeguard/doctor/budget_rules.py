@@ -1,10 +1,12 @@
 """Whether the servers have as many connections as the service may open, and which sizes are to be recommended."""
 
 import math
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 
 from pglifeguard import budget
+from pglifeguard.database_settings import DatabaseSettings
 from pglifeguard.doctor.facts import Facts
 from pglifeguard.doctor.findings import Finding, error, note, warning
 from pglifeguard.settings import DatabasesSettings
@@ -48,7 +50,7 @@ class Sizes:
 def budget_lines(examined: list[Facts], settings: DatabasesSettings) -> list[BudgetLine]:
     """Put what the service may open on each server beside what that has for it."""
     lines = []
-    for demand in budget.demands(settings):
+    for demand in budget.demands(settings, _on_one_server(examined, settings)):
         on_it = [facts for facts in examined if facts.target.settings.server == demand.server and facts.answers]
         pooled = any(facts.pooled for facts in on_it)
         said = [facts.usable_connections for facts in on_it if facts.usable_connections is not None]
@@ -59,17 +61,19 @@ def budget_lines(examined: list[Facts], settings: DatabasesSettings) -> list[Bud
 
 def judge_budget(examined: list[Facts], settings: DatabasesSettings) -> Iterator[Finding]:
     """Find what may open more than is granted: by the server, to the role, to the database."""
-    for demand in budget.demands(settings):
+    one_server = budget.demands(settings, _on_one_server(examined, settings))
+    for everything, demand in zip(budget.demands(settings), one_server, strict=True):
         on_it = [facts for facts in examined if facts.target.settings.server == demand.server and facts.answers]
         limit = settings.connection_limit
-        if limit is not None and (sentence := demand.exceeds(limit, settings.connection_reserve)):
+        if limit is not None and (sentence := everything.exceeds(limit, settings.connection_reserve)):
             yield error("over_connection_limit", demand.server, *_said("CONNECTION_LIMIT", sentence))
         if any(facts.pooled for facts in on_it):
             if limit is None:
                 yield note(
                     "poolers_limit_unknown",
                     demand.server,
-                    f"The pooler gets {demand.wanted} clients at most ({demand.arithmetic}); its limit is not known.",
+                    f"The pooler gets {everything.wanted} clients at most ({everything.arithmetic}); its limit is not "
+                    "known.",
                     "Set CONNECTION_LIMIT to what the pooler takes (PgBouncer: max_client_conn), and it is checked.",
                 )
             continue
@@ -80,7 +84,8 @@ def judge_budget(examined: list[Facts], settings: DatabasesSettings) -> Iterator
             reserve = max(most - usable, settings.connection_reserve)
             if sentence := demand.exceeds(most, reserve):
                 yield error("over_max_connections", demand.server, *_said("Too many for max_connections", sentence))
-    direct = [facts for facts in examined if facts.answers and not facts.pooled]
+    surplus = [facts for facts in examined if facts.target.settings.found is not None][_addresses(examined) :]
+    direct = [facts for facts in examined if facts.answers and not facts.pooled and facts not in surplus]
     yield from _limits(
         "over_role_limit",
         "role",
@@ -125,6 +130,16 @@ def judge_sizes(sizes: Sizes) -> Iterator[Finding]:
             f"The load needs {sizes.by_load} connections at work; {sizes.cores} cores can use {sizes.for_production}.",
             "Connections are not what is missing: hold them for less time, or take more cores or a replica.",
         )
+
+
+def _addresses(examined: list[Facts]) -> int:
+    """Return how many of the addresses that DNS has found lead to one server, at most."""
+    found = (facts.position.started for facts in examined if facts.target.settings.found is not None)
+    return max(Counter(started for started in found if started is not None).values(), default=1)
+
+
+def _on_one_server(examined: list[Facts], settings: DatabasesSettings) -> dict[str, DatabaseSettings]:
+    return budget.on_one_server(settings, settings.pools, _addresses(examined))
 
 
 def _limits(  # noqa: PLR0913, PLR0917  # One limit and its words.

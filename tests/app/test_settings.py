@@ -1,7 +1,10 @@
 """The environment becomes settings, or one sentence for each mistake."""
 
+import re
 import shutil
+import sys
 from pathlib import Path
+from typing import Any
 
 import certifi
 import pytest
@@ -408,6 +411,71 @@ def test_environment_wins_over_dotenv(monkeypatch: pytest.MonkeyPatch, tmp_path:
     settings = load(monkeypatch, DATABASE_POOL_SIZE=6)
 
     assert (settings.primary.pool_size, settings.primary.max_overflow) == (6, 4)
+
+
+def found_by_dns(monkeypatch: pytest.MonkeyPatch, **variables: Any) -> dict[str, Any]:
+    """Return variables by which DNS finds the replicas."""
+    monkeypatch.setenv("DATABASE_REPLICA_URL", "postgresql://app_ro:hunter2@replicas.example:5432/lifeguard")
+    return {"DATABASE_REPLICA_DISCOVERY": "dns"} | variables
+
+
+def test_replicas_that_dns_finds_have_places(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each place has a pool of the replica's settings; their number is a setting, and one is plainly "replica"."""
+    three = load(monkeypatch, **found_by_dns(monkeypatch, DATABASE_REPLICA_POOL_SIZE=4))
+    one = load(monkeypatch, DATABASE_REPLICA_MAX_POOLS=1)
+
+    assert list(three.pools) == ["primary", "replica-1", "replica-2", "replica-3", "analytics"]
+    assert {three.pools[f"replica-{number}"].pool_size for number in (1, 2, 3)} == {4}
+    assert list(one.pools) == ["primary", "replica", "analytics"]
+
+
+@pytest.mark.parametrize(
+    ("variables", "reason"),
+    [
+        (
+            {"DATABASE_REPLICA_DISCOVERY": "off", "DATABASE_REPLICA_MAX_POOLS": 2},
+            "MAX_POOLS is about replicas that DNS",
+        ),
+        ({"DATABASE_REPLICA_DISCOVERY": "off", "DATABASE_REPLICA_ZONES": "a=b"}, "ZONES is about replicas that DNS"),
+        ({"DATABASE_REPLICA_URL": f"{REPLICA},{REPLICA}"}, "takes one DATABASE_REPLICA_URL"),
+        ({"DATABASE_REPLICA_URL": ""}, "takes one DATABASE_REPLICA_URL"),
+        ({"DATABASE_REPLICA_URL": "postgresql://a:b@127.0.0.1/x"}, r"has 127\.0\.0\.1 for its host; write a name"),
+        ({"DATABASE_REPLICA_URL": "postgresql://a:b@/x?host=/run"}, "has /run for its host; write a name"),
+        ({"DATABASE_REPLICA_PROFILE": "sleeping"}, "keeps them awake"),
+        ({"DATABASE_REPLICA_DISCOVERY": "srv"}, "set DATABASE_ANALYTICS_URL"),
+        ({"DATABASE_REPLICA_ZONES": "10.0.0.0/8=a"}, "without DATABASE_ZONE"),
+        ({"DATABASE_ZONE": "a"}, "DATABASE_ZONE a is the zone of no entry"),
+        (
+            {"DATABASE_ZONE": "a", "DATABASE_REPLICA_ZONES": "nonsense"},
+            "DATABASE_REPLICA_ZONES: 'nonsense' is no network",
+        ),
+    ],
+)
+def test_discovery_that_cannot_work_is_refused(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, Any], reason: str
+) -> None:
+    """What contradicts the lookup of replicas ends the start, with a sentence that says what to do."""
+    sentence = refusal(monkeypatch, **found_by_dns(monkeypatch, **variables))
+
+    assert re.search(reason, sentence), sentence
+    assert "hunter2" not in sentence
+
+
+def test_records_take_a_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without dnspython the sentence says how to get it; with it, SRV records are looked up."""
+    url = "postgresql://app_ro:hunter2@_postgresql._tcp.orders.example/lifeguard"
+    variables = {
+        "DATABASE_REPLICA_URL": url,
+        "DATABASE_REPLICA_DISCOVERY": "srv",
+        "DATABASE_ANALYTICS_URL": REPLICA,
+        "DATABASE_ZONE": "a",
+        "DATABASE_REPLICA_ZONES": "*.a.example=a",
+    }
+    settings = load(monkeypatch, **variables)
+    monkeypatch.setitem(sys.modules, "dns", None)
+
+    assert settings.zones == {"*.a.example": "a"}
+    assert "pip install 'pglifeguard[dns]'" in refusal(monkeypatch)
 
 
 def test_short_secret_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -102,6 +102,22 @@ def test_surge_and_jobs_are_part_of_the_sum() -> None:
     budget.check_budget(settings(**rollout, connection_limit=222))
 
 
+def test_each_place_of_a_replica_counts() -> None:
+    """Two addresses that DNS finds may be one server, so the limit is compared with all places; a server gets one."""
+    replica = {"url": URL.replace("db.example", "replicas.example"), "pool_size": 10, "max_overflow": 5}
+    found = settings(
+        replicas=(replica,), database_replica_discovery="dns", database_replica_max_pools=4, workers=1, instances=2
+    )
+    _, demand = budget.demands(found)
+    _, on_one = budget.demands(found, budget.on_one_server(found, found.pools, 1))
+
+    assert (demand.arithmetic, demand.wanted) == ("1 workers x 2 instances x 4 pools x (10 + 5 + 1)", 128)
+    assert (on_one.arithmetic, on_one.wanted) == ("1 workers x 2 instances x (10 + 5 + 1)", 32)
+    with pytest.raises(SettingsError, match=r"replicas\.example:5432 would get .* = 128 connections > 130 - 3"):
+        budget.check_budget(found.model_copy(update={"connection_limit": 130}))
+    budget.check_budget(found.model_copy(update={"connection_limit": 131}))
+
+
 def test_jobs_count_on_the_primarys_server_alone() -> None:
     """A replica elsewhere is asked for the pools only."""
     elsewhere = {"url": URL.replace("db.example", "replica.example"), "pool_size": 10, "max_overflow": 5}

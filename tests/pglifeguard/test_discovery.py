@@ -201,7 +201,8 @@ async def test_connection_goes_to_the_address(database: Database) -> None:
 async def test_certificate_is_compared_with_the_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """verify-full at an address that DNS answered takes a certificate of the URL's name, and no other one."""
     monkeypatch.setenv("HOME", str(tmp_path))
-    authority, opened = Authority(tmp_path / "authority"), []
+    authority = Authority(tmp_path / "authority")
+    opened: list[str] = []
     async with tls_server.running(authority, authority.issue("orders.example")) as server:
         settings = DatabaseSettings(url=server.url(f"sslmode=verify-full&sslrootcert={authority.certificate}"))
         for name in ("orders.example", "others.example"):

@@ -14,6 +14,7 @@ from local.waiting import eventually
 from pglifeguard import members
 from pglifeguard.database import Database as Pool
 from pglifeguard.databases import Databases
+from pglifeguard.doctor import diagnose
 from pglifeguard.errors import BudgetExceeded
 from pglifeguard.members import RAMP_SECONDS, UNFIT_SECONDS, Members
 from tests.conftest import Database
@@ -376,6 +377,25 @@ async def test_operators_see_which_replica_is_which(database: Database) -> None:
     )
     assert (stats["replica-1"]["address"], stats["replica-1"]["stage"]) == (address, "serving")
     assert set(stats) == {"primary", "replica-1", "analytics"}
+
+
+async def test_doctor_examines_each_replica_that_dns_names(database: Database, names: Names) -> None:
+    """Each address is a database of the report; the budget counts what leads to one server; no answer is an error."""
+    names.addresses = [FIRST, SECOND]
+    settings = finding(database)
+    async with addresses(database, SECOND):
+        found = await diagnose(settings)
+    names.addresses = []
+    without = await diagnose(settings)
+
+    port = database.cluster.replica.port
+    wanted = [f"DATABASE_REPLICA_URL ({host}:{port})" for host in (FIRST, SECOND)]
+    assert [facts.variable for facts in found.databases if facts.target.purpose == "replica"] == wanted
+    (line,) = [line for line in found.budget if line.server == f"{NAME}:{port}"]
+    assert (line.wanted, line.arithmetic) == (6, "1 workers x 1 instances x 2 pools x (2 + 0 + 1)")
+    assert not {finding.code for finding in found.findings} & {"over_max_connections", "replicas_not_found"}
+    (missing,) = [finding for finding in without.findings if finding.code == "replicas_not_found"]
+    assert "Name or service not known" in missing.text
 
 
 async def test_size_belongs_to_the_place(database: Database, names: Names) -> None:
