@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from types import TracebackType
-from typing import Any, Self, TypeVar, TypeVarTuple
+from typing import Any, Self, TypeVar, TypeVarTuple, cast
 
 from sqlalchemy import Row
 
@@ -168,7 +168,7 @@ class Databases:
         ):
             # The monitor probes one server; the connection may lead to another, or to one that has just woken up. A
             # replica that was found may be drained before the session acquires its connection.
-            check = ServerCheck(self.router, database, consistency)
+            check = ServerCheck(self.router, cast("Replica", self.router.judge_of(database)), consistency)
         return ReadSession(database, database.reads, label=_label(label), server_check=check)
 
     def reporting(self, *, label: str | None = None) -> ReadSession:

@@ -152,7 +152,7 @@ class ServerCheck:
     """Sends a read to the primary when the server behind a replica's connection may not serve it."""
 
     router: Router
-    database: Database
+    replica: Replica
     consistency: Consistency
 
     async def leave_early(self) -> Database | None:
@@ -167,20 +167,21 @@ class ServerCheck:
             return self._leave("drained", token)
         if token is not None:
             token = consistency.wanted = forged.believed(token)
-        if token is None or not forged.is_ahead(token) or self._replica.covers(token):
+        if token is None or not forged.is_ahead(token) or self.replica.covers(token):
             return None
         if forged.alert and not await forged.confirms(token):
-            consistency.wanted = None
-            return self._leave("drained", None) if self._drained else None
-        if self.database.connector.several or self._replica.awaits(token):
+            token = consistency.wanted = None
+        if self._drained:  # It has left during the question.
+            return self._leave("drained", token)
+        if token is None or self.replica.database.connector.several or self.replica.awaits(token):
             return None
-        self._replica.skip()
+        self.replica.skip()
         return self._leave("behind_token", token)
 
     async def redirect(self, lease: Lease) -> Database | None:
         """Return the primary when the server that this connection leads to may not serve the read; None when it may."""
         token = self.consistency.wanted
-        reason = await self._replica.serves(lease, token)
+        reason = await self.replica.serves(lease, token)
         if reason is None:
             return None
         # Other connections of the pool may lead to a server that may serve it; they are handed out first.
@@ -188,12 +189,8 @@ class ServerCheck:
         return self._leave(reason, token)
 
     @property
-    def _replica(self) -> Replica:
-        return cast("Replica", self.router.judge_of(self.database))
-
-    @property
     def _drained(self) -> bool:
-        return self.database.stage == "draining"
+        return self.replica.database.stage == "draining"
 
     def _leave(self, reason: Reason, token: Token | None) -> Database:
         if reason == "behind_token" and token is not None:

@@ -64,7 +64,7 @@ def test_sdist_holds_the_library_alone(tmp_path: Path, monkeypatch: pytest.Monke
 @pytest.mark.parametrize(
     ("package", "missing"),
     [
-        ("pglifeguard", {"fastapi", "starlette", *SERVED, *COMMANDS, *SERVICE}),
+        ("pglifeguard", {"dns", "fastapi", "starlette", *SERVED, *COMMANDS, *SERVICE}),
         ("pglifeguard.fastapi", SERVED | COMMANDS | SERVICE),
         ("pglifeguard.serving.server", {"fastapi", "starlette", *COMMANDS, *SERVICE}),
         ("pglifeguard.cli", {"fastapi", "starlette", *SERVED, *SERVICE}),

@@ -7,6 +7,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
 import pytest
+from sqlalchemy import text
 
 from app.settings import Settings
 from local.cluster import Cluster
@@ -16,6 +17,7 @@ from pglifeguard.database import Database as Pool
 from pglifeguard.databases import Databases
 from pglifeguard.doctor import diagnose
 from pglifeguard.errors import BudgetExceeded
+from pglifeguard.fastapi.sessions import ReadDB
 from pglifeguard.members import RAMP_SECONDS, UNFIT_SECONDS, Members
 from tests.conftest import Database
 from tests.names import NAME, Names, answering
@@ -242,6 +244,63 @@ async def test_session_of_a_replica_that_is_gone_reads_on_the_primary(database: 
         assert service.sample("db_reads_routed_total", target="primary", reason="drained") == 1
 
 
+async def test_replica_that_leaves_during_a_question_about_a_token_is_left(database: Database, names: Names) -> None:
+    """A read that asks the primary about its token, while its replica is drained, goes to the primary."""
+    async with serving(finding(database, database_replica_discovery_seconds=3600)) as service:
+        found, primary, forgeries = (
+            members_of(service),
+            service.databases.primary.monitor,
+            service.databases.router.forged,
+        )
+        path, token = (answer := await write(service)).headers["location"], answer.headers["x-consistency-token"]
+        forged = [{"x-consistency-token": f"{token.rpartition('/')[0]}/FFFFFF{number:02X}"} for number in (1, 2)]
+        await service.client.get(path, headers=forged[0])
+
+        async def alert() -> bool:
+            return forgeries.alert and not forgeries._rounds
+
+        assert await eventually(alert, 10)
+        async with primary._turn:
+            reading = asyncio.create_task(service.client.get(path, headers=forged[1]))
+
+            async def asks() -> bool:
+                return bool(forgeries._rounds)
+
+            assert await eventually(asks, 10)
+            names.addresses = [SECOND]
+            await found.look()
+            await found.look()
+        answer = await reading
+
+        assert answer.status_code == 200
+        assert service.sample("db_reads_routed_total", target="primary", reason="drained") == 1
+
+
+async def test_session_that_goes_on_after_its_replica_is_run_again(database: Database, names: Names) -> None:
+    """A request that had released its connection, and is refused by the closed pool, is served by the primary."""
+    async with serving(finding(database, database_replica_discovery_seconds=3600)) as service:
+        found, runs = members_of(service), []
+
+        @service.app.get("/twice")
+        async def twice(db: ReadDB) -> bool:
+            runs.append(await db.scalar(text("SELECT pg_is_in_recovery()")))
+            await db.close()
+            names.addresses = [SECOND]
+            await found.look()
+            await found.look()
+
+            async def gone() -> bool:
+                return FIRST not in stages(service.databases)
+
+            await eventually(gone, 10)
+            return bool(await db.scalar(text("SELECT pg_is_in_recovery()")))
+
+        answer = await service.client.get("/twice")
+
+        assert (answer.status_code, answer.json(), runs) == (200, False, [True, False])
+        assert service.sample("db_reads_retried_total", reason="pool_exhausted") == 1
+
+
 async def test_statement_that_does_not_end_is_cut(
     database: Database, names: Names, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -431,7 +490,7 @@ async def test_sizes_are_held_to_what_one_server_and_the_limit_grant(database: D
 
         # The second address leads to the same server.
         assert await eventually(two_pools, 5)
-        with pytest.raises(BudgetExceeded, match=r"3 pools x|\+ 1\)"):
+        with pytest.raises(BudgetExceeded, match=r"x 2 pools x \(2 \+ 0 \+ 1\)|40 \+ 0 \+ 1"):
             databases.resize("replica-3", pool_size=40)
         names.addresses = [FIRST]
         for _ in range(2):
