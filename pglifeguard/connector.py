@@ -155,6 +155,7 @@ class Connector:
         )
         # Whether the addresses have led to more than one server since the start, as the address of a balancer does.
         self.several = False
+        self._closed = False
         self._server: float | None = None
         # The connection that was opened last; it says what the next hop is, and what protects the way to it.
         self.latest: KeptAliveConnection | None = None
@@ -176,8 +177,11 @@ class Connector:
 
         With `waking` the database may be asleep: a host that refuses is tried again until the deadline.
 
-        Raises: DatabaseUnreachable, caused by what the hosts said.
+        Raises: DatabaseUnreachable, caused by what the hosts said; also after `close`.
         """
+        if self._closed:
+            # Whoever looks at a replica while it goes would leave a connection behind.
+            raise DatabaseUnreachable("The database cannot be reached: its connections were closed.")
         waking_seconds = self.settings.waking_login_seconds if waking else None
         return await self._search.connect(deadline, waking_seconds=waking_seconds)
 
@@ -207,7 +211,8 @@ class Connector:
         return 0 if self.look is not None and not self.look.keeps_statements else self.settings.statement_cache_size
 
     async def close(self) -> None:
-        """Give up the logins that have not ended."""
+        """Give up the logins that have not ended, and open no more."""
+        self._closed = True
         await self._search.close()
         if self._passwords is not None:
             self._passwords.close()

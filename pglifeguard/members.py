@@ -128,7 +128,7 @@ class Members:
         listed = {one.key: one for one in found}
         for key, member in self._members.items():
             member.missing = 0 if key in listed else member.missing + 1
-            if 0 < member.missing < MISSING_ANSWERS:
+            if 0 < member.missing < MISSING_ANSWERS and member.database.stage != "draining":
                 listed[key] = member.found
         self._listed = listed
         self._arrange()

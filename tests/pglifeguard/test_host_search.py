@@ -406,3 +406,12 @@ async def test_failure_that_is_a_bug_is_raised_as_it_is(database: Database) -> N
     with pytest.raises(TypeError, match="must be text"):
         await search.connect(asyncio.get_running_loop().time() + 1)
     await search.close()
+
+
+async def test_connector_that_was_closed_opens_nothing(database: Database) -> None:
+    """Whoever asks for a connection after the end is refused: nobody would close what is opened then."""
+    async with connecting(database.url()) as to:
+        await to.close()
+
+        with pytest.raises(DatabaseUnreachable, match="its connections were closed"):
+            await opening(to)

@@ -20,7 +20,7 @@ from pglifeguard.errors import BudgetExceeded
 from pglifeguard.fastapi.sessions import ReadDB
 from pglifeguard.members import RAMP_SECONDS, UNFIT_SECONDS, Members
 from tests.conftest import Database
-from tests.names import NAME, Names, answering
+from tests.names import NAME, Names, answering, name_server
 from tests.service import Service, serving, write
 from tests.standbys import balancing, second_standby
 
@@ -533,3 +533,31 @@ async def test_closing_leaves_no_replica_behind(database: Database, names: Names
         assert all(one.pool.figures().checked_in == 0 for one in every)
         async with databases:
             assert databases._members is not found
+
+
+async def test_records_of_a_service_lead_to_replicas(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By SRV records each replica has a port of its own, and the one of the higher priority waits for the other's end."""
+    port = database.cluster.replica.port
+    service_name = "_postgresql._tcp.orders.example"
+    url = database.replica_url().replace(f"127.0.0.1:{port}", service_name)
+    settings = finding(
+        database,
+        replicas=({"url": url, "pool_min_size": 1},),
+        database_replica_discovery="srv",
+    )
+    async with name_server(monkeypatch) as server, balancing(port) as other:
+        server.records[service_name] = [f"10 5 {port} localhost.", f"20 0 {other.port} localhost."]
+        async with serving(settings) as service:
+
+            async def both() -> bool:
+                return [one.stage for one in service.databases.replicas] == ["serving", "serving"]
+
+            assert await eventually(both, 10)
+            router = service.databases.router
+            first, second = sorted(router.replicas, key=lambda replica: replica.rank)
+            usual = {router.route()[0].name for _ in range(10)}
+            router.trip(first.database)
+            without = router.route()[0].name
+
+    assert [first.database.found and first.database.found.key, first.weight] == [f"localhost:{port}", 5]
+    assert (usual, without) == ({first.database.name}, second.database.name)
