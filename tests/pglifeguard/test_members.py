@@ -536,7 +536,7 @@ async def test_closing_leaves_no_replica_behind(database: Database, names: Names
 
 
 async def test_records_of_a_service_lead_to_replicas(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By SRV records each replica has a port of its own, and the one of the higher priority waits for the other's end."""
+    """By SRV records each replica has a port of its own, and the lower priority serves first."""
     port = database.cluster.replica.port
     service_name = "_postgresql._tcp.orders.example"
     url = database.replica_url().replace(f"127.0.0.1:{port}", service_name)
