@@ -268,6 +268,21 @@ def _databases() -> Row:
             (f"max by (pool) (db_write_stall_seconds{{{OF}}})", "{{pool}}"),
             unit=Seconds, limit=("above", 5),
         ),
+        graph(
+            66, "Replicas that DNS finds",
+            "Of all instances the most: in the last answer, and by what a process does with them. Nothing without "
+            "DATABASE_REPLICA_DISCOVERY. Bad: many listed, and none serving.",
+            (f"max by (stage) (db_replicas{{{HERE}}})", "{{stage}}"),
+            unit=Short,
+        ),
+        graph(
+            67, "Lookups and changes of the replicas",
+            "Bad: lookups that fail; the replicas stay as they are meanwhile. Changes without end: the name answers "
+            "with a part of its addresses at a time.",
+            (f"sum by (outcome) (rate(db_replica_lookups_total{{{HERE}}}{RATE}))", "lookup {{outcome}}"),
+            (f"sum by (change) (rate(db_replica_changes_total{{{HERE}}}{RATE}))", "replica {{change}}"),
+            unit=OpsPerSecond,
+        ),
     ]  # fmt: skip
 
 

@@ -163,7 +163,7 @@ class ServerCheck:
         """
         consistency, forged = self.consistency, self.router.forged
         token = consistency.wanted
-        if self._drained:
+        if self._is_drained():
             return self._leave("drained", token)
         if token is not None:
             token = consistency.wanted = forged.believed(token)
@@ -171,7 +171,7 @@ class ServerCheck:
             return None
         if forged.alert and not await forged.confirms(token):
             token = consistency.wanted = None
-        if self._drained:  # It has left during the question.
+        if self._is_drained():  # It has left during the question.
             return self._leave("drained", token)
         if token is None or self.replica.database.connector.several or self.replica.awaits(token):
             return None
@@ -188,8 +188,7 @@ class ServerCheck:
         lease.checkout.behind = True
         return self._leave(reason, token)
 
-    @property
-    def _drained(self) -> bool:
+    def _is_drained(self) -> bool:
         return self.replica.database.stage == "draining"
 
     def _leave(self, reason: Reason, token: Token | None) -> Database:
