@@ -7,6 +7,7 @@ A test that stops, kills, freezes, promotes or reconfigures a server asks for `b
 `database` and `service` too, is then on servers that the other tests do not share; it may leave the wreck behind.
 """
 
+import asyncio
 import logging
 import os
 import sys
@@ -334,10 +335,11 @@ async def replica_proxy(cluster: Cluster) -> AsyncIterator[Proxy]:
 @pytest.fixture
 async def execute(database: Database) -> AsyncIterator[Execute]:
     """Give a way to the primary beside the service."""
-    connection = await asyncpg.connect(database.url("postgres"))
+    connection, one_at_a_time = await asyncpg.connect(database.url("postgres")), asyncio.Lock()
 
     async def run(statement: str, *arguments: Any) -> Any:
-        return await connection.fetchval(statement, *arguments)
+        async with one_at_a_time:
+            return await connection.fetchval(statement, *arguments)
 
     yield run
     connection.terminate()  # It says goodbye without waiting for an answer, which a frozen server would not give.
