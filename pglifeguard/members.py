@@ -96,6 +96,11 @@ class Members:
         # The replicas that served nothing, with the time of that finding.
         self._unfit: dict[str, float] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        # A rate needs a zero to start from.
+        for outcome in ("found", "failed"):
+            metrics.replica_lookups.labels(outcome)
+        for change in ("joined", "left"):
+            metrics.replica_changes.labels(change)
 
     async def open(self) -> None:
         """Look the replicas up, wait until those that answer are warm, and follow the changes from then on."""

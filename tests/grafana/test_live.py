@@ -23,6 +23,8 @@ from pglifeguard.serving.protocol import LimitedProtocol
 from pglifeguard.sessions import WriteSession
 from tests.conftest import Database
 from tests.grafana.reading import Panel, is_served, panels, values, wrong
+from tests.names import Names, answering
+from tests.pglifeguard.test_members import finding
 from tests.pglifeguard.test_sleeping import sleeping
 from tests.proxy import Proxy
 from tests.service import ADA, exhausted, listening
@@ -152,6 +154,18 @@ async def wake(served: Instance) -> None:
     assert (await served.client.get("/users")).status_code == 200
 
 
+async def change_replicas(served: Instance, names: Names) -> None:
+    """Let DNS name another replica, which is not there, until the one that was is drained; then that one again."""
+    before = served.count("db_replica_changes_total", change="left")
+    usual, names.addresses = names.addresses, ["127.0.0.9"]
+
+    async def left() -> bool:
+        return served.count("db_replica_changes_total", change="left") > before
+
+    assert await eventually(left, 10)
+    names.addresses = usual
+
+
 async def lacking(prometheus: httpx.AsyncClient, asked: Iterable[Panel], started: float) -> list[tuple[Panel, str]]:
     """List the queries that have no value yet, or of something that is counted none but 0."""
     found = []
@@ -165,7 +179,9 @@ async def lacking(prometheus: httpx.AsyncClient, asked: Iterable[Panel], started
 
 @needs_prometheus
 @pytest.mark.slow
-async def test_every_panel_has_data(database: Database, proxy: Proxy, replica_proxy: Proxy, tmp_path: Path) -> None:
+async def test_every_panel_has_data(
+    database: Database, proxy: Proxy, replica_proxy: Proxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Under load with errors, refusals, retries, losses and sleep, each query has values, as its unit allows."""
     small = {"pool_size": 2, "max_overflow": 0, "pool_timeout": 0.2, "pool_min_size": 1}
     settings = database.settings(
@@ -175,32 +191,37 @@ async def test_every_panel_has_data(database: Database, proxy: Proxy, replica_pr
         leak_after_seconds=0.1,
     )
     started = time.time()
-    async with (
-        instance(settings) as served,
-        instance(sleeping(database)) as dozing,
-        running_prometheus(served.url, tmp_path, interval_seconds=SCRAPE_SECONDS, others=[dozing.url]) as prometheus,
-    ):
-        left: list[tuple[Panel, str]] = []
+    with answering(monkeypatch, "127.0.0.1") as names:
+        async with (
+            instance(settings) as served,
+            instance(sleeping(database)) as dozing,
+            instance(finding(database)) as changing,
+            running_prometheus(
+                served.url, tmp_path, interval_seconds=SCRAPE_SECONDS, others=[dozing.url, changing.url]
+            ) as prometheus,
+        ):
+            left: list[tuple[Panel, str]] = []
 
-        async def scraped() -> bool:
-            return len(await values(prometheus, "up == 1", INTERVAL, started, SCRAPE_SECONDS)) > 1
+            async def scraped() -> bool:
+                return len(await values(prometheus, "up == 1", INTERVAL, started, SCRAPE_SECONDS)) > 1
 
-        async def all_have_data() -> bool:
-            await use(served)
-            await overload(served)
-            await hold(served)
-            await collide(served)
-            await lose_the_primary(served, proxy)
-            await lose_the_replica(served, replica_proxy)
-            await speak_nonsense(served)
-            await wake(dozing)
-            left[:] = await lacking(prometheus, panels(), started)
-            return not left
+            async def all_have_data() -> bool:
+                await use(served)
+                await overload(served)
+                await hold(served)
+                await collide(served)
+                await lose_the_primary(served, proxy)
+                await lose_the_replica(served, replica_proxy)
+                await speak_nonsense(served)
+                await wake(dozing)
+                await change_replicas(changing, names)
+                left[:] = await lacking(prometheus, panels(), started)
+                return not left
 
-        assert await eventually(scraped, 30)
-        assert await eventually(all_have_data, 60), [f"{panel}: {query}" for panel, query in left]
+            assert await eventually(scraped, 30)
+            assert await eventually(all_have_data, 60), [f"{panel}: {query}" for panel, query in left]
 
-        for panel in panels():
-            for query in panel.queries:
-                drawn = await values(prometheus, query, INTERVAL, started, SCRAPE_SECONDS)
-                assert wrong(panel, drawn) == [], (panel, query)
+            for panel in panels():
+                for query in panel.queries:
+                    drawn = await values(prometheus, query, INTERVAL, started, SCRAPE_SECONDS)
+                    assert wrong(panel, drawn) == [], (panel, query)
