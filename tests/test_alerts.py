@@ -19,7 +19,7 @@ from prometheus_client import Histogram
 from local.waiting import eventually
 from pglifeguard.metrics import Metrics
 from tests.conftest import Database
-from tests.service import exhausted, listening, serving
+from tests.service import Service, exhausted, listening, serving
 from tests.watching import needs_prometheus, running_prometheus
 
 ROOT = Path(__file__).parent.parent
@@ -37,6 +37,12 @@ PUBLISHED = {
         "histogram_quantile(0.95, rate(db_connection_acquire_seconds_bucket[5m])) > 0.1",
         "5m",
     ),
+}
+
+
+# What `promtool check metrics` finds, and why it stays.
+FINDINGS = {
+    'db_pool_connections_total non-counter metrics should not have "_total" suffix': "the guides' name of a gauge",
 }
 
 
@@ -163,6 +169,20 @@ def test_no_gauge_is_sampled_at_an_instant(alert: dict[str, Any]) -> None:
     names = r"(?<![\w:])(?:up|(?:db|pg|pgbouncer|http|event|haproxy)_\w+)\b"
 
     assert re.findall(names + r"(?!(?:{[^}]*})?\[)(?:{[^}]*})?", expression) == []
+
+
+@needs_promtool
+async def test_exposition_follows_the_conventions(service: Service) -> None:
+    """Each metric has a help text, a base unit and a suffix by its type, but for what is explained."""
+    for path in ("/patients", "/patients/1", "/health/db"):
+        await service.client.get(path)
+    exposed = (await service.client.get("/metrics")).text
+
+    result = subprocess.run(  # noqa: ASYNC221  # It takes milliseconds.
+        [str(PROMTOOL), "check", "metrics"], input=exposed, capture_output=True, text=True, check=False
+    )
+
+    assert set(result.stderr.splitlines()) == FINDINGS.keys()
 
 
 @needs_promtool
