@@ -13,6 +13,7 @@ from app.settings import Settings
 from local.cluster import Cluster
 from local.waiting import eventually
 from pglifeguard import members
+from pglifeguard.connector import KeptAliveConnection
 from pglifeguard.database import Database as Pool
 from pglifeguard.databases import Databases
 from pglifeguard.doctor import diagnose
@@ -157,7 +158,8 @@ async def test_service_starts_without_an_answer(database: Database, names: Names
     """Reads go to the primary, loudly, until DNS answers."""
     names.addresses = []
     async with serving(finding(database)) as service:
-        await write(service)
+        # A replica that joins later may be asked for what is written now.
+        assert "x-consistency-token" in (await write(service)).headers
         status = (await service.client.get("/patients/1")).status_code
         fell_back = service.sample("db_reads_routed_total", target="primary", reason="unknown")
         names.addresses = [FIRST]
@@ -361,6 +363,64 @@ def _in_order_of_addresses(*hosts: str) -> Any:
     return choose
 
 
+async def test_replica_takes_no_reads_before_its_pool_is_warm(database: Database, names: Names) -> None:
+    """One whose monitor has found it near enough waits for its connections, and for ever behind a refused pooler."""
+    held, opened = asyncio.Event(), asyncio.Event()
+
+    async def on_connect(connection: KeptAliveConnection) -> None:
+        if connection.transport.get_extra_info("peername")[0] == SECOND:
+            held.set()
+            await opened.wait()
+
+    url = database.replica_url().replace("127.0.0.1", NAME)
+    patient = ({"url": url, "pool_min_size": 1, "connect_timeout_seconds": 30},)
+    settings = finding(database, replicas=patient)
+    async with addresses(database, SECOND), Databases(settings, on_connect=on_connect) as databases:
+        names.addresses = [FIRST, SECOND]
+        await held.wait()
+        (new,) = [one for one in databases.replicas if one.found and one.found.host.address == SECOND]
+        for _ in range(3):
+            await new.monitor.probe()
+        judge = databases.router.judge_of(new)
+        before = (judge and judge.state, new.stage, len(databases.router.replicas))
+        assert new.connector.look is not None
+        new.connector.look.refuse("leads to something else")
+        opened.set()
+
+        async def warm() -> bool:
+            return new.pool.figures().checked_in == 1
+
+        assert await eventually(warm, 10)
+        for _ in range(3):
+            await new.monitor.probe()
+
+        assert before == ("usable", "warming", 1)
+        assert new.stage == "warming"
+
+
+async def test_what_dns_still_names_is_exchanged_one_at_a_time(
+    database: Database, names: Names, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where other replicas come first now, one pool is given up for one of them, and then the next."""
+    fourth = "127.0.0.4"
+    names.addresses = [FIRST, SECOND, THIRD, fourth]
+    two = finding(database, database_replica_max_pools=2, database_replica_discovery_seconds=3600)
+    monkeypatch.setattr(members, "chosen", _in_order_of_addresses(FIRST, SECOND, THIRD, fourth))
+    async with addresses(database, SECOND, THIRD, fourth), serving(two) as service:
+        await become(service, first="serving", second="serving")
+        monkeypatch.setattr(members, "chosen", _in_order_of_addresses(THIRD, fourth, FIRST, SECOND))
+        await members_of(service).look()
+        at_once = Counter(stages(service.databases).values())
+
+        async def exchanged() -> bool:
+            await members_of(service).look()
+            return stages(service.databases) == {THIRD: "serving", fourth: "serving"}
+
+        assert await eventually(exchanged, 10)
+
+    assert at_once == {"draining": 1, "serving": 1}
+
+
 async def test_share_of_a_new_replica_grows(database: Database, names: Names, monkeypatch: pytest.MonkeyPatch) -> None:
     """A new replica has a tenth of its share at first and all of it after RAMP_SECONDS, also where nobody is busy."""
     now = 0.0
@@ -434,6 +494,7 @@ async def test_operators_see_which_replica_is_which(database: Database) -> None:
         "serving",
         0,
     )
+    assert replica["share"] == 1.0  # It is as new as all others here.
     assert (stats["replica-1"]["address"], stats["replica-1"]["stage"]) == (address, "serving")
     assert set(stats) == {"primary", "replica-1", "analytics"}
 
