@@ -551,8 +551,13 @@ async def test_sizes_are_held_to_what_one_server_and_the_limit_grant(database: D
 
         # The second address leads to the same server.
         assert await eventually(two_pools, 5)
-        with pytest.raises(BudgetExceeded, match=r"x 2 pools x \(2 \+ 0 \+ 1\)|40 \+ 0 \+ 1"):
-            databases.resize("replica-3", pool_size=40)
+        databases.resize("replica-1", pool_size=14)
+        databases.resize("replica-2", pool_size=14)
+        # The server would get 15 + 15, and the name 15 more.
+        with pytest.raises(BudgetExceeded, match=r"3 pools x \(14 \+ 0 \+ 1\) = 45 connections"):
+            databases.resize("replica-3", pool_size=14)
+        databases.resize("replica-1")
+        databases.resize("replica-2")
         names.addresses = [FIRST]
         for _ in range(2):
             await members_of(service).look()
@@ -622,3 +627,16 @@ async def test_records_of_a_service_lead_to_replicas(database: Database, monkeyp
 
     assert [first.database.found and first.database.found.key, first.weight] == [f"localhost:{port}", 5]
     assert (usual, without) == ({first.database.name}, second.database.name)
+
+
+async def test_address_of_the_primary_serves_reads_as_it_does(database: Database, names: Names) -> None:
+    """A name that leads to the primary too, as a service of all servers does, gives it a pool as a replica has one."""
+    names.addresses = [FIRST, SECOND]
+    primary, port = database.cluster.primary.port, database.cluster.replica.port
+    async with balancing(primary, host=SECOND, port=port), serving(finding(database)) as service:
+        await become(service, first="serving", second="serving")
+        path = (await write(service)).headers["location"]
+        states = {replica.state for replica in service.databases.router.replicas}
+        answers = {(await service.client.get(path)).status_code for _ in range(6)}
+
+    assert (states, answers) == ({"usable"}, {200})
