@@ -14,6 +14,8 @@ from local.waiting import eventually
 from pglifeguard.fence import Fence
 from tests.chaos.pooler import program, statement_cache_size
 from tests.conftest import Database
+from tests.names import answering
+from tests.pglifeguard.test_members import finding
 from tests.poolers.programs import Shape, running
 from tests.proxy import Proxy
 from tests.service import ADA, Service, serving
@@ -141,20 +143,25 @@ async def test_replica_that_follows_a_newer_primary_tells(
     assert "primary was replaced" in caplog.text
 
 
-@pytest.mark.parametrize("named", [True, False])
+@pytest.mark.parametrize(("named", "found"), [(True, False), (False, False), (True, True)])
 async def test_promoted_replica_tells_where_it_is_the_successor(
-    database: Database, breakable_cluster: Cluster, *, named: bool
+    database: Database, breakable_cluster: Cluster, monkeypatch: pytest.MonkeyPatch, *, named: bool, found: bool
 ) -> None:
-    """Named among the primary's hosts it takes the writes over; any other promoted replica changes nothing."""
+    """Named among the primary's hosts, also by the address at which DNS has found it, it takes the writes over.
+
+    Any other promoted replica changes nothing.
+    """
     primary, standby = breakable_cluster.primary.port, breakable_cluster.replica.port
     url = database.url()
     url = url.replace(f":{primary}/", f":{primary},{HOST}:{standby}/") if named else url
-    async with serving(database.settings(primary={"url": url})) as service:
-        await promote(breakable_cluster)
-        assert await eventually(lambda: shows_promoted(service), 10)
-        assert await answers(service, 201, number=1)
+    with answering(monkeypatch, HOST):
+        settings = finding(database, primary={"url": url}) if found else database.settings(primary={"url": url})
+        async with serving(settings) as service:
+            await promote(breakable_cluster)
+            assert await eventually(lambda: shows_promoted(service), 10)
+            assert await answers(service, 201, number=1)
 
-        assert await stored(breakable_cluster.replica if named else breakable_cluster.primary, database) == 1
+            assert await stored(breakable_cluster.replica if named else breakable_cluster.primary, database) == 1
 
 
 @pytest.mark.skipif(program() is None, reason="PgBouncer is not installed: apt-get install pgbouncer")
