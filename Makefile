@@ -1,6 +1,6 @@
 # Every recipe is one command that a person could type. `make` alone lists the targets.
 .DEFAULT_GOAL := help
-.PHONY: help install run test test-fast test-compose test-deploy test-ha chaos soak poolers check lint types format lock clean bench dashboards
+.PHONY: help install run test test-fast test-compose test-deploy test-ha chaos soak poolers check lint types format lock clean bench dashboards scale
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -69,6 +69,9 @@ bench: install  ## Measure against the floor and the textbook's ways (ARGS=--qui
 
 dashboards: install  ## Write the dashboards' JSON anew, from grafana/
 	$(BIN)/python -m grafana
+
+scale: install  ## Work out which limit comes first with more instances (ARGS="--instances 50 --storm")
+	$(BIN)/python -m bench.scale $(ARGS)
 
 lint: install  ## Check style and formatting
 	$(BIN)/ruff check .

@@ -37,10 +37,14 @@ class Balancer:
         """Where clients connect to."""
         return int(urlsplit(self.url).port or 0)
 
+    async def figures(self) -> str:
+        """Read its own metrics."""
+        async with httpx.AsyncClient(base_url=self.operators_url, timeout=10, trust_env=False) as client:
+            return (await client.get("/metrics")).text
+
     async def up(self, backend: str = "instances") -> int:
         """Count the instances that it believes to be there; in `starting` also those that have never been ready."""
-        async with httpx.AsyncClient(base_url=self.operators_url, timeout=10, trust_env=False) as client:
-            text = (await client.get("/metrics")).text
+        text = await self.figures()
         found = re.search(rf'^haproxy_backend_active_servers\{{proxy="{backend}"\}} (\d+)', text, re.MULTILINE)
         assert found is not None, text
         return int(found[1])

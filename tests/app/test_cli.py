@@ -60,12 +60,13 @@ async def served(
     *arguments: str,
     path: str = "/health/ready",
     verify: ssl.SSLContext | None = None,
+    port: int | None = None,
 ) -> AsyncIterator[Process]:
     """Run `python …` with a port, wait until it is ready, or `path` succeeds, and make sure that it ends.
 
     With `verify` it is asked by HTTPS.
     """
-    port, log = free_port(), directory / "log"
+    port, log = free_port() if port is None else port, directory / "log"
     with log.open("wb") as output:
         process = await asyncio.create_subprocess_exec(
             sys.executable, *arguments, "--port", str(port),

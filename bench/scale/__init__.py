@@ -1,0 +1,1 @@
+"""How the service scales out: arithmetic, and a simulated failover of many instances."""
