@@ -31,6 +31,10 @@ logger = logging.getLogger(__name__)
 
 # A login may take this many times the seconds after which its host counts as silent.
 LATE_FACTOR = 8
+# The patience with an only host doubles at each silence, up to these seconds. A server that hundreds of instances find
+# again at one moment is silent because of their logins. Tried anew each half second, all of these were given up and
+# begun again, without an end. Of several hosts another one may be promoted, so they are asked as often as before.
+LONGEST_PATIENCE_SECONDS = 2.0
 # The next host is tried beside a silent one after STAGGER_SHARE of its patience, and after STAGGER_SECONDS at most.
 STAGGER_SECONDS = 0.25
 STAGGER_SHARE = 0.2
@@ -87,14 +91,15 @@ class HostSearch(Generic[C]):
     ) -> None:
         """Search `hosts` by `log_in(host, seconds)`; `expected` are its failures that another host may not have.
 
-        A host that has not answered after `patience_seconds` counts as silent; its login goes on for a while.
+        A host that has not answered after `patience_seconds` counts as silent; its login goes on for a while. An only
+        host gets more at each silence, up to LONGEST_PATIENCE_SECONDS.
         `waits_for` says what else than the host a login waits for.
         """
         self.hosts = hosts
         self.login_seconds = patience_seconds * LATE_FACTOR
         self._log_in = log_in
         self._expected = expected
-        self._patience = patience_seconds
+        self._patience = self._usual_patience = patience_seconds
         self._waits_for = waits_for
         # The host that let the service in, None during a search.
         self._good: int | None = None
@@ -271,6 +276,7 @@ class HostSearch(Generic[C]):
         self._succeeded_at = asyncio.get_running_loop().time()
         self._failures.clear()
         self._pause = self._next_round_at = 0.0
+        self._patience = self._usual_patience
         self._end_round()
         # A login to another host that ends later must not move all callers away from the host that was found. One that
         # the sleeping host has left alone may end when nobody asks any more, and would keep the host awake.
@@ -299,6 +305,8 @@ class HostSearch(Generic[C]):
             attempt.timer = loop.call_later(attempt.patience, self._mark_silent, attempt)
             return
         attempt.late = True
+        if len(self.hosts) == 1:
+            self._patience = max(self._patience, min(2 * self._patience, LONGEST_PATIENCE_SECONDS))
         silence = f"{self.hosts[attempt.host]} has not let the service in within {attempt.patience:g} s"
         if (reason := self._waits_for()) is not None:
             silence = f"{silence}: {reason}"

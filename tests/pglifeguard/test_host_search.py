@@ -3,11 +3,13 @@
 import asyncio
 import ssl
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
+from itertools import pairwise
 from typing import Any
 
 import pytest
 
+from bench.scale.clock import simulate
 from local.waiting import eventually
 from pglifeguard import host_search
 from pglifeguard.connector import Connector, KeptAliveConnection
@@ -288,6 +290,56 @@ async def test_host_that_lets_others_in_is_given_time(database: Database, proxy:
 
         assert proxy.connections == 4
         await connection.close()
+
+
+class Answer:
+    """A connection that one host gives in the end."""
+
+    def terminate(self) -> None:
+        """Close it."""
+
+    def is_closed(self) -> bool:
+        """Say that it is open."""
+        return False
+
+
+@pytest.mark.parametrize(("hosts", "patience"), [(1, [0.5, 1.0, 2.0, 2.0, 0.5]), (2, [0.5, 0.5, 0.5, 0.5, 0.5])])
+def test_only_host_that_is_silent_is_tried_more_rarely(hosts: int, patience: list[float]) -> None:
+    """Logins that it does not answer come further apart, and each may take longer, until one succeeds. Where there is
+    another host, which may be promoted, all are asked as often as before.
+    """
+
+    async def search() -> tuple[list[float], list[float]]:
+        loop = asyncio.get_running_loop()
+        begun: list[float] = []
+        may_take: list[float] = []
+
+        async def log_in(host: Host, seconds: float) -> Answer:
+            if host.port > 1:
+                raise ConnectionRefusedError("it takes no writes")
+            begun.append(loop.time())
+            may_take.append(seconds)
+            if len(begun) in {4, 6}:
+                return Answer()
+            return await asyncio.sleep(seconds, Answer())
+
+        names = [Host("server", port) for port in range(1, hosts + 1)]
+        search = HostSearch(names, log_in, expected=(OSError,), patience_seconds=0.5)
+        for _ in range(2):
+            while True:
+                with suppress(DatabaseUnreachable):
+                    await search.connect(loop.time() + 3)
+                    break
+        await search.close()
+        return begun, may_take
+
+    begun, may_take = simulate(search())
+
+    assert may_take[:5] == [seconds * host_search.LATE_FACTOR for seconds in patience]
+    pauses = [later - sooner for sooner, later in pairwise(begun[:4])]
+    longest = host_search.LAST_PAUSE_SECONDS * hosts
+    for pause, seconds in zip(pauses, patience, strict=False):
+        assert seconds <= pause <= seconds + longest
 
 
 async def test_silent_hosts_that_refuse_are_told(database: Database, proxy: Proxy) -> None:
