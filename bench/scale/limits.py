@@ -148,13 +148,13 @@ def limits(figures: Figures) -> list[Limit]:
             "its `nofile`, then more poolers",
         ),
         Limit(
-            "seconds of logins after a failover, without a pooler, several hosts in the URL",
+            "seconds of logins after a failover, several hosts in the URL",
             logins,
             several_hosts,
             "one address, `DATABASE_CONNECT_TIMEOUT_SECONDS`, a pooler",
         ),
         Limit(
-            "the same with one address",
+            "seconds of logins after a failover, one address",
             logins,
             one_address,
             "`DATABASE_CONNECT_TIMEOUT_SECONDS`, a pooler",
