@@ -134,8 +134,8 @@ class DatabaseSettings(BaseModel):
         0.5,
         gt=0,
         le=60,
-        description="Seconds after which a host that has not let the service in is tried again, doubled up to 2 where it "
-        "is the only one; its login goes on for eight times as long.",
+        description="Seconds after which a host that has not let the service in is tried again, doubled up to 2 where "
+        "it is the only one; its login goes on for eight times as long.",
     )
     command_timeout_seconds: float = Field(
         35, gt=0, description="Net for a dead peer; longer than the server's statement_timeout."
