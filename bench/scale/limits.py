@@ -50,7 +50,11 @@ class Figures:
     pooler_files: float = figure(4096, "files that a pooler may open")
     pooler_connections: float = figure(30, "connections that all poolers may open on a server")
     pooler_logins: float = figure(2500, "logins a second of a pooler; with plain passwords in its file a tenth of it")
-    probe_milliseconds: float = figure(0.1, "what a probe costs a pooler's only thread")
+    probe: float = figure(0.2, "milliseconds that a probe costs a pooler's only thread")
+    server_probe: float = figure(
+        1.2, "milliseconds that a probe costs the server, behind a pooler that keeps no statements"
+    )
+    cores: float = figure(4, "cores of all servers together")
     series: float = figure(967, "series of an instance all of whose routes were used")
     scrape_interval: float = figure(5, "seconds between two scrapes")
     history_days: float = figure(15, "days that Prometheus is to keep")
@@ -172,8 +176,14 @@ def limits(figures: Figures) -> list[Limit]:
             "smaller pools: past this the queue is the pooler's, and our shedding no longer keeps it short",
         ),
         Limit(
+            "share of the servers' cores that probes take",
+            lambda n: probes(n) * f.server_probe / 1000 / f.cores,
+            0.2,
+            "`MONITOR_INTERVAL_SECONDS`, a pooler that keeps prepared statements",
+        ),
+        Limit(
             "share of a pooler's thread that probes take",
-            lambda n: probes(n) * f.probe_milliseconds / 1000 / f.poolers,
+            lambda n: probes(n) * f.probe / 1000 / f.poolers,
             0.5,
             "`MONITOR_INTERVAL_SECONDS`, more poolers",
         ),

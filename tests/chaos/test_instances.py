@@ -54,7 +54,7 @@ SETTINGS = {
 }
 SESSIONS = """
     SELECT count(*) FROM pg_stat_activity
-    WHERE backend_type = 'client backend' AND usename IN ('app_rw', 'app_ro')
+    WHERE backend_type = 'client backend' AND datname = current_database() AND usename IN ('app_rw', 'app_ro')
 """
 
 
