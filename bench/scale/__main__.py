@@ -28,7 +28,6 @@ SITUATIONS = (
     Situation(500),
     Situation(500, hosts=2),
     Situation(500, hosts=2, silent=True, figures=replace(Figures(), connect_timeout=2)),
-    Situation(2000, figures=replace(Figures(), connect_timeout=8)),
 )
 STORM = (
     "instances", "hosts in the URL", "connect timeout", "logins before, most in a second", "logins after, of needed",
