@@ -119,7 +119,7 @@ class Members:
         """Ask DNS, and begin what follows from its answer. Never raises: without an answer the list stays as it is."""
         try:
             found = await self._finder.find()
-        except OSError as error:
+        except (OSError, ValueError) as error:  # A name that no resolver takes is a ValueError.
             self._metrics.replica_lookups.labels("failed").inc()
             if not self._failing:
                 logger.warning("replicas cannot be looked up", extra={"reason": str(error), "known": len(self._listed)})
@@ -145,6 +145,7 @@ class Members:
             member.replica.share = _share(now - member.serving_since)
             if member.database.stage == "serving" and member.replica.state in SERVING:
                 member.fit_at = now
+                self._unfit.pop(key, None)
             elif now - member.fit_at >= UNFIT_SECONDS and key not in self._unfit:
                 self._unfit[key], given_up = now, True
         if given_up:
@@ -159,7 +160,8 @@ class Members:
         wanted = chosen(listed.values(), len(self._places), self._lot, ranks, self._unfit)
         for key, member in members.items():
             if key in listed:
-                member.replica.rank, member.found = ranks[key], listed[key]
+                member.found = listed[key]
+                member.replica.rank, member.replica.weight = ranks[key], max(listed[key].weight, 1)
             elif member.database.stage != "draining":
                 self._leave(member, "DNS names it no more")
         # Those that DNS still names are exchanged one at a time, since an exchange leaves a pool less for a while.

@@ -370,6 +370,29 @@ async def test_replica_that_serves_nothing_gives_its_place_away(
         await become(service, second="warming")
 
 
+async def test_replica_that_serves_again_is_fit(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that was broken for long, and had no other to give its place to, is not exchanged once it has recovered."""
+    now = 0.0
+    with answering(monkeypatch, FIRST):
+        async with serving(finding(database, database_replica_discovery_seconds=3600)) as service:
+            found, (replica,) = members_of(service), service.databases.router.replicas
+            monkeypatch.setattr(found, "_clock", lambda: now)
+            found.tick()
+            replica.trip()
+            now = UNFIT_SECONDS
+            found.tick()
+            unfit = set(found._unfit)
+
+            async def usable() -> bool:
+                return replica.state == "usable"
+
+            assert await eventually(usable, 10)
+            found.tick()
+
+    assert unfit == {f"{FIRST}:{database.cluster.replica.port}"}
+    assert not found._unfit
+
+
 def _in_order_of_addresses(*hosts: str) -> Any:
     def choose(listed: Any, most: int, _lot: str, _ranks: Any, unfit: Any) -> list[str]:
         ordered = sorted(listed, key=lambda each: (each.key in unfit, hosts.index(each.host.address)))
@@ -639,8 +662,14 @@ async def test_records_of_a_service_lead_to_replicas(database: Database, monkeyp
             usual = {router.route()[0].name for _ in range(10)}
             router.trip(first.database)
             without = router.route()[0].name
+            server.records[service_name] = [f"10 7 {port} localhost.", f"20 0 {other.port} localhost."]
 
-    assert [first.database.found and first.database.found.key, first.weight] == [f"localhost:{port}", 5]
+            async def heavier() -> bool:
+                return first.weight == 7
+
+            assert await eventually(heavier, 10)
+
+    assert [first.database.found and first.database.found.key] == [f"localhost:{port}"]
     assert (usual, without) == ({first.database.name}, second.database.name)
 
 
