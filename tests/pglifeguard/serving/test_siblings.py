@@ -15,6 +15,8 @@ from local.waiting import eventually
 from pglifeguard.serving.siblings import SUFFIX
 from tests.app.test_cli import MODULE, run, served
 from tests.conftest import Database
+from tests.names import answering
+from tests.pglifeguard.test_members import finding
 from tests.service import Service, serving
 
 # A process that has ended: above Linux's highest number.
@@ -73,6 +75,28 @@ async def test_order_reaches_the_other_worker(pair: tuple[Service, Service], tmp
     assert (both, one.databases.paused) == ((True, True), False)
     assert (resized["obeyed"], size(one), size(other)) == (2, (7, 5), (7, 5))
     assert [stat.S_IMODE(path.stat().st_mode) for path in addresses(tmp_path)] == [0o600, 0o600]
+
+
+async def test_workers_that_found_different_replicas_obey_alike(
+    database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An order for the place of a replica reaches the worker that has none there, and the one that starts later."""
+    settings = finding(database, prometheus_multiproc_dir=tmp_path, database_replica_discovery_seconds=3600)
+    with answering(monkeypatch, "127.0.0.1") as names:
+        async with serving(settings) as one:
+            names.addresses = []
+            async with serving(settings) as other:
+                drained = await post(other, "drain?pool=replica-1&wait_seconds=10")
+                resized = await post(other, "resize?pool=replica-1&pool_size=1")
+                missing = await post(other, "resize?pool=replica-4&pool_size=1")
+                async with serving(settings) as late:
+                    sizes = [each.databases.sizes["replica-1"].pool_size for each in (one, other, late)]
+            (replica,) = one.databases.replicas
+
+    assert drained == {"workers": 2, "obeyed": 2, "pending": NONE | {"replica-1": 0}, "failures": []}
+    assert (resized["obeyed"], resized["pool_size"], replica.pool.settings.pool_size) == (2, 1, 1)
+    assert missing["code"] == "not_found"
+    assert sizes == [1, 1, 1]
 
 
 async def test_worker_that_starts_later_does_what_the_others_were_told(
