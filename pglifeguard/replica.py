@@ -17,7 +17,8 @@ connection that will serve the read, and answers once it has replayed the write:
 answer is then known to all reads, so the next ones ask nothing.
 
 When the primary has not answered since the start, a standby serves reads without being compared (`alone`): no newer
-answer can be had. Tokens are honoured there as elsewhere.
+answer can be had. Tokens are honoured there as elsewhere. The same holds of a standby that follows a later timeline
+while the primary is away: it follows the successor, which the primary's address does not lead to yet.
 
 Of a replica that sleeps nothing is known (`asleep`). The primary serves the reads while the replica wakes up. Where the
 primary sleeps too, the read waits for the replica, and its server is asked before it serves. A replica whose primary
@@ -45,7 +46,8 @@ from pglifeguard.settings import DatabasesSettings
 
 logger = logging.getLogger(__name__)
 
-# The state of a replica. `alone`: a standby whose primary has not answered yet, so that nothing can be compared;
+# The state of a replica. `alone`: a standby whose primary has not answered yet, so that nothing can be compared, or has
+# gone and has a successor;
 # `asleep`: nobody uses it, so it was not asked; `promoted`: no standby any more; `foreign`: of another cluster;
 # `diverged`: on another timeline; `unmeasured`: its server reports no position.
 State = Literal[
@@ -213,7 +215,10 @@ class Replica:
             return "usable" if position.is_same_server(written) else "promoted"
         if written == UNKNOWN:
             return "alone" if self._primary.last.status in {"error", "timeout", "asleep"} else "unknown"
-        return "diverged" if position.is_diverged(written) else self._state_by_lag(position)
+        if not position.is_diverged(written):
+            return self._state_by_lag(position)
+        # Reads of all requests failed for a second after a switchover, until a pooler had found the new primary.
+        return "alone" if position.is_later(written) and not self._primary.healthy else "diverged"
 
     def _unfit(self, position: Position) -> Reason | None:
         """Return why a server at this position serves no reads; None when it does."""

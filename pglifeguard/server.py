@@ -110,6 +110,10 @@ class Position:
         """Whether the two are known to be on different timelines, so that their positions cannot be compared."""
         return None not in {self.timeline, other.timeline} and self.timeline != other.timeline
 
+    def is_later(self, other: "Position") -> bool:
+        """Whether this one is known to be on a later timeline of the same history, as after a failover."""
+        return self.timeline is not None and other.timeline is not None and self.timeline > other.timeline
+
 
 UNKNOWN = Position()
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, cast
 
+import asyncpg
 from sqlalchemy.engine import make_url
 
 from local.cluster import Cluster
@@ -114,6 +115,6 @@ async def _lets_in(*servers: Server) -> bool:
     try:
         for server in servers:
             await (await server.connect()).close()
-    except (OSError, TimeoutError):
+    except (OSError, TimeoutError, asyncpg.PostgresError):
         return False
     return True

@@ -128,6 +128,27 @@ async def test_server_is_judged_by_what_it_says(database: Database, said: Positi
 
 
 @pytest.mark.parametrize(
+    ("said", "wanted"),
+    [
+        (replace(STANDBY, timeline=3), "alone"),
+        (replace(STANDBY, timeline=3, in_recovery=False), "promoted"),
+        (replace(STANDBY, timeline=3, system=2), "foreign"),
+        (replace(STANDBY, timeline=1), "diverged"),
+        (STANDBY, "usable"),
+    ],
+)
+async def test_standby_of_the_successor_serves_while_the_primary_is_away(
+    database: Database, said: Position, wanted: State
+) -> None:
+    """A pooler may find the new primary a second later than the standbys do, and no newer answer can be had."""
+    async with quiet(database.settings()) as service:
+        monitor = service.databases.primary.monitor
+        monitor.position, monitor.last = PRIMARY, replace(monitor.last, status="error")
+
+        assert service.databases.router.replicas[0].state_of(said) == wanted
+
+
+@pytest.mark.parametrize(
     ("token", "at", "covered"),
     [
         (Token(100, 2, 1), STANDBY, True),
