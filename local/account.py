@@ -41,6 +41,14 @@ class Account:
         """Arguments for `subprocess` that make a program run as this account."""
         return {} if self.uid is None else {"user": self.uid, "group": self.gid, "extra_groups": []}
 
+    @property
+    def prefix(self) -> list[str]:
+        """What makes a program run as this account, and read our Python below a home that is closed to it."""
+        if self.uid is None:
+            return []
+        ids = ["--reuid", str(self.uid), "--regid", str(self.gid), "--clear-groups"]
+        return ["setpriv", *ids, "--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search"]
+
     def own(self, path: Path) -> None:
         """Give a file or directory to this account."""
         if self.uid is not None and self.gid is not None:

@@ -75,7 +75,7 @@ class Member:
         """Start Patroni, which starts the server, or makes it."""
         with self.log.open("ab") as log:
             self.manager = subprocess.Popen(
-                [*_as(account), PYTHON, "-m", "patroni", self.configuration],
+                [*account.prefix, PYTHON, "-m", "patroni", self.configuration],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -350,14 +350,6 @@ def _parameters(path: Path) -> dict[str, str]:
     pairs = (line.split("=", 1) for line in lines if "=" in line)
     # Patroni has its own for where a server listens.
     return {name.strip(): value.strip().strip("'") for name, value in pairs if "listen_addresses" not in name}
-
-
-def _as(account: Account) -> list[str]:
-    """Return what makes a program run as this account, and read our Python below a home that is closed to it."""
-    if account.uid is None:
-        return []
-    ids = ["--reuid", str(account.uid), "--regid", str(account.gid), "--clear-groups"]
-    return ["setpriv", *ids, "--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search"]
 
 
 async def _end(processes: Sequence[psutil.Process]) -> None:
