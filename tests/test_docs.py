@@ -209,7 +209,8 @@ def test_dependencies_are_justified() -> None:
     project = tomllib.loads(read("pyproject.toml"))
     extras = project["project"]["optional-dependencies"].values()
     of_library = [*project["project"]["dependencies"], *chain.from_iterable(extras)]
-    locks = read("requirements-deploy.txt") + read("requirements-ha.txt") + read("requirements-dev.txt")
+    groups = ("backup", "deploy", "ha", "dev")
+    locks = "".join(read(f"requirements-{group}.txt") for group in groups)
     locked = dict(re.findall(r"^([a-z0-9-]+)==([^ ;]+)", locks, re.MULTILINE))
     text = read("docs/dependencies.md")
 
@@ -218,6 +219,7 @@ def test_dependencies_are_justified() -> None:
         ("For development", project["dependency-groups"]["dev"]),
         ("For the chart", project["dependency-groups"]["deploy"]),
         ("For `make test-ha`", project["dependency-groups"]["ha"]),
+        ("For `make test-backup`", project["dependency-groups"]["backup"]),
     ):
         names = list(dict.fromkeys(by_name(requirement) for requirement in wanted))
         rows = {match[1]: match for match in map(parse_dependency, table(text, heading))}

@@ -57,7 +57,7 @@ async def test_configuration_is_clean(stack: Stack) -> None:
             assert remarks == ""
 
 
-@pytest.mark.parametrize("folder", [".", "pgbouncer", "haproxy", "grafana/image"])
+@pytest.mark.parametrize("folder", [".", "backup", "pgbouncer", "haproxy", "grafana/image"])
 def test_dockerfile_is_clean(folder: str) -> None:
     """Hadolint has nothing to remark on the images' recipes."""
     hadolint = shutil.which("hadolint", path=f"{ROOT / '.venv/bin'}:{Path('/usr/local/bin')}:/usr/bin")
