@@ -1,9 +1,7 @@
 """A repository of backups beside a cluster, by the scripts that the containers run."""
 
 import asyncio
-import os
 import shutil
-import signal
 import subprocess
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager

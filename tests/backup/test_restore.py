@@ -83,8 +83,8 @@ async def story() -> AsyncIterator[Story]:
 async def test_moment_before_a_mistake_and_then_a_later_one(story: Story) -> None:
     """Every row of before is there, and none of later; restored once more, to a later moment, those are there instead.
 
-    The running service takes each restored server for the newest, since its timeline is newer than all in the archive, and
-    the archive goes on from it.
+    The running service takes each restored server for the newest, since its timeline is newer than all in the archive.
+    The archive goes on from it.
     """
     repository = story.repository
     before = len(await repository.backups())

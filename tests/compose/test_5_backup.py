@@ -38,7 +38,7 @@ async def archived(stack: Stack) -> AsyncIterator[Stack]:
 async def test_deleted_patients_come_back(
     archived: Stack, client: httpx.AsyncClient, prometheus: httpx.AsyncClient
 ) -> None:
-    """What was there at the moment is, nothing of later; no container but the primary was restarted, the replica is made
+    """What was there at the moment is, and nothing of later; nobody but the primary was restarted, the replica is made
     anew, and Prometheus has the figures that the alerts ask for.
     """
     stack = archived
