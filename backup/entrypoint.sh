@@ -4,6 +4,7 @@ set -euo pipefail
 
 : "${BACKUP_HOME:?is not set}" "${PRIMARY_HOST:=primary}" "${PRIMARY_PORT:=5432}"
 : "${BACKUP_KEEP_DAYS:=7}"
+export PRIMARY_HOST PRIMARY_PORT
 
 refuse() { echo "backup: $*" >&2; exit 2; }
 

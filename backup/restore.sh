@@ -22,7 +22,8 @@ else
     seconds=$(date --date="$target" +%s) || refuse "'$target' is no moment"
     ((seconds <= $(date +%s))) || refuse "'$target' is in the future"
 fi
-if pg_isready --quiet --timeout=3 --host="${PRIMARY_HOST:-primary}" --port="${PRIMARY_PORT:-5432}"; then
+# A name that is gone with its container may take the resolver ten seconds.
+if timeout 3 pg_isready --quiet --timeout=3 --host="${PRIMARY_HOST:-primary}" --port="${PRIMARY_PORT:-5432}"; then
     refuse "the primary runs. Stop it first: what it writes from now on would not be in what is restored"
 fi
 

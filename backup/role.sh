@@ -13,6 +13,8 @@ PGPASSWORD=$POSTGRES_PASSWORD psql --no-psqlrc --quiet --set=ON_ERROR_STOP=1 --f
     "host=${PRIMARY_HOST:-primary} port=${PRIMARY_PORT:-5432} user=postgres dbname=postgres" <<'END'
 \getenv password REPLICATOR_PASSWORD
 BEGIN;
+-- "Already granted" is what idempotent means.
+SET LOCAL client_min_messages = 'warning';
 SET LOCAL log_statement = 'none';
 SET LOCAL log_min_error_statement = 'panic';
 SET LOCAL log_min_duration_statement = -1;
