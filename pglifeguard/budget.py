@@ -110,16 +110,14 @@ def on_one_server(
 
 def _demand(settings: DatabasesSettings, server: str, databases: list[DatabaseSettings]) -> Demand:
     sizes = [1 if database is settings.listening else database.capacity + 1 for database in databases]
-    counts = Counter(
+    terms = [
         "1 that listens"
         if each is settings.listening
         else f"({each.pool_size} + {each.max_overflow} + 1{', or 0 asleep' if each.sleeps else ''})"
         for each in databases
-    )
-    finds = settings.finds_replicas and server == settings.replicas[0].server
-    terms = []
-    for term, count in counts.items():
-        terms += [f"{count} pools x {term}"] if finds and count > 1 else [term] * count
+    ]
+    if settings.finds_replicas:
+        terms = [f"{count} pools x {term}" if count > 1 else term for term, count in Counter(terms).items()]
     pools = terms[0] if len(terms) == 1 else f"({' + '.join(terms)})"
     surge = settings.surge_instances
     instances = f"({settings.instances} + {surge} surge)" if surge else str(settings.instances)
