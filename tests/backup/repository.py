@@ -1,10 +1,12 @@
 """A repository of backups beside a cluster, by the scripts that the containers run."""
 
 import asyncio
+import re
 import shutil
 import subprocess
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from local.cluster import Cluster
@@ -104,6 +106,25 @@ class Repository:
             assert await eventually(received, SECONDS), self.log.read_text(encoding="utf-8")
         finally:
             await connection.close()
+
+    async def take(self) -> None:
+        """Have the keeper take a base backup as soon as it looks, and wait for it."""
+        before = await self.backups()
+        (self.home / "wanted").touch()
+
+        async def taken() -> bool:
+            return (await self.backups())[0] > before[0]
+
+        assert await eventually(taken, SECONDS), self.log.read_text(encoding="utf-8")
+
+    def age(self, backup: str, *, days: int) -> None:
+        """Let a base backup have been taken days ago, by its entry in the catalogue."""
+        then = datetime.now(UTC) - timedelta(days=days)
+        for entry in (*self.home.rglob(f"{backup}-backup.info"), *self.home.rglob(f"{backup}/backup.info")):
+            text = entry.read_text(encoding="utf-8")
+            entry.write_text(
+                re.sub(r"(?m)^(begin_time|end_time)=.*", rf"\1={then:%Y-%m-%d %H:%M:%S%z}", text), encoding="utf-8"
+            )
 
     def figure(self, name: str) -> float:
         """Read a figure that Prometheus would; 0.0 when there is none yet."""

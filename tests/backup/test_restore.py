@@ -142,6 +142,24 @@ async def test_lost_slot_means_a_new_base_backup(story: Story) -> None:
     assert "there is a gap in the archive" in repository.log.read_text(encoding="utf-8")
 
 
+async def test_base_backups_are_kept_as_long_as_a_moment_needs_them(story: Story) -> None:
+    """Of two that are older than the seven days the newer one stays: the moments of seven days ago begin with it."""
+    repository = story.repository
+    while len(await repository.backups()) < 2:
+        await repository.take()
+    newer, oldest = (await repository.backups())[-2:]
+    repository.age(newer, days=8)
+    repository.age(oldest, days=9)
+
+    await repository.take()
+
+    async def removed() -> bool:
+        return oldest not in await repository.backups()
+
+    assert await eventually(removed, 30), repository.log.read_text(encoding="utf-8")
+    assert newer in await repository.backups()
+
+
 @pytest.mark.parametrize(
     ("moment", "sentence"),
     [
