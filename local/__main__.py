@@ -25,6 +25,7 @@ complaints = Console(highlight=False, soft_wrap=True, stderr=True)
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 SESSION = """
 [bold]Lifeguard answers at {url}[/bold] after {seconds:.1f} s. Interactive documentation: {url}/docs
+The pools, live: {url}/debug/pools
 
   curl -s {url}/patients/1
   curl -s '{url}/patients?name=Ada'

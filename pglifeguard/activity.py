@@ -50,6 +50,30 @@ LEFT JOIN pg_stat_activity AS waiter ON waiter.pid = waiting.pid
 LEFT JOIN pg_stat_activity AS blocker ON blocker.pid = blocker_pid
 ORDER BY waited_seconds DESC NULLS LAST, waiting.pid, blocker_pid
 """
+# $1: sessions to list in any case, by process id; $2: how many to list; $3: how many characters of the statement to
+# read, which still has its values (see `statement_text`). Those of $1 come first, then those that wait for a lock
+# (`waits`), then the longest transactions. `started` is in microseconds since 1970: with the process id it names a
+# session for good.
+IN_TRANSACTION = f"""
+SELECT pid, coalesce(usename, '') AS role, coalesce(application_name, '') AS application,
+       coalesce(state, 'unknown') AS state,
+       extract(epoch FROM clock_timestamp() - xact_start)::float8 AS transaction_seconds,
+       extract(epoch FROM clock_timestamp() - state_change)::float8 AS state_seconds,
+       (extract(epoch FROM backend_start) * 1000000)::bigint AS started,
+       coalesce(wait_event_type = 'Lock', false) AS waits,
+       nullif(concat_ws(': ', wait_event_type, wait_event), '') AS waits_for,
+       coalesce(left(query, $3), '') AS statement
+FROM pg_stat_activity
+WHERE {CLIENTS} AND pid <> pg_backend_pid() AND (xact_start IS NOT NULL OR pid = ANY($1::int[]))
+ORDER BY pid = ANY($1::int[]) DESC, waits DESC, xact_start NULLS LAST, pid LIMIT $2
+"""  # noqa: S608  # Made of constants.
+# $1: the process id; $2: `started` as above, None for whoever has the process id now.
+END_SESSION = f"""
+SELECT coalesce(usename, '') AS role, coalesce(application_name, '') AS application, pg_terminate_backend(pid) AS ended
+FROM pg_stat_activity
+WHERE {CLIENTS} AND pid = $1 AND pid <> pg_backend_pid()
+  AND ($2::bigint IS NULL OR (extract(epoch FROM backend_start) * 1000000)::bigint = $2)
+"""  # noqa: S608  # Made of constants.
 # $1: idle for longer than so many seconds; $2: the application's name. A role may end its own sessions only.
 CLOSE_IDLE = """
 SELECT pg_terminate_backend(pid) AS closed

@@ -98,18 +98,26 @@ class PoolFigures:
 
 @dataclass(frozen=True, slots=True)
 class Holding:
-    """An open checkout: its holder, its duration, and how much of that was without a query."""
+    """An open checkout: its holder, its duration, and how much of that was without a query.
+
+    `pid` is the server's process that serves it; None when it is closed, and behind a pooler, where each transaction
+    may have another one.
+    """
 
     holder: str
     held_seconds: float
     idle_seconds: float
     taken_in: str | None = None
+    pid: int | None = None
 
 
 def holding_of(checkout: Checkout, now: float) -> Holding:
     """Describe an open checkout."""
     held = now - checkout.taken_at
-    return Holding(checkout.holder, held, max(0.0, held - checkout.queried_seconds()), checkout.taken_in)
+    idle = max(0.0, held - checkout.queried_seconds())
+    connection = checkout.connection
+    pid = None if connection.pooled or connection.is_closed() else connection.get_server_pid()
+    return Holding(checkout.holder, held, idle, checkout.taken_in, pid)
 
 
 class PoolWatch:

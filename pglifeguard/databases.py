@@ -474,12 +474,16 @@ class Databases:
                 metrics.forget(metrics.up, name)
             else:
                 metrics.up.labels(name).set(database.monitor.healthy)
-        for demand in demands(self.settings, self._on_one_server(self._sizes)):
+        for demand, allowed in self.budget():
             metrics.budget_wanted.labels(demand.server).set(demand.wanted)
             metrics.budget_instance.labels(demand.server).set(demand.per_instance)
-            allowed = self._granted(demand.server)
             if allowed is not None:
                 metrics.budget_granted.labels(demand.server).set(allowed)
+
+    def budget(self) -> list[tuple[Demand, int | None]]:
+        """List what all instances together may open on each server, and what it grants; None where nobody says."""
+        wanted = demands(self.settings, self._on_one_server(self._sizes))
+        return [(demand, self._granted(demand.server)) for demand in wanted]
 
     def _granted(self, server: str) -> int | None:
         """Return how many connections a server has for this service; None where nobody says."""

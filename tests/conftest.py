@@ -37,7 +37,7 @@ Execute: TypeAlias = Callable[..., Awaitable[Any]]
 # What a test may have left in the database that it shares with others.
 EMPTY = "TRUNCATE users, patients, idempotency_keys RESTART IDENTITY"
 # What `make test-fast` leaves out: what starts programs, breaks servers, or does something a hundred times.
-SLOW_FOLDERS = {"bench", "chaos", "examples", "local", "poolers"}
+SLOW_FOLDERS = {"bench", "browser", "chaos", "examples", "local", "poolers"}
 SLOW_FILES = {
     "pglifeguard": {
         "test_checkout", "test_collisions", "test_credentials", "test_databases", "test_host_search", "test_lazy",

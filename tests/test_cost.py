@@ -61,7 +61,7 @@ COSTS = {
     "list users": Cost("GET /users", 200, 0, 1, 1),
     "report": Cost("GET /reports/summary", 200, 0, 5, 3),
     "invalid": Cost("POST /patients", 422, 0, 0, 0, body=b'{"mrn": ""}'),
-    "no such route": Cost("GET /nothing", 404, 0, 0, 0, calls=284),
+    "no such route": Cost("GET /nothing", 404, 0, 0, 0, calls=266),
     "live": Cost("GET /health/live", 200, 0, 0, 0),
     "ready": Cost("GET /health/ready", 200, 0, 0, 0),
     "pool figures": Cost("GET /debug/pool-stats", 200, 0, 0, 0),

@@ -12,7 +12,7 @@ DOMAINS = sorted(path.parent.name for path in (ROOT / "app").glob("*/routes.py")
 # A module imports from lower floors only. `TYPE_CHECKING` is no way around: no two modules import each other.
 LIBRARY = (
     {"activity", "builtin_functions", "credentials", "dialect", "errors", "fence", "pooler", "query", "registry",
-     "sampling", "service_file", "tls", "variables", "duration", "doctor.findings"},
+     "sampling", "service_file", "statement_text", "tls", "variables", "duration", "doctor.findings"},
     {"collisions", "doctor.questions", "driver_failures", "effects", "environment", "metrics", "server",
      "url_parameters"},
     {"database_url", "orders"},
@@ -36,6 +36,7 @@ LIBRARY = (
     {"router"},
     {"members", "primary_retry", "sessions"},
     {"databases"},
+    {"history"},
     {"", "__main__"},
     {"serving.limits", "serving.loop", "serving.merging", "serving.shutdown", "serving.siblings"},
     {"serving.protocol", "serving.workers"},
@@ -45,6 +46,7 @@ LIBRARY = (
     {"fastapi.failure_log"},
     {"fastapi.problems"},
     {"fastapi.debug", "fastapi.exposition", "fastapi.health", "fastapi.idempotency", "fastapi.middleware"},
+    {"fastapi.pools"},
     {"fastapi.lifeguard"},
     {"fastapi"},
 )  # fmt: skip

@@ -4,15 +4,16 @@ import logging
 from dataclasses import asdict
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Query, Request
+from fastapi import Query, Request
 from pydantic import BaseModel, ConfigDict, Field
 
-from pglifeguard.activity import BLOCKED, BY_STATE
+from pglifeguard.activity import BLOCKED, BY_STATE, END_SESSION
 from pglifeguard.database import Database
 from pglifeguard.database_settings import MOST
 from pglifeguard.databases import Databases
-from pglifeguard.errors import DatabaseUnavailable, ServiceError
+from pglifeguard.errors import Conflict, DatabaseUnavailable, NotFound, ServiceError, sqlstate
 from pglifeguard.fastapi.problems import documented
+from pglifeguard.fastapi.routing import DebugRouter
 from pglifeguard.fastapi.sessions import RequestDatabases
 from pglifeguard.fastapi.shared import shared
 from pglifeguard.serving.siblings import Siblings, Told
@@ -25,11 +26,21 @@ ASK_SECONDS = 2.0
 # At most this many sessions that wait for a lock: the first of a crowd show what it waits for.
 MAX_BLOCKED = 50
 ASLEEP = "The database is asleep, and this question does not wake it."
+INSUFFICIENT_PRIVILEGE = "42501"
+NOT_ITS_OWN = (
+    "The session belongs to another role, and the service's role may end its own alone: end it as that role or as a "
+    "superuser, or grant pg_signal_backend to the service's role."
+)
 WaitSeconds = Annotated[float, Field(ge=0, le=60, description="Seconds to wait until nothing is pending.")]
 PoolName = Annotated[str, Field(description="primary, replica, analytics; several replicas are numbered: replica-1.")]
-router = APIRouter(tags=["operations"], responses=documented(401, 403))
+ProcessId = Annotated[int, Query(ge=1, le=2**31 - 1, description="The session's process id on the server.")]
+Started = Annotated[
+    int | None,
+    Query(ge=0, le=2**53, description="When it began, in microseconds since 1970: a process id is used again."),
+]
+router = DebugRouter(tags=["operations"], responses=documented(401, 403))
 # Whoever may ask these decides about every request, so they are there only where something guards them.
-guarded_router = APIRouter(tags=["operations"], responses=documented(401, 403))
+guarded_router = DebugRouter(tags=["operations"], responses=documented(401, 403))
 
 
 class NewSize(BaseModel):
@@ -128,11 +139,46 @@ async def resize(request: Request, databases: RequestDatabases, size: Annotated[
     }
 
 
+@guarded_router.post("/debug/end", status_code=202, responses=documented(404, 409, 422, 503))
+async def end(
+    request: Request, databases: RequestDatabases, pool: PoolName, pid: ProcessId, started: Started = None
+) -> dict[str, Any]:
+    """End one session on the server of a pool: its transaction is rolled back, and its client gets an error.
+
+    `pid` and `started` are those of /debug/pools/sessions. Whether the service's role may do so is the server's to say.
+    """
+    audit = _audit(request, "end", pool=pool, pid=pid)
+    try:
+        session = await _end(databases, pool, pid, started)
+    except ServiceError as error:
+        logger.warning("operator's order refused", extra={**audit, "reason": str(error)})
+        raise
+    logger.warning("operator's order", extra={**audit, **session})
+    return {"pool": pool, "pid": pid, **session}
+
+
+async def _end(databases: Databases, pool: str, pid: int, started: int | None) -> dict[str, Any]:
+    database = next((each for each in databases.all() if each.name == pool), None)
+    if database is None:
+        # Where DNS finds the replicas, it may have been there a moment ago.
+        raise NotFound(f"There is no pool {pool!r} now.")
+    if database.monitor.asleep:
+        raise Conflict(ASLEEP)
+    try:
+        ended = await database.monitor.ask(END_SESSION, pid, started, timeout_seconds=ASK_SECONDS)
+    except DatabaseUnavailable as error:
+        if sqlstate(error.__cause__) == INSUFFICIENT_PRIVILEGE:
+            raise Conflict(NOT_ITS_OWN) from error
+        raise
+    if not ended:
+        raise NotFound(f"There is no session {pid} of a client on the server of {pool} any more.")
+    return dict(ended[0])
+
+
 async def _tell(request: Request, operation: str, wait_seconds: float = 0, **arguments: Any) -> Told:
     """Have all workers carry an order out, and write down who gave it."""
     siblings: Siblings = request.app.state.siblings
-    address = None if request.client is None else request.client.host
-    audit = {"operation": operation, "by": client_key.get(), "address": address, **arguments}
+    audit = _audit(request, operation, **arguments)
     try:
         told = await siblings.tell(operation, arguments, wait_seconds=wait_seconds)
     except ServiceError as error:
@@ -140,3 +186,9 @@ async def _tell(request: Request, operation: str, wait_seconds: float = 0, **arg
         raise
     logger.warning("operator's order", extra={**audit, "workers": told.workers, "obeyed": told.obeyed})
     return told
+
+
+def _audit(request: Request, operation: str, **arguments: Any) -> dict[str, Any]:
+    """Return the fields of the log line: which order, who gave it, and from where."""
+    address = None if request.client is None else request.client.host
+    return {"operation": operation, "by": client_key.get(), "address": address, **arguments}

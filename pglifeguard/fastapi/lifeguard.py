@@ -15,6 +15,7 @@ from pglifeguard.fastapi import problems
 from pglifeguard.fastapi.idempotency import IdempotentRoute, purge_expired_keys
 from pglifeguard.fastapi.middleware import BodyLimit, ObserveRequests, ReadYourWrites, RetryOnCollision, RetryOnPrimary
 from pglifeguard.fastapi.sessions import refuse_plain_functions
+from pglifeguard.history import History
 from pglifeguard.metrics import Metrics
 from pglifeguard.pool import OnConnect
 from pglifeguard.serving.limits import LIMITS, ConnectionLimits
@@ -57,6 +58,7 @@ class Lifeguard:
         self.databases = Databases(settings, self.metrics, on_connect=on_connect, password=password)
         self.settings = self.databases.settings
         self.siblings = Siblings(self.databases)
+        self.history = History(self.databases)
 
     def install(
         self,
@@ -69,23 +71,26 @@ class Lifeguard:
 
         Routes and exception handlers of the application may be added before or after; its handlers win. Middleware
         that is added afterwards is outside of this. `open_dependencies` go to /health/* and /metrics, which probes and
-        Prometheus call without a token; `debug_dependencies` to /debug/*, which tells who holds connections: give it a
-        guard where strangers can reach it. Without them there is no /debug/pause, /resume, /drain and /resize.
+        Prometheus call without a token, and to /debug/pools, a page without a figure in it, which a browser opens
+        without one; `debug_dependencies` to the rest of /debug/*, which tells who holds connections: give it a guard
+        where strangers can reach it. Without them there is no /debug/pause, /resume, /drain, /resize and /end.
         """
         # Their routes are made when they are imported, and FastAPI loads pydantic.v1 to make its first one: 25 ms.
-        from pglifeguard.fastapi import debug, exposition, health  # noqa: PLC0415
+        from pglifeguard.fastapi import debug, exposition, health, pools  # noqa: PLC0415
 
         app.state.databases = self.databases
         app.state.siblings = self.siblings
+        app.state.history = self.history
+        app.state.takes_orders = bool(debug_dependencies)
         app.state.shared = {}
         problems.install(app)
         # Innermost, inside the exception handlers: a retried request passes the dependencies of inclusions again.
         app.router.middleware_stack = RetryOnPrimary(
             RetryOnCollision(app.router.middleware_stack, self.databases), self.databases
         )
-        for router in (health.router, exposition.router):
+        for router in (health.router, exposition.router, pools.page_router):
             app.include_router(router, dependencies=list(open_dependencies))
-        for router in (debug.router, debug.guarded_router) if debug_dependencies else (debug.router,):
+        for router in (debug.router, pools.router, *([debug.guarded_router] if debug_dependencies else [])):
             app.include_router(router, dependencies=list(debug_dependencies))
         # The last one added is the outermost.
         app.add_middleware(BodyLimit, settings=self.settings)
@@ -109,7 +114,7 @@ class Lifeguard:
             blocked_seconds=settings.blocked_after_seconds,
             locate=settings.trace_checkouts,
         )
-        tasks = [asyncio.create_task(loop_watch.run())]
+        tasks = [asyncio.create_task(loop_watch.run()), asyncio.create_task(self.history.keep())]
         if settings.prometheus_multiproc_dir is not None:
             tasks.append(asyncio.create_task(keep_written()))
         if _keeps_keys(app):

@@ -22,7 +22,7 @@ from starlette.routing import Match
 from app import patients, reports, security, users
 from app.main import create_app
 from app.security import OPEN, Scope, issue_token, needs
-from pglifeguard.fastapi import client_key, debug, exposition, health
+from pglifeguard.fastapi import client_key, debug, exposition, health, pools
 from tests.conftest import Database
 from tests.service import Service, serving
 
@@ -69,6 +69,9 @@ async def test_scopes_open_their_methods(guarded: Service) -> None:
         ("DELETE", "/patients/1", "write"),
         ("GET", "/debug/pool-stats", "ops"),
         ("GET", "/debug/connections", "ops"),
+        ("GET", "/debug/pools/figures", "ops"),
+        ("GET", "/debug/pools/sessions", "ops"),
+        ("POST", "/debug/end?pool=primary&pid=1", "ops"),
     ]
     scopes: tuple[Scope, ...] = ("read", "write", "ops")
     for method, path, needed in requests:
@@ -116,7 +119,7 @@ async def test_token_without_scopes_opens_nothing(guarded: Service) -> None:
 
 async def test_probes_metrics_and_documentation_need_no_token(guarded: Service) -> None:
     """A balancer and Prometheus have no secret, and nobody has one before reading how to get it."""
-    for path in ("/health/live", "/health/ready", "/health/db", "/metrics", "/docs", "/openapi.json"):
+    for path in ("/health/live", "/health/ready", "/health/db", "/metrics", "/docs", "/openapi.json", "/debug/pools"):
         assert (await guarded.client.get(path)).status_code == 200
 
 
@@ -139,7 +142,7 @@ async def test_refusal_comes_before_validation(guarded: Service) -> None:
 
 
 SCOPES: tuple[Scope, ...] = ("read", "write", "ops")
-OPEN_TEMPLATES = {"/health/live", "/health/ready", "/health/db", "/metrics", "/docs", "/openapi.json"}
+OPEN_TEMPLATES = {"/health/live", "/health/ready", "/health/db", "/metrics", "/docs", "/openapi.json", "/debug/pools"}
 # Each with the dependencies that the service includes it with.
 ROUTERS: list[tuple[Any, list[Any]]] = [
     (patients.router, []),
@@ -148,6 +151,8 @@ ROUTERS: list[tuple[Any, list[Any]]] = [
     (health.router, [security.OPEN]),
     (exposition.router, [security.OPEN]),
     (debug.router, [security.needs("ops")]),
+    (pools.page_router, [security.OPEN]),
+    (pools.router, [security.needs("ops")]),
 ]
 
 

@@ -21,7 +21,10 @@ from tests.service import ADA, Service, serving
 SERVED = "SELECT sessions FROM pg_stat_database WHERE datname = $1"
 CROWD = 100
 # What asks for the state of the service, and must not wake the database.
-WATCHING = ("/health/live", "/health/ready", "/health/db", "/metrics", "/debug/pool-stats", "/debug/connections")
+WATCHING = (
+    "/health/live", "/health/ready", "/health/db", "/metrics", "/debug/pool-stats", "/debug/connections",
+    "/debug/pools", "/debug/pools/figures", "/debug/pools/sessions",
+)  # fmt: skip
 
 
 def sleeping(
