@@ -50,6 +50,7 @@ def dashboard() -> Dashboard:
             _space(),
             _replication(),
             _pgbouncer(),
+            _backups(),
         ],
     )
 
@@ -191,17 +192,22 @@ def _replication() -> Row:
         ),
         graph(
             45, "WAL kept for slots",
-            "And how much more the server keeps before it gives a standby up (max_slot_wal_keep_size). "
-            "Runbook: ReplicationSlotInactive.",
+            "For standbys that do not stream, and for the archive of the backups. Runbook: ReplicationSlotInactive.",
             (
                 f"max by (server, slot_name) (pg_replication_slots_pg_wal_lsn_diff{{{HERE}}})",
-                "{{server}} {{slot_name}} kept",
-            ),
-            (
-                f"min by (server, slot_name) (pg_replication_slot_safe_wal_size_bytes{{{HERE}}})",
-                "{{server}} {{slot_name}} still safe",
+                "{{server}} {{slot_name}}",
             ),
             unit=BytesIEC,
+        ),
+        graph(
+            47, "WAL until a slot is lost",
+            "How much more the server keeps before it gives a slot up (max_slot_wal_keep_size). Bad: a quarter of it. "
+            "Runbook: ReplicationSlotNearlyLost.",
+            (
+                f"min by (server, slot_name) (pg_replication_slot_safe_wal_size_bytes{{{HERE}}})",
+                "{{server}} {{slot_name}}",
+            ),
+            unit=BytesIEC, limit=("below", 268435456),
         ),
         graph(
             46, "WAL written",
@@ -309,5 +315,22 @@ def _pgbouncer() -> Row:
             (rate("pgbouncer_stats_totals_received_bytes_total", "database", POOLER), "{{database}} received"),
             (rate("pgbouncer_stats_totals_sent_bytes_total", "database", POOLER), "{{database}} sent"),
             unit=BytesPerSecondIEC,
+        ),
+    ]  # fmt: skip
+
+
+def _backups() -> Row:
+    return "Backups, with the profile that makes them", [
+        graph(
+            61, "Age of the newest base backup",
+            "A restore replays the log from there. Bad: more than a day and two hours. Runbook: BackupTooOld.",
+            ("time() - max(backup_last_end_timestamp_seconds)", "newest"),
+            unit=Seconds, limit=("above", 93600),
+        ),
+        graph(
+            62, "Checks that fail",
+            "Barman's, of what it needs to archive and to restore. Bad: any that lasts. Runbook: BackupChecksFailing.",
+            ("max(backup_failed_checks)", "failed"),
+            unit=Short, limit=("above", 0),
         ),
     ]  # fmt: skip

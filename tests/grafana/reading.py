@@ -84,7 +84,12 @@ async def values(prometheus: httpx.AsyncClient, query: str, interval: str, start
 
 def is_served(query: str) -> bool:
     """Tell whether a query is about the service, and not about what an exporter says."""
-    return "pg_" not in query and "pgbouncer_" not in query
+    return not re.search(r"\b(?:pg|pgbouncer|backup)_", query)
+
+
+def is_optional(query: str) -> bool:
+    """Tell whether a query is about what runs with a profile of the stack alone."""
+    return re.search(r"\bbackup_", query) is not None
 
 
 def wrong(panel: Panel, drawn: list[float]) -> list[float]:
