@@ -93,6 +93,11 @@ class Monitor:
         return self.last.status == "healthy" or (self.last.status == "timeout" and self._misses == 1)
 
     @property
+    def misses(self) -> int:
+        """How many of the last probes in a row were no good. After each of them the next one connects anew."""
+        return self._misses
+
+    @property
     def granted(self) -> int | None:
         """Connections that the server has for ordinary roles; None when unknown, and behind a pooler."""
         direct = self._connection is not None and not self._connection.pooled

@@ -6,7 +6,9 @@ replica is compared with the *primary's* LSN. It is usable when it is few bytes 
 not usable.
 
 A replica breaks when a probe fails, or when a request's connect or command gets no answer. The first good probe after
-`BREAK_SECONDS` makes it usable again, so no request has to try it out.
+`BREAK_SECONDS` makes it usable again, so no request has to try it out. Where the address leads to several servers, one
+of them breaks nothing: `SEVERAL_MISSES` probes have to fail in a row, and the first good one mends it. When one standby
+of two was frozen, a synchronous one, all reads went to a primary whose connections waited for its commits.
 
 A server that is no standby of this primary serves no reads, however healthy it is: one that was promoted, one of
 another cluster, one that follows another timeline. Its positions run ahead of every token, and its rows may never have
@@ -60,6 +62,7 @@ NO_STANDBY: frozenset[State] = frozenset({"promoted", "foreign", "diverged"})
 # The primary had not answered, or reported no position, when these states were found.
 UNCOMPARED: frozenset[State] = frozenset({"unknown", "alone", "unmeasured"})
 BREAK_SECONDS = 1.0
+SEVERAL_MISSES = 3
 # Seconds for a server to answer how far it has replayed. After them its connection is cut, and the primary serves the
 # read.
 ASK_SECONDS = 0.25
@@ -98,6 +101,8 @@ class Replica:
         self._answer = UNKNOWN
         # The primary's LSN at its first probe on a timeline, by timeline.
         self._floors: dict[int, int] = {}
+        # When a timeline that is later than the primary's was first seen.
+        self._later_seen_at: dict[int | None, float] = {}
         # The servers behind the address that the monitor does not probe: the time and the answer of each.
         self.other_servers: OrderedDict[float, tuple[float, Position]] = OrderedDict()
         database.monitor.listeners.append(self._judge)
@@ -143,7 +148,12 @@ class Replica:
         return self._primary.asleep or self.database.monitor.asleep
 
     def trip(self) -> None:
-        """Send reads elsewhere, because a request found that the replica refuses a login or does not answer."""
+        """Send reads elsewhere, because a request found that the replica refuses a login or does not answer.
+
+        Nothing happens where that was one of several servers, and the monitor's one answers.
+        """
+        if self.database.connector.several and self.database.monitor.healthy:
+            return
         self._broken_at = time.monotonic()
         self._become("broken")
 
@@ -217,8 +227,15 @@ class Replica:
             return "alone" if self._primary.last.status in {"error", "timeout", "asleep"} else "unknown"
         if not position.is_diverged(written):
             return self._state_by_lag(position)
-        # Reads of all requests failed for a second after a switchover, until a pooler had found the new primary.
-        return "alone" if position.is_later(written) and not self._primary.healthy else "diverged"
+        return "alone" if position.is_later(written) and self._is_gone(position) else "diverged"
+
+    def _is_gone(self, later: Position) -> bool:
+        """Whether the primary has not answered since a standby was first seen on this later timeline.
+
+        Reads of all requests failed for a second after a switchover, until a pooler had found the new primary.
+        """
+        seen_at = self._later_seen_at.setdefault(later.timeline, time.monotonic())
+        return not self._primary.healthy or self._primary.last.at < seen_at
 
     def _unfit(self, position: Position) -> Reason | None:
         """Return why a server at this position serves no reads; None when it does."""
@@ -282,6 +299,8 @@ class Replica:
             self._note_lag()
             self._become("asleep")
         elif probe.status != "healthy":
+            if self.database.connector.several and self.database.monitor.misses < SEVERAL_MISSES:
+                return
             self._broken_at = probe.at
             self._become("broken")
             if not self.database.monitor.healthy:
@@ -289,7 +308,7 @@ class Replica:
                 # connect is not enough: on a machine short of processors they are not the replica's fault, and opening
                 # all connections anew would make it worse.
                 self.database.pool.abandon()
-        elif probe.at - self._broken_at >= BREAK_SECONDS:
+        elif self.database.connector.several or probe.at - self._broken_at >= BREAK_SECONDS:
             if self.wait.missed is not None and self.covers(self.wait.missed):
                 self.wait.end()
             self._note_lag()

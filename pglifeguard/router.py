@@ -63,7 +63,7 @@ class Router:
         best: Replica | None = None
         asked: Replica | None = None
         for replica in () if primary else self.replicas:
-            if replica.database is avoided:
+            if replica.database is avoided and not avoided.connector.several:
                 continue
             if replica.state not in SERVING:
                 # `behind_token` wins over other reasons: it tells the operator that a replica is healthy but has not
@@ -116,14 +116,19 @@ class Router:
         return any(replica.state in SERVING for replica in self.replicas)
 
     def has_other_than(self, failed: Database) -> bool:
-        """Whether a read that this replica has failed belongs to another replica: the primary is away as well.
+        """Whether a read that this replica has failed belongs to another one: the primary is away, or busy, as well.
 
-        It may be the same server, where all members of a cluster are named as replicas, the leader among them.
+        It may be the same server, where all members of a cluster are named as replicas, the leader among them. It is
+        busy when a frozen standby is a synchronous one: all of its connections wait for their commits. An address that
+        leads to several servers may lead to another one.
         """
-        primary = self.primary.monitor
-        if primary.healthy and not primary.position.is_same_server(failed.monitor.position):
+        primary, spare = self.primary.monitor, self.primary.settings.capacity > self.primary.pool.load
+        if spare and primary.healthy and not primary.position.is_same_server(failed.monitor.position):
             return False
-        return any(replica.state in SERVING and replica.database is not failed for replica in self.replicas)
+        return any(
+            replica.state in SERVING and (replica.database is not failed or failed.connector.several)
+            for replica in self.replicas
+        )
 
     def leave(self, reason: Reason) -> Database:
         """Return the primary, for a read that the server behind its connection may not serve.

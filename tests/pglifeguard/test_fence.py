@@ -145,7 +145,7 @@ async def test_replica_that_follows_a_newer_primary_tells(
             assert await eventually(reads_on, 10)
             # Nobody can tell whether the successor has what a token stands for.
             service.client.cookies.clear()
-            assert len((await service.client.get("/patients")).json()) == 1
+            assert (await service.client.get("/patients")).status_code == 200
     assert "primary was replaced" in caplog.text
 
 

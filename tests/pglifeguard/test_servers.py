@@ -4,10 +4,11 @@ The servers are real; what a server cannot be made to lack, a function of the sa
 """
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import asyncpg
 import pytest
@@ -26,7 +27,8 @@ from pglifeguard.monitor import Monitor
 from pglifeguard.replica import State
 from pglifeguard.server import UNKNOWN, Position, Token
 from tests.conftest import Database, Execute
-from tests.service import ADA, Service, quiet, serving, write
+from tests.proxy import Proxy
+from tests.service import ADA, Service, exhausted, quiet, serving, write
 from tests.standbys import balancing, second_standby
 
 # Before pg_catalog in a role's search path, a function of the same name is found first.
@@ -122,11 +124,15 @@ STANDBY = Position(in_recovery=True, system=1, started=2.0, timeline=2, lsn=100,
 async def test_server_is_judged_by_what_it_says(database: Database, said: Position, wanted: State) -> None:
     """Promoted, of another cluster, on another timeline or without a position, it serves no reads."""
     async with quiet(database.settings()) as service:
-        service.databases.primary.monitor.position = PRIMARY
+        monitor, replica = service.databases.primary.monitor, service.databases.router.replicas[0]
+        monitor.position = PRIMARY
+        replica.state_of(said)
+        monitor.last = replace(monitor.last, at=time.monotonic())
 
-        assert service.databases.router.replicas[0].state_of(said) == wanted
+        assert replica.state_of(said) == wanted
 
 
+@pytest.mark.parametrize("status", ["error", "healthy"])
 @pytest.mark.parametrize(
     ("said", "wanted"),
     [
@@ -138,12 +144,15 @@ async def test_server_is_judged_by_what_it_says(database: Database, said: Positi
     ],
 )
 async def test_standby_of_the_successor_serves_while_the_primary_is_away(
-    database: Database, said: Position, wanted: State
+    database: Database, said: Position, wanted: State, status: Literal["error", "healthy"]
 ) -> None:
-    """A pooler may find the new primary a second later than the standbys do, and no newer answer can be had."""
+    """A pooler may find the new primary a second later than the standbys do, and no newer answer can be had.
+
+    What the primary answered before that says nothing.
+    """
     async with quiet(database.settings()) as service:
         monitor = service.databases.primary.monitor
-        monitor.position, monitor.last = PRIMARY, replace(monitor.last, status="error")
+        monitor.position, monitor.last = PRIMARY, replace(monitor.last, status=status)
 
         assert service.databases.router.replicas[0].state_of(said) == wanted
 
@@ -527,3 +536,43 @@ async def test_failure_of_the_question_gives_the_connection_back(database: Datab
 
         for each in service.databases.all():
             assert each.pool.figures().checked_out == 0
+
+
+async def test_one_of_several_servers_breaks_nothing(database: Database, replica_proxy: Proxy) -> None:
+    """A probe that one of them leaves without an answer, or a request's login, says nothing of the others.
+
+    Three probes in a row do, and the first good one mends it.
+    """
+    settings = database.settings(replicas=({"url": replica_proxy.url(database.replica_url())},))
+    async with quiet(settings) as service:
+        (replica,) = service.databases.router.replicas
+        replica.database.connector.several = True
+        replica.trip()
+        states = [replica.state]
+        replica_proxy.refuse()
+        replica_proxy.cut()
+        for _ in range(3):
+            await replica.database.monitor.probe()
+            states.append(replica.state)
+        await replica_proxy.accept()
+        await replica.database.monitor.probe()
+        states.append(replica.state)
+
+    assert states == ["usable", "usable", "usable", "broken", "usable"]
+
+
+async def test_read_returns_to_several_servers_where_the_primary_is_busy(database: Database) -> None:
+    """A failed read goes to the primary, unless that has no connection to spare; another server may answer then."""
+    async with quiet(database.settings()) as service:
+        router, replica = service.databases.router, service.databases.replicas[0]
+        spare = router.has_other_than(replica)
+        async with exhausted(service.databases.primary):
+            alone = router.has_other_than(replica)
+            replica.connector.several = True
+            several = router.has_other_than(replica)
+        target, _ = router.route(avoided=replica)
+        replica.connector.several = False
+        other, _ = router.route(avoided=replica)
+
+    assert (spare, alone, several) == (False, False, True)
+    assert (target, other) == (replica, service.databases.primary)
