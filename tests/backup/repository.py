@@ -16,7 +16,7 @@ from local.setup import PROJECT
 from local.waiting import eventually
 
 BARMAN = PROJECT / ".venv-backup" / "bin"
-SECONDS = 60.0
+SECONDS = 90.0
 SENT = "SELECT sent_lsn >= $1::text::pg_lsn FROM pg_stat_replication WHERE application_name = 'barman_receive_wal'"
 
 

@@ -8,10 +8,13 @@ from itertools import count
 import pytest
 
 from local.waiting import eventually
-from tests.backup.repository import Repository, archiving, timeline
+from tests.backup.repository import SECONDS, Repository, archiving, timeline
 from tests.conftest import Database
 from tests.servers import Servers, open_directory
 from tests.service import ADA, Service, serving
+
+# A dozen programs take their turns; nothing here is about how fast.
+pytestmark = pytest.mark.timeout(400)
 
 BEFORE, AFTER = 20, 5
 MOMENT = "SELECT to_char(clock_timestamp(), 'YYYY-MM-DD HH24:MI:SS.US+00')"
@@ -50,7 +53,7 @@ class Story:
             answer = await self.service.client.post("/patients", json=new)
             return answer.status_code == 201 and self.service.databases.router.replicas[0].state == "usable"
 
-        assert await eventually(stored, 20), (await self.service.client.get("/health/db")).text
+        assert await eventually(stored, SECONDS), (await self.service.client.get("/health/db")).text
         assert await timeline(self.database.cluster.primary) == timeline_id
         listed = (await self.service.client.get("/patients", params={"limit": 100})).json()
         prefixes = [patient["mrn"].partition("-")[0] for patient in listed]
@@ -95,7 +98,7 @@ async def test_moment_before_a_mistake_and_then_a_later_one(story: Story) -> Non
     async def taken() -> bool:
         return len(await repository.backups()) > before
 
-    assert await eventually(taken, 30), repository.log.read_text(encoding="utf-8")
+    assert await eventually(taken, SECONDS), repository.log.read_text(encoding="utf-8")
     await repository.restore(story.later)
     second = await story.serves(timeline_id=3)
 
@@ -138,7 +141,7 @@ async def test_lost_slot_means_a_new_base_backup(story: Story) -> None:
     async def taken() -> bool:
         return len(await repository.backups()) > before
 
-    assert await eventually(taken, 30), repository.log.read_text(encoding="utf-8")
+    assert await eventually(taken, SECONDS), repository.log.read_text(encoding="utf-8")
     assert "there is a gap in the archive" in repository.log.read_text(encoding="utf-8")
 
 
@@ -156,7 +159,7 @@ async def test_base_backups_are_kept_as_long_as_a_moment_needs_them(story: Story
     async def removed() -> bool:
         return oldest not in await repository.backups()
 
-    assert await eventually(removed, 30), repository.log.read_text(encoding="utf-8")
+    assert await eventually(removed, SECONDS), repository.log.read_text(encoding="utf-8")
     assert newer in await repository.backups()
 
 
