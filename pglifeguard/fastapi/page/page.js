@@ -1,9 +1,9 @@
 "use strict";
-// The script of /debug/pools. While the page is seen it asks for figures every second, and for the servers' sessions
-// every five. It draws what it is told, and gives orders that were confirmed. Texts go in by textContent alone.
+// The script of /debug/pools. While the page is seen it asks for figures every two seconds, and for the servers'
+// sessions every six. It draws what it is told, and gives orders that were confirmed. Texts go in by textContent alone.
 
-const FIGURES_SECONDS = 1;
-const SESSIONS_SECONDS = 5;
+const FIGURES_SECONDS = 2;
+const SESSIONS_SECONDS = 6;
 const PATIENCE_SECONDS = 4;
 const WINDOW_SECONDS = 300;
 // A process that has not answered for so long is left, if another one answers at this address.
