@@ -15,11 +15,13 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 from axe_playwright_python.async_playwright import Axe  # type: ignore[import-untyped]  # It has no types.
-from playwright.async_api import Browser, Page, async_playwright
+from playwright.async_api import Browser, Page, async_playwright, expect
 
 from tests.service import ADA
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+# The service, its load and the browser share the processors with whatever else is tested.
+expect.set_options(timeout=15_000)
 # Kept in the page for the test: violations of its own policy, which a console may word in any way.
 NOTE_VIOLATIONS = """
 globalThis.violations = [];

@@ -137,7 +137,7 @@ async def test_failover_is_seen(
         await expect(news(seen.page, "primary: Does not answer")).to_be_visible()
         await lasting(pictures, TROUBLE_SECONDS)
         await breakable_cluster.replica.promote()
-        await expect(primary).to_contain_text("on timeline 2.", timeout=15_000)
+        await expect(primary).to_contain_text("on timeline 2.")
         await expect(news(seen.page, "primary: Does not answer")).to_be_hidden()
         await lasting(pictures, TROUBLE_SECONDS)
         await seen.keep_picture(pictures, "failover")
@@ -253,7 +253,7 @@ async def test_each_process_behind_an_address_is_shown_for_itself(database: Data
         async with exhausted(one.databases.primary), listening(either, running=True) as url:
             page = (await visit(url)).page
             choice, at_work = page.get_by_label("Show the process"), page.locator("dd").nth(1)
-            await expect(choice.get_by_role("option")).to_have_count(2, timeout=15_000)
+            await expect(choice.get_by_role("option")).to_have_count(2)
             await expect(page.get_by_text("one of 2 workers").first).to_be_visible()
             keys = {service.app.state.history.key: count for service, count in ((one, "15"), (other, "0"))}
             for key, count in keys.items():
