@@ -13,10 +13,11 @@ refuse() { echo "backup: $*" >&2; exit 2; }
 password_file=${REPLICATOR_PASSWORD_FILE:-}
 if [[ -n $password_file ]]; then password=$(<"$password_file"); else password=${REPLICATOR_PASSWORD:?is not set, nor is REPLICATOR_PASSWORD_FILE}; fi
 escaped=$(sed 's/[\\:]/\\&/g' <<<"$password") # The two characters that a password file gives a meaning of its own.
-(umask 077 && printf '*:*:*:replicator:%s\n*:*:*:backup:%s\n' "$escaped" "$escaped" >"$HOME/pgpass")
+(umask 077 && printf '*:*:*:replicator:%s\n*:*:*:backup:%s\n' "$escaped" "$escaped" >"$HOME/pgpass.$$" && mv "$HOME/pgpass.$$" "$HOME/pgpass")
 
 server="host=$PRIMARY_HOST port=$PRIMARY_PORT passfile=$HOME/pgpass connect_timeout=5"
-cat >"$HOME/.barman.conf" <<END
+# Moved into place: a Barman that runs already never reads half of it.
+cat >"$HOME/.barman.conf.$$" <<END
 [barman]
 barman_home = $BACKUP_HOME
 barman_user = $(id -un)
@@ -38,5 +39,6 @@ compression = gzip
 retention_policy = RECOVERY WINDOW OF $BACKUP_KEEP_DAYS DAYS
 minimum_redundancy = 1
 END
+mv "$HOME/.barman.conf.$$" "$HOME/.barman.conf"
 
 exec "$@"
