@@ -1,6 +1,7 @@
 """A repository of backups beside a cluster, by the scripts that the containers run."""
 
 import asyncio
+import json
 import re
 import shutil
 import subprocess
@@ -91,7 +92,9 @@ class Repository:
 
     async def backups(self) -> list[str]:
         """Name the complete base backups, the newest first."""
-        return (await self.ask("barman", "list-backups", "--minimal", "lifeguard")).split()
+        # One that failed, because its primary was killed meanwhile, is listed until the next one has succeeded.
+        listed = json.loads(await self.ask("barman", "--format", "json", "list-backups", "lifeguard"))["lifeguard"]
+        return [backup["backup_id"] for backup in listed if backup["status"] == "DONE"]
 
     async def archived(self) -> None:
         """Wait until all that the primary has written is received."""
