@@ -426,7 +426,7 @@ async def test_host_is_not_blamed_for_a_slow_source() -> None:
     """The search of hosts says what its logins wait for."""
     settings = DatabaseSettings(url="postgresql://app@127.0.0.1:1/shop", connect_timeout_seconds=0.02)
     gate = threading.Event()
-    with pytest.raises(DatabaseUnreachable, match=r"within 0\.02 s: the source of the password has not answered"):
+    with pytest.raises(DatabaseUnreachable, match=r"let the service in .*: the source of the password has not"):
         await open_one(settings.asking(lambda _login: str(gate.wait(SOON))), seconds=0.1)
     gate.set()
 
