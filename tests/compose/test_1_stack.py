@@ -43,6 +43,10 @@ ROUTES = [
     ("POST", "/debug/resume", None),
     ("POST", "/debug/drain", None),
     ("POST", "/debug/resize?pool=primary", None),
+    ("GET", "/debug/pools", None),
+    ("GET", "/debug/pools/figures", None),
+    ("GET", "/debug/pools/sessions", None),
+    ("POST", "/debug/end?pool=primary&pid=1", None),
     ("GET", "/metrics", None),
 ]
 
@@ -155,6 +159,8 @@ async def test_every_route_answers_through_pgbouncer(stack: Stack, client: httpx
     assert documented == answers.keys()
     # Only Prometheus asks for these, and it asks each instance.
     assert answers.pop(("GET", "/metrics")) == 404
+    # Of the container's processes the first one is no session.
+    assert answers.pop(("POST", "/debug/end")) == 404
     assert (await client.get("/debug/pool-stats")).status_code == 404
     assert {route: status for route, status in answers.items() if status >= 300} == {}
     assert all(after[alias] > before[alias] for alias in ("lifeguard", "lifeguard_replica"))
