@@ -323,6 +323,7 @@ async def test_time_until_it_is_empty_is_told_by_the_rate_of_late() -> None:
     assert queue.drain_seconds(0.2) == pytest.approx(0.4)
     assert queue.drain_seconds(2.2) == pytest.approx(4.4)
 
+    queue.next(11 * SERVICE_SECONDS)
     queue.idle = True
     queue.count_arrival(100.0)
     assert queue.drain_seconds(101.0) == 0.0
