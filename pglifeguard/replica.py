@@ -19,8 +19,8 @@ connection that will serve the read, and answers once it has replayed the write:
 answer is then known to all reads, so the next ones ask nothing.
 
 When the primary has not answered since the start, a standby serves reads without being compared (`alone`): no newer
-answer can be had. Tokens are honoured there as elsewhere. The same holds of a standby that follows a later timeline
-while the primary is away: it follows the successor, which the primary's address does not lead to yet.
+answer can be had. Tokens are honoured there as elsewhere. The same holds of a server on a later timeline while the
+primary is away: it is the successor, or follows it, and the primary's address does not lead there yet.
 
 Of a replica that sleeps nothing is known (`asleep`). The primary serves the reads while the replica wakes up. Where the
 primary sleeps too, the read waits for the replica, and its server is asked before it serves. A replica whose primary
@@ -220,19 +220,21 @@ class Replica:
             return "unmeasured"
         if position.is_foreign(written):
             return "foreign"
+        if position.in_recovery is False and position.is_same_server(written):
+            return "usable"  # A primary may be named as its own replica.
+        if position.is_later(written) and self._is_gone(position):
+            return "alone"
         if position.in_recovery is False:
-            # A primary may be named as its own replica. Any other server that takes writes has its own history.
-            return "usable" if position.is_same_server(written) else "promoted"
+            return "promoted"  # Any other server that takes writes has its own history.
         if written == UNKNOWN:
             return "alone" if self._primary.last.status in {"error", "timeout", "asleep"} else "unknown"
-        if not position.is_diverged(written):
-            return self._state_by_lag(position)
-        return "alone" if position.is_later(written) and self._is_gone(position) else "diverged"
+        return "diverged" if position.is_diverged(written) else self._state_by_lag(position)
 
     def _is_gone(self, later: Position) -> bool:
-        """Whether the primary has not answered since a standby was first seen on this later timeline.
+        """Whether the primary has not answered since a server was first seen on this later timeline.
 
-        Reads of all requests failed for a second after a switchover, until a pooler had found the new primary.
+        Reads of all requests failed for a second after a switchover, until a pooler had found the new primary, and for
+        half a second where the replica's address led to the standby that was just promoted.
         """
         seen_at = self._later_seen_at.setdefault(later.timeline, time.monotonic())
         return not self._primary.healthy or self._primary.last.at < seen_at

@@ -74,7 +74,7 @@ async def promote(cluster: Cluster) -> None:
 
 async def shows_promoted(service: Service) -> bool:
     """Whether the service knows that its replica is none any more."""
-    return service.databases.router.replicas[0].state == "promoted"
+    return service.databases.router.replicas[0].position.in_recovery is False
 
 
 async def answers(service: Service, status: int, *, number: int) -> bool:
@@ -147,6 +147,26 @@ async def test_replica_that_follows_a_newer_primary_tells(
             service.client.cookies.clear()
             assert (await service.client.get("/patients")).status_code == 200
     assert "primary was replaced" in caplog.text
+
+
+async def test_reads_go_on_where_the_replica_took_over(database: Database, breakable_cluster: Cluster) -> None:
+    """The primary's address leads to nobody yet. When the former primary answers there, it serves the reads again."""
+    primary, replica = breakable_cluster.primary, breakable_cluster.replica
+    async with serving(database.settings()) as service:
+
+        async def is_read(state: str) -> bool:
+            service.client.cookies.clear()
+            assert (await service.client.get("/patients")).status_code == 200
+            return service.databases.router.replicas[0].state == state
+
+        assert await is_read("usable")
+        await primary.stop()
+        await replica.promote()
+
+        assert await eventually(lambda: is_read("alone"), 10)
+        assert await answers(service, 503, number=1)
+        await primary.start()
+        assert await eventually(lambda: is_read("promoted"), 10)
 
 
 @pytest.mark.parametrize(("named", "found"), [(True, False), (False, False), (True, True)])

@@ -137,16 +137,17 @@ async def test_server_is_judged_by_what_it_says(database: Database, said: Positi
     ("said", "wanted"),
     [
         (replace(STANDBY, timeline=3), "alone"),
-        (replace(STANDBY, timeline=3, in_recovery=False), "promoted"),
+        (replace(STANDBY, timeline=3, in_recovery=False), "alone"),
+        (replace(STANDBY, in_recovery=False), "promoted"),
         (replace(STANDBY, timeline=3, system=2), "foreign"),
         (replace(STANDBY, timeline=1), "diverged"),
         (STANDBY, "usable"),
     ],
 )
-async def test_standby_of_the_successor_serves_while_the_primary_is_away(
+async def test_successor_and_its_standbys_serve_while_the_primary_is_away(
     database: Database, said: Position, wanted: State, status: Literal["error", "healthy"]
 ) -> None:
-    """A pooler may find the new primary a second later than the standbys do, and no newer answer can be had.
+    """A pooler may find the new primary a second later than the replica's address does, and no newer answer can be had.
 
     What the primary answered before that says nothing.
     """
