@@ -76,14 +76,17 @@ async def test_counters_sum_to_what_was_sent_and_survive_a_killed_worker(server:
     async def all_report() -> bool:
         return len(_workers(server)) == WORKERS and await _figures(server, capacity) == WORKERS * 15
 
-    async def scraped() -> set[float]:
-        return set(await asyncio.gather(*(_figures(server, requests) for _ in range(10))))
+    async def all_scraped() -> bool:
+        # A scrape waits for a worker's figures for a second at most, and may be short of them on a busy machine.
+        found = set(await asyncio.gather(*(_figures(server, requests) for _ in range(10))))
+        assert max(found) <= sent
+        return found == {sent}
 
     assert await eventually(all_report, 60)
     for _ in range(sent // 20):
         async with httpx.AsyncClient(base_url=server.url, trust_env=False) as client:
             await asyncio.gather(*(client.get("/health/live") for _ in range(20)))
-    assert await scraped() == {sent}
+    assert await eventually(all_scraped, 10)
 
     for victim in sorted(_workers(server))[:2]:
         os.kill(victim, signal.SIGKILL)
@@ -92,7 +95,7 @@ async def test_counters_sum_to_what_was_sent_and_survive_a_killed_worker(server:
             return victim not in _workers(server) and await all_report()
 
         assert await eventually(is_replaced, 60)
-        assert await scraped() == {sent}
+        assert await eventually(all_scraped, 10)
     (folder,) = await asyncio.to_thread(lambda: list(tmp_path.glob("lifeguard-metrics-*")))
     files = _files(folder)
     assert len(files) == WORKERS * len({name.rpartition("_")[0] for name in files})
