@@ -312,6 +312,13 @@ async def test_slow_clients_hold_no_connection(
     assert at_once == 0
 
 
+async def lists_answered(server: Process) -> float:
+    """Count the answers to `GET /patients`."""
+    lines = (await server.client.get("/metrics")).text.splitlines()
+    begin = 'http_requests_total{method="GET",route="/patients",'
+    return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(begin))
+
+
 async def held(server: Process) -> int:
     """Count the connections that the service holds for somebody."""
     figures = (await server.client.get("/debug/pool-stats")).json()
