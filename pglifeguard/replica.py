@@ -220,12 +220,11 @@ class Replica:
             return "unmeasured"
         if position.is_foreign(written):
             return "foreign"
-        if position.in_recovery is False and position.is_same_server(written):
-            return "usable"  # A primary may be named as its own replica.
         if position.is_later(written) and self._is_gone(position):
             return "alone"
         if position.in_recovery is False:
-            return "promoted"  # Any other server that takes writes has its own history.
+            # A primary may be named as its own replica. Any other server that takes writes has its own history.
+            return "usable" if position.is_same_server(written) else "promoted"
         if written == UNKNOWN:
             return "alone" if self._primary.last.status in {"error", "timeout", "asleep"} else "unknown"
         return "diverged" if position.is_diverged(written) else self._state_by_lag(position)
