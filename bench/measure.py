@@ -51,13 +51,15 @@ async def alternate(  # noqa: PLR0913  # Each is a condition of the measurement.
     servers: Sequence[Served],
     path: str,
     *,
-    clients: int,
+    clients: int | Mapping[str, int],
     plan: Plan,
     tell: Callable[[str], None],
     method: str = "GET",
     expected: int = 200,
 ) -> Mapping[str, Row]:
     """Load the servers in turn, a closed loop each, and keep every round but the first.
+
+    `clients` is the same for all, or for each server by its name.
 
     Raises: BenchError when an answer is not the expected one.
     """
@@ -66,10 +68,11 @@ async def alternate(  # noqa: PLR0913  # Each is a condition of the measurement.
         for server in servers:
             tell(f"{path} · {server.name} · " + (f"round {number} of {plan.rounds}" if number else "warm-up"))
             seconds = plan.seconds if number else plan.warm_up_seconds
+            busy = clients if isinstance(clients, int) else clients[server.name]
             opened, cpu = await stage.looks.sessions_opened(), server.cpu_seconds()
             async with stage.looks.connections(server.name) as peak:
                 got = await closed_loop(
-                    server.url + path, clients=clients, seconds=seconds, method=method, expected=expected
+                    server.url + path, clients=busy, seconds=seconds, method=method, expected=expected
                 )
             spent = server.cpu_seconds() - cpu
             if number:
