@@ -8,7 +8,7 @@ from typing import Any, Literal, cast
 from pythonjsonlogger.core import RESERVED_ATTRS, merge_record_extra
 from pythonjsonlogger.json import JsonFormatter
 
-from pglifeguard.fastapi import request_id
+from pglifeguard.fastapi import current_trace, request_id
 
 # uvicorn writes `color_message` for its own formatter; it repeats the message.
 NOT_EXTRA = [*RESERVED_ATTRS, "taskName", "color_message"]
@@ -78,13 +78,15 @@ class PathOnly(logging.Filter):
 
 
 class RequestId(logging.Filter):
-    """Adds the id of the current request, if there is one, as the field `request_id`."""
+    """Adds the id of the current request, if there is one, as `request_id`, and where it is traced its trace's ids."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Keep the line; an id that the caller gave stays."""
         current = request_id.get()
         if current is not None:
             vars(record).setdefault("request_id", current)
+        for name, value in (current_trace() or {}).items():
+            vars(record).setdefault(name, value)
         return True
 
 

@@ -17,6 +17,7 @@ from prometheus_client import Counter, Histogram
 from pglifeguard.connector import KeptAliveConnection
 from pglifeguard.metrics import Metrics
 from pglifeguard.sampling import Sampler
+from pglifeguard.telemetry import PoolTelemetry
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +53,8 @@ class Checkout:
     reported: bool = False
     # Whether it leads to a standby that had not replayed far enough for its holder. The pool hands it out last.
     behind: bool = False
+    # When its login began.
+    login_began_at: float = 0.0
 
     def begin_query(self) -> None:
         """Note that the connection waits for the server from now on."""
@@ -121,12 +124,23 @@ def holding_of(checkout: Checkout, now: float) -> Holding:
 
 
 class PoolWatch:
-    """Counts what one pool does. Looking a metric's labels up costs more than counting, so each is looked up once."""
+    """Counts what one pool does. Looking a metric's labels up costs more than counting, so each is looked up once.
 
-    def __init__(
-        self, metrics: Metrics, pool: str, sampler: Sampler, *, slow_query_seconds: float, idle_hold_seconds: float
+    `telemetry` is None where nothing is traced, and nothing is called for it then.
+    """
+
+    def __init__(  # noqa: PLR0913  # What it counts for, what it counts with, and from when it tells.
+        self,
+        metrics: Metrics,
+        pool: str,
+        sampler: Sampler,
+        *,
+        slow_query_seconds: float,
+        idle_hold_seconds: float,
+        telemetry: PoolTelemetry | None = None,
     ) -> None:
         self.pool = pool
+        self.telemetry = telemetry
         # Holders that have kept a connection for too long: the line that takes their next ones is remembered. For all
         # holders that is too dear, and the first sight of such a holder is seldom its last.
         self.traced: set[str] = set()
@@ -157,7 +171,7 @@ class PoolWatch:
 
     def acquired(self, seconds: float, holder: str) -> None:
         """Count a checkout and the seconds that it took."""
-        self._acquire.observe(seconds)
+        self._acquire.observe(seconds, None if self.telemetry is None else self.telemetry.acquired(seconds))
         # The first hold of a route is an increase too, when it ends: its series begin at 0 now.
         self._hold(holder)
         self._idle(holder)
@@ -181,11 +195,15 @@ class PoolWatch:
     def rejected(self, reason: str) -> None:
         """Count a refusal. Many come at once, so the log has them at DEBUG only."""
         self._rejected(reason).inc()
+        if self.telemetry is not None and reason == "timeout":
+            self.telemetry.timed_out()
         logger.debug("connection refused", extra={"pool": self.pool, "reason": reason})
 
     def connected(self, seconds: float) -> None:
         """Count and log a connection that was opened."""
         self._connect.observe(seconds)
+        if self.telemetry is not None:
+            self.telemetry.connected(seconds)
         logger.debug("connection opened", extra={"pool": self.pool, "seconds": round(seconds, 4)})
 
     def connect_failed(self) -> None:
@@ -202,6 +220,8 @@ class PoolWatch:
         holder = checkout.holder
         idle = max(0.0, held - checkout.queried_seconds())
         self._hold(holder).observe(held)
+        if self.telemetry is not None:
+            self.telemetry.returned(held)
         self._idle(holder).observe(idle)
         if idle >= self._idle_hold_seconds:
             self.log_kept("connection held idle", checkout, held_seconds=round(held, 3), idle_seconds=round(idle, 3))
@@ -212,9 +232,13 @@ class PoolWatch:
         by = {"pool": self.pool, "route": checkout.holder, "taken_in": checkout.taken_in}
         self._sampler.log(logger, level, message, by=by, **details)
 
-    def answered(self, checkout: Checkout, statement: str, seconds: float) -> None:
+    def answered(self, checkout: Checkout, statement: str, seconds: float, failure: str | None = None) -> None:
         """Count a statement, answered or failed, and the seconds that it took; log it when it was slow."""
-        self._query.observe(seconds)
+        telemetry = self.telemetry
+        self._query.observe(
+            seconds,
+            None if telemetry is None else telemetry.asked(checkout.connection, statement, seconds, failure),
+        )
         if seconds >= self._slow_query_seconds:
             self._slow.inc()
             # Never the parameters: they are health data.

@@ -59,11 +59,13 @@ class KeptAliveConnection(TrackedConnection):
     others behind the same address; None where it does not say.
     """
 
-    __slots__ = ("direct", "encryption", "server", "transport")
+    __slots__ = ("direct", "encryption", "host", "server", "transport")
 
     def __init__(self, protocol: Any, transport: asyncio.Transport, *rest: Any) -> None:
         super().__init__(protocol, transport, *rest)
         self.server: float | None = None
+        # The address that it was opened to.
+        self.host: Host | None = None
         # Whether the server itself answered the login, as far as the login tells; see pooler_look.py.
         self.direct = False
         self.transport = transport
@@ -315,6 +317,7 @@ class Connector:
                 raise
             raise failure from failure.__cause__
         connection.keep_alive(parameters.keepalive)
+        connection.host = host
         return connection
 
 

@@ -22,6 +22,7 @@ from pglifeguard.pooler_look import PoolerLook
 from pglifeguard.sampling import Sampler
 from pglifeguard.settings import DatabasesSettings
 from pglifeguard.sqlalchemy import EngineWatch, PoolAdapter, opened_connection
+from pglifeguard.telemetry import Telemetry
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +50,7 @@ class TransactionMode:
 class Database:
     """One database: its engine, the pool in front, the monitor beside, and the kinds of transaction."""
 
-    def __init__(  # noqa: PLR0913, PLR0917  # What it is, and five things that it shares with its siblings.
+    def __init__(  # noqa: PLR0913, PLR0917  # What it is, and six things that it shares with its siblings.
         self,
         name: str,
         role: Role,
@@ -58,6 +59,7 @@ class Database:
         metrics: Metrics,
         sampler: Sampler,
         on_connect: OnConnect | None = None,
+        telemetry: Telemetry | None = None,
     ) -> None:
         self.name = name
         self.role = role
@@ -68,6 +70,7 @@ class Database:
             sampler,
             slow_query_seconds=service.slow_query_seconds,
             idle_hold_seconds=service.idle_hold_seconds,
+            telemetry=None if telemetry is None else telemetry.of_pool(name, settings.parameters.database),
         )
         look = PoolerLook(
             name,

@@ -23,7 +23,7 @@ from pglifeguard.credentials import PasswordSource
 from pglifeguard.database import Database, Isolation, Role
 from pglifeguard.database_settings import DatabaseSettings
 from pglifeguard.discovery import Found
-from pglifeguard.environment import SettingsError
+from pglifeguard.environment import SettingsError, exported_signals
 from pglifeguard.errors import BudgetExceeded, DatabaseUnavailable, NotFound
 from pglifeguard.listening import Listener
 from pglifeguard.members import Members
@@ -36,6 +36,7 @@ from pglifeguard.router import Router, ServerCheck
 from pglifeguard.sampling import Sampler
 from pglifeguard.sessions import ReadSession, WriteSession
 from pglifeguard.settings import DatabasesSettings
+from pglifeguard.telemetry import PoolState, Telemetry
 from pglifeguard.write_once import write_once
 
 logger = logging.getLogger(__name__)
@@ -58,6 +59,10 @@ NOT_OPEN = (
 OTHER_LOOP = (
     "the databases are open in another event loop, to which their connections belong; each asyncio.run has its own, "
     "and each call of a TestClient without `with`: open them in the loop that uses them, or use one loop for all"
+)
+WITHOUT_OTEL = (
+    "OTEL_EXPORTER_OTLP_ENDPOINT or one like it is set, and {missing} is not installed: install the extra, "
+    "`pip install 'pglifeguard[otel]'`, or unset the variable."
 )
 STILL_OPEN = "the databases are open already; close them first, in the event loop in which they were opened"
 
@@ -82,6 +87,7 @@ class Databases:
         self._on_connect = on_connect
         self.metrics = Metrics() if metrics is None else metrics
         self.sampler = Sampler()
+        self.telemetry = _telemetry(settings)
         # The loop in which they are open; None before that and afterwards.
         self._loop: asyncio.AbstractEventLoop | None = None
         self._make()
@@ -99,7 +105,7 @@ class Databases:
         settings, metrics, sampler = self.settings, self.metrics, self.sampler
 
         def database(name: str, role: Role, chosen: DatabaseSettings) -> Database:
-            return Database(name, role, chosen, settings, metrics, sampler, self._on_connect)
+            return Database(name, role, chosen, settings, metrics, sampler, self._on_connect, self.telemetry)
 
         # As they are now: `resize` changes them until the databases are closed. Where DNS finds the replicas, these are
         # the sizes of all places, taken or not.
@@ -139,7 +145,7 @@ class Databases:
             self._members = Members(settings, metrics, self.router, self.replicas, make=found, meet=_meet)
         self.listener = Listener(settings.listening, warns=settings.warn_unencrypted)
         self.primary.monitor.listeners.append(self.listener.follow)
-        self.primary_retry = PrimaryRetry(settings, self.router, metrics)
+        self.primary_retry = PrimaryRetry(settings, self.router, metrics, self.telemetry)
 
     def all(self) -> list[Database]:
         """List the databases: primary, replicas, analytics. Where DNS finds the replicas, they come and go."""
@@ -231,7 +237,10 @@ class Databases:
 
     def count_collision(self, failure: BaseException | None) -> None:
         """Count a transaction that is run again."""
-        self.metrics.transactions_retried.labels(collision(failure)).inc()
+        reason = collision(failure)
+        self.metrics.transactions_retried.labels(reason).inc()
+        if self.telemetry is not None:
+            self.telemetry.event("transaction run again", reason=str(reason))
 
     async def write_once(self, query: Query[*Ts], **parameters: Any) -> Sequence[Row[*Ts]]:
         """Run one query that writes, in one round trip; return its rows. What it changed is stored when this returns.
@@ -416,6 +425,8 @@ class Databases:
             # Pools and monitors end with their event loop, which may have ended before they were closed.
             self._make()
         self._loop = asyncio.get_running_loop()
+        if self.telemetry is not None:
+            self.telemetry.start()
         fixed = self.all()
         members = [] if self._members is None else [self._members.open()]
         await asyncio.gather(*(_meet(database) for database in fixed), *members)
@@ -455,11 +466,15 @@ class Databases:
             await database.engine.dispose()
             await database.monitor.close()
         self.sampler.flush(everything=True)
+        if self.telemetry is not None:
+            await self.telemetry.stop()
         self._loop = None
 
     def publish(self) -> None:
         """Set the gauges to what the pools are now; called for each scrape."""
         metrics = self.metrics
+        if self.telemetry is not None:
+            self.telemetry.publish({database.name: _state(database) for database in self.all()})
         for database in self.all():
             figures, name = database.pool.figures(), database.name
             metrics.pool_total.labels(name).set(figures.total)
@@ -529,6 +544,28 @@ class Databases:
                 figures = database.pool.figures()
                 extra = {name: getattr(figures, name) for name in figures.__slots__}
                 logger.info("pool figures", extra={"pool": database.name, **extra})
+
+
+def _telemetry(settings: DatabasesSettings) -> Telemetry | None:
+    """Return what listens, where the environment names an OTLP endpoint; None without one.
+
+    Raises: SettingsError when it cannot be exported to.
+    """
+    signals = exported_signals()
+    if not signals:
+        return None
+    try:
+        # It loads the SDK, which takes longer than all of this library.
+        from pglifeguard.otel import OpenTelemetry  # noqa: PLC0415
+    except ModuleNotFoundError as error:
+        raise SettingsError(WITHOUT_OTEL.format(missing=error.name)) from error
+    return OpenTelemetry(signals, workers=settings.workers)
+
+
+def _state(database: Database) -> PoolState:
+    figures, sized = database.pool.figures(), database.settings
+    pending = database.pool.load - figures.checked_out
+    return PoolState(figures.checked_out, figures.checked_in, figures.total, sized.warm_size, sized.pool_size, pending)
 
 
 def _label(given: str | None) -> str:

@@ -113,6 +113,33 @@ def names_by_database(fields: Collection[str]) -> set[str]:
     return {f"{prefix}{name}" for prefix in PREFIXES.values() for name in fields}
 
 
+def exported_signals() -> frozenset[str]:
+    """Return which of "traces" and "metrics" the environment has an OTLP endpoint for, by OpenTelemetry's variables.
+
+    Those of the process count, and not `.env`, because OpenTelemetry's SDK reads its other variables itself.
+
+    Raises: SettingsError when they ask for a protocol that is not exported by.
+    """
+
+    def said(name: str) -> str:
+        return os.environ.get(f"OTEL_{name}", "").strip()
+
+    if said("SDK_DISABLED").lower() == "true":
+        return frozenset()
+    signals = set[str]()
+    for signal in ("TRACES", "METRICS"):
+        endpoint = said(f"EXPORTER_OTLP_{signal}_ENDPOINT") or said("EXPORTER_OTLP_ENDPOINT")
+        if endpoint and said(f"{signal}_EXPORTER") != "none":
+            protocol = said(f"EXPORTER_OTLP_{signal}_PROTOCOL") or said("EXPORTER_OTLP_PROTOCOL")
+            if protocol not in {"", "http/protobuf"}:
+                raise SettingsError(
+                    f"OTEL_EXPORTER_OTLP_PROTOCOL is {protocol}: {signal.lower()} are exported by http/protobuf alone. "
+                    "Unset it, and name the endpoint of that protocol, which usually is on port 4318."
+                )
+            signals.add(signal.lower())
+    return frozenset(signals)
+
+
 def split_urls(text: str) -> list[str]:
     """Split "postgresql://a/x, postgresql://b/x" without splitting a comma inside one URL's query."""
     return [url for url in re.split(r"\s*,\s*(?=[\w+.-]+://|$)", text.strip()) if url]

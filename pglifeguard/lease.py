@@ -23,6 +23,7 @@ from pglifeguard.errors import DatabaseUnavailable
 from pglifeguard.orm import HeldConnection
 from pglifeguard.query import Query
 from pglifeguard.server import WRITTEN, is_missing_feature, token_text
+from pglifeguard.telemetry import failure_name
 from pglifeguard.tracked_connection import Transaction
 
 # Seconds for telling the server to stop the statement of a cancelled request. After them the connection is dropped, and
@@ -52,20 +53,24 @@ class DriverLane:
         # PostgreSQL answers "COPY 12".
         return int(status.rpartition(" ")[2])
 
-    async def ask(self, answer: Awaitable[T], statement: str | None = None) -> T:
+    async def ask(self, answer: Awaitable[T], statement: str | None = None, *, look: str | None = None) -> T:
         """Wait for an answer, count its time, and name its failure.
 
-        `statement` is the text for the metrics; None for BEGIN, COMMIT and ROLLBACK, which are no statements there.
+        `statement` is the text for the metrics; None for BEGIN, COMMIT and ROLLBACK, which are no statements there. Nor
+        is a `look`, the text by which the library asks the replica how far it is.
         """
         # There is no timeout around the statement. Each cancel in mid-query throws a connection away, so a deadline
         # that cancels turns one stall of a second into hundreds of logins (decision 0005).
         self.checkout.begin_query()
+        failure: str | None = None
         try:
             return await answer
         except DRIVER_FAILURES as error:
+            failure = failure_name(error)
             self._translate(error, statement)
             raise
         except asyncio.CancelledError:
+            failure = "CancelledError"
             # The server runs the statement on, and holds its locks, until it is told to stop. asyncpg's close() waits
             # until it was told; terminate() does not wait. The shield lets a second cancel, as anyio sends them, end
             # the request and not the closing.
@@ -74,7 +79,9 @@ class DriverLane:
         finally:
             seconds = self.checkout.end_query()
             if statement is not None:
-                self._database.watch.answered(self.checkout, statement, seconds)
+                self._database.watch.answered(self.checkout, statement, seconds, failure)
+            elif look is not None and self._database.watch.telemetry is not None:
+                self._database.watch.telemetry.asked(self.connection, look, seconds, failure, name="replayed LSN")
 
     async def written_token(self) -> str | None:
         """Ask how far the WAL reaches after a commit, as a consistency token; None where the server cannot tell."""
@@ -85,13 +92,16 @@ class DriverLane:
         # none.
         bound, self.connection.bound = self.connection.bound, False
         self.checkout.begin_query()
+        failure: str | None = None
         try:
             written = cast("asyncpg.Record", await self.connection.fetchrow(WRITTEN))
         except asyncio.CancelledError:
             # The answer is still on its way. Nothing is left to roll back, so nothing is waited for.
+            failure = "CancelledError"
             self.connection.terminate()
             raise
         except DRIVER_FAILURES as error:
+            failure = failure_name(error)
             if not is_missing_feature(error):
                 # The next holder would wait for the answer that this statement left behind.
                 self.connection.terminate()
@@ -101,8 +111,10 @@ class DriverLane:
             self._database.watch.log("no consistency token", route=holder.get(), reason=reason)
             return None
         finally:
-            self.checkout.end_query()
+            seconds = self.checkout.end_query()
             self.connection.bound = bound
+            if self._database.watch.telemetry is not None:
+                self._database.watch.telemetry.asked(self.connection, WRITTEN, seconds, failure, name="written LSN")
         return token_text(self._database.monitor.position.system, written["timeline"], written["lsn"])
 
     def _translate(self, error: Exception, statement: str | None) -> None:

@@ -32,6 +32,7 @@ from pglifeguard.connector import KeptAliveConnection, password_is_late
 from pglifeguard.database_settings import DatabaseSettings
 from pglifeguard.driver_failures import DRIVER_FAILURES
 from pglifeguard.errors import ClientLeft, DatabaseUnreachable, PoolExhausted, sqlstate
+from pglifeguard.telemetry import PoolTelemetry
 from pglifeguard.wait_queue import WaitQueue, watch_client
 
 # Connections that one pool opens at the same time. Each login costs the server a process and both sides a millisecond
@@ -160,6 +161,12 @@ class ConnectionPool(Generic[S]):
         # Most of the time an idle connection needs no probe, and this request waits for nothing.
         if (slot := self.take_warm()) is not None:
             return slot
+        if self._watch.telemetry is None:
+            return await self._acquire()
+        with self._watch.telemetry.acquiring():
+            return await self._acquire()
+
+    async def _acquire(self) -> S:
         if self._closed:
             raise self._refusal("closing", "The service is shutting down.")
         started = self._clock()
@@ -230,6 +237,8 @@ class ConnectionPool(Generic[S]):
             or self._expired(checkout, now) is not None
         ):
             return None
+        if self._watch.telemetry is not None:
+            self._watch.telemetry.took_idle()
         return self._hand_out(self._idle.pop(), checkout, now)
 
     async def _wait_in_queue(self, deadline: float, *, queued: bool) -> S:
@@ -274,8 +283,27 @@ class ConnectionPool(Generic[S]):
             self._queue.leave(waiter)
             if queued:
                 self._watch.waited(self._clock() - joined, outcome)
+            if self._watch.telemetry is not None:
+                granted = _checkout(waiter.result()) if outcome == "granted" else None
+                self._tell_phases(self._watch.telemetry, joined, granted, queued=queued)
         self._in_hand.discard(slot)
         return slot
+
+    def _tell_phases(self, telemetry: PoolTelemetry, joined: float, granted: Checkout | None, *, queued: bool) -> None:
+        """Tell the time in the queue from that of the login whose connection the request was granted."""
+        now = self._clock()
+        if granted is None:
+            telemetry.phase("wait" if queued else "connect", began=now - joined)
+            return
+        is_new = granted.uses == 0 and granted.opened_at >= joined
+        began = now
+        if is_new:
+            # Behind others it waits for its turn; then, or else from the start, for a login.
+            began = max(joined, granted.login_began_at) if queued else joined
+        if began > joined:
+            telemetry.phase("wait", began=now - joined, ended=now - began)
+        if is_new:
+            telemetry.phase("connect", began=now - began)
 
     def _grant(self, slot: S) -> None:
         """Hand a connection to the request that is next in the queue; without one, keep it idle."""
@@ -396,6 +424,8 @@ class ConnectionPool(Generic[S]):
                 self._in_hand.discard(slot)
                 self._open_more()
                 self._note_drained()
+                if self._watch.telemetry is not None:
+                    self._watch.telemetry.phase("check", began=self._clock() - now)
         if reason is None:
             return True
         self._discard(slot, reason)
@@ -471,7 +501,9 @@ class ConnectionPool(Generic[S]):
             # A tenth of the lifetime is left to chance. Without it the connections that were opened together end
             # together, and the requests that meet them all wait for logins.
             lifetime = self.settings.pool_recycle * random.uniform(0.9, 1.0)  # noqa: S311  # Not a secret.
-            slot.info["checkout"] = Checkout(connection, now, now + lifetime, opening.generation, idle_since=now)
+            slot.info["checkout"] = Checkout(
+                connection, now, now + lifetime, opening.generation, idle_since=now, login_began_at=started
+            )
             self._failure = None
             self._watch.connected(now - started)
             self._arrive(slot, opening)

@@ -19,6 +19,7 @@ from pglifeguard.errors import DatabaseUnavailable, NotFound, PoolExhausted, Rep
 from pglifeguard.metrics import Metrics
 from pglifeguard.router import Router
 from pglifeguard.settings import DatabasesSettings
+from pglifeguard.telemetry import Telemetry
 
 T = TypeVar("T")
 
@@ -43,7 +44,10 @@ class PrimaryRetry:
     replica.
     """
 
-    def __init__(self, settings: DatabasesSettings, router: Router, metrics: Metrics) -> None:
+    def __init__(
+        self, settings: DatabasesSettings, router: Router, metrics: Metrics, telemetry: Telemetry | None = None
+    ) -> None:
+        self._telemetry = telemetry
         self._allowed = settings.replica_fallback
         self._router = router
         self._count = lru_cache(lambda reason: metrics.reads_retried.labels(reason))
@@ -88,6 +92,8 @@ class PrimaryRetry:
         if failed is None or tried or reason == "not_found" or not self._router.has_other_than(failed):
             return False
         self._count(reason).inc()
+        if self._telemetry is not None:
+            self._telemetry.event("retry on another replica", reason=reason, failed=failed.name)
         consistency.avoided, consistency.read_from = failed, None
         return True
 
@@ -104,7 +110,10 @@ class PrimaryRetry:
         self._count(reason).inc()
         consistency.primary_only = True
         try:
-            return await attempt()
+            if self._telemetry is None:
+                return await attempt()
+            with self._telemetry.retrying("retry on the primary", reason):
+                return await attempt()
         finally:
             room.release()
 

@@ -9,11 +9,14 @@ from itertools import islice
 
 from prometheus_client import CollectorRegistry, Metric, generate_latest
 from prometheus_client.metrics import MetricWrapperBase
+from prometheus_client.openmetrics.exposition import generate_latest as generate_openmetrics
 from prometheus_client.registry import Collector
 from prometheus_client.samples import Sample
 
 # Samples collected and written before other requests get the event loop: about a millisecond's work.
 SLICE_SAMPLES = 100
+# What OpenMetrics has as its last line.
+END = b"# EOF\n"
 
 
 class Registry(CollectorRegistry):
@@ -43,15 +46,17 @@ class Registry(CollectorRegistry):
                     part, is_first = list(islice(known, SLICE_SAMPLES)), False
 
 
-async def write(slices: Iterable[Metric]) -> bytes:
+async def write(slices: Iterable[Metric], *, openmetrics: bool = False) -> bytes:
     """Write the exposition of families in slices; others get the event loop after every `SLICE_SAMPLES` or more.
 
     Never after twice as many, since no slice has more than `SLICE_SAMPLES`. A turn of the loop for each family would
     cost more than most families do. A thread would not help: it would hold the interpreter's lock for 5 ms at a time.
+    With `openmetrics` it is in that format, which has exemplars.
     """
+    generate, end = (generate_openmetrics, END) if openmetrics else (generate_latest, b"")
     parts, name, written = [], "", 0
     for family in slices:
-        text = generate_latest(_One(family))
+        text = generate(_One(family)).removesuffix(end)
         # HELP and TYPE are in the first slice of a family.
         parts.append(text if family.name != name else text.split(b"\n", 2)[2])
         name = family.name
@@ -59,7 +64,7 @@ async def write(slices: Iterable[Metric]) -> bytes:
         if written >= SLICE_SAMPLES:
             await asyncio.sleep(0)
             written = 0
-    return b"".join(parts)
+    return b"".join([*parts, end])
 
 
 @dataclass(frozen=True, slots=True)

@@ -280,7 +280,7 @@ class Replica:
         # The query leaves nothing in the server's session, so it must not cost a reset.
         left = lease.connection.left
         try:
-            return cast("Mapping[str, Any]", await lease.ask(lease.connection.fetchrow(sql, *arguments)))
+            return cast("Mapping[str, Any]", await lease.ask(lease.connection.fetchrow(sql, *arguments), look=sql))
         except asyncpg.PostgresError as error:
             if not is_missing_feature(error):
                 raise

@@ -28,6 +28,7 @@ from pglifeguard.driver_failures import Fate, examine
 from pglifeguard.effects import effect_of
 from pglifeguard.errors import ConnectionLost, DatabaseUnreachable
 from pglifeguard.pool import ConnectionPool, OnConnect
+from pglifeguard.telemetry import failure_name
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +64,7 @@ class PoolAdapter(Pool):
         self.bounded: ConnectionPool[ConnectionPoolEntry] = ConnectionPool(settings, watch, self, trace=trace)
         self._connector = connector
         self._name = watch.pool
+        self._telemetry = watch.telemetry
         self._on_connect = on_connect
         self._customizing = 0
         # The failure of on_connect that the log has told; None since it succeeded.
@@ -116,6 +118,8 @@ class PoolAdapter(Pool):
             raise
         finally:
             guard.cancel()
+        # Now, so that what the dialect has asked belongs to no trace.
+        connection.telemetry = self._telemetry
         return entry, connection
 
     async def _customize(self, connection: KeptAliveConnection, on_connect: OnConnect, deadline: float) -> None:
@@ -219,7 +223,8 @@ class EngineWatch:
         connection, error = failure.connection, failure.original_exception
         checkout = _checkout_of(connection)
         if checkout is not None and checkout.asked_at is not None:
-            self._watch.answered(checkout, failure.statement or "", checkout.end_query())
+            seconds = checkout.end_query()
+            self._watch.answered(checkout, failure.statement or "", seconds, failure_name(error))
         cause = error.__cause__ if isinstance(error, EmulatedDBAPIException) and error.__cause__ else error
         reads_only = not self._writable or connection is None or _reads_only(connection)
         driver_connection = None if checkout is None else checkout.connection

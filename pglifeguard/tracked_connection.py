@@ -16,6 +16,7 @@ import asyncpg
 from pglifeguard.driver_failures import DRIVER_FAILURES, LOST, SWALLOWED, never_sent
 from pglifeguard.effects import Effect, effect_of
 from pglifeguard.errors import ConnectionLost, OutcomeUnknown, TransactionAborted
+from pglifeguard.telemetry import PoolTelemetry
 
 if TYPE_CHECKING:
 
@@ -77,7 +78,7 @@ class TrackedConnection(_Connection):
     here, and statements outside of one are refused. `committed` says that a COMMIT was answered during this checkout.
     """
 
-    __slots__ = ("_reported_settings", "bound", "committed", "customized", "left", "pooled", "reported")
+    __slots__ = ("_reported_settings", "bound", "committed", "customized", "left", "pooled", "reported", "telemetry")
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
@@ -87,6 +88,8 @@ class TrackedConnection(_Connection):
         self.pooled = False
         # Whether the application has set it up: RESET ALL would take that back too.
         self.customized = False
+        # What its transactions are told to; None where nothing is traced.
+        self.telemetry: PoolTelemetry | None = None
         self.mark_clean()
 
     def mark_clean(self) -> None:
@@ -147,6 +150,8 @@ class TrackedConnection(_Connection):
 
     def control(self, words: str) -> Coroutine[Any, Any, str]:
         """Send a statement that begins or ends a transaction; return, when awaited, PostgreSQL's command tag."""
+        if self.telemetry is not None:
+            return self.telemetry.controls(self, words, super().execute(words))
         return super().execute(words)
 
     # The ways of a statement to the server: asyncpg sends a text as it is, prepares it, or copies by it.

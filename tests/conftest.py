@@ -41,13 +41,14 @@ SLOW_FOLDERS = {"bench", "browser", "chaos", "examples", "local", "poolers"}
 SLOW_FILES = {
     "pglifeguard": {
         "test_checkout", "test_collisions", "test_credentials", "test_databases", "test_host_search", "test_lazy",
-        "test_lease", "test_members", "test_on_connect", "test_pool", "test_pool_storms", "test_pooler",
+        "test_lease", "test_members", "test_on_connect", "test_otel", "test_pool", "test_pool_storms", "test_pooler",
         "test_primary_retry", "test_read_your_writes", "test_replica", "test_sampling", "test_servers",
         "test_session_commits", "test_session_names", "test_session_state", "test_session_use", "test_sleeping",
         "test_standbys", "test_tls", "test_tls_server", "test_write_once", "test_errors",
     },
     "fastapi": {
         "test_failures", "test_health", "test_idempotency", "test_limits", "test_middleware", "test_shared",
+        "test_tracing",
     },
     "serving": {"test_protocol", "test_workers"},
     "app": {"test_cli", "test_doctor", "test_main", "test_openapi", "test_security"},
@@ -220,7 +221,7 @@ async def stopwatch() -> AsyncIterator[Stopwatch]:
 def _no_settings_from_outside() -> None:
     """Keep a developer's own environment out of the tests."""
     for name in list(os.environ):
-        if name.startswith("DATABASE_") or name.lower() in Settings.model_fields:
+        if name.startswith(("DATABASE_", "OTEL_")) or name.lower() in Settings.model_fields:
             del os.environ[name]
     # Coverage is measured in the processes that run tests, not in the programs that tests start.
     os.environ.pop("COVERAGE_PROCESS_CONFIG", None)

@@ -14,16 +14,16 @@ LIBRARY = (
     {"activity", "builtin_functions", "credentials", "dialect", "errors", "fence", "pooler", "query", "registry",
      "sampling", "service_file", "statement_text", "tls", "variables", "duration", "doctor.findings"},
     {"collisions", "doctor.questions", "driver_failures", "effects", "environment", "metrics", "server",
-     "url_parameters"},
+     "statement_summary", "telemetry", "url_parameters"},
     {"database_url", "orders"},
     {"host_search", "lookup"},
     {"database_settings", "discovery", "tracked_connection"},
     {"settings"},
     {"budget", "pooler_look", "wait_queue"},
     {"connector"},
-    {"checkout", "doctor.facts", "monitor", "replay_wait"},
-    {"doctor.examination"},
-    {"doctor.budget_rules", "doctor.cluster_rules", "doctor.health_rules"},
+    {"checkout", "doctor.facts", "monitor", "otel.figures", "replay_wait"},
+    {"doctor.examination", "otel.spans"},
+    {"doctor.budget_rules", "doctor.cluster_rules", "doctor.health_rules", "otel"},
     {"doctor.server_rules"},
     {"doctor.report"},
     {"doctor", "doctor.show"},
@@ -46,7 +46,7 @@ LIBRARY = (
     {"fastapi.failure_log"},
     {"fastapi.problems"},
     {"fastapi.debug", "fastapi.exposition", "fastapi.health", "fastapi.idempotency", "fastapi.middleware"},
-    {"fastapi.pools"},
+    {"fastapi.pools", "fastapi.tracing"},
     {"fastapi.lifeguard"},
     {"fastapi"},
 )  # fmt: skip
@@ -63,8 +63,8 @@ PUBLIC = {"pglifeguard", "pglifeguard.cli", "pglifeguard.doctor", "pglifeguard.f
 POOL = {
     "builtin_functions", "checkout", "connector", "credentials", "database_settings", "database_url", "discovery",
     "driver_failures", "effects", "errors", "fence", "host_search", "lookup", "metrics", "pool", "pooler",
-    "pooler_look", "registry", "sampling", "server", "service_file", "tls", "tracked_connection", "url_parameters",
-    "wait_queue",
+    "pooler_look", "registry", "sampling", "server", "service_file", "telemetry", "tls", "tracked_connection",
+    "url_parameters", "wait_queue",
 }  # fmt: skip
 # What opens something or reads the environment, and so must not be called when a module is imported.
 OPENERS = {
@@ -132,13 +132,15 @@ def the_service_takes_public_names(module: str, tree: ast.Module) -> Iterator[st
 
 
 def frameworks_have_their_place(module: str, tree: ast.Module) -> Iterator[str]:
-    """Keep FastAPI in fastapi/, uvicorn in serving/, and SQLAlchemy out of the pool's own code."""
+    """Keep FastAPI in fastapi/, uvicorn in serving/, OpenTelemetry in otel/, and SQLAlchemy out of the pool's code."""
     own = module.removeprefix("pglifeguard").removeprefix(".")
     for name in imported(tree) if module.startswith("pglifeguard") else ():
         framework = name.split(".")[0]
         if framework in {"fastapi", "starlette"} and own.split(".")[0] != "fastapi":
             yield f"{module} imports {name}"
         if framework == "uvicorn" and own.split(".")[0] != "serving":
+            yield f"{module} imports {name}"
+        if framework == "opentelemetry" and own.split(".")[0] != "otel":
             yield f"{module} imports {name}"
         if framework in {"sqlalchemy", "greenlet"} and own in POOL:
             yield f"{module} imports {name}"
@@ -322,6 +324,8 @@ BROKEN = [
     (frameworks_have_their_place, "pglifeguard.sessions", "if TYPE_CHECKING:\n    from starlette.types import Scope"),
     (frameworks_have_their_place, "pglifeguard.pool", "from sqlalchemy.pool import Pool"),
     (frameworks_have_their_place, "pglifeguard.fastapi.lifeguard", "import uvicorn"),
+    (frameworks_have_their_place, "pglifeguard.checkout", "from opentelemetry import trace"),
+    (frameworks_have_their_place, "pglifeguard.fastapi.tracing", "from opentelemetry import trace"),
     (only_sessions_commit, "app.patients.queries", "async def f(session):\n    await session.commit()"),
     (only_sessions_commit, "pglifeguard.pool", "finish = session.commit"),
     (queries_speak_sql_only, "app.users.queries", "from fastapi import Request"),
@@ -361,6 +365,7 @@ ALLOWED = [
         "from app.patients import queries\nfrom pglifeguard import ReadSession",
     ),
     (frameworks_have_their_place, "pglifeguard.sqlalchemy", "from sqlalchemy.pool import Pool"),
+    (frameworks_have_their_place, "pglifeguard.otel.spans", "from opentelemetry import trace"),
     (the_service_takes_public_names, "app.patients.queries", "from pglifeguard import ReadSession"),
     (only_sessions_commit, "pglifeguard.sessions", "await_(session.commit())"),
     (nothing_is_opened_by_importing, "app.main", "def create(): return Settings()"),

@@ -26,6 +26,8 @@ import {package}
 """
 SERVED = {"uvicorn", "httptools", "uvloop"}
 COMMANDS = {"typer", "rich"}
+# OpenTelemetry's API, which FastAPI brings along, and what its exporter needs.
+TRACES = {"opentelemetry", "google"}
 SERVICE = {"alembic", "httpx", "jwt", "pythonjsonlogger", "app"}
 
 
@@ -64,10 +66,10 @@ def test_sdist_holds_the_library_alone(tmp_path: Path, monkeypatch: pytest.Monke
 @pytest.mark.parametrize(
     ("package", "missing"),
     [
-        ("pglifeguard", {"dns", "fastapi", "starlette", *SERVED, *COMMANDS, *SERVICE}),
-        ("pglifeguard.fastapi", SERVED | COMMANDS | SERVICE),
-        ("pglifeguard.serving.server", {"fastapi", "starlette", *COMMANDS, *SERVICE}),
-        ("pglifeguard.cli", {"fastapi", "starlette", *SERVED, *SERVICE}),
+        ("pglifeguard", {"dns", "fastapi", "starlette", *SERVED, *COMMANDS, *SERVICE, *TRACES}),
+        ("pglifeguard.fastapi", SERVED | COMMANDS | SERVICE | {"google"}),
+        ("pglifeguard.serving.server", {"fastapi", "starlette", *COMMANDS, *SERVICE, *TRACES}),
+        ("pglifeguard.cli", {"fastapi", "starlette", *SERVED, *SERVICE, *TRACES}),
     ],
 )
 def test_each_part_needs_its_own_extra_alone(package: str, missing: set[str]) -> None:

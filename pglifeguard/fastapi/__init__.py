@@ -18,6 +18,7 @@ from pglifeguard.fastapi.sessions import (
     read_session,
     write_session,
 )
+from pglifeguard.telemetry import current_trace
 from pglifeguard.wait_queue import client_key
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "WriteDB",
     "analytics_session",
     "client_key",
+    "current_trace",
     "databases_of",
     "documented",
     "public_path",

@@ -15,6 +15,7 @@ from pglifeguard.fastapi import problems
 from pglifeguard.fastapi.idempotency import IdempotentRoute, purge_expired_keys
 from pglifeguard.fastapi.middleware import BodyLimit, ObserveRequests, ReadYourWrites, RetryOnCollision, RetryOnPrimary
 from pglifeguard.fastapi.sessions import refuse_plain_functions
+from pglifeguard.fastapi.tracing import TraceRequests
 from pglifeguard.history import History
 from pglifeguard.metrics import Metrics
 from pglifeguard.pool import OnConnect
@@ -95,7 +96,10 @@ class Lifeguard:
         # The last one added is the outermost.
         app.add_middleware(BodyLimit, settings=self.settings)
         app.add_middleware(ReadYourWrites, metrics=self.metrics, settings=self.settings)
-        app.add_middleware(ObserveRequests, metrics=self.metrics, sampler=self.databases.sampler)
+        telemetry = self.databases.telemetry
+        app.add_middleware(ObserveRequests, metrics=self.metrics, sampler=self.databases.sampler, telemetry=telemetry)
+        if telemetry is not None:
+            app.add_middleware(TraceRequests, telemetry=telemetry)
 
     @asynccontextmanager
     async def lifespan(self, app: FastAPI) -> AsyncIterator[dict[str, Any]]:

@@ -43,6 +43,7 @@ from pglifeguard.sampling import Sampler
 from pglifeguard.server import Token
 from pglifeguard.sessions import WriteSession
 from pglifeguard.settings import DatabasesSettings
+from pglifeguard.telemetry import Telemetry
 from pglifeguard.wait_queue import client_key, watch_client
 
 logger = logging.getLogger(__name__)
@@ -64,8 +65,9 @@ class ObserveRequests:
     share one layer because separate layers cost more calls for each request (docs/performance.md).
     """
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, sampler: Sampler) -> None:
+    def __init__(self, app: ASGIApp, metrics: Metrics, sampler: Sampler, telemetry: Telemetry | None = None) -> None:
         self._app = app
+        self._telemetry = telemetry
         self._sampler = sampler
         self._in_progress = metrics.http_in_progress
         self._counter = lru_cache(4096)(lambda *labels: metrics.http_requests.labels(*labels))
@@ -127,7 +129,8 @@ class ObserveRequests:
         if status == CLIENT_LEFT:
             logger.debug("client left", extra={"route": route})
         self._counter(method, route, str(status)).inc()
-        self._timer(method, route).observe(seconds)
+        exemplar = None if self._telemetry is None else self._telemetry.exemplar()
+        self._timer(method, route).observe(seconds, exemplar)
 
 
 class ReadYourWrites:

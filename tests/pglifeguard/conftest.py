@@ -1,6 +1,6 @@
 """One database of the service without the service around it, and the bad network in front of primary and replica."""
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +19,7 @@ from pglifeguard.metrics import Metrics
 from pglifeguard.pool import ConnectionPool
 from pglifeguard.sampling import Sampler
 from tests.conftest import Database
+from tests.exported import Exported, receiving
 
 SESSIONS = "SELECT count(*) FROM pg_stat_activity WHERE datname = $1 AND backend_type = 'client backend'"
 
@@ -114,6 +115,21 @@ async def sessions_end(database: Database, seconds: float = 5) -> bool:
         return await eventually(none, seconds)
     finally:
         await watcher.close()
+
+
+@pytest.fixture(scope="session")
+def receiver() -> Iterator[Exported]:
+    """Give an OTLP receiver."""
+    with receiving() as running:
+        yield running
+
+
+@pytest.fixture
+def exported(receiver: Exported, monkeypatch: pytest.MonkeyPatch) -> Exported:
+    """Let what is made in this test export to a receiver."""
+    for name, value in receiver.environment.items():
+        monkeypatch.setenv(name, value)
+    return receiver
 
 
 @pytest.fixture
