@@ -169,6 +169,13 @@ def _opening_and_replacing() -> Row:
             (f"max by (pool) (db_asleep{{{OF}}})", "{{pool}}"),
             names=("awake", "asleep"), colors=("green", "blue"),
         ),
+        graph(
+            36, "Connections opened anew, in a second",
+            "The part of a pool's connections, failed logins included. Bad: a twentieth; each of them lasts twenty "
+            "seconds, and the server is busy with logins. Runbook: LoginStorm.",
+            ('max by (pool) (pool:db_connection_logins:rate2m{pool=~"$pool"})', "{{pool}}"),
+            unit=Short, limit=("above", 0.05),
+        ),
     ]  # fmt: skip
 
 

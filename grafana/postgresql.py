@@ -1,7 +1,8 @@
 """What the exporters say of the servers: PostgreSQL, its replication, and PgBouncer.
 
 The names are those of prometheus-community's postgres_exporter and pgbouncer_exporter. The label `server`, which says
-primary or replica, is given by prometheus/prometheus.yml.
+primary or replica, is given by prometheus/prometheus.yml. What prometheus/recording.yml records has CloudNativePG's
+figures too, by pod.
 """
 
 from grafana_foundation_sdk.models.dashboard import Dashboard
@@ -32,6 +33,7 @@ def rate(metric: str, labels: str, of: str = IN) -> str:
 
 FOUND = rate("pg_stat_database_blks_hit", "server")
 READ = rate("pg_stat_database_blks_read", "server")
+IDLE = f'server_session:pg_transaction_seconds:max1m{{{HERE}, state=~"idle in transaction.*"}}'
 
 
 def dashboard() -> Dashboard:
@@ -78,10 +80,33 @@ def _sessions() -> Row:
         ),
         graph(
             13, "Longest transaction",
-            "By the state of its session. Bad: minutes; it keeps locks, and dead rows from being removed. "
-            "Runbook: DatabasePoolNearlyExhausted.",
-            (f"max by (server, state) (pg_stat_activity_max_tx_duration{{{IN}}})", "{{server}} {{state}}"),
-            unit=Seconds,
+            "That is at work. Bad: minutes; it keeps locks, and dead rows from being removed. "
+            "Runbook: DatabasePoolNearlyExhausted, LongTransaction.",
+            (f'max by (server) (server_session:pg_transaction_seconds:max1m{{{HERE}, state="active"}})', "{{server}}"),
+            unit=Seconds, limit=("above", 300),
+        ),
+        graph(
+            14, "Sessions that wait for a lock",
+            "On average over a minute. Bad: more than one at any time; somebody holds a lock and does not let go, and "
+            "soon every pool is full. Runbook: SessionsBlocked.",
+            (f"max by (server) (server:pg_sessions_blocked:avg1m{{{HERE}}})", "{{server}}"),
+            unit=Short, limit=("above", 1),
+        ),
+        graph(
+            15, "Longest idle in transaction",
+            "By role and program. Bad: a minute; whoever it is has gone away with locks in his hands. "
+            "Runbook: IdleInTransaction.",
+            (
+                f"max by (server, usename, application_name) ({IDLE})",
+                "{{server}} {{usename}} {{application_name}}",
+            ),
+            unit=Seconds, limit=("above", 60),
+        ),
+        graph(
+            16, "Starts of the server",
+            "In ten minutes. Bad: one that nobody ordered. Runbook: ServerRestarted.",
+            (f"max by (server) (server:pg_start_time:changes10m{{{HERE}}})", "{{server}}"),
+            unit=Short, limit=("above", 0),
         ),
     ]  # fmt: skip
 
@@ -132,6 +157,12 @@ def _work() -> Row:
             (rate("pg_stat_database_temp_bytes", "server"), "{{server}}"),
             unit=BytesPerSecondIEC,
         ),
+        graph(
+            27, "Deadlocks in ten minutes",
+            "Bad: three; two pieces of code lock the same rows in different orders. Runbook: DeadlocksRepeating.",
+            (f"max by (server) (server:pg_deadlocks:increase10m{{{HERE}}})", "{{server}}"),
+            unit=Short, limit=("above", 2),
+        ),
     ]  # fmt: skip
 
 
@@ -153,6 +184,13 @@ def _space() -> Row:
             (f"max by (server, datname) (pg_database_size_bytes{{{IN}}})", "{{server}} {{datname}}"),
             unit=BytesIEC,
         ),
+        graph(
+            33, "Transactions since the last freeze",
+            "By database. Vacuum is forced at 200 million. Bad: 500 million; it does not get through, and the server "
+            "takes no more writes at two thousand million. Runbook: TransactionIdsAging.",
+            (f"max by (server, datname) (server_database:pg_xid_age:max5m{{{HERE}}})", "{{server}} {{datname}}"),
+            unit=Short, limit=("above", 500000000),
+        ),
     ]  # fmt: skip
 
 
@@ -160,7 +198,8 @@ def _replication() -> Row:
     return "Replication", [
         states(
             41, "Role",
-            "Whether a server replays another one's log. Both primary, or both standby: a failover went wrong.",
+            "Whether a server replays another one's log. Both primary, or both standby: a failover went wrong. "
+            "Runbook: ServerRoleChanged.",
             (f"max by (server) (pg_replication_is_replica{{{HERE}}})", "{{server}}"),
             names=("primary", "standby"), colors=("blue", "green"),
         ),
@@ -192,12 +231,13 @@ def _replication() -> Row:
         ),
         graph(
             45, "WAL kept for slots",
-            "For standbys that do not stream, and for the archive of the backups. Runbook: ReplicationSlotInactive.",
+            "For standbys that do not stream, and for the archive of the backups; the least within two minutes. Bad: "
+            "half a gigabyte. Runbook: ReplicationSlotInactive, ReplicationSlotKeepsLog.",
             (
-                f"max by (server, slot_name) (pg_replication_slots_pg_wal_lsn_diff{{{HERE}}})",
+                f"max by (server, slot_name) (server_slot:pg_wal_kept_bytes:min2m{{{HERE}}})",
                 "{{server}} {{slot_name}}",
             ),
-            unit=BytesIEC,
+            unit=BytesIEC, limit=("above", 536870912),
         ),
         graph(
             47, "WAL until a slot is lost",
@@ -217,6 +257,13 @@ def _replication() -> Row:
                 "{{server}}",
             ),
             unit=BytesPerSecondIEC,
+        ),
+        graph(
+            48, "Standby receives",
+            "The part of two minutes in which a standby had a receiver that streams. Bad: less than half; its lag in "
+            "seconds stays 0 meanwhile. Runbook: StandbyNotReceiving.",
+            (f"max by (server) (server:pg_wal_receiver_streaming:avg2m{{{HERE}}})", "{{server}}"),
+            unit=Short, limit=("below", 0.5),
         ),
     ]  # fmt: skip
 
@@ -239,9 +286,10 @@ def _pgbouncer() -> Row:
         ),
         graph(
             52, "Longest wait now",
-            "Bad: near query_wait_timeout, after which the client is sent away. Runbook: PgBouncerClientsWaiting.",
+            "Of the client at the head of the queue. Bad: half of query_wait_timeout, after which it is sent away. "
+            "Runbook: PgBouncerWaitTooLong.",
             (f"max by (database) (pgbouncer_pools_client_maxwait_seconds{{{POOLER}}})", "{{database}}"),
-            unit=Seconds,
+            unit=Seconds, limit=("above", 2.5),
         ),
         graph(
             53, "Server connections",
@@ -271,7 +319,8 @@ def _pgbouncer() -> Row:
         ),
         graph(
             55, "Clients taken",
-            "The part of max_client_conn that is taken. Bad: near all; more instances find none.",
+            "The part of max_client_conn that is taken. Bad: four fifths; the next clients are refused. "
+            "Runbook: PgBouncerNearlyFull.",
             (
                 ratio(
                     "max by (instance) (pgbouncer_used_clients)",
@@ -279,7 +328,7 @@ def _pgbouncer() -> Row:
                 ),
                 "{{instance}}",
             ),
-            unit=PercentUnit,
+            unit=PercentUnit, limit=("above", 0.8),
         ),
         graph(
             56, "Clients by state",

@@ -15,6 +15,7 @@ REQUESTS = f"sum(rate(http_requests_total{{{OF}}}{RATE}))"
 # With no such series yet, nothing has failed.
 ERRORS = f'(sum(rate(http_requests_total{{{OF}, status=~"5.."}}{RATE})) or 0 * {REQUESTS})'
 LAG = "event_loop_lag_seconds_bucket"
+ALLOWED = "(1 - $objective)"
 OBJECTIVE = VariableOption(selected=True, text="0.999", value="0.999")
 
 
@@ -24,10 +25,16 @@ def quantile(share: float, labels: str = "le") -> str:
 
 
 def burn(window: str) -> str:
-    """Return how many times faster than allowed errors came, over a window that ends now."""
-    asked = f"sum(rate(http_requests_total{{{JOB}}}[{window}]))"
-    failed = f'(sum(rate(http_requests_total{{{JOB}, status=~"5.."}}[{window}])) or 0 * {asked})'
-    return ratio(ratio(failed, asked), "(1 - $objective)")
+    """Return how many times faster than allowed errors came, over a window that ends now: one of the recorded ones."""
+    return ratio(f"sum(job:http_requests_failed:ratio_rate{window}{{{JOB}}})", ALLOWED)
+
+
+def spent(window: str) -> str:
+    """Return the part of the allowed errors of any window that came."""
+    clients = f'{JOB}, route!~"/health/.*|/metrics"'
+    asked = f"sum(rate(http_requests_total{{{clients}}}[{window}]))"
+    failed = f'(sum(rate(http_requests_total{{{clients}, status=~"5.."}}[{window}])) or 0 * {asked})'
+    return ratio(ratio(failed, asked), ALLOWED)
 
 
 def dashboard() -> Dashboard:
@@ -121,9 +128,9 @@ def _requests() -> Row:
         ),
         graph(
             15, "Duration by route, p99",
-            "The route that is slow, where not all are.",
+            "The route that is slow, where not all are. Bad: a second, for minutes. Runbook: SlowRoute.",
             (quantile(0.99, "route, le"), "{{route}}"),
-            unit=Seconds,
+            unit=Seconds, limit=("above", 1),
         ),
         heat(
             16, "Durations",
@@ -138,18 +145,24 @@ def _error_budget() -> Row:
     return "Error budget", [
         graph(
             21, "Burn rate",
-            "How many times faster than the objective allows errors come, of all instances and routes. At 1 "
-            "the budget lasts exactly its month. Bad: 14.4 over an hour spends a fiftieth of it; over five "
-            "minutes too, it goes on.",
+            "How many times faster than the objective allows errors come, of all instances and routes; probes and "
+            "scrapes are left out. At 1 the budget lasts exactly its month. Bad: 14.4 over an hour spends a fiftieth "
+            "of it; over five minutes too, it goes on. Runbook: ErrorBudgetBurning.",
             (burn("5m"), "5 minutes"),
             (burn("1h"), "an hour"),
-            (burn("6h"), "six hours"),
             unit=Short, limit=("above", 14.4),
+        ),
+        graph(
+            23, "Burn rate, slow",
+            "The same over hours. Bad: 6 over six hours spends a twentieth of the budget. Runbook: ErrorBudgetBurning.",
+            (burn("30m"), "30 minutes"),
+            (burn("6h"), "six hours"),
+            unit=Short, limit=("above", 6),
         ),
         figure(
             22, "Budget left",
             "The part of the error budget of the time shown that is not spent. Below 0 the objective was missed.",
-            f"1 - {burn('$__range')}", unit=PercentUnit, limit=("below", 0),
+            f"1 - {spent('$__range')}", unit=PercentUnit, limit=("below", 0),
         ),
     ]  # fmt: skip
 
@@ -170,6 +183,13 @@ def _the_process() -> Row:
             unit=Seconds,
         ),
         graph(
+            34, "Event loop late",
+            "The part of the time in which the loop was late. One long stop a minute shows here, and in no percentile. "
+            "Bad: a fifth; the instance computes more than it serves. Runbook: EventLoopLagging.",
+            ('max by (instance) (instance:event_loop_late:ratio_rate2m{instance=~"$instance"})', "{{instance}}"),
+            unit=Short, limit=("above", 0.2),
+        ),
+        graph(
             33, "Connections ended without a request",
             "Clients that sent no whole request in time, or too much, or do not read their answer. Bad: "
             "many that are not your load balancer's.",
@@ -183,10 +203,17 @@ def _what_is_watched() -> Row:
     return "What is watched", [
         states(
             41, "Targets",
-            "Whether Prometheus reaches each target, and each exporter its server. Runbook: TargetDown.",
+            "Whether Prometheus reaches each target, and each exporter its server. Runbook: TargetDown, SeriesMissing.",
             ("min by (job, instance, server) (up)", "{{job}} {{server}} {{instance}}"),
             ("min by (job, instance, server) (pg_up)", "PostgreSQL {{server}} {{instance}}"),
             ("min by (job, instance) (pgbouncer_up)", "PgBouncer {{instance}}"),
             names=("down", "up"),
+        ),
+        graph(
+            42, "Instances behind the balancer",
+            "Instances that its own probe finds. Bad: none; every request is refused, whatever Prometheus reaches. "
+            "Runbook: BalancerWithoutInstances.",
+            ("max by (proxy) (haproxy_backend_active_servers)", "{{proxy}}"),
+            unit=Short, limit=("below", 0.5),
         ),
     ]  # fmt: skip

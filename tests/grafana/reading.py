@@ -84,7 +84,7 @@ async def values(prometheus: httpx.AsyncClient, query: str, interval: str, start
 
 def is_served(query: str) -> bool:
     """Tell whether a query is about the service, and not about what an exporter says."""
-    return not re.search(r"\b(?:pg|pgbouncer|backup)_", query)
+    return not re.search(r"\b(?:pg|pgbouncer|backup|haproxy)_", query)
 
 
 def is_optional(query: str) -> bool:
