@@ -2,9 +2,11 @@
 
 import time
 
+import httpx
 import pytest
 
 from tests.compose.conftest import URL
+from tests.compose.runbook import fires, walk
 from tests.compose.stack import Stack, eventually
 from tests.compose.traffic import Traffic
 
@@ -87,8 +89,8 @@ async def test_lost_timeline_means_a_new_clone(stack: Stack) -> None:
     assert {c["Id"]: c["State"]["StartedAt"] for c in await stack.containers("app")} == before
 
 
-async def test_promoted_replica_is_left_alone(stack: Stack) -> None:
-    """A server that somebody promoted is never cloned over, neither while it runs nor after a restart."""
+async def test_promoted_replica_is_left_alone(stack: Stack, prometheus: httpx.AsyncClient) -> None:
+    """A server that somebody promoted is told, and never cloned over, neither while it runs nor after a restart."""
     clones = await _clones(stack)
     await stack.psql("replica", "SELECT pg_promote()")
     await stack.psql("replica", "CREATE TABLE precious (n int)")
@@ -98,6 +100,8 @@ async def test_promoted_replica_is_left_alone(stack: Stack) -> None:
         return time.monotonic() - promoted_at > 10  # The suite's patience is 6 s.
 
     await eventually(patience_is_over, within=15)
+    await fires(prometheus, "ServerRoleChanged", within=30, server="replica")
+    assert "received promote request" in await walk(stack, prometheus, "ServerRoleChanged")
     await stack.compose("restart", "replica")
 
     async def answers() -> bool:
