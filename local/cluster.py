@@ -100,7 +100,12 @@ class Cluster:
         await self.clone_replica()
 
     async def stop(self) -> None:
-        """Stop the replica, then the primary, which waits for its replica otherwise."""
+        """Stop the replica, then the primary, which waits for its replica otherwise.
+
+        Also a replica that another process, `python -m local.load`, has started again meanwhile.
+        """
+        if not self.replica.running:
+            await end_server(self.replica.data)
         await self.replica.stop()
         await self.primary.stop()
 

@@ -139,6 +139,13 @@ class Server:
         own = {"listen_addresses": self.host, "port": str(self.port), "unix_socket_directories": ""} | self.settings
         lines = [f"{name} = '{value}'" for name, value in own.items()]
         (self.data / "postgresql.conf").write_text("\n".join([self._base, *lines, ""]), encoding="utf-8")
+        await self.start_as_configured()
+
+    async def start_as_configured(self) -> None:
+        """Start with the configuration of the last start, whoever started it then, and wait until it answers queries.
+
+        Raises: LocalError as `start()`.
+        """
         with self.log.open("ab") as log:
             offset = log.tell()
             # Popen returns at once; asyncio's own subprocesses do not all take an account.

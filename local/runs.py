@@ -39,17 +39,27 @@ def alone_in(directory: Path) -> Iterator[None]:
         yield
 
 
-async def end_server(data: Path) -> None:
-    """End the PostgreSQL server over this data directory, politely: its next start then need not recover."""
+def postmaster(data: Path) -> psutil.Process | None:
+    """Find the process of the PostgreSQL server over this data directory."""
     try:
         pid = int((data / "postmaster.pid").read_text(encoding="utf-8").split("\n", 1)[0])
-        postmaster = psutil.Process(pid)
-        if str(data) not in postmaster.cmdline():  # A stale file, and a stranger who has got the number since.
-            return
-        family = [postmaster, *postmaster.children(recursive=True)]
-        postmaster.send_signal(signal.SIGCONT)
-        postmaster.send_signal(signal.SIGINT)
+        process = psutil.Process(pid)
+        # A stale file, and a stranger who has got the number since.
+        return process if str(data) in process.cmdline() else None
     except (OSError, ValueError, psutil.Error):
+        return None
+
+
+async def end_server(data: Path) -> None:
+    """End the PostgreSQL server over this data directory, politely: its next start then need not recover."""
+    process = postmaster(data)
+    if process is None:
+        return
+    try:
+        family = [process, *process.children(recursive=True)]
+        process.send_signal(signal.SIGCONT)
+        process.send_signal(signal.SIGINT)
+    except psutil.Error:
         return
     if not await processes_end(family, END_SECONDS):
         for process in family:
@@ -58,14 +68,22 @@ async def end_server(data: Path) -> None:
         await processes_end(family, END_SECONDS)
 
 
-async def end_service(mark: str) -> bool:
-    """End the processes of the service that carry this mark; tell whether there were any."""
-    family = []
+def marked(mark: str) -> Iterator[tuple[psutil.Process, dict[str, str]]]:
+    """List the processes of the service that carry this mark, each with its environment."""
     for process in psutil.process_iter():
         # Others' processes are closed to us, and some end while we look.
         with suppress(psutil.Error):
-            if process.environ().get(MARK) == mark:
-                process.kill()
-                family.append(process)
+            environment = process.environ()
+            if environment.get(MARK) == mark and process.status() != psutil.STATUS_ZOMBIE:
+                yield process, environment
+
+
+async def end_service(mark: str) -> bool:
+    """End the processes of the service that carry this mark; tell whether there were any."""
+    family = []
+    for process, _ in marked(mark):
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+            family.append(process)
     await processes_end(family, END_SECONDS)
     return bool(family)

@@ -7,13 +7,15 @@ import socket
 import subprocess
 import sys
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
+import psutil  # type: ignore[import-untyped]  # See local/waiting.py.
 
 from local.account import LocalError
 from local.cluster import Cluster
-from local.runs import MARK, end_service
+from local.runs import MARK, end_service, marked
 from local.setup import PROJECT
 from local.waiting import eventually
 
@@ -36,7 +38,7 @@ class Service:
     @property
     def url(self) -> str:
         """Where a browser on this machine finds it."""
-        return f"http://{'127.0.0.1' if self.host in {'0.0.0.0', '::'} else self.host}:{self.port}"  # noqa: S104
+        return _url(self.host, self.port)
 
     async def take_port(self) -> None:
         """Make sure of the port before anything slow is started, ending the service that a killed run left on it.
@@ -99,6 +101,33 @@ class Service:
             except OSError:
                 return False
             return True
+
+
+@dataclass(frozen=True)
+class Running:
+    """A service that somebody else started; `environment` has the addresses of its databases."""
+
+    url: str
+    workers: int
+    environment: dict[str, str]
+
+
+def running_in(directory: Path) -> Running | None:
+    """Find the service over the cluster in this directory, by its mark and its command line."""
+    for process, environment in marked(str(directory.absolute())):
+        with suppress(psutil.Error):
+            command = process.cmdline()
+            if "serve" in command:  # The workers' command lines have another form.
+                host, port, workers = (
+                    command[command.index(option) + 1] for option in ("--host", "--port", "--workers")
+                )
+                return Running(_url(host, int(port)), int(workers), environment)
+    return None
+
+
+def _url(host: str, port: int) -> str:
+    """Say where a browser on this machine finds a service."""
+    return f"http://{'127.0.0.1' if host in {'0.0.0.0', '::'} else host}:{port}"  # noqa: S104
 
 
 def environment(cluster: Cluster) -> dict[str, str]:

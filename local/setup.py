@@ -19,6 +19,8 @@ from local.programs import run_program
 from local.waiting import eventually
 
 PROJECT = Path(__file__).parent.parent
+# Where `make run` keeps its databases, unless it is told otherwise.
+DIRECTORY = PROJECT / ".local"
 SLOT = "replica"
 SLOT_SECONDS = 20.0
 # The variable in which postgres/roles.sql finds each role's password.

@@ -1,6 +1,7 @@
 """`python -m local` from the outside: real processes, real signals, a real port."""
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -17,6 +18,7 @@ import pytest
 from local.postgres import free_port
 from local.runs import MARK
 from local.setup import PROJECT
+from tests.terminal import on_a_terminal
 
 READY_SECONDS = 40.0
 STOP_SECONDS = 15.0
@@ -103,6 +105,27 @@ def test_serves_seeded_patients_and_ctrl_c_leaves_no_trace(directory: Path) -> N
 
         assert run.stop(signal.SIGINT) == 0
 
+    assert "make load ARGS=" in run.words
+    assert "\x1b" not in run.words
+    assert processes(directory) == []
+
+
+def test_start_and_stop_move_on_a_terminal(directory: Path) -> None:
+    """There a line that is drawn anew says what goes on, until the service answers and after Ctrl-C."""
+    command: list[str | Path] = [sys.executable, "-m", "local", "--directory", directory, "--port", str(free_port())]
+    stopped: list[str] = []
+
+    def stop_once(written: str, run: "subprocess.Popen[bytes]") -> None:
+        if "answers at" in written and not stopped:
+            stopped.append(written)
+            run.send_signal(signal.SIGINT)
+
+    status, written = on_a_terminal([*command, "--no-seed"], stop_once)
+
+    assert status == 0, written
+    moved = re.compile(r"\x1b\[2K.{0,20}[⠀-⣿].{0,10} (\w+)")
+    assert {"Creating", "Starting"} <= set(moved.findall(stopped[0])), written
+    assert "Stopping" in moved.findall(written.removeprefix(stopped[0])), written
     assert processes(directory) == []
 
 
