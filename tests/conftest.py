@@ -26,6 +26,7 @@ from app.settings import Settings
 from local import postgres
 from local.cluster import Cluster
 from pglifeguard.database_settings import DatabaseSettings
+from tests import moving
 from tests.proxy import Proxy
 from tests.servers import Servers, open_directory
 from tests.service import Service, serving
@@ -161,7 +162,11 @@ class SharedService:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Undo what pytest-xdist tells its workers about the terminal: `rich` would keep that width for every test."""
+    """Show on a terminal that a long test runs.
+
+    And undo what pytest-xdist tells its workers about the terminal: `rich` would keep that width for every test.
+    """
+    config.pluginmanager.register(moving)
     if hasattr(config, "workerinput"):
         os.environ.pop("COLUMNS", None)
 

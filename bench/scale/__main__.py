@@ -81,6 +81,16 @@ def storm_row(situation: Situation) -> list[str]:
     ]
 
 
+def table_of_storms(console: Console, situations: Sequence[Situation]) -> str:
+    """Play each outage, and say on a terminal which one it is."""
+    rows = []
+    with console.status("A failover") as status:
+        for number, situation in enumerate(situations, 1):
+            status.update(f"A failover of {situation.instances:,} instances, {number} of {len(situations)}")
+            rows.append(storm_row(situation))
+    return table(STORM, rows)
+
+
 def put(text: str, name: str, content: str) -> str:
     """Put a table between its two marks in a page."""
     return re.sub(rf"(<!-- {name} -->\n).*?(\n<!-- end of {name} -->)", rf"\g<1>{content}\g<2>", text, flags=re.DOTALL)
@@ -105,13 +115,13 @@ def main() -> None:
     console = Console()
     if write:
         text = put(PAGE.read_text(encoding="utf-8"), "limits", table_of_limits(Figures()))
-        text = put(text, "storm", table(STORM, map(storm_row, SITUATIONS)))
+        text = put(text, "storm", table_of_storms(console, SITUATIONS))
         PAGE.write_text(text, encoding="utf-8")
         return
     console.print(Markdown(table_of_limits(figures, counts)))
     if storm:
-        situations = (Situation(n, hosts=hosts, figures=figures) for n in counts for hosts in (1, 2))
-        console.print(Markdown(table(STORM, map(storm_row, situations))))
+        situations = [Situation(n, hosts=hosts, figures=figures) for n in counts for hosts in (1, 2)]
+        console.print(Markdown(table_of_storms(console, situations)))
 
 
 if __name__ == "__main__":
