@@ -33,6 +33,7 @@ ROUND_SECONDS = 1.0
 MOST_A_SECOND = 1000.0
 # For a look at the pools: the line of a second must not wait for the next one.
 LOOK_SECONDS = 0.5
+FAILURES = (LocalError, OSError, asyncpg.PostgresError, asyncpg.InterfaceError)
 HELP = """Load the service of `make run` for a while, to watch on its page /debug/pools.
 
 Makes some patients, reads and changes them, and deletes them. Without other options the load is calm: 50 requests a
@@ -102,7 +103,7 @@ def main(  # noqa: PLR0913  # A command line has as many parameters as options.
     find = partial(find_target, directory.absolute(), url=url, token=token, anywhere=anywhere)
     try:
         done = asyncio.run(_run(find, wanted))
-    except (LocalError, OSError, asyncpg.PostgresError) as error:
+    except FAILURES as error:
         complaints.print(sentence(error), style="red", markup=False)
         raise typer.Exit(1) from None
     raise typer.Exit(0 if done else 1)
@@ -142,7 +143,7 @@ async def _load(target: Target, wanted: Wanted, board: Board) -> bool:
     slow = math.ceil(slow_rate * ROUND_SECONDS)
     async with AsyncExitStack() as stack:
         if slow:
-            await stack.enter_async_context(slow_writes(target))
+            await stack.enter_async_context(slow_writes(target, board.say))
         rows = await stack.enter_async_context(made_rows(target, board.say, calm=ROWS, slow=slow))
         plan = Plan(
             target.url, target.token, wanted.rate, wanted.writes, wanted.seconds,
@@ -169,7 +170,7 @@ async def _causing(
         await asyncio.sleep(begins)
         try:
             await trouble()
-        except (LocalError, OSError, asyncpg.PostgresError) as error:
+        except FAILURES as error:
             board.say(f"[red]{escape(sentence(error))}[/red]")
             return False
         return True

@@ -17,7 +17,7 @@ from local.waiting import eventually
 # Requests at a time: far fewer than any pool serves.
 TOGETHER = 4
 # For the service to recover from what the load did to it, before rows are left behind.
-DELETE_SECONDS = 20.0
+DELETE_SECONDS = 10.0
 PAGE = 100
 # Numbers of the patients whose changes are slow have this in them.
 SLOW = "-slow-"

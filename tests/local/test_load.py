@@ -19,10 +19,11 @@ from local.load.troubles import FUNCTION
 from local.runs import postmaster
 from local.serve import Running, running_in
 from local.setup import PROJECT
-from tests.local.test_main import Run, processes, started, until
+from tests.local.test_main import Run, directory, processes, started, until
 from tests.servers import open_directory
 from tests.terminal import on_a_terminal
 
+__all__ = ["directory"]  # A fixture.
 COMMAND = (sys.executable, "-m", "local.load")
 LOAD_SECONDS = 60.0
 SECOND = re.compile(
@@ -231,9 +232,8 @@ def test_lock_that_is_ended_is_said(run: Run, client: httpx.Client, load: Loadin
     assert f"Somebody has ended session {pid}, and its lock." in lock.words
 
 
-def test_replica_is_stopped_and_started_again(open_directory: Path, load: Loading) -> None:
-    """The replica of this run, and no other process; it streams again, and goes when `make run` does."""
-    directory = open_directory / "local"
+def test_replica_is_stopped_and_started_again(directory: Path, load: Loading) -> None:
+    """The replica of this run; it streams again, and goes when `make run` does. A load then says what it leaves."""
     with started(directory, "--seed", "20") as run:
         data = Cluster(directory).replica.data
         before = postmaster(data)
@@ -256,8 +256,14 @@ def test_replica_is_stopped_and_started_again(open_directory: Path, load: Loadin
         assert replica() == "healthy"
         assert {*re.findall(r"^In all: (.+): \d+\.$", killing.words, re.MULTILINE)} == {"200"}
 
+        overload = load(directory, "--overload", "1", "--seconds", "4")
+        until(lambda: overload.said("To watch them"), LOAD_SECONDS)
         assert run.stop(signal.SIGTERM) == 0
     assert processes(directory) == []
+    overload.ends()
+    assert "The trigger that slows writes is left until the next --overload" in overload.words
+    assert "are left: " in overload.words
+    assert "Traceback" not in overload.words
 
 
 @pytest.mark.parametrize(
