@@ -1,5 +1,7 @@
 """The tables of the documentation say what the code says; a failure shows the table as it should be."""
 
+import importlib
+import pkgutil
 import re
 import tomllib
 from collections.abc import Iterator
@@ -13,6 +15,8 @@ from prometheus_client import Histogram
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+import app
+import pglifeguard
 from app.main import DOMAINS, create_app
 from app.settings import Settings
 from migrations.settings import MigrationSettings
@@ -269,6 +273,10 @@ def error_codes(kind: type[errors.ServiceError]) -> Iterator[tuple[str, int]]:
 
 def test_errors_are_documented() -> None:
     """Every `code` that a client may read is in the table with its status; a domain of one's own may stay out of it."""
+    for package in (app, pglifeguard):
+        for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+            if not module.name.endswith("__main__"):
+                importlib.import_module(module.name)
     failures = [*vars(errors).values(), *vars(middleware).values(), *errors._FAILURES.values()]
     known = {(each.code, each.status) for each in failures if isinstance(each, errors.Failure)}
     # Made where they are answered.
