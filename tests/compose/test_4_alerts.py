@@ -80,7 +80,7 @@ async def test_a_forgotten_lock(stack: Stack, prometheus: httpx.AsyncClient, cli
     assert await alert_state(prometheus, "IdleInTransaction") == "inactive"
     lock = ("BEGIN", "LOCK TABLE patients")
     async with (
-        somebody(stack, "forgotten", *lock, seconds=150),
+        somebody(stack, "forgotten", *lock, seconds=280),
         asking(client, clients=12, pause=0.5),
     ):
         await fires(prometheus, "SessionsBlocked", within=60, server="primary")
@@ -90,8 +90,15 @@ async def test_a_forgotten_lock(stack: Stack, prometheus: httpx.AsyncClient, cli
         await fires(prometheus, "IdleInTransaction", within=90, application_name="forgotten", usename="postgres")
         assert "forgotten" in await walk(stack, prometheus, "IdleInTransaction")
         await fires(prometheus, "SlowRoute", within=60, route="/patients")
-        shown = await walk(stack, prometheus, "SlowRoute")
-        assert '"/patients"' in shown
+        assert '"/patients"' in await walk(stack, prometheus, "SlowRoute")
+        await fires(prometheus, "DatabaseSheddingLoad", within=60, pool="primary")
+        assert '"pool"' in await walk(stack, prometheus, "DatabaseSheddingLoad")
+        await fires(prometheus, "DatabasePoolMostlyExhausted", within=90, pool="primary")
+        assert '"reason": "timeout"' in await walk(stack, prometheus, "DatabasePoolMostlyExhausted")
+        await fires(prometheus, "DatabasePoolNearlyExhausted", within=60, pool="primary")
+        assert "forgotten" in await walk(stack, prometheus, "DatabasePoolNearlyExhausted")
+        await fires(prometheus, "ConnectionHeldTooLong", within=60)
+        assert "forgotten" in await walk(stack, prometheus, "ConnectionHeldTooLong")
 
     async def over() -> bool:
         return await alert_state(prometheus, "SessionsBlocked") == "inactive"
@@ -138,6 +145,11 @@ async def test_a_slot_that_nobody_reads(stack: Stack, prometheus: httpx.AsyncCli
         await fires(prometheus, "ReplicationSlotKeepsLog", within=150, server="primary", slot_name="nobody")
 
         assert '"nobody", "physical", "f"' in await walk(stack, prometheus, "ReplicationSlotKeepsLog")
+        # Of the gigabyte that is kept at most.
+        for _ in range(20):
+            await stack.psql("primary", "SELECT pg_logical_emit_message(false, 'walk', 'x'), pg_switch_wal()")
+        await fires(prometheus, "ReplicationSlotNearlyLost", within=90, slot_name="nobody")
+        assert '"nobody", "f", "extended"' in await walk(stack, prometheus, "ReplicationSlotNearlyLost")
     finally:
         await stack.psql("primary", "SELECT pg_drop_replication_slot('nobody')")
 
@@ -204,6 +216,8 @@ async def test_a_crowd_at_the_pooler(stack: Stack, prometheus: httpx.AsyncClient
         shown = await walk(stack, prometheus, "PgBouncerWaitTooLong")
         assert '"cl_waiting": "0"' in shown
         assert "PgSleep" in shown or "Timeout" in shown
+        await fires(prometheus, "PgBouncerClientsWaiting", within=60, database="lifeguard")
+        assert '"database": "lifeguard"' in await walk(stack, prometheus, "PgBouncerClientsWaiting")
     finally:
         await stack.compose("restart", "app")
         crowd.cancel()
@@ -219,13 +233,21 @@ async def test_a_balancer_without_instances(stack: Stack, prometheus: httpx.Asyn
         await fires(prometheus, "BalancerWithoutInstances", within=90, proxy="instances")
 
         assert "Exited" in await walk(stack, prometheus, "BalancerWithoutInstances")
+        await fires(prometheus, "ServiceDown", within=90)
+        assert "Application shutdown complete" in await walk(stack, prometheus, "ServiceDown")
     finally:
         await stack.up()
 
 
 @pytest.mark.parametrize(
     ("alert", "calm"),
-    [("StandbyNotReceiving", '"streaming"'), ("SeriesMissing", "primary-exporter"), ("DatabaseDown", "db_up")],
+    [
+        ("StandbyNotReceiving", '"streaming"'),
+        ("SeriesMissing", "primary-exporter"),
+        ("ConnectionsHeldIdle", '"pool": "primary"'),
+        ("ConnectionBudgetNearlySpent", "app_rw"),
+        ("ConnectionBudgetExceeded", '"server"'),
+    ],
 )
 async def test_sections_can_be_followed(stack: Stack, prometheus: httpx.AsyncClient, alert: str, calm: str) -> None:
     """Where the fault is not made here, each query and command of the section runs, and shows a calm stack."""
