@@ -262,6 +262,19 @@ async def of_a_million(database: Database) -> None:
     await database.cluster.wait_replayed()
 
 
+@pytest.fixture
+async def patient_replica(database: Database) -> AsyncIterator[None]:
+    """Let replay wait for queries: other tests' DDL would end an export that takes five seconds on a busy machine."""
+    replica = await database.cluster.replica.connect()
+    await replica.execute("ALTER SYSTEM SET max_standby_streaming_delay = -1")
+    await replica.execute("SELECT pg_reload_conf()")
+    yield
+    await replica.execute("ALTER SYSTEM RESET max_standby_streaming_delay")
+    await replica.execute("SELECT pg_reload_conf()")
+    await replica.close()
+
+
+@pytest.mark.usefixtures("patient_replica")
 async def test_export_of_a_million_rows_needs_no_memory(
     service: Service, database: Database, page: dict[str, Any]
 ) -> None:
