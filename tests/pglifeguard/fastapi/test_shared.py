@@ -138,6 +138,10 @@ class Elsewhere(Collector):
         for number in range(SLICE_SAMPLES + 1):
             many.add_metric([str(number)], number)
         yield many
+        dated = GaugeMetricFamily("dated", "With the time of each value.", labels=["name"])
+        for number in range(SLICE_SAMPLES + 1):
+            dated.add_metric([f'quoted "{number}"'], number, timestamp=1.5)
+        yield dated
 
 
 async def turns_of(registry: Registry, count: Callable[[], int]) -> tuple[bytes, list[int]]:
@@ -173,7 +177,10 @@ async def test_slices_are_the_whole_exposition() -> None:
 
     assert text == generate_latest(registry)
     assert b"\nunknown" not in text
-    assert text.count(b"# HELP") == 6
+    assert text.count(b"# HELP") == 7
+    # The second time the lines are remembered, with other values.
+    many.labels("7").inc()
+    assert (await turns_of(registry, int))[0] == generate_latest(registry) != text
 
 
 async def test_event_loop_is_held_for_one_slice_at_a_time() -> None:
