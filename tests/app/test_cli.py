@@ -129,7 +129,7 @@ async def test_serve_finishes_what_is_in_flight_on_sigterm(database: Database, t
                     await client.get(f"{server.url}/health/live")
                 except httpx.ConnectError:
                     return True
-                except httpx.ReadError:
+                except (httpx.ReadError, httpx.RemoteProtocolError):
                     return False  # It stood in the listener's queue when that was closed; the next one is refused.
                 return False
 

@@ -298,10 +298,11 @@ async def test_slow_clients_hold_no_connection(
             writer.write(half if number % 2 else unread)
             await writer.drain()
 
-        async def all_free() -> bool:
-            return await held(server) == 0
+        async def all_answered() -> bool:
+            # Each answer was written to a client that does not read it.
+            return await lists_answered(server) == SLOW * 50 and await held(server) == 0
 
-        assert await eventually(all_free, 20)
+        assert await eventually(all_answered, 60)
         answers = [await client.ask("GET", "/patients?limit=1") for _ in range(50)]
         at_once = await held(server)
         client.close()
