@@ -22,6 +22,9 @@ from tests.service import ADA
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 # The service, its load and the browser share the processors with whatever else is tested.
 expect.set_options(timeout=15_000)
+# Chromium says so now and then, when the token's field has the focus before it has read the closed dialog, where `No`
+# is to have it. No harm is done.
+AUTOFOCUS = "Autofocus processing was blocked because a document already has a focused element."
 # Kept in the page for the test: violations of its own policy, which a console may word in any way.
 NOTE_VIOLATIONS = """
 globalThis.violations = [];
@@ -65,7 +68,8 @@ class Visit:
         `complaints` is what the browser may say: it reports each answer that is no success, and each that is missing.
         """
         assert self.hosts == {urlsplit(url).netloc}
-        assert [text for text in self.complaints if complaints is None or complaints not in text] == []
+        allowed = [AUTOFOCUS] if complaints is None else [AUTOFOCUS, complaints]
+        assert [text for text in self.complaints if not any(one in text for one in allowed)] == []
         assert await self.page.evaluate("globalThis.violations") == []
         found = await Axe().run(self.page)
         assert found.violations_count == 0, found.generate_report()
