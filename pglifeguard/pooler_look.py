@@ -33,6 +33,8 @@ AGAIN_SECONDS = 5.0
 # one server connection then serves both, or one client two of them: the client that comes first takes the connection
 # that was given back last. Asked one after the other only, two clients kept to two connections beside other looks.
 TURNS = 8
+# Before the clients that have not met are asked once more.
+SECOND_SIGHT_SECONDS = 0.05
 # Read/write splitters send a query with a volatile function to the primary, and one without perhaps to a replica.
 SERVED = "SELECT pg_backend_pid() AS process, extract(epoch FROM pg_postmaster_start_time())::float8 AS server"
 SERVED_WRITABLE = f"{SERVED}, clock_timestamp() AS now"
@@ -138,7 +140,12 @@ class PoolerLook:
     async def _compare(self, *clients: TrackedConnection) -> Pooler:
         """Ask two clients of a pooler by turns, outside of a transaction and in one."""
         seen: list[set[tuple[float, int]]] = [set(), set()]
-        for turn in range(TURNS):
+        for turn in range(2 * TURNS):
+            if turn == TURNS:
+                if seen[0] & seen[1] or any(len(servers) > 1 for servers in seen):
+                    break
+                # Two clients of few servers may not meet while another pool looks at the same moment.
+                await asyncio.sleep(SECOND_SIGHT_SECONDS)
             query = SERVED_WRITABLE if turn // 2 % 2 else SERVED
             if turn % 2:
                 answers = list(await asyncio.gather(*(_ask(client, query) for client in clients)))
