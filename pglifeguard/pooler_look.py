@@ -9,7 +9,7 @@ pgpool-II may give the server's; there the client's port, as the server sees it,
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from typing import Any, cast
 from uuid import uuid4
@@ -23,8 +23,9 @@ from pglifeguard.tracked_connection import TrackedConnection
 
 logger = logging.getLogger(__name__)
 
-# A look asks about thirty short questions; where each takes 50 ms, they take one second.
-LOOK_SECONDS = 2.0
+# A look asks about thirty short questions, and of a pooler in session mode a dozen more; where each takes 50 ms, they
+# take one second and a half.
+LOOK_SECONDS = 3.0
 # Looks that fail before the service goes on without a finding.
 ATTEMPTS = 3
 # Seconds after which a pooler that was refused is looked at again: it may have been set right.
@@ -33,8 +34,8 @@ AGAIN_SECONDS = 5.0
 # one server connection then serves both, or one client two of them: the client that comes first takes the connection
 # that was given back last. Asked one after the other only, two clients kept to two connections beside other looks.
 TURNS = 8
-# Before the clients that have not met are asked once more.
-SECOND_SIGHT_SECONDS = 0.05
+# Seconds before two clients that shared no server connection take turns once more.
+SECOND_LOOK_SECONDS = 0.05
 # Read/write splitters send a query with a volatile function to the primary, and one without perhaps to a replica.
 SERVED = "SELECT pg_backend_pid() AS process, extract(epoch FROM pg_postmaster_start_time())::float8 AS server"
 SERVED_WRITABLE = f"{SERVED}, clock_timestamp() AS now"
@@ -140,20 +141,12 @@ class PoolerLook:
     async def _compare(self, *clients: TrackedConnection) -> Pooler:
         """Ask two clients of a pooler by turns, outside of a transaction and in one."""
         seen: list[set[tuple[float, int]]] = [set(), set()]
-        for turn in range(2 * TURNS):
-            if turn == TURNS:
-                if seen[0] & seen[1] or any(len(servers) > 1 for servers in seen):
-                    break
-                # Two clients of few servers may not meet while another pool looks at the same moment.
-                await asyncio.sleep(SECOND_SIGHT_SECONDS)
-            query = SERVED_WRITABLE if turn // 2 % 2 else SERVED
-            if turn % 2:
-                answers = list(await asyncio.gather(*(_ask(client, query) for client in clients)))
-            else:
-                answers = [await _ask(client, query) for client in clients]
-            for servers, answer in zip(seen, answers, strict=True):
-                servers.add(_served(answer))
-        shared = bool(seen[0] & seen[1]) or any(len(servers) > 1 for servers in seen)
+        await _take_turns(clients, seen)
+        if not _is_shared(seen):
+            # While another pool looks at the same moment, the two may keep to one server connection each.
+            await asyncio.sleep(SECOND_LOOK_SECONDS)
+            await _take_turns(clients, seen)
+        shared = _is_shared(seen)
         splits = self._writable and any(len({server for server, _ in servers}) > 1 for servers in seen)
         lost = await _lost(clients[0], self._parameters)
         mode: Mode = "transaction" if shared else "session"
@@ -187,6 +180,23 @@ class PoolerLook:
         if self._wanted and found.keeps_statements is False:
             logger.warning(FORGETS, extra={"database": self.database})
         self.refuse(found.refusal)
+
+
+async def _take_turns(clients: Sequence[TrackedConnection], seen: Sequence[set[tuple[float, int]]]) -> None:
+    """Ask the clients for their servers, one after the other and at the same time; add them to what was `seen`."""
+    for turn in range(TURNS):
+        query = SERVED_WRITABLE if turn // 2 % 2 else SERVED
+        if turn % 2:
+            answers = list(await asyncio.gather(*(_ask(client, query) for client in clients)))
+        else:
+            answers = [await _ask(client, query) for client in clients]
+        for servers, answer in zip(seen, answers, strict=True):
+            servers.add(_served(answer))
+
+
+def _is_shared(seen: Sequence[set[tuple[float, int]]]) -> bool:
+    """Whether one server connection served both clients, or one client was served by two."""
+    return bool(seen[0] & seen[1]) or any(len(servers) > 1 for servers in seen)
 
 
 async def _ask(connection: TrackedConnection, sql: str) -> asyncpg.Record:
