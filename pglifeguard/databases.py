@@ -23,7 +23,7 @@ from pglifeguard.credentials import PasswordSource
 from pglifeguard.database import Database, Isolation, Role
 from pglifeguard.database_settings import DatabaseSettings
 from pglifeguard.discovery import Found
-from pglifeguard.environment import SettingsError, exported_signals
+from pglifeguard.environment import NOT_FROM_HERE, SettingsError, exported_signals
 from pglifeguard.errors import BudgetExceeded, DatabaseUnavailable, NotFound
 from pglifeguard.listening import Listener
 from pglifeguard.members import Members
@@ -62,7 +62,7 @@ OTHER_LOOP = (
 )
 WITHOUT_OTEL = (
     "OTEL_EXPORTER_OTLP_ENDPOINT or one like it is set, and {missing} is not installed: install the extra, "
-    "`pip install 'pglifeguard[otel]'`, or unset the variable."
+    f"`pip install 'pglifeguard[otel]'`, or unset the variable. {NOT_FROM_HERE}"
 )
 STILL_OPEN = "the databases are open already; close them first, in the event loop in which they were opened"
 

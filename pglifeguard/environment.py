@@ -14,6 +14,11 @@ from pydantic_settings import BaseSettings, DotEnvSettingsSource, EnvSettingsSou
 
 from pglifeguard.variables import PREFIX
 
+NOT_FROM_HERE = (
+    "Where something else in this process exports by these variables, "
+    "OTEL_PYTHON_DISABLED_INSTRUMENTATIONS=pglifeguard leaves this library out."
+)
+
 # The shortest prefix comes last, so that DATABASE_REPLICA_URL is the replica's and not the primary's REPLICA_URL.
 PREFIXES = {"replicas": f"{PREFIX}replica_", "analytics": f"{PREFIX}analytics_", "primary": PREFIX}
 
@@ -124,7 +129,8 @@ def exported_signals() -> frozenset[str]:
     def said(name: str) -> str:
         return os.environ.get(f"OTEL_{name}", "").strip()
 
-    if said("SDK_DISABLED").lower() == "true":
+    left_out = said("PYTHON_DISABLED_INSTRUMENTATIONS").split(",")
+    if said("SDK_DISABLED").lower() == "true" or "pglifeguard" in map(str.strip, left_out):
         return frozenset()
     signals = set[str]()
     for signal in ("TRACES", "METRICS"):
@@ -134,7 +140,7 @@ def exported_signals() -> frozenset[str]:
             if protocol not in {"", "http/protobuf"}:
                 raise SettingsError(
                     f"OTEL_EXPORTER_OTLP_PROTOCOL is {protocol}: {signal.lower()} are exported by http/protobuf alone. "
-                    "Unset it, and name the endpoint of that protocol, which usually is on port 4318."
+                    f"Unset it, and name the endpoint of that protocol, which usually is on port 4318. {NOT_FROM_HERE}"
                 )
             signals.add(signal.lower())
     return frozenset(signals)

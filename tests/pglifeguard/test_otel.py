@@ -42,6 +42,14 @@ SIGNALS: list[tuple[dict[str, str], frozenset[str]]] = [
     ({"OTEL_EXPORTER_OTLP_METRICS_ENDPOINT": "http://there"}, frozenset({"metrics"})),
     ({ENDPOINT: "http://there", "OTEL_TRACES_EXPORTER": "none"}, frozenset({"metrics"})),
     ({ENDPOINT: "http://there", "OTEL_SDK_DISABLED": "True"}, frozenset()),
+    (
+        {
+            ENDPOINT: "http://there:4317",
+            "OTEL_EXPORTER_OTLP_PROTOCOL": "grpc",
+            "OTEL_PYTHON_DISABLED_INSTRUMENTATIONS": "sqlalchemy, pglifeguard",
+        },
+        frozenset(),
+    ),
 ]
 
 
