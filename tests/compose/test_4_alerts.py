@@ -1,20 +1,18 @@
 """Alerts that name a cause: the fault is made, the alert fires, and its section of the runbook shows who it is."""
 
 import asyncio
-import secrets
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import suppress
 
 import httpx
 import pytest
 
+from tests.compose.meanwhile import NEW, asking, somebody
 from tests.compose.runbook import fires, walk
-from tests.compose.stack import SUPERUSER_PASSWORD, Stack, eventually
+from tests.compose.stack import Stack, eventually
 from tests.watching import alert_state
 
 pytestmark = pytest.mark.timeout(300)
 
-NEW = {"full_name": "Walked Through", "birth_date": "1970-01-01"}
 # Clients of PgBouncer beside the service: many that only hold their places, and more at work than it has servers for.
 CROWD = """
 import asyncio, os, asyncpg
@@ -32,49 +30,6 @@ async def main():
     await asyncio.gather(*map(busy, range(80)))
 asyncio.run(main())
 """
-
-
-@asynccontextmanager
-async def somebody(stack: Stack, application: str, *lines: str, seconds: int) -> AsyncIterator[None]:
-    """Be at a prompt of the primary under a name: type these lines, and go away without a word for so long."""
-    typed = "; ".join(lines)
-    prompt = f'(echo "{typed};"; exec sleep {seconds}) | psql -qX -U postgres -d lifeguard'
-    session = asyncio.create_task(
-        stack.compose(
-            *("exec", "-T", "-e", f"PGPASSWORD={SUPERUSER_PASSWORD}", "-e", f"PGAPPNAME={application}"),
-            *("primary", "bash", "-c", prompt),
-            check=False,
-        )
-    )
-    try:
-        yield
-    finally:
-        ended = f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = '{application}'"  # noqa: S608  # Ours.
-        await stack.psql("primary", ended)
-        session.cancel()
-        with suppress(asyncio.CancelledError):
-            await session
-
-
-@asynccontextmanager
-async def asking(client: httpx.AsyncClient, *, clients: int, pause: float) -> AsyncIterator[None]:
-    """Let so many clients add patients, one after the other, whatever the answers are."""
-    # A patient that is there already would be a 409, and no write.
-    run = secrets.token_hex(4)
-
-    async def ask(number: int) -> None:
-        for attempt in range(100_000):
-            with suppress(httpx.TransportError):
-                await client.post("/patients", json=NEW | {"mrn": f"WALK-{run}-{number}-{attempt}"})
-            await asyncio.sleep(pause)
-
-    tasks = [asyncio.create_task(ask(number)) for number in range(clients)]
-    try:
-        yield
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def test_a_forgotten_lock(stack: Stack, prometheus: httpx.AsyncClient, client: httpx.AsyncClient) -> None:

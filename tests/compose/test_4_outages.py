@@ -1,16 +1,13 @@
 """Alerts about what has gone or grown slow: the fault is made, the alert fires, and its section can be followed."""
 
-import asyncio
 import json
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
 
 import httpx
 import pytest
 
+from tests.compose.meanwhile import asking, reading
 from tests.compose.runbook import fires, walk
 from tests.compose.stack import Stack
-from tests.compose.test_4_alerts import asking
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -20,24 +17,6 @@ SLOW = """
     CREATE FUNCTION walk_is_slow() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN PERFORM pg_sleep(1.5); RETURN NEW; END';
     CREATE TRIGGER walk_is_slow BEFORE INSERT ON patients FOR EACH ROW EXECUTE FUNCTION walk_is_slow()
 """
-
-
-@asynccontextmanager
-async def reading(client: httpx.AsyncClient) -> AsyncIterator[None]:
-    """Read a list ten times a second."""
-
-    async def read() -> None:
-        while True:
-            with suppress(httpx.TransportError):
-                await client.get("/patients?limit=1")
-            await asyncio.sleep(0.1)
-
-    task = asyncio.create_task(read())
-    try:
-        yield
-    finally:
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
 
 
 async def test_slow_statements(stack: Stack, prometheus: httpx.AsyncClient, client: httpx.AsyncClient) -> None:
