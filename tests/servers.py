@@ -9,8 +9,8 @@ import logging
 import shutil
 import socket
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
 import asyncpg
@@ -33,6 +33,20 @@ STREAMS = "SELECT NOT pg_is_in_recovery() AND EXISTS (SELECT FROM pg_stat_replic
 TESTS_OWN = "SELECT datname FROM pg_database WHERE datname LIKE 'test\\_%'"
 # A failure of the inspection itself says that the cluster is not sound.
 UNSOUND = (OSError, LocalError, asyncpg.PostgresError, asyncpg.InterfaceError)
+
+
+@asynccontextmanager
+async def setting(server: Server, name: str, value: str) -> AsyncIterator[None]:
+    """Let a running server have another value of a setting."""
+    connection = await server.connect()
+    await connection.execute(f"ALTER SYSTEM SET {name} = {value}")
+    await connection.execute("SELECT pg_reload_conf()")
+    try:
+        yield
+    finally:
+        await connection.execute(f"ALTER SYSTEM RESET {name}")
+        await connection.execute("SELECT pg_reload_conf()")
+        await connection.close()
 
 
 class Servers:

@@ -28,6 +28,7 @@ from pglifeguard.errors import TransactionAborted
 from pglifeguard.fastapi import ReadDB, WriteDB
 from tests.chaos import pooler
 from tests.conftest import Database, Execute
+from tests.servers import setting
 from tests.service import Service, listening, serving
 
 PAGE = Path(__file__).parents[1] / "docs" / "patterns.md"
@@ -265,13 +266,8 @@ async def of_a_million(database: Database) -> None:
 @pytest.fixture
 async def patient_replica(database: Database) -> AsyncIterator[None]:
     """Let replay wait for queries: other tests' DDL would end an export that takes five seconds on a busy machine."""
-    replica = await database.cluster.replica.connect()
-    await replica.execute("ALTER SYSTEM SET max_standby_streaming_delay = -1")
-    await replica.execute("SELECT pg_reload_conf()")
-    yield
-    await replica.execute("ALTER SYSTEM RESET max_standby_streaming_delay")
-    await replica.execute("SELECT pg_reload_conf()")
-    await replica.close()
+    async with setting(database.cluster.replica, "max_standby_streaming_delay", "-1"):
+        yield
 
 
 @pytest.mark.usefixtures("patient_replica")

@@ -16,6 +16,7 @@ from pglifeguard.fastapi.sessions import AnalyticsDB, ReadDB, WriteDB
 from pglifeguard.query import Query
 from tests.conftest import Database, Execute
 from tests.proxy import Proxy
+from tests.servers import setting
 from tests.service import Service, exhausted, quiet, serving
 from tests.stopwatch import Stopwatch
 
@@ -33,13 +34,8 @@ SELECT n::text, 'Ada', '1915-12-10' FROM generate_series(1, 50) AS n
 @pytest.fixture
 async def impatient_replica(breakable_cluster: Cluster) -> AsyncIterator[None]:
     """Let replay wait for no query, as when a replica has been behind for long."""
-    replica = await breakable_cluster.replica.connect()
-    await replica.execute("ALTER SYSTEM SET max_standby_streaming_delay = 0")
-    await replica.execute("SELECT pg_reload_conf()")
-    yield
-    await replica.execute("ALTER SYSTEM RESET max_standby_streaming_delay")
-    await replica.execute("SELECT pg_reload_conf()")
-    await replica.close()
+    async with setting(breakable_cluster.replica, "max_standby_streaming_delay", "0"):
+        yield
 
 
 async def clean_up_rows(execute: Execute) -> None:
