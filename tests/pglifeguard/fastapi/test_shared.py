@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 from prometheus_client import Counter, Gauge, Histogram, Info, Metric, disable_created_metrics, generate_latest
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from local.waiting import eventually
@@ -142,6 +142,10 @@ class Elsewhere(Collector):
         for number in range(SLICE_SAMPLES + 1):
             dated.add_metric([f'quoted "{number}"'], number, timestamp=1.5)
         yield dated
+        made = CounterMetricFamily("made", "With the time of its making.", labels=["name"])
+        for name in ("one", "two"):
+            made.add_metric([name], 1, created=1.5)
+        yield made
 
 
 async def turns_of(registry: Registry, count: Callable[[], int]) -> tuple[bytes, list[int]]:
@@ -177,7 +181,7 @@ async def test_slices_are_the_whole_exposition() -> None:
 
     assert text == generate_latest(registry)
     assert b"\nunknown" not in text
-    assert text.count(b"# HELP") == 7
+    assert text.count(b"# HELP") == 9
     # The second time the lines are remembered, with other values.
     many.labels("7").inc()
     assert (await turns_of(registry, int))[0] == generate_latest(registry) != text
