@@ -139,7 +139,7 @@ async def test_logins_without_end(stack: Stack, prometheus: httpx.AsyncClient, c
         await stack.compose("exec", "-T", "app", "python", "-m", "app", "drain", "--pool", "primary")
         return await alert_state(prometheus, "LoginStorm", pool="primary") == "firing"
 
-    async with asking(client, clients=10, pause=0):
+    async with asking(client, clients=10, pause=0.1):
         await eventually(drain, within=150)
         shown = await walk(stack, prometheus, "LoginStorm")
 
