@@ -32,6 +32,12 @@ write_passfile() {
 
 primary_answers() { pg_isready --quiet --timeout=3 --host="$PRIMARY_HOST"; }
 
+# Whoever is not let in, as with a password that was changed, could not clone either: a server would be stopped for nothing.
+primary_lets_in() {
+    psql --no-psqlrc --quiet --output=/dev/null "host=$PRIMARY_HOST user=replicator replication=true connect_timeout=3" \
+        --command=IDENTIFY_SYSTEM 2>/dev/null
+}
+
 clone_primary() {
     say "cloning $PRIMARY_HOST"
     until primary_answers; do sleep 1; done
@@ -81,9 +87,13 @@ follow() {
         if [[ -n $stopping ]] || makes_progress || ! primary_answers || promoted; then
             progress_at=$SECONDS
         elif ((SECONDS - progress_at >= PATIENCE_SECONDS)); then
-            say "no progress for $PATIENCE_SECONDS seconds although $PRIMARY_HOST answers"
-            stop_server
-            return 2
+            if primary_lets_in; then
+                say "no progress for $PATIENCE_SECONDS seconds although $PRIMARY_HOST answers"
+                stop_server
+                return 2
+            fi
+            say "$PRIMARY_HOST refuses the login of replicator, so it cannot be cloned; what is here is served"
+            progress_at=$SECONDS
         fi
         sleep "$(seconds_to_next_look)" &
         wait -n $! "$server" || true

@@ -74,6 +74,14 @@ def test_published_alert_is_unchanged(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ALERTS)
+def test_alert_is_walked_in_the_running_stack(name: str) -> None:
+    """The suite of the compose stack makes each alert's fault, and follows its section of the runbook."""
+    suite = "".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "tests/compose").glob("test_*.py")))
+
+    assert f'walk(stack, prometheus, "{name}")' in suite or f'walk(careless, prometheus, "{name}")' in suite
+
+
+@pytest.mark.parametrize("name", ALERTS)
 def test_alert_has_tests_of_firing_and_of_silence(name: str) -> None:
     """Every alert is seen to fire, and seen not to, in the rules' own tests."""
     cases = [case for test in _unit_tests() for case in test.get("alert_rule_test", []) if case["alertname"] == name]

@@ -47,7 +47,7 @@ async def asking(client: httpx.AsyncClient, *, clients: int, pause: float) -> As
                 await client.post("/patients", json=NEW | {"mrn": f"WALK-{run}-{number}-{attempt}"})
             await asyncio.sleep(pause)
 
-    async with _meanwhile(*(ask(number) for number in range(clients))):
+    async with meanwhile(*(ask(number) for number in range(clients))):
         yield
 
 
@@ -61,12 +61,13 @@ async def reading(client: httpx.AsyncClient) -> AsyncIterator[None]:
                 await client.get("/patients?limit=1")
             await asyncio.sleep(0.1)
 
-    async with _meanwhile(read()):
+    async with meanwhile(read()):
         yield
 
 
 @asynccontextmanager
-async def _meanwhile(*activities: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
+async def meanwhile(*activities: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
+    """Do all of this until the block is left."""
     tasks = [asyncio.create_task(activity) for activity in activities]
     try:
         yield

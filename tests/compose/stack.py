@@ -28,6 +28,12 @@ class Stack:
         keep = {"PATH", "HOME", "DOCKER_HOST", "DOCKER_CONFIG"}
         self.environment = {k: v for k, v in os.environ.items() if k in keep} | PORTS | environment
 
+    def with_file(self, file: str) -> "Stack":
+        """Give the same project with one more file."""
+        stack = Stack(self.project, *self.files, file)
+        stack.environment = self.environment
+        return stack
+
     async def compose(self, *arguments: str, check: bool = True, env: Mapping[str, str] = NOTHING) -> str:
         """Run `docker compose …` and return what it printed; what it said on standard error is in the failure."""
         files = [part for file in self.files for part in ("-f", file)]
