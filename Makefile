@@ -1,6 +1,6 @@
 # Every recipe is one command that a person could type. `make` alone lists the targets.
 .DEFAULT_GOAL := help
-.PHONY: help install run load test test-fast test-backup test-compose test-deploy test-ha chaos soak poolers check lint types format lock clean bench dashboards scale
+.PHONY: help install run load test test-fast test-backup test-compose test-deploy test-ha chaos soak poolers check lint types format lock clean bench dashboards outage scale
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -79,6 +79,9 @@ poolers: install  ## Play what a service relies on behind each pooler, and write
 
 bench: install  ## Measure against the floor and the textbook's ways (ARGS=--quick; needs wrk and h2load)
 	$(BIN)/python -m bench $(ARGS)
+
+outage: install  ## Play the outage of docs/outage.md in a minute, the textbook's way and ours
+	$(BIN)/python -m bench.outage
 
 dashboards: install  ## Write the dashboards' JSON anew, from grafana/
 	$(BIN)/python -m grafana
