@@ -1,6 +1,6 @@
 # Every recipe is one command that a person could type. `make` alone lists the targets.
 .DEFAULT_GOAL := help
-.PHONY: help install run load test test-fast test-backup test-compose test-deploy test-ha chaos soak poolers check lint types format lock clean bench dashboards scale
+.PHONY: help install run load test test-fast test-backup test-compose test-deploy test-ha chaos soak poolers check lint types format lock clean bench dashboards docs outage scale
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -80,6 +80,20 @@ poolers: install  ## Play what a service relies on behind each pooler, and write
 bench: install  ## Measure against the floor and the textbook's ways (ARGS=--quick; needs wrk and h2load)
 	$(BIN)/python -m bench $(ARGS)
 
+outage: install  ## Play the outage of docs/outage.md in a minute, the textbook's way and ours
+	$(BIN)/python -m bench.outage
+
+.venv-docs/.installed: requirements-docs.txt
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python -m pip install $(QUIET) --disable-pip-version-check --require-hashes -r requirements-docs.txt
+	@touch $@
+
+# A link that leads nowhere, or a page that nothing leads to, is a warning, and a warning ends it.
+docs: .venv-docs/.installed  ## Build the documentation into .local/site, to be read from disk without a network
+	rm -rf .local/site
+	.venv-docs/bin/python -m sphinx $(QUIET) --fresh-env --fail-on-warning --keep-going -j auto -c docs -d .local/doctrees . .local/site $(ARGS)
+	@echo "Open file://$(CURDIR)/.local/site/index.html"
+
 dashboards: install  ## Write the dashboards' JSON anew, from grafana/
 	$(BIN)/python -m grafana
 
@@ -104,7 +118,8 @@ lock: install  ## Resolve the dependencies anew into the hashed locks
 	$(BIN)/uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-header --all-extras pyproject.toml --group service --group dev -c requirements.txt -o requirements-dev.txt
 	$(BIN)/uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-header --group deploy -c requirements-dev.txt -o requirements-deploy.txt
 	$(BIN)/uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-header --group ha -c requirements-dev.txt -o requirements-ha.txt
+	$(BIN)/uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-header --all-extras pyproject.toml --group service --group docs -c requirements-dev.txt -o requirements-docs.txt
 	$(BIN)/uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-header --group backup -c requirements-dev.txt -o requirements-backup.txt
 
 clean:  ## Remove what the other targets made
-	rm -rf .venv .venv-backup .venv-ha .local .coverage* .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .venv-backup .venv-docs .venv-ha .local .coverage* .mypy_cache .ruff_cache .pytest_cache .hypothesis

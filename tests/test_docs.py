@@ -213,7 +213,7 @@ def test_dependencies_are_justified() -> None:
     project = tomllib.loads(read("pyproject.toml"))
     extras = project["project"]["optional-dependencies"].values()
     of_library = [*project["project"]["dependencies"], *chain.from_iterable(extras)]
-    groups = ("backup", "deploy", "ha", "dev")
+    groups = ("backup", "deploy", "docs", "ha", "dev")
     locks = "".join(read(f"requirements-{group}.txt") for group in groups)
     locked = dict(re.findall(r"^([a-z0-9-]+)==([^ ;]+)", locks, re.MULTILINE))
     text = read("docs/dependencies.md")
@@ -222,6 +222,7 @@ def test_dependencies_are_justified() -> None:
         ("In the image", sorted([*of_library, *project["dependency-groups"]["service"]], key=by_name)),
         ("For development", project["dependency-groups"]["dev"]),
         ("For the chart", project["dependency-groups"]["deploy"]),
+        ("For `make docs`", project["dependency-groups"]["docs"]),
         ("For `make test-ha`", project["dependency-groups"]["ha"]),
         ("For `make test-backup`", project["dependency-groups"]["backup"]),
     ):

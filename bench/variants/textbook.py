@@ -36,6 +36,10 @@ def create_app() -> FastAPI:
     async def wait(session: Annotated[AsyncSession, Depends(read_session)]) -> None:
         await session.execute(text(shared.WAIT))
 
+    @app.get("/health/db")
+    async def look(session: Annotated[AsyncSession, Depends(write_session)]) -> None:
+        await session.execute(text("SELECT 1"))
+
     @app.get("/health/ready")
     async def ready() -> None:
         pass

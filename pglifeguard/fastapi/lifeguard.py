@@ -68,13 +68,14 @@ class Lifeguard:
         open_dependencies: Sequence[params.Depends] = (),
         debug_dependencies: Sequence[params.Depends] = (),
     ) -> None:
-        """Add sessions, error answers, middleware, and the routes /health/*, /debug/* and /metrics. Call it once.
+        """Add sessions, error answers, middleware, and the routes `/health/*`, `/debug/*` and `/metrics`. Call it once.
 
         Routes and exception handlers of the application may be added before or after; its handlers win. Middleware
-        that is added afterwards is outside of this. `open_dependencies` go to /health/* and /metrics, which probes and
-        Prometheus call without a token, and to /debug/pools, a page without a figure in it, which a browser opens
-        without one; `debug_dependencies` to the rest of /debug/*, which tells who holds connections: give it a guard
-        where strangers can reach it. Without them there is no /debug/pause, /resume, /drain, /resize and /end.
+        that is added afterwards is outside of this. `open_dependencies` go to `/health/*` and `/metrics`, which probes
+        and Prometheus call without a token, and to `/debug/pools`, a page without a figure in it, which a browser opens
+        without one; `debug_dependencies` to the rest of `/debug/*`, which tells who holds connections: give it a guard
+        where strangers can reach it. Without them there is no `/debug/pause`, `/resume`, `/drain`, `/resize` and
+        `/end`.
         """
         # Their routes are made when they are imported, and FastAPI loads pydantic.v1 to make its first one: 25 ms.
         from pglifeguard.fastapi import debug, exposition, health, pools  # noqa: PLC0415
