@@ -184,6 +184,8 @@ _FAILURES = {
     "22003": _UNSTORABLE,
     "22021": _UNSTORABLE,
     "22P05": _UNSTORABLE,
+    # PostgreSQL 18 says this where RESTRICT keeps a row; older ones say 23503.
+    "23001": Failure(409, "conflict", "The request refers to something that does not exist or is still in use."),
     "23503": Failure(409, "conflict", "The request refers to something that does not exist or is still in use."),
     "23505": Failure(409, "conflict", "Something with the same unique value exists already."),
     "23P01": Failure(409, "conflict", "The request overlaps something that exists already."),

@@ -90,6 +90,7 @@ async def primary(database: Database) -> AsyncIterator[Service]:
         CREATE TABLE parents (id int PRIMARY KEY);
         CREATE TABLE children (parent_id int CONSTRAINT fk REFERENCES parents, span int4range,
             late int CONSTRAINT late REFERENCES parents DEFERRABLE INITIALLY DEFERRED,
+            kept int CONSTRAINT kept REFERENCES parents ON DELETE RESTRICT,
             CONSTRAINT apart EXCLUDE USING gist (span WITH &&));
     """)
     await owner.close()
@@ -100,6 +101,11 @@ async def primary(database: Database) -> AsyncIterator[Service]:
 FAILURES = {
     "unique": (executing(INSERT, INSERT), 409, "conflict"),
     "foreign key": (executing("INSERT INTO children (parent_id) VALUES (1)"), 409, "conflict"),
+    "a row that RESTRICT keeps": (
+        executing("INSERT INTO parents VALUES (1)", "INSERT INTO children (kept) VALUES (1)", "DELETE FROM parents"),
+        409,
+        "conflict",
+    ),
     "exclusion": (executing(*["INSERT INTO children (span) VALUES ('[1,5]')"] * 2), 409, "conflict"),
     "deferred foreign key, at COMMIT": (executing("INSERT INTO children (late) VALUES (1)"), 409, "conflict"),
     "statement_timeout": (
