@@ -1,4 +1,4 @@
-"""The operator's commands: `python -m app serve | doctor | connections | token | pause | resume | drain | resize`."""
+"""The commands `python -m app serve | doctor | connections | token | pause | resume | drain | resize | new-domain`."""
 
 import getpass
 import os
@@ -76,3 +76,20 @@ def token(
         raise stop(f"There is no scope {', '.join(sorted(wrong))}; choose from {', '.join(get_args(Scope))}.")
     scopes = cast("list[Scope]", scope)
     print(issue_token(settings.auth_secret, subject=subject, scopes=scopes, lifetime=timedelta(hours=hours)))  # noqa: T201  # For a pipe: no colours, no wrapping.
+
+
+@cli.command("new-domain")
+def new_domain(
+    name: Annotated[str, typer.Argument(help="Its folder, its table and its path: a plural, as in `appointments`.")],
+    singular: Annotated[str | None, typer.Option(help="What one of them is called, if not NAME without its s.")] = None,
+) -> None:
+    """Make a domain to begin with: app/NAME, tests/app/NAME and a migration; app/main.py names it."""
+    try:
+        from local.new_domain import ROOT, Refused, make  # noqa: PLC0415  # The image holds the service alone.
+    except ModuleNotFoundError:
+        raise stop("A domain is made in the project's tree, and here is the service alone.") from None
+    try:
+        made = make(name, singular, root=ROOT)
+    except Refused as refusal:
+        raise stop(f"{refusal} Nothing was changed.") from None
+    print(*made, sep="\n")  # noqa: T201  # For a pipe.

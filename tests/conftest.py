@@ -22,10 +22,12 @@ import asyncpg
 import pytest
 from starlette.routing import BaseRoute
 
+from app.models import Base, load_models
 from app.settings import Settings
 from local import postgres
 from local.cluster import Cluster
 from pglifeguard.database_settings import DatabaseSettings
+from pglifeguard.fastapi import IDEMPOTENCY_TABLE
 from tests import moving
 from tests.proxy import Proxy
 from tests.servers import Servers, open_directory
@@ -35,8 +37,10 @@ from tests.stopwatch import Stopwatch
 # Runs a statement on the primary as its superuser, beside the service, and returns its first value.
 Execute: TypeAlias = Callable[..., Awaitable[Any]]
 
-# What a test may have left in the database that it shares with others.
-EMPTY = "TRUNCATE users, patients, idempotency_keys RESTART IDENTITY"
+load_models()
+# What a test may have left in the database that it shares with others, in the tables of whatever domains there are.
+TABLES = [*Base.metadata.tables, *IDEMPOTENCY_TABLE.metadata.tables]
+EMPTY = f"TRUNCATE {', '.join(TABLES)} RESTART IDENTITY"
 # What `make test-fast` leaves out: what starts programs, breaks servers, or does something a hundred times.
 SLOW_FOLDERS = {"bench", "browser", "chaos", "examples", "local", "poolers"}
 SLOW_FILES = {

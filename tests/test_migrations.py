@@ -81,7 +81,7 @@ async def test_every_constraint_has_its_name(owner: "asyncpg.Connection[Any]") -
     found = {row["name"]: row["table"] for row in names if row["table"] != "alembic_version"}
     assert len(found) >= 6
     for name, table in found.items():
-        assert re.fullmatch(rf"(pk|uq|ix|fk|ck)_{table}(_\w+)?", name), name
+        assert re.fullmatch(rf"(pk|uq|ix|fk|ck|ex)_{table}(_\w+)?", name), name
 
 
 async def test_times_have_a_zone_and_text_no_length(owner: "asyncpg.Connection[Any]") -> None:

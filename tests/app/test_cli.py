@@ -3,6 +3,7 @@
 import asyncio
 import functools
 import os
+import shutil
 import signal
 import ssl
 import subprocess
@@ -23,11 +24,13 @@ from sqlalchemy.engine import make_url
 from typer.testing import CliRunner, Result, _NamedTextIOWrapper
 
 from app.cli import cli
+from local import new_domain
 from local.postgres import free_port
 from local.waiting import eventually
 from pglifeguard.serving.protocol import LimitedProtocol
 from tests.conftest import Database
 
+ROOT = Path(__file__).parents[2]
 SECRET = "0123456789abcdef0123456789abcdef"
 # Long, for a machine that is busy: whoever is ready is not waited for.
 START_SECONDS = 60
@@ -480,3 +483,36 @@ async def test_budget_is_checked_before_serving() -> None:
         "2 workers x 1 instances x ((10 + 5 + 1) + (2 + 2 + 1)) + 1 for migrations = 43 connections > 10 - 3"
         in result.stderr
     )
+
+
+async def test_new_domain_is_refused_with_a_sentence() -> None:
+    """A name that will not do ends with status 2 and changes nothing; tests/local/test_new_domain.py has them all."""
+    result = await run("new-domain", "patients")
+
+    assert result.exit_code == 2
+    assert result.stderr == "app/main.py names 'patients' already. Nothing was changed.\n"
+
+
+async def test_new_domain_prints_what_was_made(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Each file on a line of its own, by its path in the tree."""
+    for name in ("app", "migrations", "tests/app"):
+        shutil.copytree(ROOT / name, tmp_path / name)
+    for name in ("alembic.ini", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    monkeypatch.setattr(new_domain, "ROOT", tmp_path)
+
+    result = await run("new-domain", "people", "--singular", "person")
+
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert "app/people/queries.py" in result.stdout.splitlines()
+    assert all((tmp_path / line).is_file() for line in result.stdout.splitlines())
+
+
+async def test_new_domain_needs_the_tree(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the service is alone, as in its image, the command says so."""
+    monkeypatch.setitem(sys.modules, "local.new_domain", None)
+
+    result = await run("new-domain", "orders")
+
+    assert result.exit_code == 2
+    assert "here is the service alone" in result.stderr
