@@ -20,7 +20,8 @@ from app.settings import Settings
 from pglifeguard import SettingsError, __version__
 from pglifeguard.fastapi import Lifeguard
 
-# Each domain is a package of app/ with a `router`. To add one, write its folder and its name here.
+# Each domain is a package of app/ with a `router`, and is added and removed by its folder and its name here
+# (docs/adding-a-domain.md). Routes that only some settings ask for are given by its `optional_routers(settings)`.
 DOMAINS = ("patients", "users", "reports")
 _FASTAPI: dict[str, Any] = {
     "title": "Lifeguard",
@@ -69,13 +70,12 @@ def create_app(settings: Settings | None = None, **options: Any) -> FastAPI:
     app = FastAPI(**(_FASTAPI | options), lifespan=lifespan)
     app.state.settings = settings
     for domain in DOMAINS:
-        app.include_router(import_module(f"app.{domain}").router)
+        package = import_module(f"app.{domain}")
+        optional = getattr(package, "optional_routers", None)
+        for router in (package.router, *(() if optional is None else optional(settings))):
+            app.include_router(router)
     # A model that cannot work ends the start here, before a request needs it.
     configure_mappers()
-    if settings.directory_url is not None:
-        from app.users import sync  # noqa: PLC0415  # Its HTTP client is an eighth of the service's whole import.
-
-        app.include_router(sync.router)
     lifeguard.install(app, open_dependencies=[security.OPEN], debug_dependencies=[security.needs("ops")])
     if settings.auth_secret is not None:
         security.install(app, settings.auth_secret)

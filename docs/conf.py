@@ -74,6 +74,7 @@ NAVIGATION = {
     "How to": [
         "docs/library",
         "examples/README",
+        "docs/adding-a-domain",
         "docs/patterns",
         "docs/transactions",
         "docs/sizing",

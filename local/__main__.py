@@ -93,7 +93,7 @@ async def _run(options: Options) -> int:
             progress("Migrating")
             await cluster.migrate()
             if options.seed and await seed(cluster.url("app_rw"), options.seed):
-                progress(f"Seeded {options.seed} patients and users")
+                progress(f"Seeded {options.seed} rows of each table")
             progress("Starting the service")
             variables = _write_variables(options.directory, environment(cluster))
             await options.service.start(environment(cluster))

@@ -26,16 +26,20 @@ APART = timedelta(minutes=7)
 async def seed(url: str, count: int) -> bool:
     """Fill an empty database with `count` patients and as many users; tell whether it was empty.
 
-    Both tables in one transaction by COPY: 300 rows each take 20 ms. Rows that are there already stay alone.
+    Both tables in one transaction by COPY: 300 rows each take 20 ms. Rows that are there already stay alone. A service
+    whose domain of users was removed has no table of them.
     """
     connection = await asyncpg.connect(url, timeout=5)
     try:
         async with connection.transaction():
-            if await connection.fetchval("SELECT EXISTS (TABLE users) OR EXISTS (TABLE patients)"):
+            if await connection.fetchval("SELECT EXISTS (TABLE patients)"):
                 return False
-            await connection.copy_records_to_table(
-                "users", records=users(count), columns=["email", "full_name", "is_active", "created_at"]
-            )
+            if await connection.fetchval("SELECT to_regclass('users') IS NOT NULL"):
+                if await connection.fetchval("SELECT EXISTS (TABLE users)"):
+                    return False
+                await connection.copy_records_to_table(
+                    "users", records=users(count), columns=["email", "full_name", "is_active", "created_at"]
+                )
             await connection.copy_records_to_table(
                 "patients",
                 records=patients(count),

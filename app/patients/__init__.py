@@ -1,4 +1,4 @@
-"""Patients: a table, its queries and its routes. The example to copy for a domain of your own."""
+"""Patients: a table, its queries and its routes. The example of a domain."""
 
 from app.patients.routes import router
 
