@@ -9,6 +9,8 @@ ARGS ?=
 SECONDS ?= 1200
 # Processes that run tests, each with a primary and replica of its own; 0 runs them in pytest itself.
 TESTERS ?= 0
+# The extras of the library that the service has when it serves.
+SERVED := $(addprefix --extra ,cli dns fastapi otel serving)
 # Where somebody looks, pip and coverage say what they are doing.
 QUIET := $(shell test -t 2 || echo --quiet)
 
@@ -114,11 +116,11 @@ format: install  ## Format, and mend what can be mended
 	$(BIN)/ruff format .
 
 lock: install  ## Resolve the dependencies anew into the hashed locks
-	$(BIN)/uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-header --all-extras pyproject.toml --group service -o requirements.txt
+	$(BIN)/uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-header $(SERVED) pyproject.toml --group service -o requirements.txt
 	$(BIN)/uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-header --all-extras pyproject.toml --group service --group dev -c requirements.txt -o requirements-dev.txt
 	$(BIN)/uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-header --group deploy -c requirements-dev.txt -o requirements-deploy.txt
 	$(BIN)/uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-header --group ha -c requirements-dev.txt -o requirements-ha.txt
-	$(BIN)/uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-header --all-extras pyproject.toml --group service --group docs -c requirements-dev.txt -o requirements-docs.txt
+	$(BIN)/uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-header $(SERVED) pyproject.toml --group service --group docs -c requirements-dev.txt -o requirements-docs.txt
 	$(BIN)/uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-header --group backup -c requirements-dev.txt -o requirements-backup.txt
 
 clean:  ## Remove what the other targets made

@@ -14,8 +14,8 @@ from bench.load import BenchError, require_generators
 from bench.measure import Plan
 from bench.sections import at_once, bar, growth, memory, overload, pool_size, scrape, start, total, ways
 from bench.setup import set_up
-from local.account import LocalError
 from local.setup import PROJECT
+from pglifeguard.embedded.account import EmbeddedError
 
 console = Console(highlight=False)
 SECTIONS = {
@@ -77,7 +77,7 @@ def main(
     try:
         require_generators()
         missed = asyncio.run(_run(quick=quick, only=only or (QUICK_SECTIONS if quick else list(SECTIONS))))
-    except (BenchError, LocalError) as error:
+    except (BenchError, EmbeddedError) as error:
         console.print(f"[red]{escape(str(error))}[/red]\n{UNTOUCHED}")
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
@@ -105,7 +105,7 @@ async def _run(*, quick: bool, only: list[str]) -> list[str]:
 
                 try:
                     section = await SECTIONS[name](stage, plan, tell)
-                except (BenchError, LocalError) as error:
+                except (BenchError, EmbeddedError) as error:
                     raise BenchError(f"{name} failed at “{step}”: {error}") from error
                 except Exception as error:
                     # A fault of the harness or of a driver: whoever reads the traceback wants to know this much.

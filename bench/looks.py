@@ -9,7 +9,7 @@ import asyncpg
 
 from bench.load import BenchError
 from local.cluster import DATABASE, Cluster
-from local.waiting import eventually
+from pglifeguard.embedded.waiting import eventually
 
 SAMPLE_SECONDS = 0.02
 QUIET_SECONDS = 30.0

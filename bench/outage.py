@@ -24,8 +24,8 @@ from bench.load import BenchError
 from bench.served import Served
 from bench.setup import set_up
 from bench.stage import Stage
-from local.account import LocalError
 from pglifeguard.database_settings import DatabaseSettings
+from pglifeguard.embedded.account import EmbeddedError
 
 INSTANCES = 3
 # The guides' preset for high traffic: 50 connections for each instance.
@@ -327,7 +327,7 @@ def main() -> None:
     try:
         with console.status("") as status:
             found = asyncio.run(perform(Script(), status.update))
-    except (BenchError, LocalError) as error:
+    except (BenchError, EmbeddedError) as error:
         console.print(str(error), style="red", markup=False)
         raise SystemExit(1) from None
     except KeyboardInterrupt:

@@ -15,9 +15,9 @@ import asyncpg
 
 from bench.load import BenchError
 from local.cluster import DATABASE, Cluster
-from local.postgres import HOST, free_port
 from local.setup import PROJECT
-from local.waiting import eventually
+from pglifeguard.embedded.postgres import HOST, free_port
+from pglifeguard.embedded.waiting import eventually
 
 START_SECONDS = 10
 # From here on it follows prepared statements; before, a client must not keep any.

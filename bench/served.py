@@ -9,9 +9,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 import httpx
-import psutil  # type: ignore[import-untyped]  # See local/waiting.py.
+import psutil  # type: ignore[import-untyped]  # See pglifeguard/embedded/waiting.py.
 
-from local.waiting import eventually
+from pglifeguard.embedded.waiting import eventually
 
 READY_SECONDS = 30.0
 STOP_SECONDS = 15.0

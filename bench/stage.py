@@ -13,10 +13,10 @@ from bench.load import BenchError
 from bench.looks import Looks
 from bench.served import Served, stop, until_ready
 from local.cluster import DATABASE, Cluster
-from local.postgres import free_port
-from local.programs import explain
 from local.serve import environment
 from local.setup import PROJECT
+from pglifeguard.embedded.postgres import free_port
+from pglifeguard.embedded.programs import explain
 
 # Processes that start at a time; more keep each other from connecting in time.
 STARTERS = 4

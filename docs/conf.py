@@ -76,6 +76,7 @@ NAVIGATION = {
         "examples/README",
         "docs/adding-a-domain",
         "docs/patterns",
+        "docs/testing",
         "docs/transactions",
         "docs/sizing",
         "docs/credentials",

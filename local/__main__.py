@@ -11,14 +11,14 @@ import asyncpg
 import typer
 from rich.console import Console
 
-from local.account import LocalError
 from local.cluster import Cluster
-from local.programs import DISK_FULL
 from local.runs import alone_in
 from local.seed import seed
 from local.serve import Service, environment
 from local.setup import DIRECTORY
 from local.stopping import stop_on_signals
+from pglifeguard.embedded.account import EmbeddedError
+from pglifeguard.embedded.programs import DISK_FULL
 
 console = Console(highlight=False, soft_wrap=True)
 complaints = Console(highlight=False, soft_wrap=True, stderr=True)
@@ -63,7 +63,7 @@ def main(  # noqa: PLR0913  # A command line has as many parameters as options.
     try:
         with alone_in(directory):
             status = asyncio.run(_run(options))
-    except (LocalError, OSError, asyncpg.DiskFullError) as error:
+    except (EmbeddedError, OSError, asyncpg.DiskFullError) as error:
         complaints.print(_sentence(error), style="red", markup=False)
         raise typer.Exit(1) from None
     raise typer.Exit(status)

@@ -1,130 +1,36 @@
-"""A primary and its streaming replica over one directory, with the roles of postgres/roles.sql.
+"""The primary and the replica of this project: the library's `Cluster`, with the roles of postgres/roles.sql.
 
-`python -m local` serves on one, and each test run has one. `start()` mends whatever it finds: servers that a killed
-process left behind, a replica that cannot follow, an interrupted first run.
+`python -m local` serves on one, and each test run has one.
 """
 
 import asyncio
 import os
-import shutil
 import sys
-from collections.abc import Callable
-from pathlib import Path
-from types import TracebackType
-from typing import Literal, Self
 
-from local.account import Account, LocalError, remove_tree
-from local.postgres import HOST, Server
-from local.programs import explain
-from local.runs import end_server
-from local.setup import PROJECT, SLOT, clone, create_roles, initialise, read_passwords
-from local.waiting import eventually
+from local.setup import PROJECT, ROLES, create_roles
+from pglifeguard.embedded import cluster
+from pglifeguard.embedded.account import EmbeddedError
+from pglifeguard.embedded.programs import explain
 
 DATABASE = "lifeguard"
-# Two servers take 150 MB when new, and keep 1 GB of write-ahead log at most.
-NEEDED_BYTES = 500_000_000
-FOLLOW_SECONDS = 5.0
-SLOT_SERVES = "SELECT EXISTS (SELECT FROM pg_replication_slots WHERE slot_name = $1 AND wal_status <> 'lost')"
-STREAMS = "SELECT EXISTS (SELECT FROM pg_stat_replication WHERE application_name = 'replica' AND state = 'streaming')"
 
 
-class Cluster:
-    """`primary` and `replica`, made at the first `start()` and kept in `directory`.
+class Cluster(cluster.Cluster):
+    """The database `lifeguard` has roles and no tables until `migrate()`."""
 
-    durable=False turns fsync off: three times as fast to write, and lost with the machine. The database `lifeguard`
-    has roles and no tables until `migrate()`.
-    """
+    database = DATABASE
+    role = "app_rw"
+    owner = "postgres"
+    roles = ROLES
+    configuration = (PROJECT / "postgres" / "postgresql.conf").read_text(encoding="utf-8")
+    rules = (PROJECT / "postgres" / "pg_hba.conf").read_text(encoding="utf-8")
 
-    def __init__(self, directory: Path, *, durable: bool = False) -> None:
-        directory.mkdir(parents=True, exist_ok=True)
-        self.directory = directory.absolute()
-        self.account = Account.current()
-        self.passwords = read_passwords(self.directory / "passwords.json")
-        self._durable = durable
-        self._home = self.account.home(self.directory / "data")
-        self.primary = self._server("primary")
-        self.replica = self._server("replica")
-
-    async def __aenter__(self) -> Self:
-        try:
-            await self.start()
-        except BaseException:
-            await self.stop()
-            raise
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self.stop()
-
-    def remove(self) -> None:
-        """Remove everything that was kept in the directory; the servers must not run. Make a new Cluster to go on."""
-        remove_tree(self.directory / "data")
-        for name in ("passwords.json", "primary.log", "replica.log"):
-            (self.directory / name).unlink(missing_ok=True)
-
-    async def end_leftovers(self) -> None:
-        """End the servers that an earlier process, killed without warning, left running over this directory."""
-        for server in (self.replica, self.primary):
-            if not server.running:
-                await end_server(server.data)
-
-    async def start(self, progress: Callable[[str], None] = lambda _: None) -> None:
-        """Bring both servers up, from whatever state they are in: new, stopped, frozen, killed, promoted.
-
-        Returns when the replica streams from the primary. Raises: LocalError with a sentence for a person.
-        """
-        _check_space(self._home)
-        for server in (self.replica, self.primary):
-            if server.running:
-                server.thaw()
-        await self.end_leftovers()
-        if not self.primary.data.exists():
-            progress("Creating the primary")
-            await initialise(self.primary)
-        if not self.primary.running:
-            progress("Starting the primary")
-            await self.primary.start()
-        await create_roles(self.primary, DATABASE, self.passwords)
-        self.replica.settings["primary_slot_name"] = SLOT
-        self.replica.settings["primary_conninfo"] = (
-            f"host={HOST} port={self.primary.port} user=replicator password={self.passwords['replicator']} "
-            "application_name=replica sslmode=disable gssencmode=disable connect_timeout=2"
-        )
-        if self.replica.data.exists():
-            progress("Starting the replica")
-            if await self._replica_follows():
-                return
-        progress("Cloning the primary into a replica")
-        await self.clone_replica()
-
-    async def stop(self) -> None:
-        """Stop the replica, then the primary, which waits for its replica otherwise.
-
-        Also a replica that another process, `python -m local.load`, has started again meanwhile.
-        """
-        if not self.replica.running:
-            await end_server(self.replica.data)
-        await self.replica.stop()
-        await self.primary.stop()
-
-    async def clone_replica(self) -> None:
-        """Make the replica anew from the primary, whatever became of the old one; returns when it streams."""
-        await self.replica.kill()
-        await clone(self.primary, self.replica.data, password=self.passwords["replicator"])
-        if not await self._replica_follows():
-            raise LocalError(f"The new replica does not follow the primary; {self.replica.log} says why.")
-
-    def url(
-        self, role: str = "app_rw", *, server: Literal["primary", "replica"] = "primary", database: str = DATABASE
-    ) -> str:
-        """Return postgresql://… with the role's password; the role `postgres` is the superuser."""
-        port = self.primary.port if server == "primary" else self.replica.port
-        return f"postgresql://{role}:{self.passwords[role]}@{HOST}:{port}/{database}"
+    async def create_roles(self) -> None:
+        """Bring the database and the roles up to postgres/roles.sql."""
+        await create_roles(self.primary, self.database, self.passwords)
 
     async def migrate(self, database: str = DATABASE) -> None:
-        """Run `alembic upgrade head` as app_owner. Raises: LocalError with what Alembic said."""
+        """Run `alembic upgrade head` as app_owner. Raises: EmbeddedError with what Alembic said."""
         process = await asyncio.create_subprocess_exec(
             sys.executable, "-m", "alembic", "upgrade", "head",
             cwd=PROJECT, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
@@ -136,114 +42,7 @@ class Cluster:
             if process.returncode is None:  # We were told to stop meanwhile.
                 process.kill()
         if process.returncode != 0:
-            raise LocalError(explain(output.decode(errors="replace"), "alembic upgrade head"))
-
-    async def create_database(self, name: str, *, template: str = DATABASE) -> None:
-        """Copy a database that nobody is connected to; `wait_replayed()` tells when the replica has it too."""
-        # WAL_LOG needs no checkpoint: 10 ms where FILE_COPY takes 40.
-        await self._execute(f'CREATE DATABASE "{name}" TEMPLATE "{template}" STRATEGY wal_log')
-
-    async def drop_database(self, name: str) -> None:
-        """Drop a database, disconnecting whoever is in it."""
-        await self._execute(f'DROP DATABASE IF EXISTS "{name}" WITH (FORCE)')
-
-    async def wait_replayed(self, timeout_seconds: float = 10.0) -> None:
-        """Wait until the replica shows everything that is committed on the primary now, by LSN.
-
-        Raises: TimeoutError, with both positions, when it does not get there.
-        """
-        primary = await self.primary.connect()
-        try:
-            # Commits are flushed when they return; what is inserted beyond that belongs to nobody yet.
-            target = await primary.fetchval("SELECT pg_current_wal_flush_lsn()::text")
-        finally:
-            await primary.close()
-        replica = await self.replica.connect()
-        try:
-
-            async def replayed() -> bool:
-                reached = await replica.fetchval("SELECT pg_last_wal_replay_lsn() >= $1::text::pg_lsn", target)
-                return bool(reached)
-
-            if not await eventually(replayed, timeout_seconds):
-                reached = await replica.fetchval("SELECT pg_last_wal_replay_lsn()::text")
-                raise TimeoutError(f"the replica has replayed {reached}, not yet {target}")
-        finally:
-            await replica.close()
-
-    async def pause_replay(self) -> None:
-        """Make the replica fall behind: it goes on receiving, and shows nothing new. Returns when it has stopped."""
-        replica = await self.replica.connect()
-        try:
-            await replica.execute("SELECT pg_wal_replay_pause()")
-
-            async def paused() -> bool:
-                return bool(await replica.fetchval("SELECT pg_get_wal_replay_pause_state() = 'paused'"))
-
-            if not await eventually(paused, FOLLOW_SECONDS):
-                raise TimeoutError("the replica does not pause its replay")
-        finally:
-            await replica.close()
-
-    async def resume_replay(self) -> None:
-        """Let the replica catch up."""
-        await self._execute("SELECT pg_wal_replay_resume()", self.replica)
-
-    def _server(self, name: str) -> Server:
-        base = (PROJECT / "postgres" / "postgresql.conf").read_text(encoding="utf-8")
-        server = Server(
-            self._home / name,
-            log=self.directory / f"{name}.log",
-            password=self.passwords["postgres"],
-            base=base,
-            account=self.account,
-        )
-        if not self._durable:
-            server.settings |= {
-                "fsync": "off",
-                "full_page_writes": "off",
-                "max_wal_size": "256MB",  # A test run may have it in memory.
-                "dynamic_shared_memory_type": "mmap",  # Goes with the directory, also after a kill.
-            }
-        return server
-
-    async def _replica_follows(self) -> bool:
-        """Start the replica if need be, and tell whether it streams from this primary before long."""
-        if not (self.replica.data / "standby.signal").exists():  # It was promoted, and is nobody's replica now.
-            return False
-        try:
-            if not self.replica.running:
-                await self.replica.start()
-        except LocalError:  # Another primary's data, or half of it; the log has the details.
-            return False
-        primary = await self.primary.connect()
-        try:
-            if not await primary.fetchval(SLOT_SERVES, SLOT):
-                return False
-
-            async def streams_or_ended() -> bool:
-                return not self.replica.running or bool(await primary.fetchval(STREAMS))
-
-            await eventually(streams_or_ended, FOLLOW_SECONDS)
-            return self.replica.running and bool(await primary.fetchval(STREAMS))
-        finally:
-            await primary.close()
-
-    async def _execute(self, statement: str, server: Server | None = None) -> None:
-        connection = await (server or self.primary).connect()
-        try:
-            await connection.execute(statement)
-        finally:
-            await connection.close()
-
-
-def _check_space(home: Path) -> None:
-    free = shutil.disk_usage(home).free
-    if free < NEEDED_BYTES:
-        raise LocalError(
-            f"The disk of {home} has {free // 1_000_000} MB left, and the two servers need "
-            f"{NEEDED_BYTES // 1_000_000}: free some space, then run this again."
-        )
+            raise EmbeddedError(explain(output.decode(errors="replace"), "alembic upgrade head"))
 
 
 def _without_database() -> dict[str, str]:

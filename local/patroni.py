@@ -16,15 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import psutil  # type: ignore[import-untyped]  # See local/waiting.py.
+import psutil  # type: ignore[import-untyped]  # See pglifeguard/embedded/waiting.py.
 import yaml
 
-from local.account import Account, LocalError
-from local.postgres import HOST, Server, free_port
-from local.programs import ENVIRONMENT, explain, programs
-from local.runs import end_server
-from local.setup import PROJECT, create_roles, read_passwords
-from local.waiting import eventually, processes_end
+from local.setup import PROJECT, ROLES, create_roles
+from pglifeguard.embedded.account import Account, EmbeddedError
+from pglifeguard.embedded.directories import read_passwords
+from pglifeguard.embedded.leftovers import end_server
+from pglifeguard.embedded.postgres import HOST, Server, free_port
+from pglifeguard.embedded.programs import ENVIRONMENT, explain, programs
+from pglifeguard.embedded.waiting import eventually, processes_end
 
 PYTHON = PROJECT / ".venv-ha" / "bin" / "python"
 # The wheel's own command is a Python script that stays between us and the program.
@@ -125,7 +126,7 @@ class PatroniCluster:
     def __init__(self, directory: Path) -> None:
         self.directory = directory.absolute()
         self.account = Account.current()
-        self.passwords = read_passwords(self.directory / "passwords.json")
+        self.passwords = read_passwords(self.directory / "passwords.json", ROLES)
         self._home = self.account.home(self.directory / "data")
         self.account.own(self._home)
         self._etcd_ports = free_port(), free_port()
@@ -135,10 +136,10 @@ class PatroniCluster:
     async def start(self) -> None:
         """Bring all members up; returns when all follow the leader, and roles and tables are there.
 
-        Raises: LocalError, with the last words of what failed.
+        Raises: EmbeddedError, with the last words of what failed.
         """
         if not PYTHON.exists():
-            raise LocalError("Patroni is not installed: run `make test-ha`, which makes .venv-ha.")
+            raise EmbeddedError("Patroni is not installed: run `make test-ha`, which makes .venv-ha.")
         self.start_etcd()
         first, *others = self.members
         first.start_manager(self.account)
@@ -168,11 +169,11 @@ class PatroniCluster:
         return f"postgresql://{role}:{self.passwords[role]}@{hosts}/lifeguard"
 
     async def leader(self) -> Member:
-        """Return the member that is the leader now. Raises: LocalError when there is none."""
+        """Return the member that is the leader now. Raises: EmbeddedError when there is none."""
         for member in self.members:
             if await self.role(member) == "leader":
                 return member
-        raise LocalError("The cluster has no leader.")
+        raise EmbeddedError("The cluster has no leader.")
 
     async def role(self, member: Member) -> str:
         """Ask a member's Patroni for its role: leader, sync_standby, replica, or "" when it does not tell."""
@@ -197,7 +198,7 @@ class PatroniCluster:
         async with httpx.AsyncClient(timeout=60, trust_env=False) as client:
             answer = await client.post(f"http://{HOST}:{leader.rest_port}/switchover", json={"leader": leader.name})
         if not answer.is_success:
-            raise LocalError(f"Patroni refuses the switchover: {answer.text}")
+            raise EmbeddedError(f"Patroni refuses the switchover: {answer.text}")
 
     async def reinitialise(self, member: Member) -> None:
         """Have a replica's data made anew from the leader's."""
@@ -257,11 +258,11 @@ class PatroniCluster:
         )  # fmt: skip
         output, _ = await process.communicate()
         if process.returncode != 0:
-            raise LocalError(explain(output.decode(errors="replace"), "alembic upgrade head"))
+            raise EmbeddedError(explain(output.decode(errors="replace"), "alembic upgrade head"))
 
-    def _failure(self, *members: Member) -> LocalError:
+    def _failure(self, *members: Member) -> EmbeddedError:
         logs = [explain(m.log.read_text(encoding="utf-8", errors="replace"), str(m.log)) for m in members]
-        return LocalError("\n".join(logs))
+        return EmbeddedError("\n".join(logs))
 
     def _member(self, name: str) -> Member:
         server = Server(
@@ -336,11 +337,11 @@ async def running(directory: Path) -> AsyncIterator[PatroniCluster]:
 
 
 def _etcd() -> str:
-    """Find etcd: in the wheel, which is there for Linux on x86-64, or on PATH. Raises: LocalError."""
+    """Find etcd: in the wheel, which is there for Linux on x86-64, or on PATH. Raises: EmbeddedError."""
     wheel = subprocess.run([PYTHON, "-c", ETCD_OF_WHEEL], capture_output=True, text=True, check=False)
     found = wheel.stdout.strip() or shutil.which("etcd")
     if found is None:
-        raise LocalError("etcd is not installed, and no wheel of it is made for this system: install it first.")
+        raise EmbeddedError("etcd is not installed, and no wheel of it is made for this system: install it first.")
     return found
 
 

@@ -1,16 +1,15 @@
-"""Other runs over the same directory: the one that is alive, and what a killed one left behind."""
+"""Other runs over the same directory: the one that is alive, and the service that a killed one left behind."""
 
 import fcntl
 import os
-import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-import psutil  # type: ignore[import-untyped]  # See local/waiting.py.
+import psutil  # type: ignore[import-untyped]  # See pglifeguard/embedded/waiting.py.
 
-from local.account import LocalError
-from local.waiting import processes_end
+from pglifeguard.embedded.account import EmbeddedError
+from pglifeguard.embedded.waiting import processes_end
 
 END_SECONDS = 5.0
 # The variable that tells a service's processes, workers included, from all others.
@@ -21,7 +20,7 @@ MARK = "LIFEGUARD_LOCAL"
 def alone_in(directory: Path) -> Iterator[None]:
     """Hold the directory's lock, which the kernel releases even after kill -9.
 
-    Raises: LocalError when another run holds it.
+    Raises: EmbeddedError when another run holds it.
     """
     directory.mkdir(parents=True, exist_ok=True)
     with (directory / "lock").open("a+", encoding="utf-8") as lock:
@@ -29,7 +28,7 @@ def alone_in(directory: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             lock.seek(0)
-            raise LocalError(
+            raise EmbeddedError(
                 f"Another run (process {lock.read().strip()}) uses {directory}: stop it, or give this one a "
                 "directory of its own with --directory."
             ) from None
@@ -37,35 +36,6 @@ def alone_in(directory: Path) -> Iterator[None]:
         lock.write(str(os.getpid()))
         lock.flush()
         yield
-
-
-def postmaster(data: Path) -> psutil.Process | None:
-    """Find the process of the PostgreSQL server over this data directory."""
-    try:
-        pid = int((data / "postmaster.pid").read_text(encoding="utf-8").split("\n", 1)[0])
-        process = psutil.Process(pid)
-        # A stale file, and a stranger who has got the number since.
-        return process if str(data) in process.cmdline() else None
-    except (OSError, ValueError, psutil.Error):
-        return None
-
-
-async def end_server(data: Path) -> None:
-    """End the PostgreSQL server over this data directory, politely: its next start then need not recover."""
-    process = postmaster(data)
-    if process is None:
-        return
-    try:
-        family = [process, *process.children(recursive=True)]
-        process.send_signal(signal.SIGCONT)
-        process.send_signal(signal.SIGINT)
-    except psutil.Error:
-        return
-    if not await processes_end(family, END_SECONDS):
-        for process in family:
-            with suppress(psutil.NoSuchProcess):
-                process.kill()
-        await processes_end(family, END_SECONDS)
 
 
 def marked(mark: str) -> Iterator[tuple[psutil.Process, dict[str, str]]]:

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
-import psutil  # type: ignore[import-untyped]  # See local/waiting.py.
+import psutil  # type: ignore[import-untyped]  # See pglifeguard/embedded/waiting.py.
 
-from local.account import LocalError
 from local.cluster import Cluster
 from local.runs import MARK, end_service, marked
 from local.setup import PROJECT
-from local.waiting import eventually
+from pglifeguard.embedded.account import EmbeddedError
+from pglifeguard.embedded.waiting import eventually
 
 READY_SECONDS = 30.0
 # Short of the service's own patience with requests in flight: who presses Ctrl-C on a laptop wants the prompt back.
@@ -43,18 +43,18 @@ class Service:
     async def take_port(self) -> None:
         """Make sure of the port before anything slow is started, ending the service that a killed run left on it.
 
-        Raises: LocalError when somebody else has it.
+        Raises: EmbeddedError when somebody else has it.
         """
         # A process that was killed is gone a moment before the kernel has closed what it listened on.
         patience = PORT_SECONDS if await end_service(self._mark) else 0.0
         if not await eventually(self._port_is_free, patience):
-            raise LocalError(
+            raise EmbeddedError(
                 f"Port {self.port} on {self.host} is taken or not ours to use. Stop what listens there, or choose "
                 f'another: make run ARGS="--port {self.port + 1}".'
             )
 
     async def start(self, environment: dict[str, str]) -> None:
-        """Start and wait until /health/ready says yes. Raises: LocalError when it ends or takes over 30 seconds."""
+        """Start and wait until /health/ready says yes. Raises: EmbeddedError when it ends or takes over 30 seconds."""
         options = ["--host", self.host, "--port", str(self.port), "--workers", str(self.workers)]
         self._process = subprocess.Popen(  # noqa: ASYNC220  # It returns at once.
             [sys.executable, "-m", "app", "serve", *options],
@@ -70,7 +70,7 @@ class Service:
                 return not self.running
 
             if not await eventually(ready_or_ended, READY_SECONDS) or not self.running:
-                raise LocalError("The service did not become ready; its own words are above.")
+                raise EmbeddedError("The service did not become ready; its own words are above.")
 
     @property
     def running(self) -> bool:

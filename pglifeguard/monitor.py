@@ -104,6 +104,11 @@ class Monitor:
         return self.position.granted if direct else None
 
     @property
+    def address(self) -> object:
+        """This end of its connection, None where there is none: who counts round trips leaves them out by it."""
+        return None if self._connection is None else self._connection.transport.get_extra_info("sockname")
+
+    @property
     def asleep(self) -> bool:
         """Whether nothing is asked, because nobody uses the database: it may sleep, and may be down."""
         return self.last.status == "asleep"

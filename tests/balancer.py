@@ -15,8 +15,8 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 
-from local.postgres import free_port
-from local.waiting import eventually
+from pglifeguard.embedded.postgres import free_port
+from pglifeguard.embedded.waiting import eventually
 
 FOLDER = Path(__file__).parent.parent / "haproxy"
 PROGRAM = shutil.which("haproxy", path="/usr/sbin:/usr/local/sbin:/usr/local/bin:/usr/bin")

@@ -8,9 +8,10 @@ from collections.abc import AsyncIterator
 import pytest
 
 from local.cluster import Cluster
+from pglifeguard.testing.serving import listening
 from tests.conftest import Database, Execute
 from tests.servers import Servers
-from tests.service import Service, listening
+from tests.service import Service
 
 LATE = "on purpose"
 

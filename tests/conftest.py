@@ -1,5 +1,6 @@
 """The real databases that tests run on: a primary and a streaming replica per process, one database per test.
 
+`pglifeguard.testing` has the fixtures that a service gets from the library (docs/testing.md); here they lead to ours.
 `cluster` is `local.cluster.Cluster`: see there for `url()`, `wait_replayed()` and what its two servers can suffer.
 A test or a file marked `shares_service` has its database and its service from the tests before it: tables are empty,
 connections and metrics are not new. One that needs a new service, or leaves more than rows, is marked `fresh_service`.
@@ -24,15 +25,20 @@ from starlette.routing import BaseRoute
 
 from app.models import Base, load_models
 from app.settings import Settings
-from local import postgres
 from local.cluster import Cluster
 from pglifeguard.database_settings import DatabaseSettings
+from pglifeguard.databases import Databases
+from pglifeguard.embedded.directories import open_directory
 from pglifeguard.fastapi import IDEMPOTENCY_TABLE
+from pglifeguard.testing.network import Network
+from pglifeguard.testing.proxy import Proxy
+from pglifeguard.testing.servers import DatabaseServers
 from tests import moving
-from tests.proxy import Proxy
-from tests.servers import Servers, open_directory
+from tests.servers import Servers
 from tests.service import Service, serving
 from tests.stopwatch import Stopwatch
+
+pytest_plugins = ["pglifeguard.testing"]
 
 # Runs a statement on the primary as its superuser, beside the service, and returns its first value.
 Execute: TypeAlias = Callable[..., Awaitable[Any]]
@@ -42,7 +48,7 @@ load_models()
 TABLES = [*Base.metadata.tables, *IDEMPOTENCY_TABLE.metadata.tables]
 EMPTY = f"TRUNCATE {', '.join(TABLES)} RESTART IDENTITY"
 # What `make test-fast` leaves out: what starts programs, breaks servers, or does something a hundred times.
-SLOW_FOLDERS = {"bench", "browser", "chaos", "examples", "local", "poolers"}
+SLOW_FOLDERS = {"bench", "browser", "chaos", "embedded", "examples", "local", "poolers", "testing"}
 SLOW_FILES = {
     "pglifeguard": {
         "test_checkout", "test_collisions", "test_credentials", "test_databases", "test_host_search", "test_lazy",
@@ -86,14 +92,18 @@ class Database:
     cluster: Cluster
     # What a pool keeps open unless a test says otherwise.
     pool_min_size: int | None = 1
+    # What stands between, for a test that counts round trips or breaks the network.
+    network: Network | None = None
 
     def url(self, role: str = "app_rw") -> str:
         """Return where it is on the primary; roles are those of postgres/roles.sql and the superuser `postgres`."""
-        return self.cluster.url(role, database=self.name)
+        url = self.cluster.url(role, database=self.name)
+        return url if self.network is None else self.network.primary.url(url)
 
     def replica_url(self, role: str = "app_ro") -> str:
         """Return where it is on the replica."""
-        return self.cluster.url(role, server="replica", database=self.name)
+        url = self.cluster.url(role, server="replica", database=self.name)
+        return url if self.network is None else self.network.replica.url(url)
 
     def environment(self) -> dict[str, str]:
         """Return the variables that point the service at primary, replica and analytics as in production."""
@@ -236,15 +246,6 @@ def _no_settings_from_outside() -> None:
     os.environ.pop("COVERAGE_PROCESS_CONFIG", None)
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _ports_of_our_own() -> None:
-    """Share the ports out among the processes: none takes the port of a server that another one has stopped."""
-    worker = os.environ.get("PYTEST_XDIST_WORKER")
-    if worker is not None:
-        step = int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
-        postgres.PORTS = postgres.PORTS[int(worker.removeprefix("gw")) :: step]
-
-
 @pytest.fixture(scope="session")
 async def shared_servers() -> AsyncIterator[Servers]:
     """Give the servers of the tests that break none."""
@@ -290,8 +291,18 @@ async def breakable_cluster(cluster: Cluster) -> Cluster:
 
 
 @pytest.fixture
+def database_servers(cluster: Cluster) -> DatabaseServers:
+    """Give the servers of this test to the library's fixtures."""
+    return DatabaseServers.of(cluster)
+
+
+@pytest.fixture
 async def database(
-    request: pytest.FixtureRequest, servers: Servers, cluster: Cluster, shared_service: SharedService
+    request: pytest.FixtureRequest,
+    servers: Servers,
+    cluster: Cluster,
+    shared_service: SharedService,
+    maybe_network: Network | None,
 ) -> AsyncIterator[Database]:
     """Give a migrated, empty database that the replica has already replayed."""
     if _shares(request.node):
@@ -301,7 +312,7 @@ async def database(
         return
     name = f"test_{next(_numbers)}"
     await servers.create_database(name)
-    yield Database(name, cluster)
+    yield Database(name, cluster, network=maybe_network)
     if "breakable_cluster" not in request.fixturenames:  # Else the servers may be down; their inspection drops it.
         await servers.drop_database(name)
 
@@ -316,6 +327,12 @@ async def service(
         return
     async with serving(database.settings()) as running:
         yield running
+
+
+@pytest.fixture
+def databases(service: Service) -> Databases:
+    """Give the databases of the service to the library's fixtures."""
+    return service.databases
 
 
 @pytest.fixture

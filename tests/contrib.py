@@ -4,8 +4,8 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-from local.postgres import Server
-from tests.servers import open_directory
+from pglifeguard.embedded.directories import open_directory
+from pglifeguard.embedded.postgres import Server
 from tests.tls_server import create
 from tests.tls_server import programs as debian
 

@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from local.waiting import eventually
+from pglifeguard.embedded.waiting import eventually
 
 # Connections that are opened together: more would find a listener's backlog full.
 AT_A_TIME = 500

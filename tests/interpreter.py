@@ -14,7 +14,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from local.waiting import eventually
+from pglifeguard.embedded.waiting import eventually
 
 ROOT = Path(__file__).parent.parent
 SECONDS = 60.0

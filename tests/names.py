@@ -15,7 +15,7 @@ import dns.rcode
 import dns.rrset
 import pytest
 
-from local.postgres import HOST
+from pglifeguard.embedded.postgres import HOST
 
 NAME = "replicas.example"
 

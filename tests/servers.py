@@ -8,22 +8,19 @@ restores it completely, and replaced by a fresh one where it does not. So the fa
 import logging
 import shutil
 import socket
-import tempfile
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
-from pathlib import Path
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 import asyncpg
 
-from local.account import LocalError
 from local.cluster import Cluster
-from local.postgres import HOST, Server
-from local.waiting import eventually
+from pglifeguard.embedded.account import EmbeddedError
+from pglifeguard.embedded.directories import make_directory
+from pglifeguard.embedded.postgres import HOST, Server
+from pglifeguard.embedded.waiting import eventually
 
 logger = logging.getLogger(__name__)
 
-# What a cluster may take in memory: two servers with their write-ahead logs. Docker gives containers 64 MB by default.
-MEMORY_BYTES = 3_000_000_000
 # The database that every test's own is copied from; nobody connects to it.
 TEMPLATE = "migrated"
 # What nobody may have left in the way of the next test: settings of ALTER SYSTEM, a paused replay, a lost stream.
@@ -32,7 +29,7 @@ REPLAYS = "SELECT pg_is_in_recovery() AND pg_get_wal_replay_pause_state() = 'not
 STREAMS = "SELECT NOT pg_is_in_recovery() AND EXISTS (SELECT FROM pg_stat_replication WHERE state = 'streaming')"
 TESTS_OWN = "SELECT datname FROM pg_database WHERE datname LIKE 'test\\_%'"
 # A failure of the inspection itself says that the cluster is not sound.
-UNSOUND = (OSError, LocalError, asyncpg.PostgresError, asyncpg.InterfaceError)
+UNSOUND = (OSError, EmbeddedError, asyncpg.PostgresError, asyncpg.InterfaceError)
 
 
 @asynccontextmanager
@@ -116,7 +113,7 @@ class Servers:
         shutil.rmtree(cluster.directory)
 
     async def _make(self) -> Cluster:
-        cluster = Cluster(_directory())
+        cluster = Cluster(make_directory())
         for server in (cluster.primary, cluster.replica):
             # Both sides compute each iteration at each login, and a test logs in a dozen times.
             server.settings["scram_iterations"] = "1"
@@ -180,22 +177,3 @@ async def _ask(server: Server, question: str) -> bool:
         return bool(await connection.fetchval(question)) and await connection.fetchval(LEFT_BEHIND) == 0
     finally:
         await connection.close()
-
-
-@contextmanager
-def open_directory() -> Iterator[Path]:
-    """Give an empty directory that the account reaches that PostgreSQL runs as when we are root."""
-    directory = _directory()
-    try:
-        yield directory
-    finally:
-        shutil.rmtree(directory)
-
-
-def _directory() -> Path:
-    # In memory, a database of one's own is made and replayed in 20 ms; on a disk that others use in 50 to 200.
-    memory = Path("/dev/shm")  # noqa: S108  # mkdtemp makes an unguessable name in it.
-    roomy = memory.is_dir() and shutil.disk_usage(memory).free > MEMORY_BYTES
-    directory = Path(tempfile.mkdtemp(prefix="lifeguard-tests-", dir=memory if roomy else None))
-    directory.chmod(0o711)
-    return directory

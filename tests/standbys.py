@@ -7,11 +7,11 @@ from itertools import cycle
 
 from sqlalchemy.engine import make_url
 
-from local.account import remove_tree
 from local.cluster import Cluster
-from local.postgres import HOST, Server
-from local.setup import _half_made, _run
-from local.waiting import eventually
+from pglifeguard.embedded.account import remove_tree
+from pglifeguard.embedded.directories import half_made, run
+from pglifeguard.embedded.postgres import HOST, Server
+from pglifeguard.embedded.waiting import eventually
 
 REPLAYS = "SELECT pg_is_in_recovery() AND EXISTS (SELECT FROM pg_stat_wal_receiver WHERE status = 'streaming')"
 
@@ -19,10 +19,10 @@ REPLAYS = "SELECT pg_is_in_recovery() AND EXISTS (SELECT FROM pg_stat_wal_receiv
 @asynccontextmanager
 async def second_standby(cluster: Cluster, *, host: str = HOST, port: int = 0) -> AsyncIterator[Server]:
     """Clone the primary into another standby, which streams when it is given; by default on a port of its own."""
-    server = cluster._server("second")
+    server = cluster.server("second")
     server.host, server.port = host, port
-    half = _half_made(server.data, server.account)
-    await _run(
+    half = half_made(server.data, server.account)
+    await run(
         server.account,
         "pg_basebackup", "--host", HOST, "--port", str(cluster.primary.port), "--username", "replicator",
         "--no-password", "--pgdata", str(half), "--checkpoint", "fast", "--no-sync",

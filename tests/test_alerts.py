@@ -16,10 +16,12 @@ import pytest
 import yaml
 from prometheus_client import Histogram
 
-from local.waiting import eventually
+from pglifeguard.embedded.waiting import eventually
 from pglifeguard.metrics import Metrics
+from pglifeguard.testing.faults import exhausted
+from pglifeguard.testing.serving import Running, listening
 from tests.conftest import Database
-from tests.service import Service, exhausted, listening, serving
+from tests.service import Service, serving
 from tests.watching import needs_prometheus, running_prometheus
 
 ROOT = Path(__file__).parent.parent
@@ -214,7 +216,7 @@ async def test_prometheus_evaluates_the_rules_on_the_service(database: Database,
     settings = database.settings(replica=False, pool_size=1, max_overflow=0, pool_min_size=0, pool_max_waiting=0)
     async with (
         serving(settings) as service,
-        listening(service.app, running=True) as url,
+        listening(Running(service.app)) as url,
         running_prometheus(url, tmp_path, interval_seconds=1) as prometheus,
         exhausted(service.databases.primary),
     ):

@@ -12,9 +12,9 @@ from typer.testing import CliRunner
 from app.cli import cli
 from app.main import create_app
 from app.settings import Settings
-from local.postgres import free_port
 from migrations.__main__ import main as migrate
 from pglifeguard.cli import database_commands
+from pglifeguard.embedded.postgres import free_port
 from pglifeguard.environment import SettingsError
 from pglifeguard.settings import DatabasesSettings
 

@@ -8,10 +8,12 @@ import httpx
 import pytest
 from starlette.types import Receive, Scope, Send
 
-from local.waiting import eventually
+from pglifeguard.embedded.waiting import eventually
+from pglifeguard.testing.faults import exhausted
+from pglifeguard.testing.serving import listening
 from tests.balancer import Balancer, balanced, needs_haproxy
 from tests.crowd import crowd
-from tests.service import ADA, Service, exhausted, listening
+from tests.service import ADA, Service
 
 pytestmark = needs_haproxy
 

@@ -11,8 +11,8 @@ from typing import Any, TypeAlias
 import asyncpg
 import pytest
 
-from local.waiting import eventually
 from migrations.__main__ import INI
+from pglifeguard.embedded.waiting import eventually
 from tests.conftest import Database
 from tests.interpreter import python
 from tests.test_migrations import ASKING

@@ -17,9 +17,10 @@ from typing import Any
 import pytest
 
 from local.seed import seed
+from pglifeguard.testing import RoundTrips
+from pglifeguard.testing.counting import counting_statements
 from tests.conftest import Database
-from tests.proxy import Proxy
-from tests.service import Service, quiet, serving
+from tests.service import Service, serving
 
 # Counted on CPython 3.11, where runs differ by less than 1 %. Later ones inline comprehensions and differ elsewhere.
 BAND = 0.05 if sys.version_info[:2] == (3, 11) else 0.20
@@ -172,36 +173,22 @@ async def test_calls(counted: Service, name: str) -> None:
 @pytest.mark.parametrize("name", COSTS)
 async def test_statements(counted: Service, name: str) -> None:
     """A request sends as many statements as is written down, the first time and later."""
-
-    def asked() -> float:
-        pools = (database.name for database in counted.databases.all())
-        return sum(counted.sample("db_query_seconds_count", pool=pool) for pool in pools)
-
     client = Client(counted)
 
     for _ in range(2):
-        before = asked()
-
-        await client.send(COSTS[name])
-
-        assert asked() - before == COSTS[name].statements
+        with counting_statements(counted.databases, COSTS[name].statements):
+            await client.send(COSTS[name])
 
 
+@pytest.mark.usefixtures("seeded")
 @pytest.mark.parametrize("name", COSTS)
-async def test_round_trips(seeded: Database, proxy: Proxy, replica_proxy: Proxy, name: str) -> None:
+async def test_round_trips(service: Service, round_trips: RoundTrips, name: str) -> None:
     """A request speaks with the databases as often as is written down, once its statements are prepared."""
-    cost, url = COSTS[name], replica_proxy.url(seeded.replica_url())
-    settings = seeded.settings(
-        primary={"url": proxy.url(seeded.url())}, replicas=({"url": url},), analytics={"url": url, "pool_min_size": 1}
-    )
-    async with quiet(settings) as service:
-        client = Client(service)
-        await client.send(cost)
-        proxy.round_trips = replica_proxy.round_trips = 0
+    cost, client = COSTS[name], Client(service)
+    await client.send(cost)
 
+    with round_trips(primary=cost.primary, replica=cost.replica):
         await client.send(cost)
-
-        assert (proxy.round_trips, replica_proxy.round_trips) == (cost.primary, cost.replica)
 
 
 @pytest.mark.parametrize("name", COSTS)

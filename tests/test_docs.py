@@ -211,15 +211,19 @@ def by_name(requirement: str) -> str:
 def test_dependencies_are_justified() -> None:
     """docs/dependencies.md has one row for each package of pyproject.toml, with the version of the lock."""
     project = tomllib.loads(read("pyproject.toml"))
-    extras = project["project"]["optional-dependencies"].values()
-    of_library = [*project["project"]["dependencies"], *chain.from_iterable(extras)]
+    extras = project["project"]["optional-dependencies"]
+    of_tests = extras.pop("testing")
+    of_library = [*project["project"]["dependencies"], *chain.from_iterable(extras.values())]
+    of_image = sorted([*of_library, *project["dependency-groups"]["service"]], key=by_name)
+    of_tests = [one for one in of_tests if by_name(one) not in map(by_name, of_image)]
     groups = ("backup", "deploy", "docs", "ha", "dev")
     locks = "".join(read(f"requirements-{group}.txt") for group in groups)
     locked = dict(re.findall(r"^([a-z0-9-]+)==([^ ;]+)", locks, re.MULTILINE))
     text = read("docs/dependencies.md")
 
     for heading, wanted in (
-        ("In the image", sorted([*of_library, *project["dependency-groups"]["service"]], key=by_name)),
+        ("In the image", of_image),
+        ("For tests: the extra `testing`", of_tests),
         ("For development", project["dependency-groups"]["dev"]),
         ("For the chart", project["dependency-groups"]["deploy"]),
         ("For `make docs`", project["dependency-groups"]["docs"]),

@@ -12,12 +12,13 @@ DOMAINS = sorted(path.parent.name for path in (ROOT / "app").glob("*/routes.py")
 # A module imports from lower floors only. `TYPE_CHECKING` is no way around: no two modules import each other.
 LIBRARY = (
     {"activity", "builtin_functions", "credentials", "dialect", "errors", "fence", "pooler", "query", "registry",
-     "sampling", "service_file", "statement_text", "tls", "variables", "duration", "doctor.findings"},
+     "sampling", "service_file", "statement_text", "tls", "variables", "duration", "doctor.findings", "embedded",
+     "embedded.account", "embedded.waiting"},
     {"collisions", "doctor.questions", "driver_failures", "effects", "environment", "metrics", "server",
-     "statement_summary", "telemetry", "url_parameters"},
-    {"database_url", "orders"},
-    {"host_search", "lookup"},
-    {"database_settings", "discovery", "tracked_connection"},
+     "statement_summary", "telemetry", "url_parameters", "embedded.leftovers", "embedded.programs"},
+    {"database_url", "embedded.postgres", "orders"},
+    {"embedded.directories", "host_search", "lookup"},
+    {"database_settings", "discovery", "embedded.cluster", "tracked_connection"},
     {"settings"},
     {"budget", "pooler_look", "wait_queue"},
     {"connector"},
@@ -49,6 +50,11 @@ LIBRARY = (
     {"fastapi.pools", "fastapi.tracing"},
     {"fastapi.lifeguard"},
     {"fastapi"},
+    {"testing.proxy", "testing.serving"},
+    {"testing.network"},
+    {"testing.counting", "testing.faults", "testing.servers"},
+    {"testing.fixtures"},
+    {"testing"},
 )  # fmt: skip
 SERVICE = (
     {"settings", "models", "logs", "security", "fields"},
@@ -66,6 +72,8 @@ POOL = {
     "pooler_look", "registry", "sampling", "server", "service_file", "telemetry", "tls", "tracked_connection",
     "url_parameters", "wait_queue",
 }  # fmt: skip
+# What no service needs while it serves.
+FOR_TESTS = {"embedded", "testing"}
 # What opens something or reads the environment, and so must not be called when a module is imported.
 OPENERS = {
     "AsyncClient",
@@ -132,13 +140,22 @@ def the_service_takes_public_names(module: str, tree: ast.Module) -> Iterator[st
 
 
 def frameworks_have_their_place(module: str, tree: ast.Module) -> Iterator[str]:
-    """Keep FastAPI in fastapi/, uvicorn in serving/, OpenTelemetry in otel/, and SQLAlchemy out of the pool's code."""
+    """Keep FastAPI in fastapi/, uvicorn in serving/, OpenTelemetry in otel/, and SQLAlchemy out of the pool's code.
+
+    What tests alone need is in testing/ (uvicorn, for a real socket), and what starts PostgreSQL in embedded/.
+    """
     own = module.removeprefix("pglifeguard").removeprefix(".")
     for name in imported(tree) if module.startswith("pglifeguard") else ():
         framework = name.split(".")[0]
         if framework in {"fastapi", "starlette"} and own.split(".")[0] != "fastapi":
             yield f"{module} imports {name}"
-        if framework == "uvicorn" and own.split(".")[0] != "serving":
+        if framework == "uvicorn" and own.split(".")[0] not in {"serving", "testing"}:
+            yield f"{module} imports {name}"
+        if framework in {"httpx", "pytest", "pytest_asyncio"} and own.split(".")[0] != "testing":
+            yield f"{module} imports {name}"
+        if framework == "psutil" and own.split(".")[0] != "embedded":
+            yield f"{module} imports {name}"
+        if name.startswith(("pglifeguard.embedded", "pglifeguard.testing")) and own.split(".")[0] not in FOR_TESTS:
             yield f"{module} imports {name}"
         if framework == "opentelemetry" and own.split(".")[0] != "otel":
             yield f"{module} imports {name}"
@@ -216,6 +233,9 @@ def only_settings_read_the_environment(module: str, tree: ast.Module) -> Iterato
     """Allow os.environ to the settings, to libpq's own variables, and to those who hand it on to worker processes."""
     settings = {"pglifeguard.environment", "pglifeguard.database_settings", "pglifeguard.settings"}
     if module in {*settings, "pglifeguard.service_file", "pglifeguard.url_parameters"}:
+        return
+    # Which servers tests are to use, and what a developer's environment has that a test must not find.
+    if module in {"pglifeguard.testing.fixtures", "pglifeguard.testing.servers"}:
         return
     if module in {"app.cli", "pglifeguard.serving.workers"}:
         return
@@ -327,6 +347,10 @@ BROKEN = [
     (frameworks_have_their_place, "pglifeguard.fastapi.lifeguard", "import uvicorn"),
     (frameworks_have_their_place, "pglifeguard.checkout", "from opentelemetry import trace"),
     (frameworks_have_their_place, "pglifeguard.fastapi.tracing", "from opentelemetry import trace"),
+    (frameworks_have_their_place, "pglifeguard.embedded.cluster", "import pytest"),
+    (frameworks_have_their_place, "pglifeguard.pool", "import psutil"),
+    (frameworks_have_their_place, "pglifeguard.databases", "from pglifeguard.embedded.waiting import eventually"),
+    (frameworks_have_their_place, "pglifeguard.fastapi.debug", "from pglifeguard.testing import Proxy"),
     (only_sessions_commit, "app.patients.queries", "async def f(session):\n    await session.commit()"),
     (only_sessions_commit, "pglifeguard.pool", "finish = session.commit"),
     (queries_speak_sql_only, "app.users.queries", "from fastapi import Request"),

@@ -15,6 +15,7 @@ import pglifeguard
 import pglifeguard.doctor
 import pglifeguard.fastapi
 import pglifeguard.serving
+import pglifeguard.testing
 from tests.conftest import Database
 
 ROOT = Path(__file__).parent.parent
@@ -55,7 +56,9 @@ async def test_script_needs_no_application() -> None:
 
 
 @pytest.mark.parametrize(
-    "package", [pglifeguard, pglifeguard.fastapi, pglifeguard.serving, pglifeguard.doctor], ids=lambda p: p.__name__
+    "package",
+    [pglifeguard, pglifeguard.fastapi, pglifeguard.serving, pglifeguard.testing, pglifeguard.doctor],
+    ids=lambda package: package.__name__,
 )
 def test_every_public_name_is_on_the_page(package: ModuleType) -> None:
     """In the order of `__all__`, each with a sentence, and each with a docstring where it can have one."""

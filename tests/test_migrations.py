@@ -13,11 +13,11 @@ from alembic.script import ScriptDirectory
 from alembic.util import CommandError
 
 from app.models import Base, load_models
-from local.postgres import free_port
-from local.waiting import eventually
 from migrations.__main__ import INI, reconnect, wait_replayed
 from migrations.settings import MigrationSettings, load_migration_settings
 from migrations.turn import ADVISORY_LOCK
+from pglifeguard.embedded.postgres import free_port
+from pglifeguard.embedded.waiting import eventually
 from pglifeguard.fastapi import IDEMPOTENCY_TABLE
 from tests.conftest import Database
 from tests.interpreter import python

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import asyncpg
 import httpx
-import psutil  # type: ignore[import-untyped]  # As in local/waiting.py.
+import psutil  # type: ignore[import-untyped]  # As in pglifeguard/embedded/waiting.py.
 import pytest
 from anyio.from_thread import BlockingPortal
 from fastapi import BackgroundTasks, FastAPI, WebSocket
@@ -21,15 +21,16 @@ from sqlalchemy.exc import IntegrityError, MissingGreenlet
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
 
 from app.main import create_app
-from local.waiting import eventually
 from pglifeguard import WriteSession
 from pglifeguard.databases import Databases
+from pglifeguard.embedded.waiting import eventually
 from pglifeguard.errors import TransactionAborted
 from pglifeguard.fastapi import ReadDB, WriteDB
+from pglifeguard.testing.serving import Running, listening
 from tests.chaos import pooler
 from tests.conftest import Database, Execute
 from tests.servers import setting
-from tests.service import Service, listening, serving
+from tests.service import Service, serving
 
 PAGE = Path(__file__).parents[1] / "docs" / "patterns.md"
 TEXT = PAGE.read_text(encoding="utf-8")
@@ -292,7 +293,7 @@ async def test_export_ends_with_its_client(service: Service, database: Database)
     await of_a_million(database)
     path = service.app.url_path_for("export_readings")
 
-    async with listening(service.app, running=True) as url, httpx.AsyncClient() as client:
+    async with listening(Running(service.app)) as url, httpx.AsyncClient() as client:
         async with client.stream("GET", f"{url}{path}") as answer:
             assert (await anext(answer.aiter_lines())) == "1,7"
             assert not all_given_back(service)
@@ -349,7 +350,7 @@ async def test_events_hold_no_connection(service: Service, execute: Execute) -> 
                     return heard
         raise AssertionError
 
-    async with listening(service.app, running=True) as url:
+    async with listening(Running(service.app)) as url:
         ready = [asyncio.Event() for _ in range(10)]
         clients = [asyncio.create_task(follow(url, each)) for each in ready]
         await asyncio.gather(*(each.wait() for each in ready))

@@ -28,6 +28,8 @@ SERVED = {"uvicorn", "httptools", "uvloop"}
 COMMANDS = {"typer", "rich"}
 # OpenTelemetry's API, which FastAPI brings along, and what its exporter needs.
 TRACES = {"opentelemetry", "google"}
+# What tests alone need.
+TESTS = {"pytest", "pytest_asyncio", "psutil"}
 SERVICE = {"alembic", "httpx", "jwt", "pythonjsonlogger", "app"}
 
 
@@ -66,10 +68,12 @@ def test_sdist_holds_the_library_alone(tmp_path: Path, monkeypatch: pytest.Monke
 @pytest.mark.parametrize(
     ("package", "missing"),
     [
-        ("pglifeguard", {"dns", "fastapi", "starlette", *SERVED, *COMMANDS, *SERVICE, *TRACES}),
-        ("pglifeguard.fastapi", SERVED | COMMANDS | SERVICE | {"google"}),
-        ("pglifeguard.serving.server", {"fastapi", "starlette", *COMMANDS, *SERVICE, *TRACES}),
-        ("pglifeguard.cli", {"fastapi", "starlette", *SERVED, *SERVICE, *TRACES}),
+        ("pglifeguard", {"dns", "fastapi", "starlette", *SERVED, *COMMANDS, *SERVICE, *TESTS, *TRACES}),
+        ("pglifeguard.fastapi", SERVED | COMMANDS | SERVICE | TESTS | {"google"}),
+        ("pglifeguard.serving.server", {"fastapi", "starlette", *COMMANDS, *SERVICE, *TESTS, *TRACES}),
+        ("pglifeguard.cli", {"fastapi", "starlette", *SERVED, *SERVICE, *TESTS, *TRACES}),
+        ("pglifeguard.embedded.cluster", {"fastapi", "starlette", "pytest", *SERVED, *COMMANDS, *SERVICE, *TRACES}),
+        ("pglifeguard.testing", {"fastapi", "starlette", *SERVED, *COMMANDS, *TRACES, *(SERVICE - {"httpx"})}),
     ],
 )
 def test_each_part_needs_its_own_extra_alone(package: str, missing: set[str]) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self
 
-from local.postgres import HOST
+from pglifeguard.embedded.postgres import HOST
 
 # What a client sends first to ask for TLS: its length, and the number that stands for it.
 SSL_REQUEST = b"\x00\x00\x00\x08\x04\xd2\x16\x2f"

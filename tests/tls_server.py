@@ -7,11 +7,11 @@ from contextlib import asynccontextmanager
 from functools import cache
 from pathlib import Path
 
-from local.account import Account
-from local.postgres import Server
-from local.programs import ENVIRONMENT
-from local.waiting import eventually
-from tests.servers import open_directory
+from pglifeguard.embedded.account import Account
+from pglifeguard.embedded.directories import open_directory
+from pglifeguard.embedded.postgres import Server
+from pglifeguard.embedded.programs import ENVIRONMENT
+from pglifeguard.embedded.waiting import eventually
 from tests.tls import Authority, Certificate
 
 PASSWORD = "of-every-role"  # The server lives for one module of tests.

@@ -11,8 +11,8 @@ import httpx
 import pytest
 import yaml
 
-from local.postgres import free_port
-from local.waiting import eventually
+from pglifeguard.embedded.postgres import free_port
+from pglifeguard.embedded.waiting import eventually
 
 PROMETHEUS = Path(__file__).parent.parent / "prometheus"
 BINARY = shutil.which("prometheus")

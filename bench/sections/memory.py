@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import psutil  # type: ignore[import-untyped]  # See local/waiting.py.
+import psutil  # type: ignore[import-untyped]  # See pglifeguard/embedded/waiting.py.
 
 from bench import clients
 from bench.load import BenchError, closed_loop

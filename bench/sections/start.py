@@ -13,9 +13,9 @@ from bench.measure import Plan, Series
 from bench.report import Section
 from bench.served import stop, until_ready
 from bench.stage import COMPILED, Stage
-from local.postgres import free_port
-from local.programs import explain
 from local.setup import PROJECT
+from pglifeguard.embedded.postgres import free_port
+from pglifeguard.embedded.programs import explain
 
 # What the service is built on, and so has to import: the bar for its own import is a multiple of theirs.
 LIBRARIES = "import fastapi, sqlalchemy.ext.asyncio, asyncpg, prometheus_client"

@@ -15,7 +15,6 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from local.account import LocalError
 from local.load.board import Board, counted, sending
 from local.load.plan import Plan
 from local.load.rows import made_rows
@@ -23,6 +22,7 @@ from local.load.target import Target, find_target
 from local.load.troubles import MOST_SECONDS, SLOW_SECONDS, hold_lock, kill_replica, slow_writes
 from local.setup import DIRECTORY
 from local.stopping import stop_on_signals
+from pglifeguard.embedded.account import EmbeddedError
 
 console = Console(highlight=False, soft_wrap=True)
 complaints = Console(highlight=False, soft_wrap=True, stderr=True)
@@ -33,7 +33,7 @@ ROUND_SECONDS = 1.0
 MOST_A_SECOND = 1000.0
 # For a look at the pools: the line of a second must not wait for the next one.
 LOOK_SECONDS = 0.5
-FAILURES = (LocalError, OSError, asyncpg.PostgresError, asyncpg.InterfaceError)
+FAILURES = (EmbeddedError, OSError, asyncpg.PostgresError, asyncpg.InterfaceError)
 HELP = """Load the service of `make run` for a while, to watch on its page /debug/pools.
 
 Makes some patients, reads and changes them, and deletes them. Without other options the load is calm: 50 requests a
@@ -136,7 +136,7 @@ async def _load(target: Target, wanted: Wanted, board: Board) -> bool:
     """Send the load, cause the troubles, and undo everything in the opposite order."""
     slow_rate = wanted.overload * await _capacity(target) if wanted.overload else 0.0
     if wanted.rate + slow_rate > MOST_A_SECOND:
-        raise LocalError(
+        raise EmbeddedError(
             f"{slow_rate:.0f} writes a second are more than this machine can send, {MOST_A_SECOND:.0f} at most: choose "
             "a lower --overload, or fewer workers for `make run`."
         )
@@ -198,12 +198,14 @@ async def _causing(
 async def _capacity(target: Target) -> float:
     """Return how many slow writes a second the primary's pools of all workers can serve.
 
-    Raises: LocalError when the service does not say how large they are.
+    Raises: EmbeddedError when the service does not say how large they are.
     """
     async with target.client() as client:
         answer = await client.get("/debug/pool-stats")
     if not answer.is_success:
-        raise LocalError(f"--overload needs the size of the pool, and /debug/pool-stats answers {answer.status_code}.")
+        raise EmbeddedError(
+            f"--overload needs the size of the pool, and /debug/pool-stats answers {answer.status_code}."
+        )
     return float(answer.json()["primary"]["total"] * target.own("--overload").workers / SLOW_SECONDS)
 
 

@@ -12,9 +12,9 @@ from rich.console import Console
 from rich.status import Status
 from rich.text import Text
 
-from local.account import LocalError
 from local.load.plan import Plan, Second
 from local.setup import PROJECT
+from pglifeguard.embedded.account import EmbeddedError
 
 
 @asynccontextmanager
@@ -33,7 +33,7 @@ async def sending(plan: Plan) -> AsyncIterator[AsyncIterator[Second]]:
         async for line in output:
             yield Second(**json.loads(line))
         if await process.wait() != 0:
-            raise LocalError("The generator has failed; its own words are above.")
+            raise EmbeddedError("The generator has failed; its own words are above.")
 
     try:
         # Not on its command line, which everybody can read: there may be a token in it.

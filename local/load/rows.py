@@ -10,9 +10,9 @@ from typing import TypeVar
 
 import httpx
 
-from local.account import LocalError
 from local.load.target import Target
-from local.waiting import eventually
+from pglifeguard.embedded.account import EmbeddedError
+from pglifeguard.embedded.waiting import eventually
 
 # Requests at a time: far fewer than any pool serves.
 TOGETHER = 4
@@ -39,7 +39,7 @@ class Rows:
 async def made_rows(target: Target, say: Callable[[str], None], *, calm: int, slow: int) -> AsyncIterator[Rows]:
     """Make patients, and delete them at the end; `say` is told both, and what could not be deleted.
 
-    Raises: LocalError when they cannot be made.
+    Raises: EmbeddedError when they cannot be made.
     """
     prefix = f"LOAD-{secrets.token_hex(3)}"
     async with target.client() as client:
@@ -49,9 +49,9 @@ async def made_rows(target: Target, say: Callable[[str], None], *, calm: int, sl
             try:
                 answer = await client.post("/patients", json=new)
             except httpx.TransportError as error:
-                raise LocalError(f"A patient could not be made: {type(error).__name__}.") from None
+                raise EmbeddedError(f"A patient could not be made: {type(error).__name__}.") from None
             if answer.status_code != HTTPStatus.CREATED:
-                raise LocalError(f"A patient could not be made: {answer.status_code} {answer.text[:200]}")
+                raise EmbeddedError(f"A patient could not be made: {answer.status_code} {answer.text[:200]}")
             return int(answer.json()["id"])
 
         async def all_deleted() -> bool:

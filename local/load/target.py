@@ -12,9 +12,9 @@ from urllib.parse import urlsplit
 
 import httpx
 
-from local.account import LocalError
 from local.serve import Running, running_in
 from local.setup import PROJECT
+from pglifeguard.embedded.account import EmbeddedError
 
 PATIENCE_SECONDS = 5.0
 SCOPES = ("read", "write", "ops")
@@ -35,9 +35,9 @@ class Target:
         return httpx.AsyncClient(base_url=self.url, headers=headers, timeout=PATIENCE_SECONDS, trust_env=False)
 
     def own(self, option: str) -> Running:
-        """Return the run behind it, whose databases `option` needs. Raises: LocalError where there is none."""
+        """Return the run behind it, whose databases `option` needs. Raises: EmbeddedError where there is none."""
         if self.run is None:
-            raise LocalError(
+            raise EmbeddedError(
                 f"{option} needs the databases of `make run`, and {self.url} is not served by the one here."
             )
         return self.run
@@ -46,13 +46,13 @@ class Target:
 async def find_target(directory: Path, *, url: str | None, token: str | None, anywhere: bool) -> Target:
     """Find the service, and make sure that it answers.
 
-    Raises: LocalError when there is none, when it is on another machine and `anywhere` does not allow that, or when it
-    wants a token that nobody has.
+    Raises: EmbeddedError when there is none, when it is on another machine and `anywhere` does not allow that, or when
+    it wants a token that nobody has.
     """
     run = running_in(directory)
     if url is None:
         if run is None:
-            raise LocalError(
+            raise EmbeddedError(
                 f"No service of `make run` works over {directory}. Start one in another terminal, or name one "
                 "with --url."
             )
@@ -65,17 +65,17 @@ async def find_target(directory: Path, *, url: str | None, token: str | None, an
 
 
 async def _refuse_others(url: str) -> None:
-    """Raise LocalError unless every address of the URL is this machine's."""
+    """Raise EmbeddedError unless every address of the URL is this machine's."""
     parts = urlsplit(url)
     if parts.scheme not in {"http", "https"} or parts.hostname is None:
-        raise LocalError(f"{url} is no URL of a service, such as http://127.0.0.1:8000.")
+        raise EmbeddedError(f"{url} is no URL of a service, such as http://127.0.0.1:8000.")
     try:
         found = await asyncio.get_running_loop().getaddrinfo(parts.hostname, None, type=socket.SOCK_STREAM)
     except OSError as error:
-        raise LocalError(f"{parts.hostname} leads nowhere: {error.strerror}.") from None
+        raise EmbeddedError(f"{parts.hostname} leads nowhere: {error.strerror}.") from None
     # Of IPv6's addresses ::1 is this machine.
     if not all(ipaddress.ip_address(address[0]).is_loopback for *_, address in found):
-        raise LocalError(
+        raise EmbeddedError(
             f"{parts.hostname} is not this machine. A load there may be somebody's outage: --anywhere allows it."
         )
 
@@ -86,17 +86,17 @@ async def _with_token(target: Target) -> Target:
         try:
             answer = await client.get("/patients", params={"limit": 1})
         except httpx.TransportError as error:
-            raise LocalError(f"{target.url} does not answer ({type(error).__name__}).") from None
+            raise EmbeddedError(f"{target.url} does not answer ({type(error).__name__}).") from None
     if answer.status_code == HTTPStatus.UNAUTHORIZED and target.run is not None and target.token is None:
         made = await asyncio.to_thread(make_token, target.run)
         return await _with_token(Target(target.url, made, target.directory, target.run))
     if answer.status_code in {HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN}:
-        raise LocalError(
+        raise EmbeddedError(
             f"{target.url} wants a token with the scopes {', '.join(SCOPES)}: "
             "LOAD_TOKEN=$(python -m app token --scope read --scope write --scope ops)."
         )
     if not answer.is_success:
-        raise LocalError(f"{target.url} answers {answer.status_code} to GET /patients: {answer.text[:200]}")
+        raise EmbeddedError(f"{target.url} answers {answer.status_code} to GET /patients: {answer.text[:200]}")
     return target
 
 
@@ -108,5 +108,5 @@ def make_token(run: Running) -> str:
         cwd=PROJECT, env=run.environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
     if made.returncode != 0:
-        raise LocalError(f"No token could be made: {made.stderr.strip()}")
+        raise EmbeddedError(f"No token could be made: {made.stderr.strip()}")
     return made.stdout.strip()

@@ -6,12 +6,12 @@ from contextlib import asynccontextmanager
 
 import asyncpg
 
-from local.account import LocalError
 from local.cluster import Cluster
 from local.load.rows import SLOW
 from local.load.target import Target
-from local.runs import end_server, postmaster
 from local.serve import running_in
+from pglifeguard.embedded.account import EmbeddedError
+from pglifeguard.embedded.leftovers import end_server, postmaster
 
 # Long, so that three times what 15 connections serve are 112 requests a second, which leave the processor time.
 SLOW_SECONDS = 0.4
@@ -38,7 +38,7 @@ Say = Callable[[str], None]
 async def slow_writes(target: Target, say: Say) -> AsyncIterator[None]:
     """Let each change of a patient that was made for it take 0.4 s more in the database, where a trigger sleeps.
 
-    The service is as it was. Raises: LocalError when another load does so already.
+    The service is as it was. Raises: EmbeddedError when another load does so already.
     """
     owner = await asyncpg.connect(
         target.own("--overload").environment["MIGRATIONS_URL"],
@@ -47,7 +47,7 @@ async def slow_writes(target: Target, say: Say) -> AsyncIterator[None]:
     )
     try:
         if not await owner.fetchval(OVERLOADS):
-            raise LocalError("Another load with --overload is running.")
+            raise EmbeddedError("Another load with --overload is running.")
         await owner.execute(CREATE)
         try:
             yield
@@ -85,7 +85,7 @@ async def kill_replica(target: Target, say: Say, seconds: float) -> None:
     cluster = Cluster(target.directory)
     process = postmaster(cluster.replica.data)
     if process is None:
-        raise LocalError("The replica of `make run` does not run.")
+        raise EmbeddedError("The replica of `make run` does not run.")
     say(f"Stopping the replica, process {process.pid}, for {seconds:.0f} s.")
     try:
         await end_server(cluster.replica.data)

@@ -25,8 +25,8 @@ from typer.testing import CliRunner, Result, _NamedTextIOWrapper
 
 from app.cli import cli
 from local import new_domain
-from local.postgres import free_port
-from local.waiting import eventually
+from pglifeguard.embedded.postgres import free_port
+from pglifeguard.embedded.waiting import eventually
 from pglifeguard.serving.protocol import LimitedProtocol
 from tests.conftest import Database
 

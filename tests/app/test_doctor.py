@@ -14,18 +14,18 @@ from typer.testing import CliRunner
 
 from app.cli import cli
 from app.settings import Settings
-from local.postgres import free_port
 from pglifeguard import DatabaseSettings
 from pglifeguard.cli import database_commands
 from pglifeguard.doctor import Inquiry, Target, diagnose, questions, warning
 from pglifeguard.doctor import examination as examination_module
 from pglifeguard.doctor.facts import Facts
+from pglifeguard.embedded.postgres import free_port
 from pglifeguard.server import PARTS
+from pglifeguard.testing.proxy import Proxy
 from tests import tls_server
 from tests.app.test_cli import run
 from tests.chaos.pooler import pooling, program, statement_cache_size
 from tests.conftest import Database, Execute
-from tests.proxy import Proxy
 from tests.tls import NAME, Authority
 from tests.tls import program as openssl
 

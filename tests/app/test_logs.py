@@ -17,7 +17,8 @@ from app.main import create_app
 from app.patients import queries
 from pglifeguard.fastapi.middleware import request_id
 from pglifeguard.fastapi.sessions import WriteDB
-from tests.service import Service, listening
+from pglifeguard.testing.serving import Running, listening
+from tests.service import Service
 
 
 @pytest.fixture
@@ -121,7 +122,7 @@ async def test_access_log_has_no_query(
     """Names and numbers of patients are asked for there, and a cursor holds a name; uvicorn's own format is gone."""
     logging.config.dictConfig(LOGGING_CONFIG)
     configure_logs("INFO", "json", access_log=True)
-    served = listening(service.app, access_log=True, running=True)
+    served = listening(Running(service.app), access_log=True)
     async with served as url, httpx.AsyncClient(trust_env=False) as client:
         await client.get(f"{url}/patients?mrn=HIV-0815&name=Ada")
 

@@ -12,9 +12,9 @@ import pytest
 from app.main import create_app
 from app.settings import Settings
 from local.cluster import Cluster
-from local.postgres import free_port
 from local.setup import PROJECT
-from local.waiting import eventually
+from pglifeguard.embedded.postgres import free_port
+from pglifeguard.embedded.waiting import eventually
 from pglifeguard.environment import SettingsError
 from tests.conftest import Database
 from tests.service import serving

@@ -8,8 +8,9 @@ import asyncpg
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse
 
+from pglifeguard.testing.serving import Running, listening
 from tests.conftest import Database
-from tests.service import listening, serving
+from tests.service import serving
 
 # ignored_auth is about tokens (test_security.py).
 CHECKS = (
@@ -63,7 +64,7 @@ async def test_service_keeps_its_promises(database: Database, tmp_path: Path) ->
 
     async with listening(directory) as directory_url:
         settings = database.settings(directory_url=directory_url)
-        async with serving(settings) as service, listening(service.app, running=True) as url:
+        async with serving(settings) as service, listening(Running(service.app)) as url:
             status, output = await schemathesis(url, tmp_path, examples=8)
 
     assert status == 0, output

@@ -11,10 +11,10 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from local.cluster import Cluster
-from local.postgres import HOST, Server, free_port
-from local.programs import ENVIRONMENT, programs
 from local.setup import PROJECT
-from local.waiting import eventually
+from pglifeguard.embedded.postgres import HOST, Server, free_port
+from pglifeguard.embedded.programs import ENVIRONMENT, programs
+from pglifeguard.embedded.waiting import eventually
 
 BARMAN = PROJECT / ".venv-backup" / "bin"
 SECONDS = 90.0

@@ -7,10 +7,11 @@ from itertools import count
 
 import pytest
 
-from local.waiting import eventually
+from pglifeguard.embedded.directories import open_directory
+from pglifeguard.embedded.waiting import eventually
 from tests.backup.repository import SECONDS, Repository, archiving, timeline
 from tests.conftest import Database
-from tests.servers import Servers, open_directory
+from tests.servers import Servers
 from tests.service import ADA, Service, serving
 
 # A dozen programs take their turns; nothing here is about how fast.

@@ -4,9 +4,9 @@ import asyncio
 from collections import Counter
 
 from bench.clients import ask, connected
+from pglifeguard.testing.serving import listening
 from tests.bench.generators import hanging_up
 from tests.bench.test_load import sometimes
-from tests.service import listening
 
 
 def _port(url: str) -> int:

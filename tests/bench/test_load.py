@@ -10,9 +10,9 @@ from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 
 from bench.load import BenchError, Open, _read_log, closed_loop, open_loop
-from local.postgres import free_port
+from pglifeguard.embedded.postgres import free_port
+from pglifeguard.testing.serving import listening
 from tests.bench.generators import hanging_up, needs_h2load, needs_wrk
-from tests.service import listening
 
 
 def sometimes(number: int) -> Starlette:

@@ -3,7 +3,7 @@
 import asyncpg
 
 from bench.looks import Looks
-from local.waiting import eventually
+from pglifeguard.embedded.waiting import eventually
 from tests.conftest import Database
 
 LEFT = "SELECT NOT EXISTS (SELECT FROM pg_stat_activity WHERE application_name = 'way')"

@@ -14,8 +14,8 @@ from bench.measure import Plan, alternate
 from bench.served import Served, stop, until_ready
 from bench.stage import Stage
 from local.cluster import Cluster
-from local.postgres import free_port
 from local.setup import PROJECT
+from pglifeguard.embedded.postgres import free_port
 from tests.bench.generators import needs_wrk
 
 # What an answer to the first client costs, and far more than one to a later client does.

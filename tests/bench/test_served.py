@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 import asyncpg
-import psutil  # type: ignore[import-untyped]  # See local/waiting.py.
+import psutil  # type: ignore[import-untyped]  # See pglifeguard/embedded/waiting.py.
 import pytest
 from sqlalchemy.engine import make_url
 

@@ -18,11 +18,13 @@ from playwright.async_api import Page, expect
 
 from app.security import issue_token
 from local.cluster import Cluster
+from pglifeguard.testing.faults import exhausted
+from pglifeguard.testing.proxy import Proxy
+from pglifeguard.testing.serving import Running, listening
 from tests.browser.conftest import Load, Visitor
 from tests.chaos.test_failover import both_hosts
 from tests.conftest import Database
-from tests.proxy import Proxy
-from tests.service import exhausted, listening, serving
+from tests.service import serving
 
 # Whoever forgot a transaction; the service's own role, so that the service may end it.
 FORGOTTEN = {"application_name": "report by hand"}
@@ -46,7 +48,7 @@ async def lasting(pictures: Path | None, seconds: float) -> None:
 
 async def test_calm_service_looks_calm(database: Database, visit: Visitor, pictures: Path | None) -> None:
     """Its pools, where reads go and the budget, in light and dark, on a wide screen and on a telephone."""
-    async with serving(database.settings()) as service, listening(service.app, running=True) as url, Load(url) as load:
+    async with serving(database.settings()) as service, listening(Running(service.app)) as url, Load(url) as load:
         seen = await visit(url)
         page = seen.page
         await expect(page.get_by_role("status").first).to_have_text("Live.")
@@ -79,7 +81,7 @@ async def test_overload_is_seen_and_its_cause_ended_by_keyboard(
     it ran, without values; the order to end it is asked for twice, and everything goes on.
     """
     settings = database.settings(pool_size=4, max_overflow=2, pool_max_waiting=10)
-    async with serving(settings) as service, listening(service.app, running=True) as url, Load(url) as load:
+    async with serving(settings) as service, listening(Running(service.app)) as url, Load(url) as load:
         seen = await visit(url)
         page, holder = seen.page, await asyncpg.connect(database.url("app_rw"), server_settings=FORGOTTEN)
         await lasting(pictures, CALM_SECONDS)
@@ -128,7 +130,7 @@ async def test_failover_is_seen(
 ) -> None:
     """The primary does not answer, the reads go on, and the one that takes over writes on the next timeline."""
     settings = database.settings(primary={"url": both_hosts(database)}, monitor_interval_seconds=0.2)
-    async with serving(settings) as service, listening(service.app, running=True) as url, Load(url):
+    async with serving(settings) as service, listening(Running(service.app)) as url, Load(url):
         seen = await visit(url, height=1700)
         primary = seen.page.locator("article").filter(has=seen.page.get_by_role("heading", name="primary,"))
         await expect(primary).to_contain_text("on timeline 1.")
@@ -150,7 +152,7 @@ async def test_reads_are_seen_to_leave_a_broken_replica(
     """The replica does not answer; its reads go to the primary, for a reason that the table has."""
     replicas = ({"url": replica_proxy.url(database.replica_url()), "pool_min_size": 1},)
     settings = database.settings(replicas=replicas, analytics={"url": database.url(), "pool_min_size": 0})
-    async with serving(settings) as service, listening(service.app, running=True) as url, Load(url, writes=1):
+    async with serving(settings) as service, listening(Running(service.app)) as url, Load(url, writes=1):
         page = (await visit(url)).page
         await expect(page.get_by_role("row", name="replica replica")).to_be_visible()
         replica_proxy.refuse()
@@ -165,7 +167,7 @@ async def test_service_that_does_not_answer_is_said_not_to(database: Database, v
     silent = re.compile(r"The service does not answer since .+\. Nothing comes back\. What is shown below is older\.")
     async with (
         serving(database.settings(replica=False)) as service,
-        listening(service.app, running=True) as direct,
+        listening(Running(service.app)) as direct,
         Proxy(int(direct.rpartition(":")[2])) as wire,
     ):
         url = f"http://127.0.0.1:{wire.port}"
@@ -190,7 +192,7 @@ async def test_token_is_asked_for_and_kept_in_memory(database: Database, visit: 
         issue_token(settings.auth_secret, subject="carla", scopes=[scope], lifetime=timedelta(minutes=5))
         for scope in ("read", "ops")
     )
-    async with serving(settings) as service, listening(service.app, running=True) as url:
+    async with serving(settings) as service, listening(Running(service.app)) as url:
         seen = await visit(url)
         page, status, token = seen.page, seen.page.get_by_role("status").first, seen.page.get_by_label("Token")
         await expect(status).to_have_text("The service shows its pools to operators.")
@@ -215,7 +217,7 @@ async def test_token_is_asked_for_and_kept_in_memory(database: Database, visit: 
 async def test_orders_are_asked_for_twice(database: Database, visit: Visitor, caplog: pytest.LogCaptureFixture) -> None:
     """Pause, resume and drain are done after a yes, and not after a no; the page says what became of them."""
     caplog.set_level(logging.WARNING)
-    async with serving(database.settings(replica=False)) as service, listening(service.app, running=True) as url:
+    async with serving(database.settings(replica=False)) as service, listening(Running(service.app)) as url:
         page = (await visit(url)).page
         status = page.get_by_role("status").first
         await page.get_by_role("button", name="Pause …").click()
@@ -250,7 +252,7 @@ async def test_each_process_behind_an_address_is_shown_for_itself(database: Data
         async def either(scope: Any, receive: Any, send: Any) -> None:
             await next(turns)(scope, receive, send)
 
-        async with exhausted(one.databases.primary), listening(either, running=True) as url:
+        async with exhausted(one.databases.primary), listening(Running(either)) as url:
             page = (await visit(url)).page
             choice, at_work = page.get_by_label("Show the process"), page.locator("dd").nth(1)
             await expect(choice.get_by_role("option")).to_have_count(2)

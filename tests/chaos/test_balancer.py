@@ -11,7 +11,7 @@ from pathlib import Path
 import asyncpg
 import pytest
 
-from local.waiting import eventually
+from pglifeguard.embedded.waiting import eventually
 from tests.app.test_cli import MODULE, NAME, Process, served
 from tests.balancer import Balancer, balanced, needs_haproxy
 from tests.bench.generators import needs_wrk

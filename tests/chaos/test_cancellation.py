@@ -15,8 +15,8 @@ import pytest
 from sqlalchemy import text
 from sqlalchemy.engine import make_url
 
-from local.waiting import eventually
 from pglifeguard.databases import Databases
+from pglifeguard.embedded.waiting import eventually
 from tests.chaos import FULL
 from tests.chaos.pooler import pooling, program, statement_cache_size
 from tests.conftest import Database

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import psutil  # type: ignore[import-untyped]  # See local/waiting.py.
+import psutil  # type: ignore[import-untyped]  # See pglifeguard/embedded/waiting.py.
 import pytest
 
 from tests.app.test_cli import MODULE, Process, served

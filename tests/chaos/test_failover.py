@@ -11,12 +11,12 @@ import pytest
 from sqlalchemy.engine import make_url
 
 from local.cluster import Cluster
-from local.postgres import Server
-from local.waiting import eventually
+from pglifeguard.embedded.postgres import Server
+from pglifeguard.embedded.waiting import eventually
+from pglifeguard.testing.proxy import Proxy
 from tests.chaos import FULL, in_time
 from tests.chaos.load import Writers, tell
 from tests.conftest import Database
-from tests.proxy import Proxy
 from tests.service import serving
 
 RESUMED_SECONDS = 3.0

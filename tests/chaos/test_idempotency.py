@@ -9,10 +9,10 @@ from itertools import count
 import asyncpg
 
 from pglifeguard.fastapi.idempotency import HEADER
+from pglifeguard.testing.proxy import Fate, Proxy
 from tests.chaos import FULL
 from tests.chaos.load import Answer, ask, tell
 from tests.conftest import Database
-from tests.proxy import Fate, Proxy
 from tests.service import serving
 
 CUTS = 1000 if FULL else 40

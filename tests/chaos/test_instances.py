@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any, Self
 
 import asyncpg
-import psutil  # type: ignore[import-untyped]  # See local/waiting.py.
+import psutil  # type: ignore[import-untyped]  # See pglifeguard/embedded/waiting.py.
 import psycopg
 import pytest
 from psycopg.rows import dict_row
 
 from bench.served import cpu_seconds
-from local.postgres import HOST, free_port
-from local.waiting import eventually
+from pglifeguard.embedded.postgres import HOST, free_port
+from pglifeguard.embedded.waiting import eventually
 from tests.app.test_cli import MODULE, Process, served
 from tests.balancer import Balancer, balanced, needs_haproxy
 from tests.chaos import FULL, pooler

@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 from sqlalchemy import text
 
-from local.waiting import eventually
+from pglifeguard.embedded.waiting import eventually
 from pglifeguard.fastapi.sessions import WriteDB
+from pglifeguard.testing.serving import Running, listening
 from tests.chaos import FULL, in_time
 from tests.chaos.load import ask
 from tests.conftest import Database
-from tests.service import listening, serving
+from tests.service import serving
 from tests.watching import alert_state, needs_prometheus, running_prometheus
 
 SELECT = text("SELECT 1")
@@ -95,7 +96,7 @@ async def test_route_that_holds_a_connection_idle_is_told(
                 assert (await ask(service.app, "POST", "/calling")).status == 200
 
         async with (
-            listening(service.app, running=True) as url,
+            listening(Running(service.app)) as url,
             running_prometheus(url, tmp_path, interval_seconds=5 if FULL else 0.25, window=window) as prometheus,
         ):
             started, task = time.monotonic(), asyncio.create_task(call_for_ever())

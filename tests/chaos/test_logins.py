@@ -13,10 +13,10 @@ from typing import Any
 
 from sqlalchemy.engine import make_url
 
+from pglifeguard.testing.proxy import Proxy
 from tests.chaos import FULL
 from tests.chaos.load import Answer, after, ask, offer, quantile, tell
 from tests.conftest import Database
-from tests.proxy import Proxy
 from tests.service import serving
 
 SECONDS = 10.0 if FULL else 1.5

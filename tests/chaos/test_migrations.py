@@ -8,7 +8,7 @@ import asyncpg
 import pytest
 from sqlalchemy.engine import make_url
 
-from local.waiting import eventually
+from pglifeguard.embedded.waiting import eventually
 from tests.chaos.pooler import pooling, program, statement_cache_size
 from tests.conftest import Database
 from tests.interpreter import python

@@ -16,13 +16,14 @@ import pytest
 from pydantic import SecretStr
 
 from app.security import issue_token
-from local.waiting import eventually
+from pglifeguard.embedded.waiting import eventually
+from pglifeguard.testing.faults import exhausted
 from tests.app.test_cli import MODULE, NAME, Process, served
 from tests.chaos import FULL, in_time
 from tests.chaos.load import Answer, after, ask, offer, quantile, tell
 from tests.chaos.wire import Client
 from tests.conftest import Database
-from tests.service import exhausted, serving
+from tests.service import serving
 
 SERVICE_SECONDS = 0.02
 POOL_TIMEOUT_SECONDS = 0.5

@@ -8,11 +8,11 @@ from collections.abc import Callable
 import pytest
 
 from local.cluster import Cluster
-from local.waiting import eventually
+from pglifeguard.embedded.waiting import eventually
+from pglifeguard.testing.proxy import Proxy
 from tests.chaos import FULL, in_time
 from tests.chaos.load import Answer, after, ask, offer, quantile, tell
 from tests.conftest import Database
-from tests.proxy import Proxy
 from tests.service import Service, serving
 
 READS_PER_SECOND = 100

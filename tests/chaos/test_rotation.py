@@ -11,7 +11,7 @@ import asyncpg
 import pytest
 from sqlalchemy import text
 
-from local.waiting import eventually
+from pglifeguard.embedded.waiting import eventually
 from pglifeguard.fastapi import WriteDB
 from tests.chaos import FULL, pooler
 from tests.chaos.load import ask, offer, tell

@@ -12,7 +12,7 @@ from pathlib import Path
 import asyncpg
 import pytest
 
-from local.waiting import eventually
+from pglifeguard.embedded.waiting import eventually
 from tests.app.test_cli import MODULE, NAME, Process, served, sessions
 from tests.chaos import FULL, in_time
 from tests.chaos.load import Answer, offer, tell

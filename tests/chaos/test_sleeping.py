@@ -10,12 +10,12 @@ from contextlib import asynccontextmanager
 import asyncpg
 import pytest
 
-from local.postgres import HOST
-from local.waiting import eventually
+from pglifeguard.embedded.postgres import HOST
+from pglifeguard.embedded.waiting import eventually
+from pglifeguard.testing.proxy import Proxy
 from tests.chaos import FULL
 from tests.chaos.load import ask, tell
 from tests.conftest import Database
-from tests.proxy import Proxy
 from tests.service import Service, serving
 
 CROWD = 100

@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import asyncpg
-import psutil  # type: ignore[import-untyped]  # See local/waiting.py.
+import psutil  # type: ignore[import-untyped]  # See pglifeguard/embedded/waiting.py.
 import pytest
 
 from local.cluster import Cluster
-from local.postgres import Server
-from local.waiting import eventually
+from pglifeguard.embedded.postgres import Server
+from pglifeguard.embedded.waiting import eventually
 from tests.app.test_cli import NAME, Process, served
 from tests.chaos import in_time
 from tests.chaos.conftest import TABLE

@@ -6,11 +6,11 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
-from local.waiting import eventually
+from pglifeguard.embedded.waiting import eventually
+from pglifeguard.testing.proxy import Proxy
 from tests.chaos import FULL, in_time
 from tests.chaos.load import Answer, ask, offer, quantile
 from tests.conftest import Database
-from tests.proxy import Proxy
 from tests.service import Service, serving
 
 POOL = {"pool_size": 5, "max_overflow": 0, "pool_min_size": 5}

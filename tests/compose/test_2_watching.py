@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 import yaml
 
-from local import waiting
+from pglifeguard.embedded import waiting
 from tests.compose.stack import ROOT, Stack, eventually
 from tests.grafana.reading import Panel, is_optional, is_served, panels, values, wrong
 

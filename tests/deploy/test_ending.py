@@ -15,8 +15,8 @@ import yaml
 from pydantic import SecretStr
 
 from app.security import issue_token
-from local.postgres import free_port
-from local.waiting import eventually
+from pglifeguard.embedded.postgres import free_port
+from pglifeguard.embedded.waiting import eventually
 from tests.conftest import Database
 from tests.deploy.chart import ROOT, VALUE_SETS, only, rendered, run_helm
 

@@ -10,11 +10,10 @@ import pytest
 
 from app.settings import Settings
 from local.cluster import Cluster
-from local.postgres import HOST
-from local.programs import programs
-from local.setup import initialise
+from pglifeguard.embedded.directories import initialise, open_directory
+from pglifeguard.embedded.postgres import HOST
+from pglifeguard.embedded.programs import programs
 from tests.deploy.chart import only, pods, rendered
-from tests.servers import open_directory
 from tests.service import serving
 
 PASSWORD = "of-the-operator"
@@ -27,7 +26,7 @@ async def database() -> AsyncIterator[tuple[Cluster, str]]:
     name, owner = initdb["database"], initdb["owner"]
     with open_directory() as directory:
         cluster = Cluster(directory)
-        await initialise(cluster.primary)
+        await initialise(cluster.primary, cluster.rules)
         await cluster.primary.start()
         try:
             superuser = await cluster.primary.connect("postgres")

@@ -11,11 +11,11 @@ import httpx
 import jwt
 import pytest
 
-from local.postgres import HOST, free_port
-from local.waiting import eventually
+from pglifeguard.embedded.postgres import HOST, free_port
+from pglifeguard.embedded.waiting import eventually
+from pglifeguard.testing.proxy import Proxy
 from tests.conftest import Database
 from tests.examples.conftest import EXAMPLES, ROOT, TOKEN_KEY, Start, make_tables
-from tests.proxy import Proxy
 
 BEFORE, AFTER = (EXAMPLES / "existing_service" / name / "app.py" for name in ("before", "after"))
 HEADING = "\n## In a service that you have\n"

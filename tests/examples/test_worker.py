@@ -7,10 +7,10 @@ from asyncio.subprocess import Process
 import asyncpg
 import pytest
 
-from local.waiting import eventually
+from pglifeguard.embedded.waiting import eventually
+from pglifeguard.testing.proxy import Proxy
 from tests.conftest import Database, Execute
 from tests.examples.conftest import Start, make_tables
-from tests.proxy import Proxy
 
 ENQUEUE = "INSERT INTO jobs (recipient) SELECT 'r' || number FROM generate_series(1, $1::int) AS number"
 WAITING = "SELECT count(*) FROM jobs WHERE done_at IS NULL"

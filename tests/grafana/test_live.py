@@ -17,17 +17,19 @@ from sqlalchemy import text
 
 from app.main import create_app
 from app.settings import Settings
-from local.waiting import eventually
 from pglifeguard.databases import Databases
+from pglifeguard.embedded.waiting import eventually
 from pglifeguard.serving.protocol import LimitedProtocol
 from pglifeguard.sessions import WriteSession
+from pglifeguard.testing.faults import exhausted
+from pglifeguard.testing.proxy import Proxy
+from pglifeguard.testing.serving import listening
 from tests.conftest import Database
 from tests.grafana.reading import Panel, is_served, panels, values, wrong
 from tests.names import Names, answering
 from tests.pglifeguard.test_members import finding
 from tests.pglifeguard.test_sleeping import sleeping
-from tests.proxy import Proxy
-from tests.service import ADA, exhausted, listening
+from tests.service import ADA
 from tests.watching import needs_prometheus, running_prometheus
 
 SCRAPE_SECONDS = 0.5

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from local.patroni import PatroniCluster, running
+from pglifeguard.embedded.directories import open_directory
 from tests.chaos.conftest import measured, pytest_addoption, pytest_terminal_summary
-from tests.servers import open_directory
 
 __all__ = ["measured", "pytest_addoption", "pytest_terminal_summary"]
 

@@ -15,7 +15,7 @@ import asyncpg
 import pytest
 
 from local.patroni import TTL, Member, PatroniCluster
-from local.waiting import eventually
+from pglifeguard.embedded.waiting import eventually
 from tests.app.test_cli import MODULE, served
 from tests.chaos import FULL, in_time
 from tests.chaos.wire import Client

@@ -12,8 +12,8 @@ from sqlalchemy.engine import make_url
 
 from local.cluster import Cluster
 from local.patroni import PatroniCluster
-from local.postgres import HOST, Server, free_port
-from local.waiting import eventually
+from pglifeguard.embedded.postgres import HOST, Server, free_port
+from pglifeguard.embedded.waiting import eventually
 from tests.balancer import PROGRAM
 from tests.chaos.pooler import program, statement_cache_size
 from tests.poolers.programs import Shape, running

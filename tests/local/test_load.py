@@ -16,11 +16,11 @@ import pytest
 from local.cluster import Cluster
 from local.load.target import make_token
 from local.load.troubles import FUNCTION
-from local.runs import postmaster
 from local.serve import Running, running_in
 from local.setup import PROJECT
+from pglifeguard.embedded.directories import open_directory
+from pglifeguard.embedded.leftovers import postmaster
 from tests.local.test_main import Run, directory, processes, started, until
-from tests.servers import open_directory
 from tests.terminal import on_a_terminal
 
 __all__ = ["directory"]  # A fixture.

@@ -15,9 +15,9 @@ import httpx
 import psutil  # type: ignore[import-untyped]  # The wheel brings it along; its stubs would be one more package.
 import pytest
 
-from local.postgres import free_port
 from local.runs import MARK
 from local.setup import PROJECT
+from pglifeguard.embedded.postgres import free_port
 from tests.terminal import on_a_terminal
 
 READY_SECONDS = 40.0

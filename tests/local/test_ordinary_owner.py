@@ -10,10 +10,10 @@ import pytest
 
 from app.settings import Settings
 from local.cluster import Cluster
-from local.postgres import HOST
-from local.programs import ENVIRONMENT, programs
-from local.setup import PROJECT, VARIABLES, initialise
-from tests.servers import open_directory
+from local.setup import PROJECT, VARIABLES
+from pglifeguard.embedded.directories import initialise, open_directory
+from pglifeguard.embedded.postgres import HOST
+from pglifeguard.embedded.programs import ENVIRONMENT, programs
 from tests.service import serving
 
 NAME = "managed"
@@ -64,7 +64,7 @@ async def managed() -> AsyncIterator[Managed]:
     """Give a server on which a CREATEROLE owner without superuser has made the roles, twice, and migrated."""
     with open_directory() as directory:
         cluster = Cluster(directory)
-        await initialise(cluster.primary)
+        await initialise(cluster.primary, cluster.rules)
         await cluster.primary.start()
         try:
             here = Managed(cluster, directory)

@@ -6,7 +6,7 @@ from contextlib import suppress
 import asyncpg
 import pytest
 
-from local.waiting import eventually
+from pglifeguard.embedded.waiting import eventually
 from tests.conftest import Database
 
 PATIENT = "INSERT INTO patients (mrn, full_name, birth_date) VALUES ($1, $2, '1980-05-17')"

@@ -11,10 +11,10 @@ from sqlalchemy import text
 from sqlalchemy.pool import ConnectionPoolEntry
 
 from app.settings import Settings
-from local.waiting import eventually
 from pglifeguard.database import Database as PoolDatabase
 from pglifeguard.database import Role
 from pglifeguard.database_settings import DatabaseSettings
+from pglifeguard.embedded.waiting import eventually
 from pglifeguard.metrics import Metrics
 from pglifeguard.pool import ConnectionPool
 from pglifeguard.sampling import Sampler

@@ -11,14 +11,14 @@ import pytest
 from sqlalchemy import Text, bindparam, cast, func, literal_column, select, text
 
 from app.logs import RequestId, json_formatter
-from local.waiting import eventually
+from pglifeguard.embedded.waiting import eventually
 from pglifeguard.errors import CommandTimeout
 from pglifeguard.fastapi.sessions import ReadDB, WriteDB
 from pglifeguard.lease import fetch_once
 from pglifeguard.query import Query
+from pglifeguard.testing.proxy import Proxy
 from tests.conftest import Database, Execute
 from tests.pglifeguard.conftest import pooled
-from tests.proxy import Proxy
 from tests.service import Service, quiet, serving
 
 SECRET = "S3CR3T-MRN"

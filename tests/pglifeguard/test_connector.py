@@ -15,9 +15,9 @@ from pglifeguard.database_settings import DatabaseSettings
 from pglifeguard.database_url import Host
 from pglifeguard.errors import DatabaseUnreachable
 from pglifeguard.fence import Fence
+from pglifeguard.testing.proxy import Proxy, _Link
 from tests.conftest import Database, Execute
 from tests.pglifeguard.conftest import sessions_end
-from tests.proxy import Proxy, _Link
 from tests.stopwatch import Stopwatch
 
 

@@ -15,7 +15,6 @@ from sqlalchemy import literal, select
 from typer.testing import CliRunner
 
 from app.settings import Settings
-from local.waiting import eventually
 from migrations.connection import connected
 from migrations.settings import MigrationSettings
 from pglifeguard import Databases, DatabaseSettings, DatabasesSettings, Login, PasswordSource, Query, SettingsError
@@ -23,6 +22,7 @@ from pglifeguard import credentials as module
 from pglifeguard.cli import database_commands
 from pglifeguard.connector import Connector
 from pglifeguard.credentials import Passwords, PasswordUnavailable, from_file
+from pglifeguard.embedded.waiting import eventually
 from pglifeguard.errors import DatabaseUnreachable, classify, sqlstate
 from pglifeguard.fastapi import Lifeguard
 from tests.chaos import pooler

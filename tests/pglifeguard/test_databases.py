@@ -12,16 +12,17 @@ from sqlalchemy import Integer, Text, bindparam, literal_column, select, text
 from sqlalchemy.exc import DBAPIError
 
 from local.cluster import Cluster
-from local.waiting import eventually
 from pglifeguard import databases as engines
 from pglifeguard import lease
+from pglifeguard.embedded.waiting import eventually
 from pglifeguard.errors import CommandTimeout, ConnectionLost, PoolExhausted, classify
 from pglifeguard.lease import fetch_once
 from pglifeguard.query import Query
+from pglifeguard.testing.faults import exhausted
+from pglifeguard.testing.proxy import Proxy
 from tests.conftest import Database, Execute
 from tests.pglifeguard.conftest import pooled, sessions_end
-from tests.proxy import Proxy
-from tests.service import exhausted, quiet, serving
+from tests.service import quiet, serving
 from tests.stopwatch import Stopwatch
 
 SLEEP = Query(select(literal_column("pg_sleep(60)::text", Text)))

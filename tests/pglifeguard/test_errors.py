@@ -18,8 +18,8 @@ from sqlalchemy.exc import DBAPIError
 from starlette.requests import ClientDisconnect
 
 from app.settings import Settings
-from local.postgres import free_port
-from local.waiting import eventually
+from pglifeguard.embedded.postgres import free_port
+from pglifeguard.embedded.waiting import eventually
 from pglifeguard.errors import DatabaseUnreachable, NotFound, PoolExhausted, WriteInReadSession, classify
 from pglifeguard.fastapi.problems import leaves
 from pglifeguard.fastapi.sessions import ReadDB, WriteDB

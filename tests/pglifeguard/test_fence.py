@@ -9,15 +9,15 @@ import pytest
 from sqlalchemy.engine import make_url
 
 from local.cluster import Cluster
-from local.postgres import HOST, Server
-from local.waiting import eventually
+from pglifeguard.embedded.postgres import HOST, Server
+from pglifeguard.embedded.waiting import eventually
 from pglifeguard.fence import Fence
+from pglifeguard.testing.proxy import Proxy
 from tests.chaos.pooler import program, statement_cache_size
 from tests.conftest import Database
 from tests.names import answering
 from tests.pglifeguard.test_members import finding
 from tests.poolers.programs import Shape, running
-from tests.proxy import Proxy
 from tests.service import ADA, Service, serving
 from tests.standbys import cascading_standby
 

@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 from prometheus_client import CollectorRegistry, Histogram
 
-from local.waiting import eventually
 from pglifeguard import history
 from pglifeguard.databases import Databases
+from pglifeguard.embedded.waiting import eventually
 from pglifeguard.history import FIELDS, History, quantile
 from pglifeguard.metrics import ACQUIRE_BUCKETS
+from pglifeguard.testing.faults import exhausted
 from tests.conftest import Database
-from tests.service import Service, exhausted, serving
+from tests.service import Service, serving
 
 
 def taken(kept: History, after: int = 0) -> list[Any]:

@@ -10,17 +10,17 @@ from typing import Any
 import pytest
 
 from bench.scale.clock import simulate
-from local.waiting import eventually
 from pglifeguard import host_search
 from pglifeguard.connector import Connector, KeptAliveConnection
 from pglifeguard.database_settings import DatabaseSettings
 from pglifeguard.database_url import Host
+from pglifeguard.embedded.waiting import eventually
 from pglifeguard.errors import DatabaseUnreachable
 from pglifeguard.host_search import HostSearch
+from pglifeguard.testing.proxy import Proxy
 from tests.conftest import Database
 from tests.pglifeguard.conftest import sessions_end
 from tests.pglifeguard.test_connector import several
-from tests.proxy import Proxy
 
 
 @asynccontextmanager

@@ -13,12 +13,12 @@ from sqlalchemy.exc import DBAPIError, IntegrityError
 
 from app.patients import queries
 from app.patients.models import Patient
-from local.waiting import eventually
+from pglifeguard.embedded.waiting import eventually
 from pglifeguard.errors import DatabaseUnreachable, TransactionAborted
 from pglifeguard.fastapi.sessions import RequestDatabases, WriteDB
 from pglifeguard.query import Query
+from pglifeguard.testing.proxy import Fate, Proxy
 from tests.conftest import Database, Execute
-from tests.proxy import Fate, Proxy
 from tests.service import Service, quiet, serving
 
 # FATAL 57P01, as it stands on the wire; no ReadyForQuery comes after it.

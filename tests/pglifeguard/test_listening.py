@@ -8,17 +8,17 @@ from typing import cast
 import pytest
 from sqlalchemy import text
 
-from local.waiting import eventually
 from pglifeguard import listening
 from pglifeguard.databases import Databases
+from pglifeguard.embedded.waiting import eventually
 from pglifeguard.environment import SettingsError
 from pglifeguard.errors import ConnectionLost, DatabaseUnreachable
 from pglifeguard.listening import CLOSING, MAX_UNREAD, NO_URL, POOLED, Notifications
 from pglifeguard.monitor import Probe
+from pglifeguard.testing.proxy import Proxy
 from tests.chaos import pooler
 from tests.conftest import Database, Execute
 from tests.pglifeguard.conftest import service_settings
-from tests.proxy import Proxy
 
 LISTENING = """
     SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND query ~ '^(UN)?LISTEN'

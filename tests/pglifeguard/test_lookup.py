@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from local.waiting import eventually
 from pglifeguard.database_url import Host
+from pglifeguard.embedded.waiting import eventually
 from pglifeguard.errors import DatabaseUnreachable
 from pglifeguard.lookup import Lookups
 from tests.conftest import Database

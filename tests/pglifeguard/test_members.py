@@ -12,12 +12,12 @@ from sqlalchemy import text
 
 from app.settings import Settings
 from local.cluster import Cluster
-from local.waiting import eventually
 from pglifeguard import members
 from pglifeguard.connector import KeptAliveConnection
 from pglifeguard.database import Database as Pool
 from pglifeguard.databases import Databases
 from pglifeguard.doctor import diagnose
+from pglifeguard.embedded.waiting import eventually
 from pglifeguard.errors import BudgetExceeded
 from pglifeguard.fastapi.sessions import ReadDB
 from pglifeguard.members import RAMP_SECONDS, UNFIT_SECONDS, Members

@@ -8,15 +8,15 @@ from typing import Any
 
 import pytest
 
-from local.waiting import eventually
 from pglifeguard.connector import Connector
 from pglifeguard.database_settings import DatabaseSettings
+from pglifeguard.embedded.waiting import eventually
 from pglifeguard.errors import DatabaseUnreachable
 from pglifeguard.metrics import Metrics
 from pglifeguard.monitor import Monitor, Probe
+from pglifeguard.testing.proxy import Proxy
 from tests.conftest import Database
 from tests.pglifeguard.conftest import service_settings, sessions_end
-from tests.proxy import Proxy
 from tests.stopwatch import Stopwatch
 
 

@@ -13,11 +13,11 @@ import pytest
 from sqlalchemy import Text, bindparam, literal_column, select, text
 from sqlalchemy.types import UserDefinedType
 
-from local.postgres import HOST, Server
-from local.waiting import eventually
 from pglifeguard.database import Database as PoolDatabase
 from pglifeguard.database_settings import DatabaseSettings
 from pglifeguard.databases import Databases
+from pglifeguard.embedded.postgres import HOST, Server
+from pglifeguard.embedded.waiting import eventually
 from pglifeguard.errors import DatabaseUnreachable
 from pglifeguard.metrics import Metrics
 from pglifeguard.pool import OnConnect

@@ -14,8 +14,8 @@ from pglifeguard.databases import Databases
 from pglifeguard.errors import PoolExhausted
 from pglifeguard.metrics import Metrics
 from pglifeguard.query import Query
+from pglifeguard.testing.proxy import Proxy
 from tests.conftest import Database
-from tests.proxy import Proxy
 from tests.service import ADA, serving
 
 ONE = Query(select(literal(1).label("one")))

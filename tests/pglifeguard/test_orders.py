@@ -15,13 +15,14 @@ from fastapi.responses import PlainTextResponse
 from typer.testing import CliRunner, Result
 
 from app.cli import cli
-from local.postgres import free_port
 from pglifeguard.cli import database_commands
+from pglifeguard.embedded.postgres import free_port
 from pglifeguard.fastapi import Lifeguard
 from pglifeguard.orders import OrderFailedError, post
 from pglifeguard.settings import DatabasesSettings
+from pglifeguard.testing.serving import Running, listening
 from tests.conftest import Database
-from tests.service import Service, listening, serving
+from tests.service import Service, serving
 
 SECRET = "0123456789abcdef" * 4
 
@@ -30,7 +31,7 @@ SECRET = "0123456789abcdef" * 4
 async def running(database: Database, **changes: Any) -> AsyncIterator[tuple[Service, str]]:
     """Give a service that a token opens, and its URL."""
     settings = database.settings(replica=False, auth_secret=SECRET, **changes)
-    async with serving(settings) as service, listening(service.app, running=True) as url:
+    async with serving(settings) as service, listening(Running(service.app)) as url:
         yield service, url
 
 
@@ -176,7 +177,7 @@ async def test_what_is_no_such_service_is_told(database: Database, monkeypatch: 
     mute = await asyncio.start_server(say_nothing, "127.0.0.1")
     mail = await asyncio.start_server(garble, "127.0.0.1")
     to_mute, to_mail = (f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}" for server in (mute, mail))
-    async with mute, mail, listening(other) as elsewhere, listening(unguarded, running=True) as open_one:
+    async with mute, mail, listening(other) as elsewhere, listening(Running(unguarded)) as open_one:
         said = {
             "not as this service does": [await refusal(elsewhere), await refusal(f"{elsewhere}/there", "pause")],
             "answered 404: Not Found. A service has": [await refusal(open_one)],
@@ -195,7 +196,7 @@ async def test_what_is_no_such_service_is_told(database: Database, monkeypatch: 
 
 async def test_mistakes_in_an_order_are_named(database: Database) -> None:
     """As the service answers them, for whoever calls the routes with figures of his own."""
-    async with serving(database.settings(replica=False)) as service, listening(service.app, running=True) as url:
+    async with serving(database.settings(replica=False)) as service, listening(Running(service.app)) as url:
         with pytest.raises(OrderFailedError, match=r"422: .* query.seconds: Input should be less than or equal to 120"):
             await asyncio.to_thread(post, url, "pause", {"seconds": 500}, None)
 

@@ -19,15 +19,16 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
-from local.waiting import eventually
 from pglifeguard import Databases, SettingsError, otel
+from pglifeguard.embedded.waiting import eventually
 from pglifeguard.environment import exported_signals
 from pglifeguard.metrics import SECONDS_BUCKETS
 from pglifeguard.otel import OpenTelemetry
+from pglifeguard.testing.faults import exhausted
 from tests.app.test_cli import MODULE, served
 from tests.conftest import Database
 from tests.exported import Exported
-from tests.service import exhausted, quiet, serving
+from tests.service import quiet, serving
 
 ROOT = Path(__file__).parent.parent.parent
 UUID = "[0-9a-f-]{36}"

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from local.waiting import eventually
+from pglifeguard.embedded.waiting import eventually
 from pglifeguard.errors import PoolExhausted
+from pglifeguard.testing.proxy import Proxy
 from tests.conftest import Database
 from tests.pglifeguard.conftest import Pooled, pooled
-from tests.proxy import Proxy
 from tests.service import serving
 
 LONG = 60.0

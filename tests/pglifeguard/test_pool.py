@@ -13,17 +13,17 @@ import pytest
 from sqlalchemy import Integer, Text, bindparam, exc, func, literal, select, text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from local.waiting import eventually
 from pglifeguard import database as database_module
 from pglifeguard.checkout import WaitOutcome
 from pglifeguard.connector import KeptAliveConnection
+from pglifeguard.embedded.waiting import eventually
 from pglifeguard.errors import DatabaseUnreachable, PoolExhausted, sqlstate
 from pglifeguard.lease import fetch_once
 from pglifeguard.query import Query
+from pglifeguard.testing.proxy import Proxy
 from pglifeguard.wait_queue import client_key, watch_client
 from tests.conftest import Database, Execute
 from tests.pglifeguard.conftest import Clock, Pooled, pooled, sessions_end
-from tests.proxy import Proxy
 from tests.stopwatch import Stopwatch
 
 

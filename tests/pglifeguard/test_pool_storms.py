@@ -19,9 +19,9 @@ from pglifeguard.lease import fetch_once
 from pglifeguard.pool import ConnectionPool
 from pglifeguard.query import Query
 from pglifeguard.sessions import WriteSession
+from pglifeguard.testing.proxy import Proxy
 from tests.conftest import Database
 from tests.pglifeguard.conftest import Clock, Pooled, pooled, sessions_end
-from tests.proxy import Proxy
 
 STEP_SECONDS = 0.0007
 NAP = select(literal_column("pg_sleep(0.01)::text", Text), literal_column("7", Integer))

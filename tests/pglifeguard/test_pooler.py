@@ -12,18 +12,18 @@ import pytest
 from sqlalchemy import text
 from sqlalchemy.engine import make_url
 
-from local.waiting import eventually
 from pglifeguard import SettingsError, pooler_look
 from pglifeguard.connector import Connector
 from pglifeguard.database import MUTE_SECONDS
 from pglifeguard.database_settings import DatabaseSettings
+from pglifeguard.embedded.waiting import eventually
 from pglifeguard.errors import DatabaseUnreachable
 from pglifeguard.pooler import FORGETS, LOST, NONE, UNTOLD, Pooler, startup_parameters
+from pglifeguard.testing.proxy import Proxy
 from tests.chaos.pooler import pooling, program, statement_cache_size
 from tests.conftest import Database, Execute
 from tests.pglifeguard.conftest import pooled
 from tests.poolers.programs import Running, Shape, installed, running
-from tests.proxy import Proxy
 from tests.service import ADA, Service, serving
 
 needs_pgbouncer = pytest.mark.skipif(program() is None, reason="PgBouncer is not installed: apt-get install pgbouncer")

@@ -12,13 +12,14 @@ import pytest
 from fastapi import Depends, HTTPException, Request, Response
 from sqlalchemy import text
 
-from local.postgres import free_port
-from local.waiting import eventually
+from pglifeguard.embedded.postgres import free_port
+from pglifeguard.embedded.waiting import eventually
 from pglifeguard.errors import DatabaseUnreachable, NotFound
 from pglifeguard.fastapi.sessions import AnalyticsDB, ReadDB, consistency_of
 from pglifeguard.sessions import ReadSession
+from pglifeguard.testing.faults import exhausted
 from tests.conftest import Database
-from tests.service import Service, exhausted, serving, write
+from tests.service import Service, serving, write
 
 ON_REPLICA = text("SELECT pg_is_in_recovery()")
 

@@ -10,10 +10,10 @@ import pytest
 from sqlalchemy.engine import make_url
 
 from local.cluster import Cluster
-from local.postgres import HOST
-from local.waiting import eventually
 from pglifeguard.connector import Connector
 from pglifeguard.database_settings import DatabaseSettings
+from pglifeguard.embedded.postgres import HOST
+from pglifeguard.embedded.waiting import eventually
 from pglifeguard.errors import DatabaseUnreachable
 from tests import tls
 from tests.app.test_cli import run

@@ -9,16 +9,16 @@ from sqlalchemy import select
 
 from app.patients.models import Patient
 from local.cluster import Cluster
-from local.waiting import eventually
 from pglifeguard import replay_wait
 from pglifeguard.consistency import Consistency
+from pglifeguard.embedded.waiting import eventually
 from pglifeguard.errors import DatabaseUnavailable
 from pglifeguard.forged_tokens import ROUND_SECONDS
 from pglifeguard.lease import Lease
 from pglifeguard.replay_wait import FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS, ReplayWait
 from pglifeguard.server import Token
+from pglifeguard.testing.proxy import Proxy
 from tests.conftest import Database, Execute
-from tests.proxy import Proxy
 from tests.service import Service, quiet, write
 from tests.standbys import cascading_standby
 

@@ -8,16 +8,17 @@ from typing import Any
 
 import pytest
 
-from local.waiting import eventually
 from pglifeguard.databases import Databases
+from pglifeguard.embedded.waiting import eventually
 from pglifeguard.errors import ReplicaUnavailable
 from pglifeguard.metrics import Metrics
 from pglifeguard.monitor import Probe
 from pglifeguard.replica import BREAK_SECONDS, Replica, State
 from pglifeguard.server import UNKNOWN, Position, Token
+from pglifeguard.testing.faults import exhausted
+from pglifeguard.testing.proxy import Proxy
 from tests.conftest import Database, Execute
-from tests.proxy import Proxy
-from tests.service import Service, exhausted, quiet
+from tests.service import Service, quiet
 
 ADA = {"mrn": "A-1", "full_name": "Ada Lovelace", "birth_date": "1915-12-10"}
 # So near that only a replica with nothing left to replay is near enough; a page's head of slack.

@@ -7,12 +7,12 @@ from typing import Any, Self
 
 import pytest
 
-from local.waiting import eventually
 from pglifeguard.databases import Databases
+from pglifeguard.embedded.waiting import eventually
 from pglifeguard.errors import BudgetExceeded, DatabaseUnreachable, NotFound
+from pglifeguard.testing.proxy import Proxy
 from tests.conftest import Database
 from tests.pglifeguard.conftest import Pooled, pooled
-from tests.proxy import Proxy
 from tests.service import Service, serving
 
 NONE = {"primary": 0, "replica": 0, "analytics": 0}

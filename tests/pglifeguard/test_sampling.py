@@ -12,15 +12,17 @@ from fastapi import FastAPI
 from sqlalchemy import func, select, text
 
 from app.logs import configure_logs
-from local.postgres import free_port
-from local.waiting import eventually
 from pglifeguard import databases as engines
+from pglifeguard.embedded.postgres import free_port
+from pglifeguard.embedded.waiting import eventually
 from pglifeguard.fastapi.sessions import WriteDB
 from pglifeguard.query import Query
 from pglifeguard.sampling import Repeats, Sampler, origin
+from pglifeguard.testing.faults import exhausted
+from pglifeguard.testing.serving import Running, listening
 from tests.conftest import Database
 from tests.pglifeguard.conftest import Clock
-from tests.service import Service, exhausted, listening, serving
+from tests.service import Service, serving
 
 logger = logging.getLogger("app.test")
 CANCEL = Query(select(func.pg_cancel_backend(func.pg_backend_pid())))
@@ -204,7 +206,7 @@ async def test_garbage_does_not_fill_the_log(
 ) -> None:
     """A client that does not speak HTTP writes one line of ours, however often it comes."""
     configure_logs("INFO", "json", access_log=False)
-    async with listening(service.app, running=True) as url:
+    async with listening(Running(service.app)) as url:
         address = httpx.URL(url)
         for _ in range(20):
             reader, writer = await asyncio.open_connection(address.host, address.port)

@@ -16,19 +16,20 @@ from sqlalchemy import select
 
 from app.patients.models import Patient
 from local.cluster import Cluster
-from local.postgres import Server, free_port
-from local.waiting import eventually
 from pglifeguard import forged_tokens
 from pglifeguard import replica as replica_module
 from pglifeguard.consistency import Consistency
+from pglifeguard.embedded.postgres import Server, free_port
+from pglifeguard.embedded.waiting import eventually
 from pglifeguard.errors import ConnectionLost
 from pglifeguard.lease import Lease
 from pglifeguard.monitor import Monitor
 from pglifeguard.replica import State
 from pglifeguard.server import UNKNOWN, Position, Token
+from pglifeguard.testing.faults import exhausted
+from pglifeguard.testing.proxy import Proxy
 from tests.conftest import Database, Execute
-from tests.proxy import Proxy
-from tests.service import ADA, Service, exhausted, quiet, serving, write
+from tests.service import ADA, Service, quiet, serving, write
 from tests.standbys import balancing, second_standby
 
 # Before pg_catalog in a role's search path, a function of the same name is found first.

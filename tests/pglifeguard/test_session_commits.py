@@ -14,15 +14,15 @@ from sqlalchemy.orm import Session
 
 from app.patients import queries
 from app.patients.models import Patient
-from local.waiting import eventually
 from pglifeguard.consistency import Consistency
+from pglifeguard.embedded.waiting import eventually
 from pglifeguard.errors import ConnectionLost, OutcomeUnknown, TransactionAborted
 from pglifeguard.fastapi.idempotency import HEADER, IdempotentRoute
 from pglifeguard.fastapi.sessions import WriteDB
 from pglifeguard.server import WRITTEN
 from pglifeguard.sessions import ReadSession, WriteSession
+from pglifeguard.testing.proxy import Fate, Proxy
 from tests.conftest import Database, Execute
-from tests.proxy import Fate, Proxy
 from tests.service import Service, quiet
 
 pytestmark = pytest.mark.shares_service

@@ -16,7 +16,7 @@ from sqlalchemy.orm import Session
 from sqlalchemy.orm.exc import DetachedInstanceError
 
 from app.patients.models import Patient
-from local.waiting import eventually
+from pglifeguard.embedded.waiting import eventually
 from pglifeguard.sessions import ReadSession
 from tests.conftest import Database, Execute
 from tests.service import Service

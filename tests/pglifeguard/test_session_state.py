@@ -7,14 +7,14 @@ from typing import Any
 import pytest
 from sqlalchemy import Boolean, Text, bindparam, func, literal_column, select, text
 
-from local.waiting import eventually
+from pglifeguard.embedded.waiting import eventually
 from pglifeguard.errors import ConnectionLost
 from pglifeguard.lease import fetch_once
 from pglifeguard.query import Query
 from pglifeguard.sessions import ReadSession, WriteSession
+from pglifeguard.testing.proxy import Proxy
 from tests.conftest import Database, Execute
 from tests.pglifeguard.conftest import pooled
-from tests.proxy import Proxy
 from tests.service import Service, quiet, serving
 
 # One connection each, so that what is left behind would be found.

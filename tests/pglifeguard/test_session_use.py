@@ -13,7 +13,7 @@ from fastapi.responses import StreamingResponse
 from sqlalchemy import text
 
 from app.patients import queries
-from local.waiting import eventually
+from pglifeguard.embedded.waiting import eventually
 from pglifeguard.fastapi.sessions import ReadDB, WriteDB
 from pglifeguard.sessions import ReadSession, WriteSession
 from tests.conftest import Database, Execute

@@ -15,15 +15,15 @@ from app.patients import queries
 from app.patients.models import Patient
 from app.patients.schemas import PatientIn
 from app.settings import Settings
-from local.waiting import eventually
 from pglifeguard.databases import Databases
+from pglifeguard.embedded.waiting import eventually
 from pglifeguard.errors import ConnectionLost
 from pglifeguard.fastapi.sessions import AnalyticsDB, ReadDB, WriteDB, consistency_of, databases_of, route_of
 from pglifeguard.server import WRITTEN
 from pglifeguard.sessions import ReadSession, WriteSession
+from pglifeguard.testing.proxy import Fate, Proxy
 from tests.conftest import Database, Execute
 from tests.pglifeguard.conftest import sessions_end
-from tests.proxy import Fate, Proxy
 from tests.service import Service, quiet, serving
 
 ADA = {"mrn": "A-1", "full_name": "Ada Lovelace", "birth_date": "1915-12-10"}

@@ -8,13 +8,13 @@ import pytest
 
 from app.settings import Settings
 from local.cluster import Cluster
-from local.waiting import eventually
 from pglifeguard.database_settings import DatabaseSettings
+from pglifeguard.embedded.waiting import eventually
 from pglifeguard.fastapi.idempotency import purge_expired_keys
+from pglifeguard.testing.proxy import Proxy, Sleep
 from tests.conftest import Database
 from tests.interpreter import python
 from tests.pglifeguard.conftest import pooled, sessions_end
-from tests.proxy import Proxy, Sleep
 from tests.service import ADA, Service, serving
 
 # The sessions that the server has served, since it counts: monitors and probes would be among them.

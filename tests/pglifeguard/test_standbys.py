@@ -8,13 +8,13 @@ from sqlalchemy import select
 
 from app.patients.models import Patient
 from local.cluster import Cluster
-from local.postgres import Server
-from local.waiting import eventually
+from pglifeguard.embedded.postgres import Server
+from pglifeguard.embedded.waiting import eventually
 from pglifeguard.fastapi.sessions import ReadDB
 from pglifeguard.replica import State
 from pglifeguard.server import Token
+from pglifeguard.testing.proxy import Proxy
 from tests.conftest import Database, Execute
-from tests.proxy import Proxy
 from tests.servers import Servers
 from tests.service import ADA, Service, serving
 from tests.standbys import balancing, second_standby

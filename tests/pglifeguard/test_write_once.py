@@ -13,14 +13,14 @@ from sqlalchemy.exc import IntegrityError
 
 from app.patients import queries
 from app.patients.schemas import PatientIn
-from local.waiting import eventually
 from pglifeguard.consistency import CURRENT, Consistency
+from pglifeguard.embedded.waiting import eventually
 from pglifeguard.errors import NotFound
 from pglifeguard.fastapi import IdempotentRoute, ReadDB, RequestDatabases, SerializableDB, WriteDB
 from pglifeguard.query import Query
 from pglifeguard.server import WRITTEN
+from pglifeguard.testing.proxy import Fate, Proxy
 from tests.conftest import Database, Execute
-from tests.proxy import Fate, Proxy
 from tests.service import Service, quiet, serving
 
 OPEN_TRANSACTIONS = """

@@ -19,10 +19,10 @@ from typing import Literal
 import asyncpg
 from sqlalchemy.engine import make_url
 
-from local.account import Account
 from local.cluster import Cluster
-from local.postgres import HOST, free_port
-from local.waiting import eventually
+from pglifeguard.embedded.account import Account
+from pglifeguard.embedded.postgres import HOST, free_port
+from pglifeguard.embedded.waiting import eventually
 
 Kind = Literal["PgBouncer", "pgpool-II", "Odyssey"]
 Mode = Literal["transaction", "session", "statement"]

@@ -15,8 +15,8 @@ from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 
 from app.users import queries as users
-from local.waiting import eventually
 from pglifeguard import Databases, DatabaseUnavailable, SettingsError
+from pglifeguard.embedded.waiting import eventually
 from tests.poolers.scene import POOL, Scene, found_by, settings
 from tests.service import ADA, serving
 

@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 
 from pglifeguard import SettingsError
+from pglifeguard.embedded.directories import open_directory
 from tests.conftest import Database
 from tests.poolers import FULL, report
 from tests.poolers.programs import Mode, Program, Running, Shape, found, installed, running
 from tests.poolers.scene import Scene, playing, shape_of
 from tests.poolers.situations import SITUATIONS, Situation
-from tests.servers import Servers, open_directory
+from tests.servers import Servers
 from tests.service import serving
 
 PLAYED: tuple[Mode, ...] = ("transaction", "session")

@@ -7,8 +7,9 @@ import pytest
 from sqlalchemy import event
 from sqlalchemy.util.concurrency import await_
 
+from pglifeguard.testing import ExhaustedPool
 from tests.conftest import Database
-from tests.service import Service, exhausted, serving
+from tests.service import Service, serving
 
 INSERT = """
 INSERT INTO patients (mrn, full_name, birth_date, created_at)
@@ -70,9 +71,9 @@ async def test_summary_is_of_one_snapshot(database: Database, owner: Any) -> Non
     assert await owner.fetchval("SELECT count(*) FROM patients") == 2
 
 
-async def test_summary_waits_in_a_pool_of_its_own(service: Service) -> None:
+async def test_summary_waits_in_a_pool_of_its_own(service: Service, exhausted_pool: ExhaustedPool) -> None:
     """With the analytics pool exhausted the summary is refused, and the other routes do not notice."""
-    async with exhausted(service.databases.analytics):
+    async with exhausted_pool("analytics"):
         refused = await service.client.get("/reports/summary")
         others = [await service.client.get(path) for path in ("/users", "/patients")]
 

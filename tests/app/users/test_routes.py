@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from pglifeguard.testing import Statements
 from tests.conftest import Execute
 from tests.service import Service
 
@@ -96,16 +97,14 @@ async def test_other_constraint_is_no_conflict(service: Service, execute: Execut
         {"created_at": "2020-01-01T00:00:00Z"},
     ],
 )
-async def test_invalid_body_is_refused(service: Service, changes: dict[str, Any]) -> None:
+async def test_invalid_body_is_refused(service: Service, statements: Statements, changes: dict[str, Any]) -> None:
     """422, on POST and on PATCH, before any connection is taken."""
-    asked = service.sample("db_query_seconds_count", pool="primary")
-
-    created = await service.client.post("/users", json=ADA | changes)
-    changed = await service.client.patch("/users/1", json=changes)
+    with statements(0):
+        created = await service.client.post("/users", json=ADA | changes)
+        changed = await service.client.patch("/users/1", json=changes)
 
     for answer in (created, changed):
         assert (answer.status_code, answer.json()["code"]) == (422, "invalid_request")
-    assert service.sample("db_query_seconds_count", pool="primary") == asked
 
 
 async def test_method_and_path_that_do_not_exist_are_problems(service: Service) -> None:

@@ -11,9 +11,10 @@ from fastapi import FastAPI, Response
 from fastapi.responses import StreamingResponse
 
 from local.cluster import Cluster
-from local.postgres import free_port
+from pglifeguard.embedded.postgres import free_port
+from pglifeguard.testing.serving import listening
 from tests.conftest import Database
-from tests.service import Service, listening, serving
+from tests.service import Service, serving
 
 Answer = Callable[[str], Awaitable[Response]]
 PROFILE = b'{"full_name": "Ada King", "is_active": false, "more": 1}'

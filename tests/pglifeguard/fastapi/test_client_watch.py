@@ -14,13 +14,15 @@ from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoin
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message
 
-from local.waiting import eventually
+from pglifeguard.embedded.waiting import eventually
 from pglifeguard.fastapi.client_watch import ClientWatch
 from pglifeguard.fastapi.sessions import RequestDatabases
 from pglifeguard.query import Query
+from pglifeguard.testing.faults import exhausted
+from pglifeguard.testing.serving import Running, listening
 from pglifeguard.wait_queue import watch_client
 from tests.conftest import Database
-from tests.service import Service, exhausted, listening, serving
+from tests.service import Service, serving
 
 DISCONNECT: Message = {"type": "http.disconnect"}
 EMPTY: Message = {"type": "http.request", "body": b"", "more_body": False}
@@ -50,7 +52,7 @@ async def waiting(
 ) -> AsyncIterator[asyncio.StreamWriter]:
     """Send a request and let it wait in the queue of the primary; no connection comes free in here."""
     async with (
-        listening(service.app if app is None else app, running=True, http=http) as url,
+        listening(Running(service.app if app is None else app), http=http) as url,
         exhausted(service.databases.primary),
     ):
         _, writer = await asyncio.open_connection("127.0.0.1", int(url.rpartition(":")[2]))

@@ -10,8 +10,8 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from local.cluster import Cluster
-from local.postgres import free_port
-from local.waiting import eventually
+from pglifeguard.embedded.postgres import free_port
+from pglifeguard.embedded.waiting import eventually
 from pglifeguard.metrics import Metrics
 from tests.conftest import Database
 from tests.service import Service, serving

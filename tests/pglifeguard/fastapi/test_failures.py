@@ -11,13 +11,14 @@ import pytest
 from sqlalchemy import Integer, Text, literal_column, select, text
 
 from local.cluster import Cluster
-from local.waiting import eventually
+from pglifeguard.embedded.waiting import eventually
 from pglifeguard.fastapi.sessions import AnalyticsDB, ReadDB, WriteDB
 from pglifeguard.query import Query
+from pglifeguard.testing.faults import exhausted
+from pglifeguard.testing.proxy import Proxy
 from tests.conftest import Database, Execute
-from tests.proxy import Proxy
 from tests.servers import setting
-from tests.service import Service, exhausted, quiet, serving
+from tests.service import Service, quiet, serving
 from tests.stopwatch import Stopwatch
 
 COUNT = Query(

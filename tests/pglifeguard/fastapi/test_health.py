@@ -9,11 +9,12 @@ from anyio import to_thread
 
 from app.settings import Settings
 from local.cluster import Cluster
-from local.postgres import free_port
-from local.waiting import eventually
+from pglifeguard.embedded.postgres import free_port
+from pglifeguard.embedded.waiting import eventually
+from pglifeguard.testing.faults import exhausted
+from pglifeguard.testing.proxy import Proxy
 from tests.conftest import Database
-from tests.proxy import Proxy
-from tests.service import Service, exhausted, quiet, serving
+from tests.service import Service, quiet, serving
 from tests.stopwatch import Stopwatch
 
 OPERATORS = ("/health/live", "/health/ready", "/health/db", "/debug/pool-stats", "/debug/connections", "/metrics")

@@ -16,7 +16,7 @@ from starlette.background import BackgroundTask
 
 from app.patients import queries
 from app.security import Unauthorized, issue_token
-from local.waiting import eventually
+from pglifeguard.embedded.waiting import eventually
 from pglifeguard.errors import NotFound
 from pglifeguard.fastapi.idempotency import (
     HEADER,

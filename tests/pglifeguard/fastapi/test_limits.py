@@ -16,8 +16,9 @@ from starlette.types import Receive, Scope, Send
 from pglifeguard.errors import MEDIA_TYPE
 from pglifeguard.fastapi.problems import ERRORS_TOLD
 from pglifeguard.fastapi.sessions import ReadDB
+from pglifeguard.testing.serving import listening
 from tests.conftest import Database
-from tests.service import ADA, Service, listening, serving
+from tests.service import ADA, Service, serving
 
 pytestmark = pytest.mark.shares_service
 KILOBYTE = 1024

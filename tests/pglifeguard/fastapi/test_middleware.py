@@ -11,13 +11,14 @@ import pytest
 from fastapi.responses import StreamingResponse
 from starlette.types import Message, Receive, Scope, Send
 
-from local.waiting import eventually
+from pglifeguard.embedded.waiting import eventually
 from pglifeguard.errors import MEDIA_TYPE
 from pglifeguard.fastapi.middleware import ObserveRequests, ReadYourWrites
 from pglifeguard.sampling import Sampler
+from pglifeguard.testing.serving import listening
 from pglifeguard.wait_queue import client_key
 from tests.conftest import Database
-from tests.service import ADA, Service, listening, serving, write
+from tests.service import ADA, Service, serving, write
 
 # The request id
 

@@ -15,8 +15,8 @@ import pytest
 from fastapi import FastAPI
 
 from app.security import issue_token
-from local.postgres import free_port
-from local.waiting import eventually
+from pglifeguard.embedded.postgres import free_port
+from pglifeguard.embedded.waiting import eventually
 from pglifeguard.fastapi import Lifeguard
 from tests.conftest import Database
 from tests.pglifeguard.fastapi.test_lifeguard import running

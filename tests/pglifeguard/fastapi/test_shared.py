@@ -10,8 +10,8 @@ from prometheus_client import Counter, Gauge, Histogram, Info, Metric, disable_c
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from local.waiting import eventually
 from pglifeguard.activity import BY_STATE
+from pglifeguard.embedded.waiting import eventually
 from pglifeguard.fastapi.shared import MAX_PAUSE_SECONDS, Shared
 from pglifeguard.registry import SLICE_SAMPLES, Registry, write
 from pglifeguard.server import PositionQuery

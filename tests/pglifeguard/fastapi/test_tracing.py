@@ -15,15 +15,17 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families
 from sqlalchemy import func, select, text
 
 from app.logs import RequestId, json_formatter
-from local.waiting import eventually
 from pglifeguard import Query
+from pglifeguard.embedded.waiting import eventually
 from pglifeguard.errors import ConnectionLost
 from pglifeguard.fastapi import ReadDB, WriteDB, current_trace
 from pglifeguard.fastapi.tracing import TraceRequests
 from pglifeguard.otel import OpenTelemetry
+from pglifeguard.testing.faults import exhausted
+from pglifeguard.testing.serving import Running, listening
 from tests.conftest import Database, Execute
 from tests.exported import Exported, Trace
-from tests.service import ADA, Service, exhausted, listening, quiet
+from tests.service import ADA, Service, quiet
 
 # Nothing listens on port 1.
 AWAY = "postgresql://app_rw:none@127.0.0.1:1/none"
@@ -474,7 +476,7 @@ async def test_requests_of_one_connection_are_apart(service: Service, exported: 
         f"GET /patients?limit={number} HTTP/1.1\r\nHost: test\r\ntraceparent: {headers['traceparent']}\r\n\r\n"
         for number, (_, headers) in enumerate(traces, 1)
     ]
-    async with listening(service.app, running=True) as url:
+    async with listening(Running(service.app)) as url:
         reader, writer = await asyncio.open_connection("127.0.0.1", int(url.rpartition(":")[2]))
         writer.write("".join(heads).encode())
         for _ in heads:

@@ -4,7 +4,7 @@ import sys
 import threading
 from types import FrameType
 
-from local.waiting import eventually
+from pglifeguard.embedded.waiting import eventually
 from pglifeguard.serving.loop import blocking_line
 
 

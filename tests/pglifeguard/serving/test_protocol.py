@@ -8,19 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import psutil  # type: ignore[import-untyped]  # See local/waiting.py.
+import psutil  # type: ignore[import-untyped]  # See pglifeguard/embedded/waiting.py.
 import pytest
 from starlette.types import Receive, Scope, Send
 
 from app.settings import Settings
-from local.waiting import eventually
+from pglifeguard.embedded.waiting import eventually
 from pglifeguard.metrics import Metrics
 from pglifeguard.serving.limits import LIMITS, OTHER_FILES, ConnectionLimits
 from pglifeguard.serving.protocol import MAX_HEADERS, MAX_PIPELINED, LimitedProtocol
+from pglifeguard.testing.serving import listening
 from tests.app.test_cli import MODULE, served
 from tests.conftest import Database
 from tests.crowd import crowd
-from tests.service import ADA, listening
+from tests.service import ADA
 
 URL: Any = {"url": "postgresql://a@b/c"}
 GET = b"GET / HTTP/1.1\r\nHost: test\r\n"

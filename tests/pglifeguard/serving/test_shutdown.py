@@ -9,7 +9,7 @@ from multiprocessing.process import _ParentProcess  # type: ignore[attr-defined]
 import pytest
 import uvicorn
 
-from local.waiting import eventually
+from pglifeguard.embedded.waiting import eventually
 from pglifeguard.serving.shutdown import draining_first, ending_with_parent
 from tests.conftest import Database
 from tests.service import Service, serving

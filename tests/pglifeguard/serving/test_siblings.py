@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
-from local.waiting import eventually
+from pglifeguard.embedded.waiting import eventually
 from pglifeguard.serving.siblings import SUFFIX
 from tests.app.test_cli import MODULE, run, served
 from tests.conftest import Database

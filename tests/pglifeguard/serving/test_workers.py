@@ -12,11 +12,11 @@ from pathlib import Path
 from struct import pack
 
 import httpx
-import psutil  # type: ignore[import-untyped]  # See local/waiting.py.
+import psutil  # type: ignore[import-untyped]  # See pglifeguard/embedded/waiting.py.
 import pytest
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Summary, generate_latest, values
 
-from local.waiting import eventually
+from pglifeguard.embedded.waiting import eventually
 from pglifeguard.metrics import Metrics
 from pglifeguard.registry import SLICE_SAMPLES, write
 from pglifeguard.serving.merging import File, add_up

@@ -5,7 +5,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterable
 from contextlib import suppress
 
-import psutil  # type: ignore[import-untyped]  # The wheel brings it along; its stubs would be one more package.
+import psutil  # type: ignore[import-untyped]  # Its stubs would be one more package.
 
 POLL_SECONDS = 0.005
 # To ask a program that starts two hundred times a second takes from it the processor that it starts on.

@@ -9,12 +9,13 @@ a turn holds, and however many packets, it is the number of times that somebody 
 import asyncio
 import socket
 import struct
+from collections.abc import Collection
 from types import TracebackType
 from typing import Literal, Self, cast
 
 from sqlalchemy.engine import make_url
 
-from local.postgres import HOST, free_port
+from pglifeguard.embedded.postgres import HOST, free_port
 
 Fate = Literal["lose_request", "lose_answer", "hang"]
 
@@ -27,11 +28,12 @@ _STARTING = b"SFATAL\0VFATAL\0C57P03\0Mthe database system is starting up\0\0"
 
 
 class Proxy:
-    """Stands in front of one server of this machine, from `async with` to its end."""
+    """Stands in front of one server, from `async with` to its end; it listens on this machine."""
 
-    def __init__(self, upstream: int) -> None:
+    def __init__(self, upstream: int, *, host: str = HOST) -> None:
         self.port = free_port()
         self.upstream = upstream
+        self.host = host
         self.round_trips = 0
         self.connections = 0
         # The text of every statement that was sent or prepared.
@@ -61,7 +63,11 @@ class Proxy:
 
     def url(self, url: str) -> str:
         """Return where the database of `url` is, through this proxy."""
-        return make_url(url).set(port=self.port).render_as_string(hide_password=False)
+        return make_url(url).set(host=HOST, port=self.port).render_as_string(hide_password=False)
+
+    def round_trips_from(self, clients: Collection[object]) -> int:
+        """Count the round trips of the open connections that come from one of these addresses."""
+        return sum(link.round_trips for link in self.links if link.client in clients)
 
     def hang(self) -> None:
         """Be a black hole: accept connections and requests, and pass nothing on."""
@@ -76,7 +82,7 @@ class Proxy:
     def resume(self) -> None:
         """Pass on again, also what was held back."""
         self.hanging = False
-        for link in self.links:
+        for link in list(self.links):  # One whose server has left ends here.
             link.frozen = False
             link.pass_on()
 
@@ -126,10 +132,11 @@ class _Link(asyncio.Protocol):
 
     def __init__(self, proxy: Proxy) -> None:
         self.frozen = False
+        self.round_trips = 0
+        # The address of the other end.
+        self.client: object = None
         self._proxy = proxy
-        self._client: asyncio.Transport | None = None
         self._server: asyncio.Transport | None = None
-        self._connecting: asyncio.Task[None] | None = None
         self._held: list[bytes] = []
         self._held_answers: list[bytes] = []
         self._asked = self._lost = self._started = False
@@ -137,12 +144,13 @@ class _Link(asyncio.Protocol):
         self._prepared: dict[bytes, str] = {}
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._client = cast("asyncio.Transport", transport)
+        self._client: asyncio.Transport = cast("asyncio.Transport", transport)
+        self.client = transport.get_extra_info("peername")
         # Not earlier: a link that is not listed yet would miss `resume`.
         self.frozen = self._proxy.hanging
         self._proxy.links.add(self)
         self._proxy.connections += 1
-        self._connecting = asyncio.create_task(self._connect())
+        self._connecting: asyncio.Task[None] = asyncio.create_task(self._connect())
 
     def data_received(self, data: bytes) -> None:
         if self._proxy.starting:
@@ -177,7 +185,7 @@ class _Link(asyncio.Protocol):
 
     def pass_on(self) -> None:
         """Send on what was held back, unless it is to be held."""
-        if self.frozen or self._client is None or self._server is None:
+        if self.frozen or self._server is None:
             return
         if self._server.is_closing():
             self.end()
@@ -185,6 +193,7 @@ class _Link(asyncio.Protocol):
         requests, answers, self._held, self._held_answers = self._held, self._held_answers, [], []
         if answers:
             self._proxy.round_trips += self._asked
+            self.round_trips += self._asked
             self._asked = False
             self._client.write(b"".join(answers))
         if requests:
@@ -192,38 +201,36 @@ class _Link(asyncio.Protocol):
             self._server.write(b"".join(requests))
 
     def _say_starting(self, data: bytes) -> None:
-        client = cast("asyncio.Transport", self._client)
         if int.from_bytes(data[4:8], "big") != _STARTUP:
-            client.write(b"N")  # The question was whether the server speaks TLS.
+            self._client.write(b"N")  # The question was whether the server speaks TLS.
             return
-        client.write(b"E" + (len(_STARTING) + 4).to_bytes(4, "big") + _STARTING)
-        client.close()
+        self._client.write(b"E" + (len(_STARTING) + 4).to_bytes(4, "big") + _STARTING)
+        self._client.close()
 
     def say(self, message: bytes) -> None:
         """Tell the client this, as if the server had said it."""
-        if self._client is not None:
-            self._client.write(message)
+        self._client.write(message)
 
     def reset(self) -> None:
         """Close both sides, the client's with RST."""
-        if self._client is not None:
-            sock: socket.socket = self._client.get_extra_info("socket")
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        sock: socket.socket = self._client.get_extra_info("socket")
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.end()
 
     def end(self) -> None:
         """Close both sides now, whatever was still to be sent."""
         self._proxy.links.discard(self)
-        if self._connecting is not None:
-            self._connecting.cancel()
-        for transport in (self._client, self._server):
-            if transport is not None:
-                transport.abort()
+        self._connecting.cancel()
+        self._client.abort()
+        if self._server is not None:
+            self._server.abort()
 
     async def _connect(self) -> None:
         loop = asyncio.get_running_loop()
         try:
-            self._server, _ = await loop.create_connection(lambda: _Upstream(self), HOST, self._proxy.upstream)
+            self._server, _ = await loop.create_connection(
+                lambda: _Upstream(self), self._proxy.host, self._proxy.upstream
+            )
         except OSError:
             self.end()
         self.pass_on()

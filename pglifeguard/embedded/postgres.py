@@ -1,19 +1,20 @@
-"""One PostgreSQL server: started, stopped, killed, frozen, promoted. What two of them make is `local.cluster`."""
+"""One PostgreSQL server: started, stopped, killed, frozen, promoted. Two of them make a `Cluster`."""
 
 import os
 import random
 import signal
 import socket
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
 import asyncpg
-import psutil  # type: ignore[import-untyped]  # See local/waiting.py.
+import psutil  # type: ignore[import-untyped]  # See waiting.py.
 
-from local.account import Account, LocalError
-from local.programs import ENVIRONMENT, explain, programs
-from local.waiting import eventually
+from pglifeguard.embedded.account import Account, EmbeddedError
+from pglifeguard.embedded.programs import ENVIRONMENT, explain, programs
+from pglifeguard.embedded.waiting import eventually
 
 HOST = "127.0.0.1"
 # Below the ports that Linux and macOS lend to outgoing connections: a client that redials a server which is down
@@ -50,7 +51,7 @@ class Server:
         self.port = 0
         self.settings: dict[str, str] = {}
         self._base = base
-        # None stands for the embedded PostgreSQL.
+        # None stands for the programs that were found.
         self._directory_of_programs = directory_of_programs
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -61,24 +62,26 @@ class Server:
 
     @property
     def pid(self) -> int:
-        """The postmaster's process id. Raises: LocalError when it does not run."""
+        """The postmaster's process id. Raises: EmbeddedError when it does not run."""
         if self._process is None or not self.running:
-            raise LocalError(f"The server in {self.data} is not running; {self.log} says why.")
+            raise EmbeddedError(f"The server in {self.data} is not running; {self.log} says why.")
         return self._process.pid
 
     async def start(self) -> None:
         """Start and wait until it answers queries.
 
-        Raises: LocalError when it ends, with the last lines of its log, or is not ready within 30 seconds.
+        Raises: EmbeddedError when it ends, with the last lines of its log, or is not ready within 30 seconds.
         """
-        for attempt in range(3):
+        attempts = 3
+        while True:
             if not self.port:
                 self.port = free_port()
             try:
                 await self._start_once()
-            except LocalError as error:
+            except EmbeddedError as error:
+                attempts -= 1
                 # Somebody took the port between our look and the server's.
-                if attempt == 2 or "Address already in use" not in str(error):  # noqa: PLR2004
+                if not attempts or "Address already in use" not in str(error):
                     raise
                 self.port = 0
             else:
@@ -144,7 +147,7 @@ class Server:
     async def start_as_configured(self) -> None:
         """Start with the configuration of the last start, whoever started it then, and wait until it answers queries.
 
-        Raises: LocalError as `start()`.
+        Raises: EmbeddedError as `start()`.
         """
         with self.log.open("ab") as log:
             offset = log.tell()
@@ -165,7 +168,7 @@ class Server:
 
         if not await eventually(ready_or_ended, START_SECONDS) or not self.running:
             await self.kill()
-            raise LocalError(explain(self.log.read_bytes()[offset:].decode(errors="replace"), str(self.log)))
+            raise EmbeddedError(explain(self.log.read_bytes()[offset:].decode(errors="replace"), str(self.log)))
 
     def _ready(self) -> bool:
         """Read the status where pg_ctl reads it: line 8 of postmaster.pid, written by this very process."""
@@ -178,10 +181,8 @@ class Server:
     def _signal_all(self, number: signal.Signals) -> None:
         postmaster = psutil.Process(self.pid)
         for process in [postmaster, *postmaster.children(recursive=True)]:
-            try:
+            with suppress(psutil.NoSuchProcess):  # A backend that ended meanwhile.
                 process.send_signal(number)
-            except psutil.NoSuchProcess:  # A backend that ended meanwhile.
-                continue
 
     async def _gone(self, seconds: float) -> bool:
         async def gone() -> bool:
@@ -200,4 +201,4 @@ def free_port() -> int:
             except OSError:
                 continue
             return port
-    raise LocalError(f"No port between {PORTS.start} and {PORTS.stop} is free on {HOST}.")
+    raise EmbeddedError(f"No port between {PORTS.start} and {PORTS.stop} is free on {HOST}.")

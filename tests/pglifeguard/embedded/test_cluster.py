@@ -5,9 +5,14 @@ import stat
 from pathlib import Path
 
 import asyncpg
+import psutil  # type: ignore[import-untyped]  # See pglifeguard/embedded/waiting.py.
 import pytest
 
 from local.cluster import Cluster
+from pglifeguard.embedded import cluster as cluster_module
+from pglifeguard.embedded import directories
+from pglifeguard.embedded.account import EmbeddedError
+from pglifeguard.embedded.cluster import Cluster as PlainCluster
 
 
 async def query(url: str, statement: str) -> object:
@@ -150,3 +155,72 @@ async def test_passwords_are_random_and_private(tmp_path: Path) -> None:
     assert stat.S_IMODE((tmp_path / "one" / "passwords.json").stat().st_mode) == 0o600
     for cluster in clusters:
         cluster.remove()
+
+
+async def test_cluster_of_the_library_has_one_plain_role(tmp_path: Path) -> None:
+    """It owns its databases, and is no superuser; a second start finds everything made, and the replica follows."""
+    cluster = PlainCluster(tmp_path / "cluster")
+    try:
+        async with cluster:
+            assert await query(cluster.url(), "SELECT rolsuper FROM pg_roles WHERE rolname = current_user") is False
+            await query(cluster.url(), "CREATE TABLE kept AS SELECT 42 AS answer")
+        async with cluster:
+            await cluster.start()
+            await cluster.wait_replayed()
+            assert await query(cluster.url(server="replica"), "SELECT answer FROM kept") == 42
+    finally:
+        cluster.remove()
+
+
+async def test_disk_without_room_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before anything is started, and nothing is left running."""
+    monkeypatch.setattr(cluster_module, "NEEDED_BYTES", 10**18)
+    cluster = PlainCluster(tmp_path / "cluster", durable=True)
+
+    with pytest.raises(EmbeddedError, match="free some space"):
+        await cluster.__aenter__()
+
+    assert not cluster.primary.running
+    cluster.remove()
+
+
+async def test_replica_that_does_not_follow_is_told(
+    breakable_cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A new one that cannot log in at the primary is worth a sentence."""
+    monkeypatch.setattr(cluster_module, "FOLLOW_SECONDS", 0.1)
+    breakable_cluster.replica.settings["primary_conninfo"] = "host=127.0.0.1 port=1"
+
+    with pytest.raises(EmbeddedError, match="does not follow the primary"):
+        await breakable_cluster.clone_replica()
+
+
+async def test_replica_that_cannot_start_is_cloned_anew(breakable_cluster: Cluster) -> None:
+    """Half of a data directory is of no use."""
+    await breakable_cluster.replica.stop()
+    (breakable_cluster.replica.data / "global/pg_control").unlink()
+
+    await breakable_cluster.start()
+
+    await breakable_cluster.wait_replayed()
+
+
+async def test_replica_that_does_not_pause_is_told(breakable_cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process that replays has to confirm it, and here it is stopped."""
+    monkeypatch.setattr(cluster_module, "FOLLOW_SECONDS", 0.1)
+    processes = psutil.Process(breakable_cluster.replica.pid).children()
+    (replaying,) = (each for each in processes if "startup" in " ".join(each.cmdline()))
+    replaying.suspend()
+
+    with pytest.raises(TimeoutError, match="does not pause"):
+        await breakable_cluster.pause_replay()
+
+    replaying.resume()
+
+
+async def test_slot_in_use_is_not_taken(breakable_cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A replica that still streams has it; the primary notices within seconds when one was killed."""
+    monkeypatch.setattr(directories, "SLOT_SECONDS", 0.1)
+
+    with pytest.raises(asyncpg.DuplicateObjectError):
+        await directories._renew_slot(breakable_cluster.primary)

@@ -17,7 +17,7 @@ from typing import Any
 OUTSIDE_HOMES = Path("/var/lib/lifeguard")
 
 
-class LocalError(Exception):
+class EmbeddedError(Exception):
     """The embedded cluster cannot do what was asked; the text is a sentence for a person and says what to do."""
 
 
@@ -70,7 +70,7 @@ class Account:
         if wanted.is_symlink() and wanted.readlink() == outside and outside.is_dir():
             return outside
         if wanted.is_dir() and not wanted.is_symlink():
-            raise LocalError(f"PostgreSQL does not run as root, and nobody else can reach {wanted}: use --fresh.")
+            raise EmbeddedError(f"PostgreSQL does not run as root, and nobody else can reach {wanted}: use --fresh.")
         wanted.unlink(missing_ok=True)
         remove_tree(outside)
         outside.mkdir(parents=True)
