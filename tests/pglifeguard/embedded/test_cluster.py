@@ -10,7 +10,7 @@ import pytest
 
 from local.cluster import Cluster
 from pglifeguard.embedded import cluster as cluster_module
-from pglifeguard.embedded import directories
+from pglifeguard.embedded import directories, programs
 from pglifeguard.embedded.account import EmbeddedError
 from pglifeguard.embedded.cluster import Cluster as PlainCluster
 
@@ -169,6 +169,23 @@ async def test_cluster_of_the_library_has_one_plain_role(tmp_path: Path) -> None
             await cluster.wait_replayed()
             assert await query(cluster.url(server="replica"), "SELECT answer FROM kept") == 42
     finally:
+        cluster.remove()
+
+
+@pytest.mark.skipif(programs._of_system() is None, reason="the system has no PostgreSQL: apt-get install postgresql")
+async def test_cluster_of_the_systems_programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is no wheel, whatever its version is from 15 on."""
+    monkeypatch.setattr(programs, "find_spec", lambda _name: None)
+    for remembered in (programs.programs, programs.major_version):
+        remembered.cache_clear()
+    cluster = PlainCluster(tmp_path / "cluster")
+    try:
+        async with cluster:
+            assert await query(cluster.url(server="replica"), "SELECT pg_is_in_recovery()") is True
+            assert int(str(await query(cluster.url(), "SHOW server_version_num"))) >= 150_000
+    finally:
+        for remembered in (programs.programs, programs.major_version):
+            remembered.cache_clear()
         cluster.remove()
 
 

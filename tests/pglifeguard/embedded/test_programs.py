@@ -74,21 +74,30 @@ def test_copy_of_another_process_is_taken(installed: Path, tmp_path: Path) -> No
     assert [path.name for path in (tmp_path / "outside").iterdir()] == [COPY]
 
 
+def put(directory: Path) -> None:
+    """Install a server there."""
+    directory.mkdir(parents=True)
+    for name in module.NEEDED:
+        (directory / name).touch(mode=0o755)
+
+
 @pytest.mark.usefixtures("no_wheel")
 def test_programs_on_the_path_are_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where there is no wheel."""
-    (tmp_path / "initdb").touch(mode=0o755)
+    """Where there is no wheel; what is on PATH may be a link to one of them, and the others are where that leads."""
+    put(tmp_path / "server")
+    (tmp_path / "initdb").symlink_to(tmp_path / "server/initdb")
     monkeypatch.setenv("PATH", str(tmp_path))
 
-    assert programs(MYSELF) == tmp_path
+    assert programs(MYSELF) == tmp_path / "server"
 
 
 @pytest.mark.usefixtures("no_wheel")
 def test_newest_of_debian_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Debian has each version in a directory of its own, on no PATH; 9 is older than 15."""
-    for number in ("9", "15"):
-        (tmp_path / number / "bin").mkdir(parents=True)
-    monkeypatch.setenv("PATH", str(tmp_path))
+    """Debian has each version in a directory of its own, on no PATH; 9 is older than 15, and 17 lacks a program."""
+    for number in ("9", "15", "17"):
+        put(tmp_path / number / "bin")
+    (tmp_path / "17/bin/pg_basebackup").unlink()
+    monkeypatch.setenv("PATH", str(tmp_path / "17/bin"))
     monkeypatch.setattr(module, "DEBIAN", tmp_path)
 
     assert programs(MYSELF) == tmp_path / "15/bin"
