@@ -27,12 +27,12 @@ from app.models import Base, load_models
 from app.settings import Settings
 from local.cluster import Cluster
 from pglifeguard.database_settings import DatabaseSettings
-from pglifeguard.databases import Databases
 from pglifeguard.embedded.directories import open_directory
 from pglifeguard.fastapi import IDEMPOTENCY_TABLE
 from pglifeguard.testing.network import Network
 from pglifeguard.testing.proxy import Proxy
 from pglifeguard.testing.servers import DatabaseServers
+from pglifeguard.testing.serving import Running
 from tests import moving
 from tests.servers import Servers
 from tests.service import Service, serving
@@ -330,9 +330,9 @@ async def service(
 
 
 @pytest.fixture
-def databases(service: Service) -> Databases:
-    """Give the databases of the service to the library's fixtures."""
-    return service.databases
+def running_app(service: Service) -> Running:
+    """Give the service to the library's fixtures."""
+    return Running(service.app)
 
 
 @pytest.fixture

@@ -26,7 +26,6 @@ from pglifeguard.databases import Databases
 from pglifeguard.embedded.waiting import eventually
 from pglifeguard.errors import TransactionAborted
 from pglifeguard.fastapi import ReadDB, WriteDB
-from pglifeguard.testing.serving import Running, listening
 from tests.chaos import pooler
 from tests.conftest import Database, Execute
 from tests.servers import setting
@@ -288,13 +287,13 @@ async def test_export_of_a_million_rows_needs_no_memory(
     assert highest - before < 40 * MEGABYTE
 
 
-async def test_export_ends_with_its_client(service: Service, database: Database) -> None:
+async def test_export_ends_with_its_client(service: Service, database: Database, live_url: str) -> None:
     """Who leaves in the middle holds no connection for longer."""
     await of_a_million(database)
     path = service.app.url_path_for("export_readings")
 
-    async with listening(Running(service.app)) as url, httpx.AsyncClient() as client:
-        async with client.stream("GET", f"{url}{path}") as answer:
+    async with httpx.AsyncClient(base_url=live_url) as client:
+        async with client.stream("GET", path) as answer:
             assert (await anext(answer.aiter_lines())) == "1,7"
             assert not all_given_back(service)
 
@@ -335,14 +334,14 @@ async def test_session_of_the_request_does_not_stream(service: Service, caplog: 
 # News
 
 
-async def test_events_hold_no_connection(service: Service, execute: Execute) -> None:
+async def test_events_hold_no_connection(service: Service, execute: Execute, live_url: str) -> None:
     """Ten clients that wait take nothing from the pools, and hear of each book."""
     await execute("INSERT INTO authors (name) VALUES ('Ada')")
     path, publish = service.app.url_path_for("follow_books"), service.app.url_path_for("publish", author_id="1")
 
-    async def follow(url: str, ready: asyncio.Event) -> list[str]:
+    async def follow(ready: asyncio.Event) -> list[str]:
         heard = []
-        async with httpx.AsyncClient() as client, client.stream("GET", f"{url}{path}") as answer:
+        async with httpx.AsyncClient(base_url=live_url) as client, client.stream("GET", path) as answer:
             async for line in answer.aiter_lines():
                 heard += [line] if line else []
                 ready.set()
@@ -350,15 +349,14 @@ async def test_events_hold_no_connection(service: Service, execute: Execute) -> 
                     return heard
         raise AssertionError
 
-    async with listening(Running(service.app)) as url:
-        ready = [asyncio.Event() for _ in range(10)]
-        clients = [asyncio.create_task(follow(url, each)) for each in ready]
-        await asyncio.gather(*(each.wait() for each in ready))
-        assert await all_given_back_in_time(service)
+    ready = [asyncio.Event() for _ in range(10)]
+    clients = [asyncio.create_task(follow(each)) for each in ready]
+    await asyncio.gather(*(each.wait() for each in ready))
+    assert await all_given_back_in_time(service)
 
-        await service.client.post(publish, params={"title": "notes"})
+    await service.client.post(publish, params={"title": "notes"})
 
-        assert await asyncio.gather(*clients) == [["data: 0", "data: 1"]] * 10
+    assert await asyncio.gather(*clients) == [["data: 0", "data: 1"]] * 10
 
     async def nobody_listens() -> bool:
         return not service.databases.listener._listening

@@ -6,9 +6,9 @@ from fastapi import FastAPI
 from sqlalchemy import text
 
 from pglifeguard.fastapi import Lifeguard, ReadDB, WriteDB
-from pglifeguard.testing import Database, MakeTables, database, database_servers, databases
+from pglifeguard.testing import Database, MakeTables, database, database_servers, running_app
 
-__all__ = ["database", "database_servers", "databases"]
+__all__ = ["database", "database_servers", "running_app"]
 
 
 @pytest.fixture(scope="session")
