@@ -14,8 +14,6 @@ import sys
 import tempfile
 from pathlib import Path
 
-from pglifeguard.embedded.waiting import eventually
-
 ROOT = Path(__file__).parent.parent
 SECONDS = 60.0
 FORKING = multiprocessing.get_context("forkserver")
@@ -35,6 +33,9 @@ FORKING.set_forkserver_preload(
 
 async def python(*arguments: str, environment: dict[str, str], cwd: Path = ROOT) -> tuple[int, str]:
     """Run `python -m module …` or `python -c code` and return its status and what it said, within a minute."""
+    # Each forked process imports this module, and the library only from where it is to be found there.
+    from pglifeguard.embedded.waiting import eventually  # noqa: PLC0415
+
     with tempfile.NamedTemporaryFile() as output:
         process = FORKING.Process(target=_run, args=(arguments, os.environ | environment, cwd, output.name))
         await asyncio.to_thread(process.start)
