@@ -1,6 +1,6 @@
 # Every recipe is one command that a person could type. `make` alone lists the targets.
 .DEFAULT_GOAL := help
-.PHONY: help install run load test test-fast test-backup test-compose test-deploy test-ha chaos soak poolers check lint types format lock clean bench dashboards docs outage scale
+.PHONY: help install run load test test-fast test-backup test-compose test-deploy test-ha chaos soak poolers check lint types format lock clean bench dashboards docs outage scale dev
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -27,6 +27,9 @@ install: .venv/.installed  ## Make .venv and install everything that development
 
 run: install  ## Serve on an embedded primary and streaming replica (ARGS="--port 8001")
 	$(BIN)/python -m local $(ARGS)
+
+dev: install  ## The same, and the service starts anew when a file is saved; the databases stay up
+	$(BIN)/python -m local --reload $(ARGS)
 
 load: install  ## Load what `make run` serves, to watch on /debug/pools (ARGS="--overload 3"; --lock, --kill-replica)
 	$(BIN)/python -m local.load $(ARGS)

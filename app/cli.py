@@ -3,10 +3,13 @@
 import getpass
 import os
 from datetime import timedelta
+from pathlib import Path
 from typing import Annotated, cast, get_args
 
 import typer
 
+import app
+import pglifeguard
 from app.logs import log_config, wants_json
 from app.security import Scope, issue_token
 from app.settings import Settings
@@ -18,6 +21,11 @@ cli = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=F
 HostOption = Annotated[str | None, typer.Option(help="Address to listen on; HOST.")]
 PortOption = Annotated[int | None, typer.Option(help="Port to listen on; PORT.", min=0, max=65_535)]
 WorkersOption = Annotated[int | None, typer.Option(help="Processes; WORKERS. One for each container.", min=1)]
+ReloadOption = Annotated[
+    bool, typer.Option("--reload", help="Start anew when a file of the code is saved; for development.")
+]
+# What --reload watches: the service and the library beside it.
+CODE = [str(Path(package).parent) for package in (app.__file__, pglifeguard.__file__)]
 
 
 def _reach(settings: Settings) -> tuple[str, str | None]:
@@ -41,13 +49,17 @@ cli.add_typer(database_commands(Settings, further=migration_targets, checks=[pen
 
 
 @cli.command()
-def serve(host: HostOption = None, port: PortOption = None, workers: WorkersOption = None) -> None:
+def serve(
+    *, host: HostOption = None, port: PortOption = None, workers: WorkersOption = None, reload: ReloadOption = False
+) -> None:
     """Serve HTTP until SIGTERM or Ctrl-C; requests in flight are finished first."""
     for name, value in (("HOST", host), ("PORT", port), ("WORKERS", workers)):
         if value is not None:
             # Worker processes read the environment too, and the budget counts them.
             os.environ[name] = str(value)
     settings = checked(Settings)
+    if reload and settings.workers > 1:
+        raise stop(f"--reload serves with one process, and WORKERS is {settings.workers}: take one of the two.")
     as_json = wants_json(settings.log_format)
     serving.serve(
         "app.main:create_app",
@@ -58,6 +70,8 @@ def serve(host: HostOption = None, port: PortOption = None, workers: WorkersOpti
         ssl_keyfile=settings.tls_key,
         forwarded_allow_ips=settings.trusted_proxies,
         access_log=settings.access_log,
+        reload=reload,
+        reload_dirs=CODE if reload else None,
         log_config=log_config(settings.log_level, as_json=as_json, access_log=settings.access_log),
     )
 

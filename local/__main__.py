@@ -52,13 +52,16 @@ def main(  # noqa: PLR0913  # A command line has as many parameters as options.
     host: Annotated[str, typer.Option(help="Address to serve on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to serve on.", min=1, max=65535)] = 8000,
     workers: Annotated[int, typer.Option(help="Processes of the service.", min=1, max=64)] = 1,
+    reload: Annotated[bool, typer.Option("--reload", help="Start the service anew when a file is saved.")] = False,
     seed: Annotated[int, typer.Option(help="Made-up patients, and as many users, for an empty database.", min=1)] = 300,
     no_seed: Annotated[bool, typer.Option("--no-seed", help="Leave an empty database empty.")] = False,
     keep: Annotated[bool, typer.Option("--keep/--fresh", help="Keep the data of the last run, or start anew.")] = True,
     directory: Annotated[Path, typer.Option(help="Where the databases live.")] = DIRECTORY,
 ) -> None:
     """Serve on an embedded PostgreSQL primary and streaming replica; no Docker, no server to install."""
-    service = Service(directory, host=host, port=port, workers=workers)
+    if reload and workers > 1:
+        raise typer.BadParameter("--reload serves with one process: leave --workers out.")
+    service = Service(directory, host=host, port=port, workers=workers, reload=reload)
     options = Options(directory, service, seed=0 if no_seed else seed, keep=keep)
     try:
         with alone_in(directory):
@@ -107,6 +110,10 @@ async def _run(options: Options) -> int:
                 load=_load(options.directory),
             )
         )
+        if options.service.reload:
+            console.print(
+                "A file that is saved in app/ or pglifeguard/ starts the service anew; the databases stay up.\n"
+            )
         return await options.service.wait()
     except asyncio.CancelledError:
         console.print("Stopping the service, the replica and the primary …")

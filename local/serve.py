@@ -1,6 +1,7 @@
 """The service as a child process on a cluster: started, waited for, stopped, found again after a kill -9."""
 
 import asyncio
+import math
 import os
 import signal
 import socket
@@ -28,10 +29,11 @@ PORT_SECONDS = 2.0
 class Service:
     """`python -m app serve` over the cluster in `directory`; a mark in the environment tells its processes."""
 
-    def __init__(self, directory: Path, *, host: str, port: int, workers: int) -> None:
+    def __init__(self, directory: Path, *, host: str, port: int, workers: int, reload: bool) -> None:
         self.host = host
         self.port = port
         self.workers = workers
+        self.reload = reload
         self._mark = str(directory.absolute())
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -54,8 +56,15 @@ class Service:
             )
 
     async def start(self, environment: dict[str, str]) -> None:
-        """Start and wait until /health/ready says yes. Raises: EmbeddedError when it ends or takes over 30 seconds."""
+        """Start and wait until /health/ready says yes.
+
+        With `reload` it may take as long as somebody needs to mend what does not start.
+
+        Raises: EmbeddedError when it ends, or takes over 30 seconds.
+        """
         options = ["--host", self.host, "--port", str(self.port), "--workers", str(self.workers)]
+        if self.reload:
+            options.append("--reload")
         self._process = subprocess.Popen(  # noqa: ASYNC220  # It returns at once.
             [sys.executable, "-m", "app", "serve", *options],
             cwd=PROJECT,
@@ -69,7 +78,8 @@ class Service:
                     return not self.running or (await client.get("/health/ready")).is_success
                 return not self.running
 
-            if not await eventually(ready_or_ended, READY_SECONDS) or not self.running:
+            patience = math.inf if self.reload else READY_SECONDS
+            if not await eventually(ready_or_ended, patience) or not self.running:
                 raise EmbeddedError("The service did not become ready; its own words are above.")
 
     @property

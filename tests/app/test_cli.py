@@ -109,6 +109,14 @@ async def run(*arguments: str, **environment: str) -> Result:
     return await asyncio.to_thread(CliRunner().invoke, cli, arguments, env=environment | {"COLUMNS": "200"})
 
 
+async def test_serve_refuses_to_reload_several_processes() -> None:
+    """Otherwise uvicorn would quietly serve with one process, and the budget was counted for three."""
+    result = await run("serve", "--reload", "--workers", "3", DATABASE_URL="postgresql://a@b/c", WORKERS="1")
+
+    assert result.exit_code == 2
+    assert "--reload serves with one process, and WORKERS is 3: take one of the two." in result.stderr
+
+
 async def test_serve_finishes_what_is_in_flight_on_sigterm(database: Database, tmp_path: Path) -> None:
     """A request that waits for a lock when SIGTERM comes is answered; then no session is left on the server."""
     blocker = await asyncpg.connect(database.url("postgres"))

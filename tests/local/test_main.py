@@ -1,7 +1,9 @@
 """`python -m local` from the outside: real processes, real signals, a real port."""
 
+import functools
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -13,28 +15,33 @@ from pathlib import Path
 
 import httpx
 import psutil  # type: ignore[import-untyped]  # The wheel brings it along; its stubs would be one more package.
+import psycopg
 import pytest
 
 from local.runs import MARK
+from local.serve import running_in
 from local.setup import PROJECT
+from pglifeguard.embedded.leftovers import postmaster
 from pglifeguard.embedded.postgres import free_port
 from tests.terminal import on_a_terminal
 
 READY_SECONDS = 40.0
 STOP_SECONDS = 15.0
+# What the service keeps when nobody asks: five in the pools of primary and replica, and the monitor's of each of three.
+SESSIONS = 13
 
 
 class Run:
     """One `python -m local`; its words go to a file."""
 
-    def __init__(self, directory: Path, port: int, *options: str) -> None:
+    def __init__(self, directory: Path, port: int, *options: str, project: Path = PROJECT) -> None:
         self.directory = directory
         self.url = f"http://127.0.0.1:{port}"
         self.output = directory.with_name(f"{directory.name}.{time.monotonic_ns()}.out")
         with self.output.open("wb") as output:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "local", "--directory", str(directory), "--port", str(port), *options],
-                cwd=PROJECT,
+                cwd=project,
                 stdout=output,
                 stderr=output,
             )
@@ -86,9 +93,9 @@ def directory(open_directory: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def started(directory: Path, *options: str) -> Iterator[Run]:
+def started(directory: Path, *options: str, project: Path = PROJECT) -> Iterator[Run]:
     """Start, wait until ready, and do not leave it running when the test fails."""
-    run = Run(directory, free_port(), *options)
+    run = Run(directory, free_port(), *options, project=project)
     try:
         yield run.wait_ready()
     finally:
@@ -186,6 +193,70 @@ def test_second_run_over_the_same_directory_is_refused(directory: Path) -> None:
         assert first.stop(signal.SIGHUP) == 0
 
     assert processes(directory) == []
+
+
+def sessions(environment: dict[str, str]) -> set[str]:
+    """List the service's sessions on both servers, each by its server, its process and when it began."""
+    found = set()
+    for name in ("DATABASE_URL", "DATABASE_REPLICA_URL"):
+        with psycopg.connect(environment[name]) as connection:
+            rows = connection.execute(
+                "SELECT pid || ' ' || backend_start FROM pg_stat_activity WHERE application_name = 'lifeguard'"
+            )
+            found |= {f"{name} {row[0]}" for row in rows}
+    return found
+
+
+def test_saved_file_is_served_and_leaves_no_session_behind(directory: Path, tmp_path: Path) -> None:
+    """Four times, and after an error: the answer is the file's, the sessions new and as many, the servers the same."""
+    project = tmp_path / "copy"
+    for name in ("app", "local", "migrations", "pglifeguard", "postgres"):
+        shutil.copytree(PROJECT / name, project / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(PROJECT / "alembic.ini", project)
+    file = project / "app" / "patients" / "queries.py"
+    code = file.read_text(encoding="utf-8")
+    held: list[set[str]] = []
+
+    def answers(sentence: str) -> bool:
+        with suppress(httpx.TransportError):
+            return bool(httpx.get(f"{run.url}/patients/999", timeout=1).json()["detail"] == sentence)
+        return False
+
+    def save(text: str, appears: Callable[[], bool]) -> None:
+        file.write_text(text, encoding="utf-8")
+        until(appears, READY_SECONDS)
+        assert appears(), run.words
+
+    def keep_sessions(environment: dict[str, str]) -> None:
+        until(lambda: len(sessions(environment)) == SESSIONS, READY_SECONDS)
+        held.append(sessions(environment))
+
+    with started(directory, "--no-seed", "--reload", project=project) as run:
+        servers = [postmaster((directory / "data").resolve() / name) for name in ("primary", "replica")]
+        running = running_in(directory)
+        assert running is not None
+        keep_sessions(running.environment)
+        save("no Python", lambda: "SyntaxError" in run.words)
+        for number in range(4):
+            answer = f"Patient 999 is not {number}."
+            save(code.replace("does not exist", f"is not {number}"), functools.partial(answers, answer))
+            keep_sessions(running.environment)
+        assert servers == [postmaster((directory / "data").resolve() / name) for name in ("primary", "replica")]
+
+        assert run.stop(signal.SIGINT) == 0
+
+    assert [len(each) for each in held] == [SESSIONS] * 5
+    assert len(set[str]().union(*held)) == SESSIONS * 5
+    assert processes(directory) == []
+
+
+def test_reload_of_several_processes_is_refused(directory: Path) -> None:
+    """Otherwise uvicorn would quietly serve with one."""
+    run = Run(directory, free_port(), "--reload", "--workers", "2")
+
+    assert run.process.wait(STOP_SECONDS) == 2
+    assert "--reload serves with one process: leave --workers out." in run.words
+    assert not directory.exists()
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk takes root")
