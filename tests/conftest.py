@@ -48,7 +48,7 @@ load_models()
 TABLES = [*Base.metadata.tables, *IDEMPOTENCY_TABLE.metadata.tables]
 EMPTY = f"TRUNCATE {', '.join(TABLES)} RESTART IDENTITY"
 # What `make test-fast` leaves out: what starts programs, breaks servers, or does something a hundred times.
-SLOW_FOLDERS = {"bench", "browser", "chaos", "embedded", "examples", "local", "poolers", "testing"}
+SLOW_FOLDERS = {"bench", "browser", "chaos", "embedded", "examples", "local", "poolers", "release", "testing"}
 SLOW_FILES = {
     "pglifeguard": {
         "test_checkout", "test_collisions", "test_credentials", "test_databases", "test_host_search", "test_lazy",
