@@ -1,8 +1,18 @@
 """Serving an application by uvicorn: limits of connections, shutdown in two steps, several workers."""
 
+import sys
 from typing import Any
 
 from pglifeguard.settings import DatabasesSettings
+
+try:
+    import fcntl  # noqa: F401  # Workers lock files by it; Windows has it not, and no `resource` either.
+except ModuleNotFoundError:
+    raise ImportError(
+        f"pglifeguard.fastapi and pglifeguard.serving need Linux or macOS, and this Python is one for {sys.platform}. "
+        "On Windows install it in WSL.",
+        name="fcntl",
+    ) from None
 
 __all__ = ["serve"]
 
