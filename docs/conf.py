@@ -107,7 +107,7 @@ NAVIGATION = {
         "docs/reference/routes",
         "docs/reference/names",
     ],
-    "The project": ["docs/decisions/README", "docs/dependencies", "CHANGELOG"],
+    "The project": ["CONTRIBUTING", "docs/versioning", "docs/decisions/README", "docs/dependencies", "CHANGELOG"],
 }
 OTHERS = {"How to": r"docs/[\w-]+", "The project": r"[\w-]+"}
 # This page lists the others of its folder, which are below it.
