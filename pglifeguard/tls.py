@@ -204,6 +204,9 @@ def _system_context(parameters: frozenset[tuple[str, str]], files: object) -> ss
     del files  # A part of the key.
     given = dict(parameters)
     context = ssl.create_default_context()
+    # Set by default from Python 3.13 on. It refuses an authority that does not say what its key is for, as many private
+    # ones do not; libpq takes it, and so do we from a file.
+    context.verify_flags &= ~ssl.VERIFY_X509_STRICT
     if "sslcert" in given:
         _load_own_certificate(context, given)
     if "sslcrl" in given:

@@ -41,16 +41,17 @@ class Certificate:
 
 
 class Authority:
-    """An authority that nobody knows, and what it signs. `certificate` is its own."""
+    """An authority that nobody knows, and what it signs. `certificate` is its own.
+
+    It does not say what its key is for, like many that are made by hand.
+    """
 
     def __init__(self, directory: Path) -> None:
         directory.mkdir()
         self._directory = directory
         self.certificate = directory / "ca.crt"
         made = ("-subj", f"/CN=authority {directory.name}", "-keyout", "ca.key", "-out", "ca.crt")
-        # From Python 3.13 on its default context refuses an authority that does not say what its key is for.
-        used = ("-addext", "keyUsage=critical,keyCertSign,cRLSign")
-        self._openssl("req", "-x509", *NEW_KEY, "-nodes", "-days", "2", *made, *used)
+        self._openssl("req", "-x509", *NEW_KEY, "-nodes", "-days", "2", *made)
 
     def issue(self, name: str, *, file: str | None = None, days: int = 2, password: str | None = None) -> Certificate:
         """Sign a certificate for a host's or a role's name; with -1 day it has expired. `file` names its files."""
@@ -58,9 +59,7 @@ class Authority:
         closed = ("-passout", f"pass:{password}") if password else ("-nodes",)
         asked = ("-subj", f"/CN={name}", "-keyout", f"{file}.key", "-out", f"{file}.csr")
         self._openssl("req", *NEW_KEY, *closed, *asked)
-        (self._directory / "names").write_text(
-            f"subjectAltName=DNS:{name}\nauthorityKeyIdentifier=keyid:always\n", encoding="utf-8"
-        )
+        (self._directory / "names").write_text(f"subjectAltName=DNS:{name}\n", encoding="utf-8")
         signed = ("-CA", "ca.crt", "-CAkey", "ca.key", "-CAcreateserial", "-days", str(days), "-extfile", "names")
         self._openssl("x509", "-req", "-in", f"{file}.csr", *signed, "-out", f"{file}.crt")
         return Certificate(self._directory / f"{file}.crt", self._directory / f"{file}.key")
