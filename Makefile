@@ -1,6 +1,6 @@
 # Every recipe is one command that a person could type. `make` alone lists the targets.
 .DEFAULT_GOAL := help
-.PHONY: help install run load test test-fast test-backup test-compose test-deploy test-ha chaos soak poolers check lint types format lock clean bench dashboards docs outage scale dev release
+.PHONY: help install run dev load new test test-fast test-backup test-compose test-deploy test-ha test-new chaos soak poolers check lint types format lock clean bench dashboards docs outage scale release
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -34,6 +34,9 @@ dev: install  ## The same, and the service starts anew when a file is saved; the
 load: install  ## Load what `make run` serves, to watch on /debug/pools (ARGS="--overload 3"; --lock, --kill-replica)
 	$(BIN)/python -m local.load $(ARGS)
 
+new: install  ## Start a project of your own from this one (NAME=clinic DIR=../clinic; docs/make-it-yours.md)
+	$(BIN)/python -m local.new "$(NAME)" "$(DIR)" $(if $(AUTHOR),--author "$(AUTHOR)") $(if $(WITHOUT),--without "$(WITHOUT)") $(ARGS)
+
 # Without bytecode each of these processes would compile the tests anew, which takes longer than to collect them.
 test: export PYTHONDONTWRITEBYTECODE =
 test: install  ## Run the tests on real PostgreSQL, with branch coverage (TESTERS=4 for four processes)
@@ -53,6 +56,9 @@ test-fast: install  ## Run what takes less than a minute, for the inner loop (AR
 test-ha: export CHAOS ?= full
 test-ha: install .venv-ha/.installed  ## Break a cluster of three under Patroni (ARGS="-k direct"; half an hour)
 	$(BIN)/python -m pytest -v --timeout 300 tests/ha $(ARGS)
+
+test-new: install  ## Make a project by `make new`, install it, serve it, and run its checks
+	$(BIN)/python -m pytest -v --timeout 900 tests/new $(ARGS)
 
 .venv-backup/.installed: requirements-backup.txt
 	$(PYTHON) -m venv .venv-backup

@@ -1,0 +1,251 @@
+"""The few places where a copy says something else than the project does, each by the words that are there now.
+
+Words that are no longer there end `make new` with their place, so that no change is forgotten in silence. They are
+given with the project's name, and renamed with the rest.
+"""
+
+import re
+from dataclasses import dataclass
+
+
+class ChangeError(Exception):
+    """A place was not found; the text says which."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """In one file: a pattern, of which every match becomes `new`."""
+
+    path: str
+    old: str
+    new: str = ""
+
+    def made(self, text: str) -> str:
+        """Return the file's text with the change."""
+        changed, times = re.subn(self.old, lambda _: self.new, text, flags=re.MULTILINE)
+        if times == 0:
+            raise ChangeError(f"local/new/changes.py: {self.path} has no {self.old!r} any more.")
+        return changed
+
+
+def exactly(path: str, old: str, new: str = "") -> Change:
+    """Change words as they stand."""
+    return Change(path, re.escape(old), new)
+
+
+VERSION = "0.1.0"
+SETTINGS = """class Database(DatabaseSettings):
+    \"\"\"A database of this service, as which it shows itself to the server.\"\"\"
+
+    application_name: str = Field(
+        "lifeguard", min_length=1, max_length=63, description="As pg_stat_activity shows it."
+    )
+
+
+class Settings(DatabasesSettings):
+    \"\"\"The whole service. Each field says its unit and its reason.\"\"\"
+
+    primary: Database
+    replicas: tuple[Database, ...] = ()
+    analytics: Database
+
+"""
+SLOW = """SLOW_FOLDERS = {"local"}
+SLOW_FILES = {
+    "app": {"test_cli", "test_main", "test_openapi", "test_security"},
+    "tests": {"test_alerts", "test_concurrently", "test_migrations"},
+    "users": {"test_sync"},
+}
+"""
+EVERYWHERE = (
+    Change(
+        "app/__init__.py",
+        r"\A.*\n",
+        f'"""Lifeguard: a FastAPI and PostgreSQL service on pglifeguard."""\n\n__version__ = "{VERSION}"\n',
+    ),
+    exactly("app/main.py", "from app import security\n", "from app import __version__, security\n"),
+    exactly(
+        "app/main.py", "from pglifeguard import SettingsError, __version__\n", "from pglifeguard import SettingsError\n"
+    ),
+    exactly("app/main.py", "reference service whose database pool never drowns.", "service."),
+    exactly("app/settings.py", "import DatabasesSettings\n", "import DatabaseSettings, DatabasesSettings\n"),
+    Change("app/settings.py", r"^class Settings\(DatabasesSettings\):\n.*\n\n", SETTINGS),
+    exactly(
+        "tests/app/test_settings.py", "from app.settings import Settings", "from app.settings import Database, Settings"
+    ),
+    exactly("tests/app/test_settings.py", "    made = DatabaseSettings(", "    made = Database("),
+    exactly("tests/app/test_settings.py", "from pglifeguard.database_settings import DatabaseSettings\n"),
+    exactly(
+        "docs/live-page.md",
+        "The lock above is the whole cause: one session, idle in a transaction, blocks",
+        "A lock can be the whole cause: one session, idle in a transaction, blocks",
+    ),
+    Change("tests/test_alerts.py", r"^@pytest.*\ndef test_alert_is_walked_in_the_running_stack(?:.*\n)+?\n\n(?=@)"),
+    Change("docs/live-page.md", r"^\nThe pictures are made by the tests: .*\n"),
+    exactly(".gitignore", ".venv-backup/\n.venv-docs/\n.venv-ha/\n"),
+    Change("tests/conftest.py", r"^SLOW_FOLDERS = (?:.*\n)+?\}  # fmt: skip\n", SLOW),
+    Change(
+        "tests/conftest.py",
+        r'^( +)"app", "pglifeguard", (?:.*\n)+?\1?    \)\n',
+        '        "app", "test_bad_input.py",\n    )\n',
+    ),
+)
+DOCKER = (
+    exactly(".dockerignore", "!pglifeguard\n", "!vendor\n"),
+    exactly(
+        "Dockerfile",
+        "COPY requirements.txt /tmp/requirements.txt\n",
+        "COPY vendor /tmp/vendor\nCOPY requirements.txt /tmp/requirements.txt\n",
+    ),
+    exactly("Dockerfile", "COPY pglifeguard /srv/pglifeguard\n"),
+    Change(
+        "deploy/helm/lifeguard/Chart.yaml",
+        r"^# The chart and the service are .*\nversion: .*\nappVersion: .*$",
+        "# The chart and the service are released together, under the version of app/__init__.py.\n"
+        f'version: {VERSION}\nappVersion: "{VERSION}"',
+    ),
+    exactly("tests/test_chart.py", "from pglifeguard import __version__", "from app import __version__"),
+)
+NO_DOCKER = (
+    Change(
+        "tests/grafana/test_files.py",
+        r"^def test_provisioned_dashboards_are_where_the_image_has_them(?:.*\n)+?\n\n(?=def |\Z)",
+    ),
+    Change("tests/grafana/test_files.py", r"\n\ndef test_nobody_can_log_in_to_change_something(?:.*\n)+?(?=\n\n\w|\Z)"),
+)
+# The examples of requests in tests that are about something else.
+_POST = r'"/users", json=\{"email": "[^"]+", "full_name": ("[^"]+")\}'
+USERS = (
+    exactly("app/main.py", '"users", '),
+    Change("app/settings.py", r"^    directory_url: (?:.*\n)+?    \)\n"),
+    Change("app/settings.py", r"^    directory_timeout_seconds: .*\n"),
+    Change("docs/errors.md", r"^\| `(?:email_taken|directory_failed)` .*\n"),
+    Change("docs/settings.md", r"^\| `DIRECTORY_\w+` .*\n"),
+    exactly("docs/settings.md", "`AUTH_SECRET` and `DIRECTORY_URL`", "and `AUTH_SECRET`"),
+    exactly(
+        "docs/runbook.md",
+        "`app/users/routes.py`, the route\n`POST /users/{id}/sync`, shows how",
+        "pglifeguard's `app/users/routes.py`, the route\n`POST /users/{id}/sync`, shows how",
+    ),
+    Change(".env.example", r"^# DIRECTORY_\w+=.*\n"),
+    exactly("local/seed.py", "Made-up patients and users,", "Made-up patients,"),
+    exactly("local/seed.py", "`count` patients and as many users;", "`count` patients;"),
+    Change(
+        "local/seed.py",
+        r"Both tables in one transaction by COPY: .*\n.*\n",
+        "In one transaction by COPY. Rows that are there already stay alone.\n",
+    ),
+    Change(
+        "local/seed.py",
+        r"^            if await connection\.fetchval\(\"SELECT to_regclass\('users'\).*\n(?: {16}.*\n)+",
+    ),
+    Change("local/seed.py", r"^def users\((?:.*\n)+?\n\n(?=def )"),
+    exactly(
+        "local/seed.py", "  # noqa: S311  # The same.", "  # noqa: S311  # Equal everywhere is what is wanted here."
+    ),
+    exactly("local/__main__.py", "Made-up patients, and as many users, for", "Made-up patients for"),
+    exactly(
+        "migrations/versions/0001_users_and_patients.py", "the tables of users and patients", "the table of patients"
+    ),
+    Change(
+        "migrations/versions/0001_users_and_patients.py",
+        r'^    op\.create_table\(\n        "users",\n(?:.*\n)+?    \)\n',
+    ),
+    Change("migrations/versions/0001_users_and_patients.py", r'^    op\.create_index\("uq_users_email_lower".*\n'),
+    Change("migrations/versions/0001_users_and_patients.py", r"^    # The tables are new and empty: nobody .*\n"),
+    Change("migrations/versions/0001_users_and_patients.py", r'^    op\.drop_table\("users"\)\n'),
+    exactly("tests/conftest.py", '    "users": {"test_sync"},\n'),
+    exactly("tests/app/test_cli.py", '"/users"', '"/patients"'),
+    exactly("tests/app/test_main.py", '"route": "/users"', '"route": "/patients"'),
+    exactly("tests/app/test_logs.py", "/users/ada@example.com", "/patients/ada@example.com"),
+    exactly("tests/app/test_models.py", "users.id", "patients.id"),
+    exactly("tests/app/test_models.py", "parent_id_users", "parent_id_patients"),
+    Change("tests/app/test_openapi.py", r"^INSERT INTO users .*\n"),
+    Change(
+        "tests/app/test_openapi.py",
+        r"^    directory = FastAPI\(\)\n(?:.*\n)+?(?=    assert status == 0)",
+        "    async with serving(database.settings()) as service, listening(Running(service.app)) as url:\n"
+        "        status, output = await schemathesis(url, tmp_path, examples=8)\n\n",
+    ),
+    Change("tests/app/test_paging.py", r"^@each\n@given\(count=(?:.*\n)+?\n\n(?=@each)"),
+    exactly("tests/app/test_paging.py", '"/users?after=x", '),
+    exactly("tests/app/test_queries.py", ', "app.users.queries.ADD"'),
+    exactly("tests/app/test_security.py", "security, users\n", "security\n"),
+    exactly("tests/app/test_security.py", "    (users.router, []),\n"),
+    exactly("tests/app/test_security.py", '"/users"', '"/patients"'),
+    exactly("tests/app/test_settings.py", '        ("DIRECTORY_URL", "directory.example.com"),\n'),
+    Change("tests/test_bad_input.py", r'^        \{"DIRECTORY_URL": .*\n'),
+    exactly("tests/test_concurrently.py", "FROM users", "FROM patients"),
+    exactly("tests/test_concurrently.py", "TABLE users", "TABLE patients"),
+    exactly("tests/test_migrations.py", "TABLE users", "TABLE patients"),
+    exactly("tests/test_migrations.py", "len(found) >= 6", "len(found) >= 5"),
+    exactly("tests/app/test_security.py", "len(closed) > 50", "len(closed) > 30"),
+    exactly("tests/local/test_seed.py", "patients, seed, users", "patients, seed"),
+    exactly("tests/local/test_seed.py", "    assert users(10) == users(300)[:10]\n"),
+    exactly("tests/local/test_seed.py", "no record number and no address comes twice", "no record number comes twice"),
+    exactly("tests/local/test_seed.py", "    assert len({email for email, *_ in users(5000)}) == 5000\n"),
+    exactly(
+        "tests/local/test_seed.py",
+        "makes both tables; a second time it leaves them alone",
+        "fills the table; a second time it leaves it alone",
+    ),
+    exactly(
+        "tests/local/test_seed.py",
+        "(SELECT count(*) FROM patients), (SELECT count(*) FROM users)",
+        "(SELECT count(*) FROM patients)",
+    ),
+    exactly("tests/local/test_seed.py", "(50, 50)", "(50,)"),
+    exactly("tests/local/test_ordinary_owner.py", "DELETE FROM users", "DELETE FROM patients"),
+    *(
+        Change(path, _POST, '"/patients", json={"mrn": "A-1", "full_name": "Ada", "birth_date": "1980-01-01"}')
+        for path in ("tests/app/test_main.py", "tests/local/test_ordinary_owner.py")
+    ),
+    Change(
+        "tests/app/test_cli.py",
+        r'\{"email": "[^"]+", "full_name": "Ada"\}',
+        '{"mrn": "A-1", "full_name": "Ada", "birth_date": "1980-01-01"}',
+    ),
+)
+USERS_DOCKER = (
+    Change("docker-compose.yml", r"^ +DIRECTORY_URL: .*\n"),
+    Change("deploy/helm/values/production.yaml", r"^ +DIRECTORY_URL: .*\n"),
+    Change(
+        "tests/deploy/test_own_cluster.py",
+        _POST,
+        '"/patients", json={"mrn": "A-1", "full_name": "Ada", "birth_date": "1980-01-01"}',
+    ),
+)
+REPORTS = (
+    exactly("app/main.py", ', "reports")', ")"),
+    exactly("tests/app/test_security.py", " reports,"),
+    exactly("tests/app/test_security.py", '        ("GET", "/reports/summary", "read"),\n'),
+    exactly("tests/app/test_security.py", "    (reports.router, []),\n"),
+    exactly("tests/local/test_ordinary_owner.py", "Writes, reads, reports and health", "Writes, reads and health"),
+    Change("tests/local/test_ordinary_owner.py", r"^        report = .*\n"),
+    exactly("tests/local/test_ordinary_owner.py", "[written, read, report, ready]", "[written, read, ready]"),
+    exactly("tests/local/test_ordinary_owner.py", "[201, 200, 200, 200]", "[201, 200, 200]"),
+)
+REPORTS_DOCKER = (
+    Change("tests/deploy/test_own_cluster.py", r"^        report = .*\n"),
+    exactly(
+        "tests/deploy/test_own_cluster.py",
+        "(written.status_code, report.status_code) == (201, 200)",
+        "written.status_code == 201",
+    ),
+)
+# A tuple of one.
+NEITHER = (exactly("app/main.py", '("patients")', '("patients",)'),)
+# A report of the other domain.
+REPORTS_ALONE = (
+    exactly("tests/app/reports/test_routes.py", '("/users", "/patients")', '("/health/live", "/patients")'),
+)
+
+
+def wanted(*, without: frozenset[str], docker: bool) -> list[Change]:
+    """Return the changes of a copy without these domains."""
+    changes = [*EVERYWHERE, *(DOCKER if docker else NO_DOCKER)]
+    if "users" in without:
+        changes += [*USERS, *(USERS_DOCKER if docker else ()), *(() if "reports" in without else REPORTS_ALONE)]
+    if "reports" in without:
+        changes += [*REPORTS, *(REPORTS_DOCKER if docker else ())]
+    return [*changes, *NEITHER] if without == {"users", "reports"} else changes
