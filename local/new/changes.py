@@ -82,7 +82,9 @@ EVERYWHERE = (
     ),
     Change("tests/test_alerts.py", r"^@pytest.*\ndef test_alert_is_walked_in_the_running_stack(?:.*\n)+?\n\n(?=@)"),
     Change("docs/live-page.md", r"^\nThe pictures are made by the tests: .*\n"),
-    exactly(".gitignore", ".venv-backup/\n.venv-docs/\n.venv-ha/\n"),
+    exactly(".gitignore", ".venv-backup/\n.venv-docs/\n.venv-ha/\n.venv-release/\n"),
+    exactly(".github/dependabot.yml", " CONTRIBUTING.md says what a person does with one that changes a lock."),
+    exactly(".github/dependabot.yml", ", /tests/poolers"),
     Change("tests/conftest.py", r"^SLOW_FOLDERS = (?:.*\n)+?\}  # fmt: skip\n", SLOW),
     Change(
         "tests/conftest.py",
@@ -107,6 +109,7 @@ DOCKER = (
     exactly("tests/test_chart.py", "from pglifeguard import __version__", "from app import __version__"),
 )
 NO_DOCKER = (
+    Change(".github/dependabot.yml", r"^  - package-ecosystem: docker(?:.*\n)+?\n(?=  - package-ecosystem: g)"),
     Change(
         "tests/grafana/test_files.py",
         r"^def test_provisioned_dashboards_are_where_the_image_has_them(?:.*\n)+?\n\n(?=def |\Z)",

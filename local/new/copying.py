@@ -22,7 +22,7 @@ from local.new.makefile import makefile
 PROJECT = Path(__file__).parents[2]
 TEXTS = Path(__file__).parent / "texts"
 # Development dependencies of what is left out.
-DROPPED = frozenset({"axe-playwright-python", "matplotlib", "playwright", "psycopg"})
+DROPPED = frozenset({"axe-playwright-python", "check-jsonschema", "matplotlib", "playwright"})
 UNUSED = (
     "Of the kubectl layer only the archive with helm in it is used, and not the 400 MB that it can be deployed with."
 )

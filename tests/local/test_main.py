@@ -197,13 +197,11 @@ def test_second_run_over_the_same_directory_is_refused(directory: Path) -> None:
 
 def sessions(environment: dict[str, str]) -> set[str]:
     """List the service's sessions on both servers, each by its server, its process and when it began."""
+    ours = "SELECT pid || ' ' || backend_start FROM pg_stat_activity WHERE application_name = 'lifeguard'"
     found = set()
     for name in ("DATABASE_URL", "DATABASE_REPLICA_URL"):
         with psycopg.connect(environment[name]) as connection:
-            rows = connection.execute(
-                "SELECT pid || ' ' || backend_start FROM pg_stat_activity WHERE application_name = 'lifeguard'"
-            )
-            found |= {f"{name} {row[0]}" for row in rows}
+            found |= {f"{name} {row[0]}" for row in connection.execute(ours)}
     return found
 
 
