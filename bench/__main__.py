@@ -48,7 +48,7 @@ The parts:
   overload   what becomes of more requests than can be served
   at-once    what becomes of ten thousand requests at the same moment
   start      how long it takes until it serves
-  scrape     for how long /metrics holds the event loop
+  scrape     what /metrics and the live page cost
   memory     what a process and its idle clients take
   growth     whether a request costs more with more clients, rows and workers
 """

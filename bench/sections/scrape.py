@@ -1,4 +1,4 @@
-"""For how long a scrape of many series keeps the event loop from everybody else."""
+"""What it costs to be watched: how long a scrape holds the event loop, and the CPU of a scrape and of the live page."""
 
 import asyncio
 import os
@@ -29,6 +29,11 @@ PATHS = ("/patients/7", "/patients?limit=50", "/users?limit=50", "/reports/summa
 CLIENTS = 6
 SCRAPES = 20
 MOST_OF_BUSY = 10.0
+# What the live page asks for while somebody sees it, and how often: `page.js` has both.
+FIGURES, FIGURES_SECONDS = "/debug/pools/figures", 2
+SESSIONS, SESSIONS_SECONDS = "/debug/pools/sessions", 6
+LOOKS = 100
+MOST_OF_A_LOOK = 1.0
 
 
 async def run(stage: Stage, plan: Plan, tell: Callable[[str], None]) -> Section:
@@ -68,19 +73,27 @@ async def run(stage: Stage, plan: Plan, tell: Callable[[str], None]) -> Section:
             ["by prometheus-client's `generate_latest`, in one turn", at_once.text(), "", "-", ""],
         ],
     )
-    series, cost = await _of_a_busy_one(stage, plan, tell)
+    series, cost, figures, sessions = await _of_a_busy_one(stage, plan, tell)
     claim = f"a scrape of a busy instance, {series:,} series, takes {cost.median:.1f} ms of CPU"
     held = section.verdict(f"{claim}, < {MOST_OF_BUSY:g} wanted", held=cost.median < MOST_OF_BUSY)
     section.say(
         f"A scrape of an instance that was busy with all kinds of reads, {series:,} series, takes {cost.text(1)} ms of "
         f"CPU, the request itself included; less than {MOST_OF_BUSY:g} wanted: {held}."
     )
+    page = figures.median / FIGURES_SECONDS + sessions.median / SESSIONS_SECONDS
+    claim = f"the live page costs its instance {page:.2f} ms of CPU a second"
+    held = section.verdict(f"{claim}, < {MOST_OF_A_LOOK:g} wanted", held=page < MOST_OF_A_LOOK)
+    section.say(
+        f"An open [live page](live-page.md) asks for figures every {FIGURES_SECONDS} s, {figures.text(2)} ms of CPU, "
+        f"and for sessions every {SESSIONS_SECONDS} s, {sessions.text(2)} ms: {page:.2f} ms a second, less than "
+        f"{MOST_OF_A_LOOK:g} wanted: {held}."
+    )
     return section
 
 
-async def _of_a_busy_one(stage: Stage, plan: Plan, tell: Callable[[str], None]) -> tuple[int, Series]:
-    """Return the number of series, and the milliseconds of CPU for a scrape."""
-    cost, series = Series(), 0
+async def _of_a_busy_one(stage: Stage, plan: Plan, tell: Callable[[str], None]) -> tuple[int, Series, Series, Series]:
+    """Return the number of series, and the milliseconds of CPU for a scrape, and for each question of the live page."""
+    cost, figures, sessions, series = Series(), Series(), Series(), 0
     async with stage.serving("ours") as server, httpx.AsyncClient(trust_env=False) as client:
         for path in PATHS:
             tell(f"scrape · {path}")
@@ -92,7 +105,15 @@ async def _of_a_busy_one(stage: Stage, plan: Plan, tell: Callable[[str], None]) 
                 text = (await client.get(f"{server.url}/metrics")).text
             cost.values.append((server.cpu_seconds() - before) / SCRAPES * 1e3)
             series = sum(not line.startswith("#") for line in text.splitlines())
-    return series, cost
+            newest = (await client.get(f"{server.url}{FIGURES}")).json()
+            # As the page asks after its first look: it has all samples but the last two.
+            known = f"known={newest['now']['key']}.{newest['samples'][-1][0] - FIGURES_SECONDS}"
+            for path, found in ((f"{FIGURES}?{known}", figures), (SESSIONS, sessions)):
+                before = server.cpu_seconds()
+                for _ in range(LOOKS):
+                    (await client.get(f"{server.url}{path}")).raise_for_status()
+                found.values.append((server.cpu_seconds() - before) / LOOKS * 1e3)
+    return series, cost, figures, sessions
 
 
 def make_figures() -> None:
