@@ -9,7 +9,7 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 
-from bench.load import BenchError, Open, _read_log, closed_loop, open_loop
+from bench.load import BenchError, Open, _read_log, arrivals, closed_loop, open_loop
 from pglifeguard.embedded.postgres import free_port
 from pglifeguard.testing.serving import listening
 from tests.bench.generators import hanging_up, needs_h2load, needs_wrk
@@ -142,3 +142,12 @@ def test_quantiles_are_of_one_status() -> None:
 
     assert (got.quantile(0.5), got.quantile(0.99), got.quantile(0.5, 503)) == (51.0, 100.0, 0.1)
     assert got.quantile(0.5, 404) != got.quantile(0.5, 404)  # nan: there is none.
+
+
+@pytest.mark.parametrize("rate", [10, 50, 84, 169, 338, 507, 845, 1700, 5000])
+def test_arrivals_come_at_the_rate_a_few_at_a_time(rate: float) -> None:
+    """The rate is met within three hundredths, and as few requests as that allows arrive at a time."""
+    group, period = arrivals(rate)
+
+    assert group * 1000 / period == pytest.approx(rate, rel=0.03)
+    assert group <= max(1, rate / 140)
