@@ -10,6 +10,7 @@ import asyncio
 import socket
 import struct
 from collections.abc import Collection
+from contextlib import suppress
 from types import TracebackType
 from typing import Literal, Self, cast
 
@@ -44,7 +45,20 @@ class Proxy:
         self.fates: dict[str, Fate] = {}
         self.hanging = self.starting = False
         self.links: set[_Link] = set()
-        self._server: asyncio.Server | None = None
+        self._listener: socket.socket | None = None
+        # Connections that are accepted and have no link yet.
+        self._coming: set[asyncio.Task[object]] = set()
+        self._ended = False
+
+    @property
+    def accepts(self) -> bool:
+        """Whether new connections are accepted."""
+        return self._listener is not None
+
+    @property
+    def ended(self) -> bool:
+        """Whether its block was left."""
+        return self._ended
 
     async def __aenter__(self) -> Self:
         await self.accept()
@@ -53,6 +67,7 @@ class Proxy:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._ended = True
         self.refuse()
         self.cut()
 
@@ -117,14 +132,29 @@ class Proxy:
 
     def refuse(self) -> None:
         """Refuse new connections; what is open stays open."""
-        if self._server is not None:
-            self._server.close()
+        if self._listener is not None:
+            asyncio.get_running_loop().remove_reader(self._listener)
+            self._listener.close()
+            self._listener = None
 
     async def accept(self) -> None:
         """Accept connections."""
-        if self._server is not None and self._server.is_serving():
-            return
-        self._server = await asyncio.get_running_loop().create_server(lambda: _Link(self), HOST, self.port)
+        if self._listener is None:
+            self._listener = socket.create_server((HOST, self.port), backlog=100)
+            self._listener.setblocking(False)
+            asyncio.get_running_loop().add_reader(self._listener, self._accept_one, self._listener)
+
+    def _accept_one(self, listener: socket.socket) -> None:
+        """Let a client in. When asyncio's own server is closed, it forgets whom it just accepted (Python 3.11)."""
+        with suppress(BlockingIOError, ConnectionAbortedError):  # It has left.
+            client, _ = listener.accept()
+            client.setblocking(False)
+            client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            coming = asyncio.create_task(
+                asyncio.get_running_loop().connect_accepted_socket(lambda: _Link(self), client)
+            )
+            self._coming.add(coming)
+            coming.add_done_callback(self._coming.discard)
 
 
 class _Link(asyncio.Protocol):
@@ -151,6 +181,9 @@ class _Link(asyncio.Protocol):
         self._proxy.links.add(self)
         self._proxy.connections += 1
         self._connecting: asyncio.Task[None] = asyncio.create_task(self._connect())
+        if self._proxy.ended:
+            # It was accepted just before, and nobody else would close it.
+            self.end()
 
     def data_received(self, data: bytes) -> None:
         if self._proxy.starting:

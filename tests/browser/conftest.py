@@ -129,7 +129,12 @@ class Load:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for task in (*self._senders, *self._running):
+        for sender in self._senders:
+            sender.cancel()
+        # One that is cancelled while it connects leaves its socket to the garbage collector.
+        if self._running:
+            await asyncio.wait(self._running, timeout=10)
+        for task in self._running:
             task.cancel()
         await asyncio.gather(*self._senders, *self._running, return_exceptions=True)
         await self._client.aclose()

@@ -35,8 +35,7 @@ async def test_application_that_notices_nothing_is_told(
         async with replica_away(network, databases):
             raise AssertionError
 
-    assert network.replica._server is not None
-    assert network.replica._server.is_serving()
+    assert network.replica.accepts
 
 
 async def test_nothing_is_to_be_cut_off_without_a_replica(databases: Databases, network: Network) -> None:

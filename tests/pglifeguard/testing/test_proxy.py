@@ -1,6 +1,7 @@
 """The network breaks in each way, and is whole again."""
 
 import asyncio
+import socket
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from typing import TypeAlias
@@ -152,3 +153,19 @@ async def test_server_that_is_not_there_closes_the_connection(database_servers: 
     proxy = Proxy(free_port())
     proxy.refuse()
     assert proxy.open == 0
+
+
+@pytest.mark.parametrize("turns", range(6))
+async def test_no_connection_outlives_it(turns: int) -> None:
+    """A client that connects while the block is left is closed, in whichever turn of the loop it is accepted."""
+    with socket.create_server((HOST, 0)) as upstream, socket.socket() as client:
+        client.setblocking(False)
+        async with Proxy(upstream.getsockname()[1]) as proxy:
+            with suppress(BlockingIOError):
+                client.connect((HOST, proxy.port))
+            for _ in range(turns):
+                await asyncio.sleep(0)
+
+        async with asyncio.timeout(5):
+            with suppress(ConnectionError):
+                assert await asyncio.get_running_loop().sock_recv(client, 1) == b""
