@@ -15,6 +15,7 @@ from bench.measure import Plan
 from bench.sections import at_once, bar, growth, memory, overload, pool_size, scrape, start, total, ways
 from bench.setup import set_up
 from local.setup import PROJECT
+from local.stopping import stop_on_signals
 from pglifeguard.embedded.account import EmbeddedError
 
 console = Console(highlight=False)
@@ -80,7 +81,7 @@ def main(
     except (BenchError, EmbeddedError) as error:
         console.print(f"[red]{escape(str(error))}[/red]\n{UNTOUCHED}")
         raise typer.Exit(1) from None
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, asyncio.CancelledError):
         console.print(f"Stopped, and everything that was started is stopped too. {UNTOUCHED}")
         raise typer.Exit(130) from None
     for claim in missed:
@@ -91,6 +92,7 @@ async def _run(*, quick: bool, only: list[str]) -> list[str]:
     plan, started, sections = QUICK if quick else FULL, time.monotonic(), []
     busy = report.others()
     with console.status("Starting the databases") as status:
+        stop_on_signals()
         async with set_up() as stage:
             machine = report.describe(stage, busy, quick=quick)
             console.print(Markdown(machine))

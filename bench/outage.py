@@ -24,6 +24,7 @@ from bench.load import BenchError
 from bench.served import Served
 from bench.setup import set_up
 from bench.stage import Stage
+from local.stopping import stop_on_signals
 from pglifeguard.database_settings import DatabaseSettings
 from pglifeguard.embedded.account import EmbeddedError
 
@@ -305,6 +306,11 @@ async def perform(script: Script, tell: Callable[[str], None]) -> tuple[Story, S
     return textbook, ours, refusal
 
 
+async def _perform_until_told_to_stop(tell: Callable[[str], None]) -> tuple[Story, Story, str]:
+    stop_on_signals()
+    return await perform(Script(), tell)
+
+
 def show(console: Console, script: Script, textbook: Story, ours: Story, refusal: str) -> None:
     """Print what was seen."""
     table = Table(title=f"{script.rate:g} writes a second, {INSTANCES} instances, {LIMIT} connections")
@@ -326,11 +332,11 @@ def main() -> None:
     console = Console(highlight=False)
     try:
         with console.status("") as status:
-            found = asyncio.run(perform(Script(), status.update))
+            found = asyncio.run(_perform_until_told_to_stop(status.update))
     except (BenchError, EmbeddedError) as error:
         console.print(str(error), style="red", markup=False)
         raise SystemExit(1) from None
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, asyncio.CancelledError):
         console.print("Stopped, and everything that was started is stopped too.")
         raise SystemExit(130) from None
     show(console, Script(), *found)

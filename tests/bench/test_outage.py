@@ -1,11 +1,17 @@
 """The outage is played on a real server, and what its table says is what happened."""
 
 import io
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
+import psutil  # type: ignore[import-untyped]  # See pglifeguard/embedded/waiting.py.
 import pytest
 from rich.console import Console
 
 from bench.outage import OWN, Script, Story, perform, show
+from tests.local.test_main import until
 
 # Full after 97 / 45 = 2.2 seconds; the operator comes well after that, whatever else the machine does.
 SHORT = Script(calm=1, operator_comes=5, operator_gives_up=7, afterwards=1)
@@ -46,3 +52,33 @@ def test_outage_is_from_the_first_to_the_last_bad_answer() -> None:
     assert "1 x 503, 1 too late or never" in text
     assert "refused 2 times, not in by 14 s" in text
     assert "1 of 2" in text
+
+
+def command(process: psutil.Process) -> list[str]:
+    """Return what a process was started as; nothing once it has ended."""
+    try:
+        return list(process.cmdline())
+    except psutil.Error:
+        return []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP], ids=lambda number: number.name)
+def test_ends_all_that_it_started(number: signal.Signals) -> None:
+    """Ctrl-C, or a terminal that closes: no process, and no databases in memory, are left."""
+    with subprocess.Popen([sys.executable, "-m", "bench.outage"], stdout=subprocess.PIPE, text=True) as process:
+        started: dict[psutil.Process, list[str]] = {}
+
+        def serves() -> bool:
+            started.update((one, command(one)) for one in psutil.Process(process.pid).children(recursive=True))
+            return any("bench.serve" in words for words in started.values())
+
+        until(serves, 60)
+        process.send_signal(number)
+        said, _ = process.communicate(timeout=60)
+
+    directories = {Path(words[words.index("-D") + 1]) for words in started.values() if "-D" in words}
+    assert len(directories) == 2
+    assert process.returncode == 130
+    assert "everything that was started is stopped too" in said
+    assert psutil.wait_procs(list(started), timeout=10)[1] == []
+    assert not any(directory.exists() for directory in directories)
