@@ -26,7 +26,7 @@ class Domain(StrEnum):
 
 def main(
     name: Annotated[str, typer.Argument(help="What it is called: lower-case letters and digits, as in clinic.")],
-    directory: Annotated[Path, typer.Argument(help="Where it is made: a folder that is empty or not there.")],
+    directory: Annotated[str, typer.Argument(help="Where it is made: a folder that is empty or not there.")],
     *,
     author: Annotated[str | None, typer.Option(help="Who the licence names. [default: git's user.name]")] = None,
     without: Annotated[
@@ -41,22 +41,37 @@ def main(
     The copy is made of the files that git tracks, as they are in the working tree now.
     """
     try:
-        target = directory.expanduser().resolve()
+        if missing := [f"{said}=…" for said, value in (("NAME", name), ("DIR", directory)) if not value.strip()]:
+            raise NewError(f"Say {' and '.join(missing)}, as in: make new NAME=clinic DIR=../clinic")  # noqa: TRY301
+        target = _absolute(directory)
         named = author if author is not None else author_known() or f"the authors of {name}"
         order = Order(name, target, named, _left_out(without or []), docker=docker)
         _check(order)
         with console.status("Making a copy") as status:
             files = make(order, status.update)
-    except (NewError, ChangeError, LibraryError, OSError) as error:
+    except (NewError, ChangeError, LibraryError) as error:
         complaints.print(str(error), style="red", markup=False)
         raise typer.Exit(1) from None
+    except OSError as error:
+        complaints.print(f"No copy was made in {directory}: {error.strerror}.", style="red", markup=False)
+        raise typer.Exit(1) from None
     console.print(f"{name} is in {target}: {files} files, one commit. Next: cd {target} && make run", markup=False)
+
+
+def _absolute(directory: str) -> Path:
+    try:
+        return Path(directory).expanduser().resolve()
+    except RuntimeError:
+        raise NewError(f"DIR {directory} is in the home of a person whom this machine does not know.") from None
 
 
 def _left_out(said: list[str]) -> frozenset[str]:
     found = {word for part in said for word in re.split(r"[\s,]+", part) if word}
     if unknown := sorted(found - {domain.value for domain in Domain}):
-        raise NewError(f"--without takes {' and '.join(d.value for d in Domain)}, and not {', '.join(unknown)}.")
+        raise NewError(
+            f"WITHOUT takes {', '.join(Domain)}, or both as in WITHOUT={' '.join(Domain)!r}; "
+            f"{', '.join(unknown)} cannot be left out."
+        )
     return frozenset(found)
 
 

@@ -57,6 +57,19 @@ SLOW_FILES = {
     "users": {"test_sync"},
 }
 """
+PASSWORDS = """## Passwords
+
+The database keeps the passwords that it was made with, and every program the one that it was started with. Set the
+new one with `ALTER ROLE`, write it into the settings of each program that has it, and restart these;
+[credentials.md](credentials.md) has passwords that change while the service runs. The commands for the compose stack
+are in pglifeguard's docs/servers.md.
+"""
+ENCRYPTED_STACK = """## The compose stack
+
+A stack with TLS on every hop, the script that makes and renews its certificates, and what is not encrypted in it, are
+in pglifeguard's docs/tls.md.
+
+"""
 EVERYWHERE = (
     Change(
         "app/__init__.py",
@@ -80,6 +93,19 @@ EVERYWHERE = (
         "The lock above is the whole cause: one session, idle in a transaction, blocks",
         "A lock can be the whole cause: one session, idle in a transaction, blocks",
     ),
+    exactly(
+        "docs/settings.md",
+        "A test compares these tables\n"
+        "with `pglifeguard/database_settings.py`, `pglifeguard/settings.py` and `app/settings.py`.",
+        "Nothing compares these\ntables with the code: whoever adds a field to `app/settings.py` adds its row.",
+    ),
+    exactly(
+        "docs/metrics.md",
+        "A test compares the table with\n`pglifeguard/metrics.py`; the alerts built on them are in",
+        "The alerts built on them are in",
+    ),
+    exactly("docs/troubleshooting.md", "outage that this project grew from", "outage that pglifeguard grew from"),
+    exactly("docs/troubleshooting.md", "[The outage](outage.md) tells it", "pglifeguard's docs/outage.md tells it"),
     Change("tests/test_alerts.py", r"^@pytest.*\ndef test_alert_is_walked_in_the_running_stack(?:.*\n)+?\n\n(?=@)"),
     Change("docs/live-page.md", r"^\nThe pictures are made by the tests: .*\n"),
     exactly(".gitignore", ".venv-backup/\n.venv-docs/\n.venv-ha/\n.venv-release/\n"),
@@ -114,7 +140,27 @@ NO_DOCKER = (
         "tests/grafana/test_files.py",
         r"^def test_provisioned_dashboards_are_where_the_image_has_them(?:.*\n)+?\n\n(?=def |\Z)",
     ),
+    Change(".editorconfig", r"\n\[haproxy/errors/\*\]\n(?:.+\n)+"),
+    exactly("docs/servers.md", " A test\ncompares the names below with the files."),
+    Change("docs/servers.md", r"^## Passwords\n(?:.*\n)+\Z", PASSWORDS),
+    Change("docs/tls.md", r"^## The compose stack\n(?:.*\n)+?(?=## HTTPS of the service itself\n)", ENCRYPTED_STACK),
     Change("tests/grafana/test_files.py", r"\n\ndef test_nobody_can_log_in_to_change_something(?:.*\n)+?(?=\n\n\w|\Z)"),
+)
+# The page is in copies that have users.
+ADDING = (
+    exactly("docs/adding-a-domain.md", "tests/app/appointments tests/test_floors.py", "tests/app/appointments"),
+    exactly(
+        "docs/adding-a-domain.md",
+        "The tests ask for no row about a domain of yours, and compare what you write.",
+        "No test compares these with the code: they are for who reads them.",
+    ),
+    Change("docs/adding-a-domain.md", r"^```console\n.*python -m pytest -q tests/test_docs\.py\n```\n\n"),
+    exactly(
+        "docs/adding-a-domain.md",
+        "What still tells of it does no harm: `tests/test_docs.py` names the rows of `README.md` and `docs/errors.md`.",
+        "What still tells of it does no harm: rows of `README.md` and `docs/errors.md`.",
+    ),
+    exactly("docs/adding-a-domain.md", "Tests of the library that use", "Other tests that use"),
 )
 # The examples of requests in tests that are about something else.
 _POST = r'"/users", json=\{"email": "[^"]+", "full_name": ("[^"]+")\}'
@@ -249,6 +295,8 @@ def wanted(*, without: frozenset[str], docker: bool) -> list[Change]:
     changes = [*EVERYWHERE, *(DOCKER if docker else NO_DOCKER)]
     if "users" in without:
         changes += [*USERS, *(USERS_DOCKER if docker else ()), *(() if "reports" in without else REPORTS_ALONE)]
+    else:
+        changes += ADDING
     if "reports" in without:
         changes += [*REPORTS, *(REPORTS_DOCKER if docker else ())]
     return [*changes, *NEITHER] if without == {"users", "reports"} else changes

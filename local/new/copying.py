@@ -30,7 +30,12 @@ EXTRAS = "cli,dns,fastapi,otel,serving"
 FOOT = """
 ---
 
-This page came with pglifeguard {version}. Figures in it were measured by that project, on its own service and machines.
+This page came with pglifeguard {version}. Its figures, and tests that it tells of and does not name, are that
+project's, on its own service and machines.
+"""
+# Below the title of a page, in a copy without containers.
+STACK = """
+`docker compose` on this page means the stack of pglifeguard's reference service; this project has none.
 """
 
 
@@ -74,6 +79,9 @@ def make(order: Order, progress: Callable[[str], None]) -> int:
                 if path.endswith(".py"):
                     text = words.wrapped(text)
                 if path.startswith("docs/"):
+                    if not order.docker and "docker compose" in text:
+                        title, _, rest = text.partition("\n")
+                        text = f"{title}\n{STACK}{rest}"
                     text += FOOT.format(version=version)
                 file.write_text(text, encoding="utf-8")
         progress("Building pglifeguard")
@@ -134,7 +142,8 @@ def _copy(path: str, target: Path) -> None:
 def _said(path: str, text: str, there: set[str], left_out: list[str], targets: tuple[str, ...]) -> str:
     if path == "LICENSE" or path.startswith("grafana/image/dashboards/"):
         return text
-    return words.credited(words.unlinked(text, path, there) if path.endswith(".md") else text, left_out, targets)
+    page = path.endswith(".md")
+    return words.credited(words.unlinked(text, path, there) if page else text, left_out, targets, page=page)
 
 
 def _write_own(order: Order, half: Path, library: str, version: str) -> None:
@@ -174,8 +183,9 @@ def _readme(ours: str, order: Order, version: str) -> str:
     table = re.findall(r"^\|.*$", ours.partition("\n## Routes\n")[2].partition("\n## ")[0], re.MULTILINE)
     routes = [row for row in table if not any(f" /{domain}" in row for domain in order.without)]
     domains = [domain for domain in ("patients", "users", "reports") if domain not in order.without]
-    examples = " and ".join(filter(None, [", ".join(domains[:-1]), domains[-1]])).capitalize()
-    text = text.replace("@VERSION@", version).replace("@DOMAINS@", examples).replace("@ROUTES@", "\n".join(routes))
+    listed = " and ".join(filter(None, [", ".join(domains[:-1]), domains[-1]])).capitalize()
+    examples = f"{listed} are its example{'s' if len(domains) > 1 else ''}"
+    text = text.replace("@VERSION@", version).replace("@EXAMPLES@", examples).replace("@ROUTES@", "\n".join(routes))
     text = words.unlinked(text, "README.md", {*_chosen(order)[0]})
     return words.renamed(text, order.name)
 
@@ -312,7 +322,12 @@ def _environment() -> dict[str, str]:
 @contextmanager
 def _half(directory: Path) -> Iterator[Path]:
     """Give a place beside the copy's; it becomes the copy when all went well, and goes when not."""
-    half = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
+    try:
+        half = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
+    except OSError as error:
+        raise NewError(
+            f"DIR {directory} cannot be made, since nothing can be written in {directory.parent}: {error.strerror}."
+        ) from None
     try:
         yield half
         half.chmod(0o755)

@@ -11,11 +11,16 @@ OF_THE_LIBRARY = re.compile(
     r"pglifeguard|fastapi[./]lifeguard|import Lifeguard\b|\bLifeguard(?=\(|\.\w|`)|Lifeguard(?=, (?:Read|Write)DB)"
 )
 _NAME = re.compile(rf"({OF_THE_LIBRARY.pattern})|lifeguard|Lifeguard|LIFEGUARD")
-_LINK = re.compile(r"(?P<before> ?\()?(?P<image>!?)\[(?P<text>[^\]]*)\]\((?P<target>[^)\s]+)\)(?P<after>\))?")
+_LINK = re.compile(
+    r"(?P<before>(?:(?<=\S)[ \n])?\()?(?P<image>!?)\[(?P<text>[^\]]*)\]\((?P<target>[^)\s]+)\)(?P<after>\))?"
+)
 # Characters of a line of Python: ruff's line-length in pyproject.toml.
 LINE = 120
 _PREFIX = re.compile(r" *(# )?")
 CREDIT = "pglifeguard's "
+# Of a page: blocks of code, and what is code within a line.
+_BLOCK = r"^ *```(?:.|\n)*?^ *```$|(?<=\n\n)(?: {4}.*\n)+"
+_INLINE = r"(?<!`)(?P<ticks>`+)(?!`)(?:(?!\n\n)(?:.|\n))+?(?<!`)(?P=ticks)(?!`)"
 _DECISION = re.compile(r"\bdecision \d{4}\b", re.IGNORECASE)
 
 
@@ -55,20 +60,25 @@ def unlinked(text: str, path: str, kept: Collection[str]) -> str:
     return re.sub(r"\n{3,}", "\n\n", _LINK.sub(mend, text))
 
 
-def credited(text: str, left_out: Iterable[str], targets: Iterable[str]) -> str:
-    """Say of each file, decision and command of make that is mentioned, and not in the copy, whose it is."""
+def credited(text: str, left_out: Iterable[str], targets: Iterable[str], *, page: bool) -> str:
+    """Say of each file, decision and command of make that is mentioned, and not in the copy, whose it is.
+
+    Within the code of a page nothing is said, so that it can be typed: what it names and a copy does not have is for
+    `changes`.
+    """
     # Its own folder says already whose a module of the library is.
     named = (path for path in left_out if not path.startswith("pglifeguard/"))
     paths = "|".join(sorted(map(re.escape, named), key=len, reverse=True))
     commands = "|".join(map(re.escape, targets))
     # Not in strings of code, where a path is one, nor where it was said already.
-    elsewhere = re.compile(
+    elsewhere = (
         rf"(?<![\w/.`\"'-])(?<!{CREDIT})(?=`?(?:{paths})/?(?![\w/-]))|(?<!{CREDIT})(?=`make (?:{commands})\b(?!-))"
         rf"|\b(?<!{CREDIT})(?=[Dd]ecision \d{{4}}\b)"
     )
     # Anchors are made of headings.
-    lines = (line if line.startswith("##") else elsewhere.sub(CREDIT, line) for line in text.splitlines(keepends=True))
-    return re.sub(rf"(?<={CREDIT})D(?=ecision)", "d", "".join(lines))
+    skipped = rf"^##.*|{_BLOCK}|{_INLINE}" if page else r"^##.*"
+    said = re.sub(rf"{elsewhere}|{skipped}", lambda found: found.group() or CREDIT, text, flags=re.MULTILINE)
+    return re.sub(rf"(?<={CREDIT})D(?=ecision)", "d", said)
 
 
 def wrapped(source: str) -> str:

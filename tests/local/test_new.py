@@ -26,6 +26,7 @@ KINDS = {
     "whole": ("clinic", frozenset[str](), True),
     "no users": ("clinic", frozenset({"users"}), True),
     "no reports": ("x1", frozenset({"reports"}), True),
+    "no docker": ("clinic", frozenset[str](), False),
     "small": ("a2345678901234567890", frozenset({"users", "reports"}), False),
 }
 
@@ -71,7 +72,7 @@ def copies(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Copy]:
             patch.setenv(variable, value)
         for kind, (name, without, docker) in KINDS.items():
             directory = tmp_path_factory.mktemp("copies") / name
-            order = Order(name, directory, "Ada & Co", without, docker=docker)
+            order = Order(name, directory, "Clinic & Co", without, docker=docker)
             make(order, lambda _: None)
             made[kind] = Copy(order)
     return made
@@ -93,6 +94,16 @@ def whole(copies: dict[str, Copy]) -> Copy:
 def small(copies: dict[str, Copy]) -> Copy:
     """Give the copy that has as little as can be."""
     return copies["small"]
+
+
+def code_of(page: str) -> Iterator[str]:
+    """Give what is code on a page: blocks, fenced or indented, and then what stands in backticks."""
+    block = re.compile(r"^( *)```.*\n(?P<fenced>(?:.*\n)*?)\1```$|(?<=\n\n)(?P<indented>(?: {4}.*\n)+)", re.MULTILINE)
+    for found in block.finditer(page):
+        yield found["fenced"] or found["indented"]
+    for paragraph in block.sub("", page).split("\n\n"):
+        for found in re.finditer(r"(?<!`)(`+)(?!`)(.+?)(?<!`)\1(?!`)", paragraph, re.DOTALL):
+            yield found[2]
 
 
 def new(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -188,7 +199,14 @@ def test_wrong_orders_are_refused_and_make_nothing(tmp_path: Path) -> None:
         ("is there and not empty", ["clinic", tmp_path / "file"]),
         ("a folder that does not exist", ["clinic", tmp_path / "no/made"]),
         ("is inside of this project", ["clinic", PROJECT / "made"]),
-        ("--without takes users and reports, and not patients", ["clinic", tmp_path / "made", "--without", "patients"]),
+        ("WITHOUT takes users, reports, or both", ["clinic", tmp_path / "made", "--without", "patients"]),
+        ("; patients cannot be left out", ["clinic", tmp_path / "made", "--without", "users patients"]),
+        ("Say NAME=…, as in", ["", tmp_path / "made"]),
+        ("Say DIR=…, as in", ["clinic", ""]),
+        ("Say NAME=… and DIR=…, as in", ["", ""]),
+        ("DIR /proc/made ", ["clinic", "/proc/made"]),
+        ("No copy was made in /aaa", ["clinic", f"/{'a' * 300}"]),
+        ("a person whom this machine does not know", ["clinic", "~nobody.of.this.name/made"]),
         ("AUTHOR is one line", ["clinic", tmp_path / "made", "--author", "a\nb"]),
     ]
     for sentence, arguments in wrong:
@@ -196,6 +214,7 @@ def test_wrong_orders_are_refused_and_make_nothing(tmp_path: Path) -> None:
 
         assert (run.returncode, run.stdout, "Traceback" in run.stderr) == (1, "", False), run.stderr
         assert sentence in run.stderr
+        assert not re.search(r"\[Errno|--without", run.stderr)
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -206,7 +225,7 @@ def test_failure_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     (tmp_path / "clinic").mkdir()
 
     with pytest.raises(changes.ChangeError, match=r"app/main\.py has no .* any more"):
-        make(Order("clinic", tmp_path / "clinic", "Ada"), lambda _: None)
+        make(Order("clinic", tmp_path / "clinic", "Clinic"), lambda _: None)
 
     assert sorted(tmp_path.rglob("*")) == [tmp_path / "clinic"]
 
@@ -215,7 +234,7 @@ def test_copy_begins_a_history(copy: Copy) -> None:
     """One commit, of an author whom the order names where git knows nobody, and nothing beside it."""
     name = copy.order.name
 
-    assert copy.git("log", "--format=%an: %s") == f"Ada & Co: Start {name} from pglifeguard's reference service\n"
+    assert copy.git("log", "--format=%an: %s") == f"Clinic & Co: Start {name} from pglifeguard's reference service\n"
     assert copy.git("status", "--porcelain", "--ignored") == ""
     assert copy.git("branch", "--show-current") == "main\n"
 
@@ -258,7 +277,7 @@ def test_copy_has_papers_of_its_own(copy: Copy) -> None:
     """Title, licence and changelog are the copy's; the licence goes on naming whose work it is made of."""
     assert copy.read("README.md").startswith(f"# {copy.order.name.capitalize()}\n")
     assert re.search(
-        r"^Copyright \(c\) \d+ Ada & Co\nPortions copyright \(c\) \d+ the pglifeguard authors$",
+        r"^Copyright \(c\) \d+ Clinic & Co\nPortions copyright \(c\) \d+ the pglifeguard authors$",
         copy.read("LICENSE"),
         re.MULTILINE,
     )
@@ -296,6 +315,53 @@ def test_what_is_not_there_is_said_to_be_elsewhere(copy: Copy) -> None:
         for command in re.findall(r"(?<!pglifeguard's )`make ([a-z-]+)", text):
             assert command in targets, f"{path}: make {command}"
         assert not re.search(r"(?<!pglifeguard's )\bdecision \d{4}", text), path
+
+
+@pytest.mark.parametrize(
+    ("said", "code"),
+    [
+        ("a `b c` d ``e ` f`` `g", ["b c", "e ` f"]),
+        ("a\n\n    b\n    c\n\nd `e`\n", ["    b\n    c\n", "e"]),
+        ("a\n\n```text\nb `c`\n```\n\n`d\ne`\n", ["b `c`\n", "d\ne"]),
+    ],
+)
+def test_code_of_a_page_is_found(said: str, code: list[str]) -> None:
+    """Fenced, indented, and within a line, which may be broken."""
+    assert [*code_of(said)] == code
+
+
+def test_commands_of_pages_can_be_typed(copy: Copy) -> None:
+    """No code of a page has words of ours in it, or names a file or target that the copy does not have."""
+    gone = {renamed(path, copy.order.name) for path in tracked()} - {*copy.files()}
+    named = re.compile(rf"(?<![\w./-])(?:{'|'.join(map(re.escape, sorted(gone)))})(?![\w/-])")
+    targets = makefile.targets(copy.read("Makefile"))
+    found = 0
+    for path, text in copy.texts():
+        for code in code_of(text) if path.endswith(".md") else ():
+            assert "pglifeguard's" not in code, f"{path}: {code}"
+            # One word is a name, and whose it is stands before it.
+            if " " in code.strip() and not code.startswith("make "):
+                assert not named.search(code), f"{path}: {code}"
+                assert {*re.findall(r"^(?:\$ | {4})?make ([a-z-]+)", code, re.MULTILINE)} <= targets, f"{path}: {code}"
+            found += 1
+    assert found > 500
+
+
+def test_pages_tell_of_the_copy(copies: dict[str, Copy]) -> None:
+    """What is true of this tree alone is not said: tests that read its pages, and its own outage."""
+    for copy in copies.values():
+        pages = "".join(text for path, text in copy.texts() if path.endswith(".md"))
+        assert "this project grew from" not in pages
+        assert not re.search(r"A test\s+compares (?:these tables|the table)\s", pages)
+        assert not re.search(r"\n\s*\. ", pages)
+        assert "The tests ask for no row" not in pages
+        assert "make dev " in copy.read("README.md")
+    assert "Patients are its example,\n" in copies["small"].read("README.md")
+    assert "Patients, users and reports are its examples,\n" in copies["whole"].read("README.md")
+    assert copies["no docker"].read("docs/runbook.md").startswith("# Runbook\n\n`docker compose` on this page means ")
+    assert "pglifeguard's" not in copies["small"].read(".editorconfig")
+    for path in ("README.md", "docs/make-it-yours.md"):
+        assert "FROM=../lifeguard" not in (PROJECT / path).read_text(encoding="utf-8")
 
 
 def test_copy_is_in_style(copy: Copy) -> None:
@@ -394,7 +460,7 @@ def test_image_gets_the_wheel(whole: Copy) -> None:
 
 def test_another_library_is_taken_into_the_copy(copies: dict[str, Copy], tmp_path: Path) -> None:
     """`make update-pglifeguard`: the wheel is replaced, and locks and pyproject.toml say its version and hash."""
-    copy = Copy(Order("clinic", tmp_path / "clinic", "Ada"))
+    copy = Copy(Order("clinic", tmp_path / "clinic", "Clinic"))
     shutil.copytree(copies["whole"].directory, copy.directory)
     wheel = tmp_path / "pglifeguard-9.8.7-py3-none-any.whl"
     wheel.write_bytes(b"another one")
@@ -440,11 +506,11 @@ def test_links_to_what_is_left_out_become_text() -> None:
     """In brackets they go; a file or a decision is called pglifeguard's; other words stay as they are."""
     page = (
         "a ([why](gone.md)), see [gone.md](gone.md#x), [Decision 0001](decisions/0001.md), [the fence](gone.md), "
-        "![a picture](gone.png)[there](there.md)"
+        "![a picture](gone.png)[there](there.md)\n([why](gone.md)). Next\n\n([why](gone.md)) then"
     )
 
     assert unlinked(page, "docs/page.md", {"docs/there.md"}) == (
-        "a, see pglifeguard's gone.md, pglifeguard's decision 0001, the fence, [there](there.md)"
+        "a, see pglifeguard's gone.md, pglifeguard's decision 0001, the fence, [there](there.md). Next\n\n then"
     )
 
 
@@ -454,11 +520,21 @@ def test_mentions_of_what_is_left_out_are_credited_once() -> None:
         'see `tests/x.py`, tests/x.py and `make bench`; decision 0002. pglifeguard\'s `make bench`. open("tests/x.py")'
     )
 
-    assert credited(text, ["tests/x.py"], ["bench"]) == (
+    assert credited(text, ["tests/x.py"], ["bench"], page=False) == (
         "see pglifeguard's `tests/x.py`, pglifeguard's tests/x.py and pglifeguard's `make bench`; "
         "pglifeguard's decision 0002. "
         'pglifeguard\'s `make bench`. open("tests/x.py")'
     )
+
+
+def test_code_of_pages_is_not_credited() -> None:
+    """What can be typed stays as it is; what is code and nothing else is called pglifeguard's in front of it."""
+    page = (
+        "`run tests/x.py` and `tests/x.py -q`:\n\n    run tests/x.py\n\n"
+        "```console\n$ run tests/x.py\n```\n\n## tests/x.py\n"
+    )
+
+    assert credited(page, ["tests/x.py"], [], page=True) == page.replace("and `", "and pglifeguard's `")
 
 
 def test_long_prose_is_broken_and_code_is_not() -> None:

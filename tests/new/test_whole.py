@@ -40,7 +40,7 @@ def free_port() -> int:
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Give a project as `make new` makes it where git knows nobody."""
     directory = tmp_path_factory.mktemp("new") / "clinic"
-    run("make", "new", "NAME=clinic", f"DIR={directory}", "AUTHOR=Ada & Co", directory=PROJECT, **CI)
+    run("make", "new", "NAME=clinic", f"DIR={directory}", "AUTHOR=Clinic & Co", directory=PROJECT, **CI)
     return directory
 
 
