@@ -111,6 +111,7 @@ EVERYWHERE = (
     exactly(".gitignore", ".venv-backup/\n.venv-docs/\n.venv-ha/\n.venv-release/\n"),
     exactly(".github/dependabot.yml", " CONTRIBUTING.md says what a person does with one that changes a lock."),
     exactly(".github/dependabot.yml", ", /tests/poolers"),
+    exactly("tests/local/test_main.py", '"migrations", "pglifeguard", "postgres"', '"migrations", "postgres"'),
     Change("tests/conftest.py", r"^SLOW_FOLDERS = (?:.*\n)+?\}  # fmt: skip\n", SLOW),
     Change(
         "tests/conftest.py",
