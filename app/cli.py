@@ -24,6 +24,11 @@ WorkersOption = Annotated[int | None, typer.Option(help="Processes; WORKERS. One
 ReloadOption = Annotated[
     bool, typer.Option("--reload", help="Start anew when a file of the code is saved; for development.")
 ]
+# After `new-domain`: the files are served by `make dev` at once, and their table is not there yet.
+NEXT = (
+    "Next, its table: `make run` and `make dev` make it when they start; while one of them runs, in another terminal: "
+    "`. .local/env && .venv/bin/python -m migrations`"
+)
 # What --reload watches: the service and the library beside it.
 CODE = [str(Path(package).parent) for package in (app.__file__, pglifeguard.__file__)]
 
@@ -99,7 +104,7 @@ def new_domain(
 ) -> None:
     """Make a domain to begin with: app/NAME, tests/app/NAME and a migration; app/main.py names it."""
     try:
-        from local.new_domain import ROOT, Refused, make  # noqa: PLC0415  # The image holds the service alone.
+        from local.new_domain import ROOT, Refused, make, singular_of  # noqa: PLC0415  # The image holds the service alone.
     except ModuleNotFoundError:
         raise stop("A domain is made in the project's tree, and here is the service alone.") from None
     try:
@@ -107,3 +112,6 @@ def new_domain(
     except Refused as refusal:
         raise stop(f"{refusal} Nothing was changed.") from None
     print(*made, sep="\n")  # noqa: T201  # For a pipe.
+    if singular is None:
+        typer.echo(f"One of them is called {singular_of(name)}; --singular says another.", err=True)
+    typer.echo(NEXT, err=True)

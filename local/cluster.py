@@ -13,6 +13,10 @@ from pglifeguard.embedded.account import EmbeddedError
 from pglifeguard.embedded.programs import explain
 
 DATABASE = "lifeguard"
+STRANGE_DATA = (
+    "\nThe data was migrated by code that is not here, of another branch or since taken out. Take that code back, or "
+    "begin anew, without the data: make run ARGS=--fresh"
+)
 
 
 class Cluster(cluster.Cluster):
@@ -42,7 +46,9 @@ class Cluster(cluster.Cluster):
             if process.returncode is None:  # We were told to stop meanwhile.
                 process.kill()
         if process.returncode != 0:
-            raise EmbeddedError(explain(output.decode(errors="replace"), "alembic upgrade head"))
+            text = output.decode(errors="replace")
+            cure = STRANGE_DATA if "Can't locate revision" in text else ""
+            raise EmbeddedError(explain(text, "alembic upgrade head") + cure)
 
 
 def _without_database() -> dict[str, str]:

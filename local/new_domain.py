@@ -38,7 +38,7 @@ def make(name: str, singular: str | None = None, *, root: Path) -> list[Path]:
     Raises: Refused. Then, and if anything else fails, the tree is what it was.
     """
     _check_word(name)
-    one = _singular(name) if singular is None else singular
+    one = singular_of(name) if singular is None else singular
     _check(name, one)
     texts = _texts(name, one, root)
     main = root / "app/main.py"
@@ -66,7 +66,8 @@ def make(name: str, singular: str | None = None, *, root: Path) -> list[Path]:
     return [path.relative_to(root) for path in (*texts, main)]
 
 
-def _singular(name: str) -> str:
+def singular_of(name: str) -> str:
+    """Guess what one of them is called. Raises: Refused."""
     for ending, instead in (("ies", "y"), ("(ss|x|ch|sh)es", r"\1"), ("([^s])s", r"\1")):
         found, endings = re.subn(f"(?<=..){ending}$", instead, name)
         if endings:
@@ -76,7 +77,10 @@ def _singular(name: str) -> str:
 
 def _check_word(word: str) -> None:
     if not re.fullmatch(rf"[a-z][a-z0-9_]{{1,{LONGEST - 1}}}", word):
-        raise Refused(f"{word!r} is no name for a domain: small letters, digits and _, at most {LONGEST} of them.")
+        raise Refused(
+            f"{word!r} is no name for a domain: it begins with a small letter, goes on with small letters, digits "
+            f"and _, and has from 2 to {LONGEST} of them in all."
+        )
     if keyword.iskeyword(word):
         raise Refused(f"{word!r} is a word of Python: choose another name.")
 

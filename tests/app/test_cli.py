@@ -182,7 +182,7 @@ async def test_workers_share_a_port_and_end_together(database: Database, tmp_pat
         started = server.log.read_text(encoding="utf-8").count("Started server process")
 
         assert started >= 1
-        assert (await server.client.get("/users")).status_code == 200
+        assert (await server.client.get("/patients")).status_code == 200
         assert await server.stop() == 0
     assert await sessions(database) == 0
 
@@ -194,7 +194,7 @@ async def test_worker_may_take_its_time_to_start(database: Database, tmp_path: P
     environment = database.environment() | {"PYTHONPATH": str(tmp_path)}
 
     async with served(tmp_path, environment, *MODULE, "--workers", "2") as server:
-        assert (await server.client.get("/users")).status_code == 200
+        assert (await server.client.get("/patients")).status_code == 200
         assert "died" not in server.log.read_text(encoding="utf-8")
         assert await server.stop() == 0
 
@@ -202,7 +202,9 @@ async def test_worker_may_take_its_time_to_start(database: Database, tmp_path: P
 async def test_uvicorn_serves_the_factory(database: Database, tmp_path: Path) -> None:
     """`uvicorn --factory app.main:create_app` works with a plain DATABASE_URL and nothing else."""
     async with served(tmp_path, {"DATABASE_URL": database.url()}, *FACTORY) as server:
-        answer = await server.client.post("/users", json={"email": "ada@example.com", "full_name": "Ada"})
+        answer = await server.client.post(
+            "/patients", json={"mrn": "A-1", "full_name": "Ada", "birth_date": "1980-01-01"}
+        )
 
         assert answer.status_code == 201
 
@@ -502,18 +504,21 @@ async def test_new_domain_is_refused_with_a_sentence() -> None:
 
 
 async def test_new_domain_prints_what_was_made(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Each file on a line of its own, by its path in the tree."""
+    """Each file on a line of its own, by its path in the tree; beside them a guessed word and the way to the table."""
     for name in ("app", "migrations", "tests/app"):
         shutil.copytree(ROOT / name, tmp_path / name)
     for name in ("alembic.ini", "pyproject.toml"):
         shutil.copy(ROOT / name, tmp_path / name)
     monkeypatch.setattr(new_domain, "ROOT", tmp_path)
 
-    result = await run("new-domain", "people", "--singular", "person")
+    guessed = await run("new-domain", "told_aparts")
+    said = await run("new-domain", "told_people", "--singular", "told_person")
 
-    assert (result.exit_code, result.stderr) == (0, "")
-    assert "app/people/queries.py" in result.stdout.splitlines()
-    assert all((tmp_path / line).is_file() for line in result.stdout.splitlines())
+    assert (guessed.exit_code, said.exit_code) == (0, 0)
+    assert "app/told_people/queries.py" in said.stdout.splitlines()
+    assert all((tmp_path / line).is_file() for line in (guessed.stdout + said.stdout).splitlines())
+    assert guessed.stderr == f"One of them is called told_apart; --singular says another.\n{said.stderr}"
+    assert ". .local/env && .venv/bin/python -m migrations" in said.stderr
 
 
 async def test_new_domain_needs_the_tree(monkeypatch: pytest.MonkeyPatch) -> None:

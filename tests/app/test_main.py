@@ -97,14 +97,15 @@ async def test_shutdown_is_quick_with_the_databases_down(stopwatch: Stopwatch) -
 async def test_two_applications_share_a_process(database: Database) -> None:
     """Each has its own pools, figures and settings: one is exhausted, the other serves."""
     small = database.settings(pool_size=1, max_overflow=0, pool_timeout=0.05, retry_after_seconds=7)
+    ada = {"mrn": "A-1", "full_name": "Ada", "birth_date": "1980-01-01"}
     async with serving(small) as first, serving(database.settings()) as second:
         async with first.databases.primary.engine.connect():
-            refused = await first.client.post("/users", json={"email": "ada@example.com", "full_name": "Ada"})
-            stored = await second.client.post("/users", json={"email": "ada@example.com", "full_name": "Ada"})
+            refused = await first.client.post("/patients", json=ada)
+            stored = await second.client.post("/patients", json=ada)
 
         assert (refused.status_code, refused.headers["retry-after"]) == (503, "7")
         assert stored.status_code == 201
-        labels = {"method": "POST", "route": "/users"}
+        labels = {"method": "POST", "route": "/patients"}
         assert first.sample("http_requests_total", status="503", **labels) == 1
         assert second.sample("http_requests_total", status="503", **labels) == 0
 

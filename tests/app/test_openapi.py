@@ -4,10 +4,10 @@ import asyncio
 import sys
 from pathlib import Path
 
-import asyncpg
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse
 
+from local.seed import seed
 from pglifeguard.testing.serving import Running, listening
 from tests.conftest import Database
 from tests.service import serving
@@ -25,11 +25,6 @@ CHECKS = (
     "allow_header_conformance",
     "use_after_free",
 )
-ROWS = """
-INSERT INTO users (email, full_name) SELECT n || '@example.com', 'User ' || n FROM generate_series(1, 5) n;
-INSERT INTO patients (mrn, full_name, birth_date) SELECT 'A-' || n, 'Ada ' || n, '1980-01-01'
-FROM generate_series(1, 5) n
-"""
 
 
 async def schemathesis(url: str, directory: Path, *, examples: int) -> tuple[int, str]:
@@ -53,9 +48,7 @@ async def schemathesis(url: str, directory: Path, *, examples: int) -> tuple[int
 
 async def test_service_keeps_its_promises(database: Database, tmp_path: Path) -> None:
     """No 5xx, and no status, media type or body that the document does not have, for good and bad requests alike."""
-    owner = await asyncpg.connect(database.url("app_owner"))
-    await owner.execute(ROWS)
-    await owner.close()
+    await seed(database.url(), 5)
     directory = FastAPI()
 
     @directory.get("/profiles/{email:path}")

@@ -27,9 +27,9 @@ def test_query_can_be_sent(name: str, query: Query[*tuple[object, ...]]) -> None
 
 
 def test_all_queries_are_found() -> None:
-    """The domains that come with the service are among them, and a query that cannot be sent would be refused."""
+    """One of a domain is among them, and a query that cannot be sent would be refused."""
     names = {name for name, _ in constants()}
 
-    assert {"app.patients.queries.BY_ID", "app.users.queries.ADD"} <= names
+    assert "app.patients.queries.BY_ID" in names
     with pytest.raises(TypeError, match="selects an entity"):
         Query(select(Patient))
