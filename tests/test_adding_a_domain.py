@@ -4,6 +4,7 @@ import asyncio
 import os
 import re
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ import pytest
 
 from tests.conftest import Database
 from tests.interpreter import python
-from tests.local.test_new_domain import take_out
+from tests.local.test_new_domain import NEWEST, take_out
 
 ROOT = Path(__file__).parent.parent
 ADDING, REMOVING = (ROOT / "docs/adding-a-domain.md").read_text(encoding="utf-8").split("\n## Removing a domain\n")
@@ -130,7 +131,10 @@ def tree(tmp_path: Path, database: Database) -> Tree:
         shutil.copytree(known, path / known.name)
     # The machine may be busy, which is not what is tested.
     patient = {"DATABASE_POOL_TIMEOUT": "20", "LOG_LEVEL": "ERROR"}
-    return Tree(path, os.environ | database.environment() | patient)
+    variables = os.environ | database.environment() | patient
+    back = [sys.executable, "-m", "alembic", "downgrade", NEWEST]
+    subprocess.run(back, cwd=ROOT, env=variables, capture_output=True, check=True)
+    return Tree(path, variables)
 
 
 def test_every_block_of_the_page_is_a_step() -> None:
