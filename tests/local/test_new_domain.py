@@ -183,3 +183,15 @@ def test_tests_pass_at_once(tmp_path: Path) -> None:
     )  # fmt: skip
 
     assert ran.returncode == 0, ran.stdout
+
+
+def test_what_was_made_can_be_taken_out(tree: Path) -> None:
+    """Tests that make a domain pass in a tree that has one of that name: their copy is freed of it."""
+    known, before = domains(tree), set(contents(tree))
+    for name, singular in (("orders", None), ("people", "person")):
+        make(name, singular, root=tree)
+
+    take_out(tree)
+
+    assert domains(tree) == known
+    assert set(contents(tree)) == before
