@@ -54,7 +54,8 @@ SIGNALS: list[tuple[dict[str, str], frozenset[str]]] = [
 ]
 
 
-@pytest.mark.parametrize(("variables", "signals"), SIGNALS, ids=str)
+# Names that every process gives: pytest-xdist runs a suite only where all of its processes have found the same one.
+@pytest.mark.parametrize(("variables", "signals"), SIGNALS, ids=lambda value: str(sorted(value)))
 def test_endpoint_turns_it_on(
     monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], signals: frozenset[str]
 ) -> None:
@@ -267,9 +268,9 @@ async def test_providers_of_the_application_are_used(
     ("variables", "workers", "name", "instance"),
     [
         ({}, 1, "pglifeguard", UUID),
-        ({"OTEL_SERVICE_NAME": "clinic"}, 2, "clinic", f"{UUID}-{os.getpid()}"),
+        ({"OTEL_SERVICE_NAME": "clinic"}, 2, "clinic", f"{UUID}-{{process}}"),
         ({"OTEL_RESOURCE_ATTRIBUTES": "service.name=clinic,service.instance.id=one"}, 1, "clinic", "one"),
-        ({"OTEL_RESOURCE_ATTRIBUTES": "service.instance.id=one"}, 2, "pglifeguard", f"one-{os.getpid()}"),
+        ({"OTEL_RESOURCE_ATTRIBUTES": "service.instance.id=one"}, 2, "pglifeguard", "one-{process}"),
     ],
 )
 def test_process_is_named(
@@ -282,7 +283,7 @@ def test_process_is_named(
     told = otel._resource(workers).attributes
 
     assert told["service.name"] == name
-    assert re.fullmatch(instance, str(told["service.instance.id"]))
+    assert re.fullmatch(instance.replace("{process}", str(os.getpid())), str(told["service.instance.id"]))
 
 
 async def test_what_is_left_at_sigterm_is_exported(database: Database, tmp_path: Path, exported: Exported) -> None:
