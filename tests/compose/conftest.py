@@ -42,13 +42,13 @@ async def stack(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Stack
         TEST_RULES=str(_impatient_rules(folder)),
         ALERT_WEBHOOKS_DIR=str(_webhooks(folder)),
     )
-    await stack.compose("down", "--volumes", "--remove-orphans")
+    await stack.compose("--profile", "backup", "down", "--volumes", "--remove-orphans")
     try:
         await stack.compose("build", "--quiet")
         await stack.up()
         yield stack
     finally:
-        await stack.compose("down", "--volumes", "--remove-orphans")
+        await stack.compose("--profile", "backup", "down", "--volumes", "--remove-orphans")
 
 
 @pytest.fixture
