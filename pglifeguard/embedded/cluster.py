@@ -13,6 +13,7 @@ from typing import Literal, Self
 
 import asyncpg
 
+from pglifeguard.embedded import databases
 from pglifeguard.embedded.account import Account, EmbeddedError, remove_tree
 from pglifeguard.embedded.directories import SLOT, clone, initialise, read_passwords
 from pglifeguard.embedded.leftovers import end_server
@@ -151,37 +152,16 @@ class Cluster:
 
     async def create_database(self, name: str, *, template: str | None = None) -> None:
         """Copy a database that nobody is connected to; `wait_replayed()` tells when the replica has it too."""
-        # WAL_LOG needs no checkpoint: 10 ms where FILE_COPY takes 40.
         template = template or self.database
-        await self._execute(f'CREATE DATABASE "{name}" OWNER "{self.owner}" TEMPLATE "{template}" STRATEGY wal_log')
+        await databases.copy_database(self._superuser("primary"), name, template=template, owner=self.owner)
 
     async def drop_database(self, name: str) -> None:
         """Drop a database, disconnecting whoever is in it."""
-        await self._execute(f'DROP DATABASE IF EXISTS "{name}" WITH (FORCE)')
+        await databases.drop_database(self._superuser("primary"), name)
 
     async def wait_replayed(self, timeout_seconds: float = 10.0) -> None:
-        """Wait until the replica shows everything that is committed on the primary now, by LSN.
-
-        Raises: TimeoutError, with both positions, when it does not get there.
-        """
-        primary = await self.primary.connect()
-        try:
-            # Commits are flushed when they return; what is inserted beyond that belongs to nobody yet.
-            target = await primary.fetchval("SELECT pg_current_wal_flush_lsn()::text")
-        finally:
-            await primary.close()
-        replica = await self.replica.connect()
-        try:
-
-            async def replayed() -> bool:
-                reached = await replica.fetchval("SELECT pg_last_wal_replay_lsn() >= $1::text::pg_lsn", target)
-                return bool(reached)
-
-            if not await eventually(replayed, timeout_seconds):
-                reached = await replica.fetchval("SELECT pg_last_wal_replay_lsn()::text")
-                raise TimeoutError(f"the replica has replayed {reached}, not yet {target}")
-        finally:
-            await replica.close()
+        """Wait until the replica shows everything that is committed on the primary now. Raises: TimeoutError."""
+        await databases.wait_replayed(self._superuser("primary"), self._superuser("replica"), timeout_seconds)
 
     async def pause_replay(self) -> None:
         """Make the replica fall behind: it goes on receiving, and shows nothing new. Returns when it has stopped."""
@@ -199,7 +179,7 @@ class Cluster:
 
     async def resume_replay(self) -> None:
         """Let the replica catch up."""
-        await self._execute("SELECT pg_wal_replay_resume()", self.replica)
+        await databases.ask(self._superuser("replica"), "SELECT pg_wal_replay_resume()")
 
     def server(self, name: str) -> Server:
         """Return a server that has the settings of the others, and a data directory, perhaps empty, of its own."""
@@ -241,12 +221,8 @@ class Cluster:
         finally:
             await primary.close()
 
-    async def _execute(self, statement: str, server: Server | None = None) -> None:
-        connection = await (server or self.primary).connect()
-        try:
-            await connection.execute(statement)
-        finally:
-            await connection.close()
+    def _superuser(self, server: Literal["primary", "replica"]) -> str:
+        return self.url("postgres", server=server, database="postgres")
 
 
 def _check_space(home: Path) -> None:

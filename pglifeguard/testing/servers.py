@@ -7,11 +7,11 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, Self
 
-import asyncpg
 from sqlalchemy.engine import make_url
 
 from pglifeguard.embedded.account import EmbeddedError
 from pglifeguard.embedded.cluster import Cluster
+from pglifeguard.embedded.databases import ask, copy_database, drop_database, wait_replayed
 from pglifeguard.embedded.directories import make_directory
 from pglifeguard.embedded.waiting import eventually
 from pglifeguard.testing.network import Network
@@ -22,7 +22,6 @@ REPLAY_SECONDS = 10.0
 # A connection that was closed is gone in milliseconds.
 LEAVE_SECONDS = 1.0
 NOBODY = "SELECT NOT EXISTS (SELECT FROM pg_stat_activity WHERE datname = $1)"
-LOGIN_SECONDS = 10.0
 # Small pools, because to open the default's five connections takes longer than most tests; and a fast monitor, because
 # tests wait for what it finds.
 QUICK = {
@@ -54,9 +53,8 @@ class DatabaseServers:
 
     async def create(self, name: str, *, template: str = "template1") -> None:
         """Copy a database that nobody is connected to; returns when the replica has the copy."""
-        owner = make_url(self.primary).username
-        # WAL_LOG needs no checkpoint: 10 ms where FILE_COPY takes 40.
-        await ask(self.maintenance, f'CREATE DATABASE "{name}" OWNER "{owner}" TEMPLATE "{template}" STRATEGY wal_log')
+        owner = str(make_url(self.primary).username)
+        await copy_database(self.maintenance, name, template=template, owner=owner)
         await self.wait_replayed()
 
     async def wait_left(self, name: str) -> None:
@@ -73,23 +71,12 @@ class DatabaseServers:
 
     async def drop(self, name: str) -> None:
         """Drop a database, disconnecting whoever is in it."""
-        await ask(self.maintenance, f'DROP DATABASE IF EXISTS "{name}" WITH (FORCE)')
+        await drop_database(self.maintenance, name)
 
     async def wait_replayed(self) -> None:
         """Wait until the replica shows what is committed on the primary now. Raises: TimeoutError."""
-        if self.replica is None:
-            return
-        target = await ask(self.primary, "SELECT pg_current_wal_flush_lsn()::text")
-        connection = await asyncpg.connect(self.replica)
-        try:
-
-            async def replayed() -> bool:
-                return bool(await connection.fetchval("SELECT pg_last_wal_replay_lsn() >= $1::text::pg_lsn", target))
-
-            if not await eventually(replayed, REPLAY_SECONDS):
-                raise TimeoutError(f"the replica has not replayed {target}")
-        finally:
-            await connection.close()
+        if self.replica is not None:
+            await wait_replayed(self.primary, self.replica, REPLAY_SECONDS)
 
     @asynccontextmanager
     async def network(self) -> AsyncIterator[Network]:
@@ -139,15 +126,6 @@ class Database:
         value = await ask(_at(self.servers.primary, self.name), statement, *arguments)
         await self.servers.wait_replayed()
         return value
-
-
-async def ask(url: str, statement: str, *arguments: Any) -> Any:
-    """Run one statement on a connection of its own, and return its first value."""
-    connection = await asyncpg.connect(url, timeout=LOGIN_SECONDS)
-    try:
-        return await connection.fetchval(statement, *arguments)
-    finally:
-        await connection.close()
 
 
 def _at(url: str, database: str | None = None) -> str:
