@@ -1,7 +1,6 @@
 """The servers that tests run on, and the database that each test has to itself there."""
 
 import os
-import shutil
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -12,7 +11,7 @@ from sqlalchemy.engine import make_url
 from pglifeguard.embedded.account import EmbeddedError
 from pglifeguard.embedded.cluster import Cluster
 from pglifeguard.embedded.databases import ask, copy_database, drop_database, wait_replayed
-from pglifeguard.embedded.directories import make_directory
+from pglifeguard.embedded.directories import open_directory
 from pglifeguard.embedded.waiting import eventually
 from pglifeguard.testing.network import Network
 from pglifeguard.testing.proxy import Proxy
@@ -144,9 +143,6 @@ async def database_servers_of_this_run() -> AsyncIterator[DatabaseServers]:
         replica = os.environ.get(REPLICA)
         yield DatabaseServers(_at(url), _at(url), replica and _at(replica))
         return
-    directory = make_directory()
-    try:
+    with open_directory() as directory:
         async with Cluster(directory) as cluster:
             yield DatabaseServers.of(cluster)
-    finally:
-        shutil.rmtree(directory)
