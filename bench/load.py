@@ -12,13 +12,16 @@ import secrets
 import shutil
 import tempfile
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 # h2load lets whole requests arrive, in whole milliseconds; the rate that comes of it is so near to the one asked for.
 # As few as possible at a time: nine at once, each ten milliseconds, held a service's event loop for five of them.
 RATE_TOLERANCE = 0.03
 LONGEST_PERIOD_MILLISECONDS = 20
+# What a queue may take to find out that this is no burst.
+SETTLING_SECONDS = 0.5
 # Patience with the slowest answer of an open loop.
 PATIENCE_SECONDS = 45
 SCRIPT = Path(__file__).with_name("requests.lua")
@@ -50,6 +53,8 @@ class Open:
     # From the first arrival to the last answer: a queue is still being served when arrivals have ended.
     seconds: float
     latencies: dict[int, list[float]]
+    # The same without those that arrived in the first half second.
+    settled: dict[int, list[float]] = field(default_factory=dict)
 
     def count(self, status: int) -> int:
         """Count the answers with this status."""
@@ -67,8 +72,13 @@ class Open:
 
     def quantile(self, share: float, status: int = 200) -> float:
         """Return the latency that `share` of the answers with this status stay below; nan without any."""
-        found = sorted(self.latencies.get(status, []))
-        return found[min(len(found) - 1, int(share * len(found)))] if found else float("nan")
+        return quantile(self.latencies.get(status, []), share)
+
+
+def quantile(found: Iterable[float], share: float) -> float:
+    """Return the value that `share` of those found stay below; nan without any."""
+    ordered = sorted(found)
+    return ordered[min(len(ordered) - 1, int(share * len(ordered)))] if ordered else float("nan")
 
 
 def require_generators() -> None:
@@ -117,12 +127,12 @@ async def open_loop(url: str, *, rate: float, seconds: float, errors_compared: b
             "h2load", "--h1", "-t1", f"-n{count}", f"-c{count}", f"-r{group}", f"--rate-period={period}ms",
             f"--connection-inactivity-timeout={PATIENCE_SECONDS}", f"--log-file={log.name}", url,
         )  # fmt: skip
-        latencies, lasted = _read_log(Path(log.name))
+        latencies, settled, lasted = _read_log(Path(log.name))
     # A connection that was refused leaves no line.
     lost = count - sum(map(len, latencies.values()))
     if lost > 0:
         latencies.setdefault(0, []).extend([float("inf")] * lost)
-    got = Open(group * 1000 / period, max(seconds, lasted), latencies)
+    got = Open(group * 1000 / period, max(seconds, lasted), latencies, settled)
     if got.count(200) < got.sent and not errors_compared:
         raise BenchError(f"{url} answered {dict(got.statuses)} at {rate:.0f} arrivals a second; 0 is no answer.")
     return got
@@ -138,16 +148,20 @@ def arrivals(rate: float) -> tuple[int, int]:
     return next((one for one, error in zip(found, errors, strict=True) if error <= RATE_TOLERANCE), found[-1])
 
 
-def _read_log(log: Path) -> tuple[dict[int, list[float]], float]:
-    """Read h2load's log: milliseconds of each answer by status, 0 for a failed stream; and how long all of it took."""
+def _read_log(log: Path) -> tuple[dict[int, list[float]], dict[int, list[float]], float]:
+    """Read h2load's log: milliseconds of each answer by status, 0 for a failed stream, of all and of the settled ones.
+
+    The third is how long all of it took, in seconds.
+    """
+    lines = [tuple(map(int, line.split("\t"))) for line in log.read_text(encoding="ascii").splitlines()]
+    first = min((start for start, _, _ in lines), default=0)
     found: dict[int, list[float]] = {}
-    starts, ends = [], []
-    for line in log.read_text(encoding="ascii").splitlines():
-        start, status, microseconds = map(int, line.split("\t"))
+    settled: dict[int, list[float]] = {}
+    for start, status, microseconds in lines:
         found.setdefault(max(0, status), []).append(microseconds / 1000)
-        starts.append(start)
-        ends.append(start + microseconds)
-    return found, (max(ends) - min(starts)) / 1e6 if starts else 0.0
+        if start - first >= SETTLING_SECONDS * 1e6:
+            settled.setdefault(max(0, status), []).append(microseconds / 1000)
+    return found, settled, max((start + took - first for start, _, took in lines), default=0) / 1e6
 
 
 async def _run(*command: str) -> str:

@@ -3,14 +3,16 @@
 from collections.abc import Callable, Mapping
 
 from bench import plots
-from bench.load import BenchError, closed_loop, open_loop
+from bench.load import SETTLING_SECONDS, BenchError, closed_loop, open_loop, quantile
 from bench.measure import Plan, Series
 from bench.report import Section
 from bench.stage import Stage
 
 POOL = 4
-LOADS = (0.5, 1.0, 2.0, 3.0, 5.0)
-WINDOW_SECONDS = 1.5
+LOADS = (0.5, 0.9, 1.0, 2.0, 3.0, 5.0)
+CALM, OVERLOADS = 0.9, (2.0, 3.0, 5.0)
+# The first 0.4 s of an overload are taken for a burst; a short window would be mostly that.
+WINDOW_SECONDS = 3
 # Whoever asked has given up after this long; an answer that comes later did work for nobody.
 USEFUL_MILLISECONDS = 1000
 OURS: Mapping[str, str] = {"DATABASE_REPLICA_POOL_SIZE": str(POOL), "DATABASE_REPLICA_MAX_OVERFLOW": "0"}
@@ -21,6 +23,8 @@ VARIABLES: Mapping[str, Mapping[str, str]] = {
 }
 # Five times what the work takes.
 ACCEPTED_MILLISECONDS = 100
+KEPT = 0.95
+SHED_MILLISECONDS = 5
 # Those whose overload is compared with ours; both are our service.
 SERVICES = ("plain queue", "ours")
 
@@ -31,6 +35,7 @@ async def run(stage: Stage, plan: Plan, tell: Callable[[str], None]) -> Section:
     useful = {name: {load: Series() for load in LOADS} for name in VARIABLES}
     late = {name: {load: Series() for load in LOADS} for name in VARIABLES}
     refused: dict[float, list[float]] = {load: [] for load in LOADS}
+    settled: dict[float, list[float]] = {load: [] for load in LOADS}
     other = dict.fromkeys(VARIABLES, 0)
     async with (
         stage.serving("textbook", VARIABLES["textbook"]) as textbook,
@@ -56,6 +61,7 @@ async def run(stage: Stage, plan: Plan, tell: Callable[[str], None]) -> Section:
                         raise BenchError(f"At {load:g} x capacity {name} gave {dict(got.statuses)}; 0 is no answer.")
                     if name == "ours":
                         refused[load] += got.latencies.get(503, [])
+                        settled[load] += got.settled.get(503, [])
     section.say(
         f"A pool of {POOL}, a query that waits 20 ms: {capacity:.0f} answers a second are possible. Useful is a 200 "
         f"within {USEFUL_MILLISECONDS / 1000:g} s of its arrival; the rate is taken up to the last answer, which comes "
@@ -69,23 +75,39 @@ async def run(stage: Stage, plan: Plan, tell: Callable[[str], None]) -> Section:
             *(text for name in VARIABLES for text in (f"{name}: useful/s", "p99 ms of 200s")),
             "ours: 503s",
             "p99 ms of 503s",
+            "later",
         ],
         [
             [
                 f"{load:g} x",
                 *(text for name in VARIABLES for text in (useful[name][load].text(), late[name][load].text())),
                 str(len(refused[load])),
-                f"{sorted(refused[load])[int(0.99 * len(refused[load]))]:.0f}" if refused[load] else "",
+                _p99(refused[load]),
+                _p99(settled[load]),
             ]
             for load in LOADS
         ],
     )
-    kept = useful["ours"][3.0].median / capacity
-    claim = f"at 3 x capacity {kept:.0%} of capacity in useful answers, at least 95 % wanted"
-    section.say(f"Ours keeps {claim}: {section.verdict(claim, held=kept >= 0.95)}.")  # noqa: PLR2004
-    waited = late["ours"][3.0].median
-    claim = f"p99 of the accepted at 3 x capacity {waited:.0f} ms, at most {ACCEPTED_MILLISECONDS:g} wanted"
-    section.say(f"Ours: {claim}: {section.verdict(claim, held=waited <= ACCEPTED_MILLISECONDS)}.")
+    section.say(
+        f"*later*: of those that came {SETTLING_SECONDS:g} s after the first or later. Until the queue is known to be "
+        "none that a burst made, those who come wait; from then on a refusal is told at once."
+    )
+    for load in OVERLOADS:
+        kept, waited = useful["ours"][load].median / capacity, late["ours"][load].median
+        told = quantile(settled[load], 0.99)
+        claims = [
+            (f"{kept:.0%} of capacity in useful answers, at least {KEPT:.0%} wanted", kept >= KEPT),
+            (
+                f"p99 of the accepted {waited:.0f} ms, at most {ACCEPTED_MILLISECONDS} wanted",
+                waited <= ACCEPTED_MILLISECONDS,
+            ),
+            (f"p99 of later refusals {told:.1f} ms, less than {SHED_MILLISECONDS} wanted", told < SHED_MILLISECONDS),
+        ]
+        said = [f"{claim}: {section.verdict(f'at {load:g} x capacity {claim}', held=held)}" for claim, held in claims]
+        section.say(f"Ours at {load:g} x capacity: {'; '.join(said)}.")
+    shed = len(refused[CALM])
+    claim = f"{shed} refused at {CALM:g} x capacity, 0 wanted"
+    section.say(f"Ours: {claim}: {section.verdict(claim, held=not shed)}.")
     panels = [
         plots.Panel(
             title,
@@ -103,3 +125,7 @@ async def run(stage: Stage, plan: Plan, tell: Callable[[str], None]) -> Section:
     ]
     section.picture("overload", "Useful answers and p99 by offered load", plots.lines(*panels))
     return section
+
+
+def _p99(found: list[float]) -> str:
+    return f"{quantile(found, 0.99):.0f}" if found else ""

@@ -121,11 +121,14 @@ async def test_refused_arrivals_are_not_forgotten() -> None:
 
 
 def test_log_of_an_open_loop(tmp_path: Path) -> None:
-    """Microseconds become milliseconds by status; a failed stream is status 0; time runs to the last answer."""
+    """Microseconds become milliseconds by status; a failed stream is status 0; time runs to the last answer.
+
+    Those that arrived half a second after the first, or later, stand apart too.
+    """
     log = tmp_path / "log"
     log.write_text("1000000\t200\t1500\n1010000\t-1\t9000\n1500000\t200\t500000\n", encoding="ascii")
 
-    assert _read_log(log) == ({200: [1.5, 500.0], 0: [9.0]}, 1.0)
+    assert _read_log(log) == ({200: [1.5, 500.0], 0: [9.0]}, {200: [500.0]}, 1.0)
 
 
 def test_log_of_nothing(tmp_path: Path) -> None:
@@ -133,7 +136,7 @@ def test_log_of_nothing(tmp_path: Path) -> None:
     log = tmp_path / "log"
     log.write_text("", encoding="ascii")
 
-    assert _read_log(log) == ({}, 0.0)
+    assert _read_log(log) == ({}, {}, 0.0)
 
 
 def test_quantiles_are_of_one_status() -> None:
