@@ -11,10 +11,14 @@ import re
 import secrets
 import shutil
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from http import HTTPStatus
 from pathlib import Path
+
+import httpx
 
 # h2load lets whole requests arrive, in whole milliseconds; the rate that comes of it is so near to the one asked for.
 # As few as possible at a time: nine at once, each ten milliseconds, held a service's event loop for five of them.
@@ -136,6 +140,34 @@ async def open_loop(url: str, *, rate: float, seconds: float, errors_compared: b
     if got.count(200) < got.sent and not errors_compared:
         raise BenchError(f"{url} answered {dict(got.statuses)} at {rate:.0f} arrivals a second; 0 is no answer.")
     return got
+
+
+async def steady_loop(url: str, *, rate: float, seconds: float, clients: int) -> int:
+    """Send `rate` requests a second in all over connections that stay open, one of each client; return how many.
+
+    Unlike the clients of a closed loop they send no more to a server that answers sooner.
+
+    Raises: BenchError when an answer is not a 200.
+    """
+    each = round(rate * seconds / clients)
+    begun = time.monotonic()
+
+    async def send(place: int) -> None:
+        async with httpx.AsyncClient(timeout=PATIENCE_SECONDS) as client:
+            for number in range(each):
+                due = begun + (number + place / clients) * clients / rate
+                await asyncio.sleep(max(0.0, due - time.monotonic()))
+                answer = await client.get(url)
+                if answer.status_code != HTTPStatus.OK:
+                    raise BenchError(f"{url} answered {answer.status_code} to {rate:g} requests a second.")
+
+    try:
+        async with asyncio.TaskGroup() as sending:
+            for place in range(clients):
+                sending.create_task(send(place))
+    except* (BenchError, httpx.HTTPError) as failed:
+        raise BenchError(f"{failed.exceptions[0]}") from failed
+    return each * clients
 
 
 def arrivals(rate: float) -> tuple[int, int]:

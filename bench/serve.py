@@ -3,6 +3,9 @@
 import argparse
 
 import uvicorn
+from uvicorn.supervisors import Multiprocess
+
+from pglifeguard.serving import accepting
 
 GRACEFUL_SECONDS = 5
 
@@ -14,7 +17,7 @@ def main() -> None:
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--workers", type=int, default=1)
     arguments = parser.parse_args()
-    uvicorn.run(
+    config = uvicorn.Config(
         f"bench.variants.{arguments.variant}:create_app",
         factory=True,
         host="127.0.0.1",
@@ -31,6 +34,12 @@ def main() -> None:
         # Not the service's own log configuration: its imports would count as every variant's memory.
         log_level="error",
     )
+    if arguments.workers > 1:
+        Multiprocess(config, sockets=[config.bind_socket()]).run()
+    elif arguments.variant.startswith("ours"):
+        accepting.run(config)
+    else:
+        uvicorn.Server(config).run()
 
 
 if __name__ == "__main__":

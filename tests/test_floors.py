@@ -40,7 +40,7 @@ LIBRARY = (
     {"databases"},
     {"history"},
     {"", "__main__"},
-    {"serving.limits", "serving.loop", "serving.merging", "serving.shutdown", "serving.siblings"},
+    {"serving.accepting", "serving.limits", "serving.loop", "serving.merging", "serving.shutdown", "serving.siblings"},
     {"serving.protocol", "serving.workers"},
     {"serving.server"},
     {"serving"},

@@ -6,6 +6,7 @@ from typing import Any
 
 import uvicorn
 
+from pglifeguard.serving import accepting
 from pglifeguard.serving.protocol import LimitedProtocol
 from pglifeguard.serving.workers import shared_figures
 from pglifeguard.settings import DatabasesSettings
@@ -20,18 +21,20 @@ def run(factory: str, settings: DatabasesSettings, **options: Any) -> None:
     # With the usual soft limit of 1,024 files, some hundred clients would keep a pool from opening a connection.
     _, files = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
+    options |= {
+        "factory": True,
+        "workers": settings.workers,
+        "loop": "uvloop",
+        "http": LimitedProtocol,
+        "lifespan": "on",
+        "proxy_headers": True,
+        # Longer than any statement, so that none in flight is cut. The pools are drained afterwards.
+        "timeout_graceful_shutdown": settings.graceful_timeout_seconds,
+        "timeout_worker_healthcheck": WORKER_ANSWERS_SECONDS,
+        "server_header": False,
+    }
+    if settings.workers == 1 and not options.get("reload"):
+        accepting.run(uvicorn.Config(factory, **options))
+        return
     with shared_figures() if settings.workers > 1 else nullcontext():
-        uvicorn.run(
-            factory,
-            factory=True,
-            workers=settings.workers,
-            loop="uvloop",
-            http=LimitedProtocol,
-            lifespan="on",
-            proxy_headers=True,
-            # Longer than any statement, so that none in flight is cut. The pools are drained afterwards.
-            timeout_graceful_shutdown=settings.graceful_timeout_seconds,
-            timeout_worker_healthcheck=WORKER_ANSWERS_SECONDS,
-            server_header=False,
-            **options,
-        )
+        uvicorn.run(factory, **options)

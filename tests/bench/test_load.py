@@ -9,7 +9,7 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 
-from bench.load import BenchError, Open, _read_log, arrivals, closed_loop, open_loop
+from bench.load import BenchError, Open, _read_log, arrivals, closed_loop, open_loop, steady_loop
 from pglifeguard.embedded.postgres import free_port
 from pglifeguard.testing.serving import listening
 from tests.bench.generators import hanging_up, needs_h2load, needs_wrk
@@ -110,6 +110,17 @@ async def test_wrong_status_ends_an_open_loop() -> None:
         compared = await open_loop(url, rate=100, seconds=1, errors_compared=True)
 
     assert compared.statuses == Counter({200: 90, 503: 10})
+
+
+async def test_steady_loop_keeps_its_connections() -> None:
+    """As many requests as were asked for, over a connection for each client; a wrong answer ends it."""
+    async with listening(sometimes(10**9)) as url:
+        assert await steady_loop(url, rate=200, seconds=0.2, clients=4) == 40
+    async with listening(sometimes(10)) as url:
+        with pytest.raises(BenchError, match="503"):
+            await steady_loop(url, rate=200, seconds=0.2, clients=4)
+    with pytest.raises(BenchError, match="connection"):
+        await steady_loop(f"http://127.0.0.1:{free_port()}", rate=200, seconds=0.2, clients=4)
 
 
 @needs_h2load

@@ -1,0 +1,79 @@
+"""New connections are accepted several at a time: a busy loop does not keep them waiting for a turn each."""
+
+import asyncio
+import socket
+from typing import Any
+
+import pytest
+import uvicorn
+import uvloop
+
+from pglifeguard.embedded.postgres import free_port
+from pglifeguard.embedded.waiting import eventually
+from pglifeguard.serving.accepting import AT_ONCE, Server
+
+# The loop's turns are counted by a callback that asks for the next one.
+_turn = 0
+_accepted: list[int] = []
+
+
+class NotesTurn(asyncio.Protocol):
+    """Notes in which turn of the loop its client was accepted."""
+
+    def __init__(self, **_given: Any) -> None:
+        pass
+
+    def connection_made(self, transport: Any) -> None:
+        """Note it, and leave."""
+        _accepted.append(_turn)
+        transport.close()
+
+
+async def no_request_comes(scope: Any, receive: Any, send: Any) -> None:
+    """Be the application that uvicorn wants."""
+    raise AssertionError(scope, receive, send)
+
+
+def accepted_in(server_class: type[uvicorn.Server]) -> int:
+    """Count the turns that a server takes to accept `AT_ONCE` clients who have come while its loop was busy."""
+
+    def count() -> None:
+        global _turn  # noqa: PLW0603
+        _turn += 1
+        asyncio.get_running_loop().call_soon(count)
+
+    async def main() -> None:
+        port = free_port()
+        config = uvicorn.Config(
+            no_request_comes, port=port, http=NotesTurn, lifespan="off", log_config=None, timeout_graceful_shutdown=5
+        )
+        server = server_class(config)
+
+        async def started() -> bool:
+            return server.started
+
+        async def all_accepted() -> bool:
+            return len(_accepted) == AT_ONCE
+
+        serving = asyncio.create_task(server.serve())
+        assert await eventually(started, seconds=10)
+        count()
+        # Nothing is awaited here, so the loop stands still while they come.
+        clients = [socket.create_connection(("127.0.0.1", port)) for _ in range(AT_ONCE)]
+        assert await eventually(all_accepted, seconds=10)
+        for client in clients:
+            client.close()
+        server.should_exit = True
+        await serving
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.1", port))
+
+    _accepted.clear()
+    uvloop.run(main())
+    return len(set(_accepted))
+
+
+def test_several_are_accepted_in_a_turn() -> None:
+    """By itself uvicorn takes a turn for each."""
+    assert accepted_in(Server) == 1
+    assert accepted_in(uvicorn.Server) == AT_ONCE
