@@ -31,16 +31,19 @@ from typing import Generic, TypeVar
 from pglifeguard.database_settings import DatabaseSettings
 
 # An interval has at least this many seconds, and as many as it takes to serve so many requests, by each connection one.
-INTERVAL_SECONDS = 0.1
-INTERVAL_SERVED = 10
+# With twice as long ones, those who came in the first tenth of a second of an overload waited for that long.
+INTERVAL_SECONDS = 0.05
+INTERVAL_SERVED = 8
+# A server that serves nobody for this long stands still.
+STILL_SECONDS = 0.1
 # A queue grows when this many times as many requests came in an interval as were served. Requests that come at random,
 # at nine tenths of the capacity, do so in few intervals, and hardly ever in several in a row.
 GROWTH = 1.5
 # A queue whose last request will wait for this part of its patience grows also when hardly more come than are served.
 LONG = 0.7
-# Intervals of growth in a row after which the queue stands. A burst that can be served in time is over by then: three
-# times the capacity may come for 0.2 s, and takes a busy event loop longer to notice.
-STANDING_AFTER = 4
+# Intervals of growth after which the queue stands; one without growth takes one off. A burst that can be served in time
+# is over by then: three times the capacity may come for 0.2 s, and takes a busy event loop longer to notice.
+STANDING_AFTER = 8
 
 # On whose behalf a connection is acquired in this context: a token's subject, a tenant; None tells nobody apart.
 client_key: ContextVar[str | None] = ContextVar("client_key", default=None)
@@ -69,7 +72,7 @@ class WaitQueue(Generic[S]):
         self._came = self._served = 0
         # The interval before: its start, and the requests that were served in it.
         self._before = (0.0, 0)
-        # Intervals of growth in a row.
+        # Intervals of growth, those without it taken off.
         self._grown = 0
         # Requests that a standing queue keeps; None while it does not stand.
         self._limit: int | None = None
@@ -153,7 +156,7 @@ class WaitQueue(Generic[S]):
             if client in self._lines:
                 self._lines.move_to_end(client)
             if not waiter.done():
-                if now - self._served_at > INTERVAL_SECONDS:
+                if now - self._served_at > STILL_SECONDS:
                     # The server stood still, and those who came meanwhile are no overload.
                     self._begin(now)
                 self._served, self._served_at = self._served + 1, now
@@ -185,7 +188,7 @@ class WaitQueue(Generic[S]):
         late = bool(self.waiters) and now - self._oldest > target > 0
         long = len(self.waiters) >= rate * self.settings.pool_timeout * LONG
         grows = late and self._came >= self._served * (1.0 if long else GROWTH)
-        self._grown = self._grown + 1 if grows else 0
+        self._grown = self._grown + 1 if grows else max(0, self._grown - 1)
         if self._limit is None and self._grown >= STANDING_AFTER:
             self._keep_newest(self._most(rate), joined_since=now - target)
         if self._limit is not None or self._grown >= STANDING_AFTER:

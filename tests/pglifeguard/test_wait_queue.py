@@ -129,15 +129,15 @@ async def loop() -> asyncio.AbstractEventLoop:
 @pytest.mark.parametrize("come", [evenly, at_random])
 @pytest.mark.parametrize("load", [2, 3, 5])
 async def test_overload_keeps_nobody_waiting(loop: asyncio.AbstractEventLoop, load: int, come: type) -> None:
-    """At two to five times the capacity all of it is used, and whoever is served is served within 0.1 s."""
+    """At two to five times the capacity all of it is used, and who is served is served in four times what it takes."""
     seconds = 10
 
     outcome = Simulation(loop).run(come(load * PER_SECOND, seconds))
 
     assert len(outcome.served) >= 0.95 * PER_SECOND * seconds
-    assert outcome.p99() <= 0.1
-    # Nearly all others are told at once: only the first ones are told after a wait.
-    assert outcome.refused["overload"] >= 0.9 * outcome.refused.total()
+    assert outcome.p99() <= 0.08
+    # Most others are told at once: those who came before it was known to be an overload are told after a wait.
+    assert outcome.refused["overload"] >= 0.8 * outcome.refused.total()
 
 
 @pytest.mark.parametrize("load", [2, 3, 5])
