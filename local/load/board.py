@@ -63,17 +63,28 @@ class Board:
         """Show a second, and count its answers."""
         self.answers.update(second.answers)
         self._number += 1
-        times = "no success" if second.p50 is None else f"p50 {second.p50:.0f} ms, p99 {second.p99:.0f} ms"
-        line = (
-            f"{self._number:3} s  {sum(second.answers.values()):4}/s  {counted(second.answers)}  {times}  "
-            f"{'?' if waiting is None else waiting} waiting"
-        )
+        came = sum(second.answers.values())
+        if second.whole:
+            line = f"{self._number:3} s  {came:4}/s  {told(second)}  {'?' if waiting is None else waiting} waiting"
+        elif came:
+            # No rate: this is not a second, and nothing was sent in it.
+            line = f"After the last second {came} more: {told(second)}"
+        else:
+            return
         if self._console.is_terminal:
             self._status.update(Text(line, no_wrap=True, overflow="ellipsis"))
         else:
             self._console.print(line)
 
 
+def told(second: Second) -> str:
+    """Say what was answered, and how fast the successes among it were."""
+    if not second.answers:
+        return "nothing was answered"
+    times = "no success" if second.p50 is None else f"p50 {second.p50:.0f} ms, p99 {second.p99:.0f} ms"
+    return f"{counted(second.answers)}  {times}"
+
+
 def counted(answers: Mapping[str, int]) -> str:
     """Write counts down, by status."""
-    return ", ".join(f"{answer}: {count}" for answer, count in sorted(answers.items())) or "no answer"
+    return ", ".join(f"{answer}: {count}" for answer, count in sorted(answers.items()))

@@ -29,8 +29,12 @@ class Plan:
 
 @dataclass(frozen=True)
 class Second:
-    """Answers by status and code; and the milliseconds that half and 99 % of the successes took at most."""
+    """Answers by status and code; and the milliseconds that half and 99 % of the successes took at most.
+
+    What comes after the last second, when nothing is sent any more, is no `whole` second.
+    """
 
     answers: dict[str, int]
     p50: float | None
     p99: float | None
+    whole: bool = True

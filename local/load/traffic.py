@@ -114,11 +114,11 @@ class Answers:
         else:
             self.counts[f"{status} {code_of(response)}".strip()] += 1
 
-    def tell(self) -> None:
+    def tell(self, *, whole: bool = True) -> None:
         """Write the second down, and begin the next one."""
         # Two quantiles of one value are that value.
         times = quantiles([*self.milliseconds, *self.milliseconds], n=100) if self.milliseconds else None
-        second = Second(dict(self.counts), *((times[49], times[98]) if times else (None, None)))
+        second = Second(dict(self.counts), *((times[49], times[98]) if times else (None, None)), whole=whole)
         print(json.dumps(vars(second)), flush=True)
         self.counts, self.milliseconds = Counter(), []
 
@@ -160,7 +160,7 @@ def main() -> None:
         gevent.sleep(Client.begun + number - time.monotonic())
         answers.tell()
     runner.quit()
-    answers.tell()
+    answers.tell(whole=False)
 
 
 if __name__ == "__main__":

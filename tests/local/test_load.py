@@ -1,5 +1,6 @@
 """`python -m local.load` beside `python -m local`, each as a person starts it, and what is seen of it from outside."""
 
+import io
 import os
 import re
 import signal
@@ -12,8 +13,11 @@ from typing import Any
 import asyncpg
 import httpx
 import pytest
+from rich.console import Console
 
 from local.cluster import Cluster
+from local.load.board import Board
+from local.load.plan import Second
 from local.load.target import make_token
 from local.load.troubles import FUNCTION
 from local.serve import Running, running_in
@@ -26,9 +30,9 @@ from tests.terminal import on_a_terminal
 __all__ = ["directory"]  # A fixture.
 COMMAND = (sys.executable, "-m", "local.load")
 LOAD_SECONDS = 60.0
-SECOND = re.compile(
-    r"^ +\d+ s +(\d+)/s  (.+)  (?:p50 \d+ ms, p99 \d+ ms|no success)  (?:\d+|\?) waiting$", re.MULTILINE
-)
+TIMES = r"(?:p50 \d+ ms, p99 \d+ ms|no success)"
+SECOND = re.compile(rf"^ +\d+ s +(\d+)/s  (?:(.+)  {TIMES}|nothing was answered)  (?:\d+|\?) waiting$", re.MULTILINE)
+REST = re.compile(rf"^After the last second (\d+) more: (.+)  {TIMES}$", re.MULTILINE)
 SECRET = "a secret of the tests, of 32 bytes or more"
 
 
@@ -134,11 +138,12 @@ def test_calm_load_is_told_by_the_second_and_leaves_nothing(run: Run, client: ht
 
     assert f"To watch them: {run.url}/debug/pools" in calm.words
     seconds = SECOND.findall(calm.words)
-    assert len(seconds) == 5, calm.words
-    assert {answers.partition(":")[0] for _, answers in seconds if answers != "no answer"} == {"200"}
+    rest = REST.findall(calm.words)
+    assert len(seconds) == 4, calm.words
+    assert {answers.partition(":")[0] for _, answers in seconds + rest if answers} == {"200"}
     counted = re.search(r"^In all: 200: (\d+)\.$", calm.words, re.MULTILINE)
     assert counted is not None
-    assert int(counted[1]) == sum(int(rate) for rate, _ in seconds)
+    assert int(counted[1]) == sum(int(came) for came, _ in seconds + rest)
     assert 100 <= int(counted[1]) <= 164
     metrics = client.get("/metrics").text
     changes = re.search(r'^http_request_seconds_count\{method="PATCH".*\} (\d+)', metrics, re.MULTILINE)
@@ -146,6 +151,26 @@ def test_calm_load_is_told_by_the_second_and_leaves_nothing(run: Run, client: ht
     assert int(changes[1]) > 20
     assert "\x1b" not in calm.words
     assert patients_of_loads(client) == []
+
+
+@pytest.mark.parametrize(
+    ("second", "line"),
+    [
+        (Second({"200": 3}, 1.0, 2.0), "  1 s     3/s  200: 3  p50 1 ms, p99 2 ms  0 waiting\n"),
+        (Second({"503 x": 3}, None, None), "  1 s     3/s  503 x: 3  no success  0 waiting\n"),
+        (Second({}, None, None), "  1 s     0/s  nothing was answered  0 waiting\n"),
+        (Second({"200": 3}, 1.0, 2.0, whole=False), "After the last second 3 more: 200: 3  p50 1 ms, p99 2 ms\n"),
+        (Second({}, None, None, whole=False), ""),
+    ],
+)
+def test_line_says_what_is_known_of_its_second(second: Second, line: str) -> None:
+    """Where nothing was answered nothing has failed either, and what comes after the last second has no rate."""
+    written = io.StringIO()
+    console = Console(file=written, highlight=False, soft_wrap=True)
+
+    Board(console, console.status("")).show(second, 0)
+
+    assert written.getvalue() == line
 
 
 def test_load_moves_on_a_terminal(run: Run) -> None:
