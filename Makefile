@@ -141,5 +141,5 @@ lock: install  ## Resolve the dependencies anew into the hashed locks
 release: install .venv-release/.installed  ## Check, build, describe and tag a version; push nothing (VERSION=0.2.0 ARGS=--dry-run)
 	$(BIN)/python -m release $(VERSION) $(ARGS)
 
-clean:  ## Remove what the other targets made
-	rm -rf .venv .venv-backup .venv-docs .venv-ha .venv-release dist .local .coverage* .mypy_cache .ruff_cache .pytest_cache .hypothesis
+clean:  ## Remove what the other targets made; the databases of `make run` stay (ARGS=--databases: those, too)
+	@$(PYTHON) -m local.clean $(ARGS)

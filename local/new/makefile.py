@@ -45,5 +45,4 @@ def makefile(text: str, *, docker: bool) -> str:
         lines.append(f"\t$(BIN)/{deploy} --group deploy -c requirements-dev.txt -o requirements-deploy.txt")
     recipe = "\n".join(lines)
     text = re.sub(r"^lock: .*\n(?:\t.*\n)+", lambda _: f"{recipe}\n{UPDATE}", text, flags=re.MULTILINE)
-    text = text.replace("ARGS=tests/pglifeguard", "ARGS=tests/app").replace("make %-14s", "make %-19s")
-    return re.sub(r" \.venv-(?:backup|docs|ha|release)\b", "", text)
+    return text.replace("ARGS=tests/pglifeguard", "ARGS=tests/app").replace("make %-14s", "make %-19s")
