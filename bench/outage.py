@@ -24,6 +24,7 @@ from bench.load import BenchError
 from bench.served import Served
 from bench.setup import set_up
 from bench.stage import Stage
+from local.progress import progress
 from local.stopping import stop_on_signals
 from pglifeguard.database_settings import DatabaseSettings
 from pglifeguard.embedded.account import EmbeddedError
@@ -331,8 +332,8 @@ def main() -> None:
     ).parse_args()
     console = Console(highlight=False)
     try:
-        with console.status("") as status:
-            found = asyncio.run(_perform_until_told_to_stop(status.update))
+        with progress(console) as tell:
+            found = asyncio.run(_perform_until_told_to_stop(tell))
     except (BenchError, EmbeddedError) as error:
         console.print(str(error), style="red", markup=False)
         raise SystemExit(1) from None

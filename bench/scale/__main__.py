@@ -14,6 +14,7 @@ from rich.markdown import Markdown
 from bench.scale.clock import simulate
 from bench.scale.limits import MOST_INSTANCES, Figures, limits
 from bench.scale.storm import Situation, play
+from local.progress import progress
 from local.setup import PROJECT
 
 PAGE = PROJECT / "docs" / "scale-out.md"
@@ -82,11 +83,11 @@ def storm_row(situation: Situation) -> list[str]:
 
 
 def table_of_storms(console: Console, situations: Sequence[Situation]) -> str:
-    """Play each outage, and say on a terminal which one it is."""
+    """Play each outage, and say which one it is."""
     rows = []
-    with console.status("A failover") as status:
+    with progress(console) as say:
         for number, situation in enumerate(situations, 1):
-            status.update(f"A failover of {situation.instances:,} instances, {number} of {len(situations)}")
+            say(f"A failover of {situation.instances:,} instances, {number} of {len(situations)}")
             rows.append(storm_row(situation))
     return table(STORM, rows)
 

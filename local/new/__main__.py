@@ -12,6 +12,7 @@ from local.library import LibraryError
 from local.new.changes import ChangeError
 from local.new.copying import PROJECT, NewError, Order, author_known, make
 from local.new.names import refusal
+from local.progress import progress
 
 console = Console(highlight=False, soft_wrap=True)
 complaints = Console(highlight=False, soft_wrap=True, stderr=True)
@@ -47,8 +48,8 @@ def main(
         named = author if author is not None else author_known() or f"the authors of {name}"
         order = Order(name, target, named, _left_out(without or []), docker=docker)
         _check(order)
-        with console.status("Making a copy") as status:
-            files = make(order, status.update)
+        with progress(console) as say:
+            files = make(order, say)
     except (NewError, ChangeError, LibraryError) as error:
         complaints.print(str(error), style="red", markup=False)
         raise typer.Exit(1) from None

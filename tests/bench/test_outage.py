@@ -1,6 +1,7 @@
 """The outage is played on a real server, and what its table says is what happened."""
 
 import io
+import re
 import signal
 import subprocess
 import sys
@@ -64,7 +65,7 @@ def command(process: psutil.Process) -> list[str]:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP], ids=lambda number: number.name)
 def test_ends_all_that_it_started(number: signal.Signals) -> None:
-    """Ctrl-C, or a terminal that closes: no process, and no databases in memory, are left."""
+    """Ctrl-C, or a terminal that closes: no process, and no databases in memory, are left. It has said its steps."""
     with subprocess.Popen([sys.executable, "-m", "bench.outage"], stdout=subprocess.PIPE, text=True) as process:
         started: dict[psutil.Process, list[str]] = {}
 
@@ -79,6 +80,7 @@ def test_ends_all_that_it_started(number: signal.Signals) -> None:
     directories = {Path(words[words.index("-D") + 1]) for words in started.values() if "-D" in words}
     assert len(directories) == 2
     assert process.returncode == 130
+    assert re.match(r" +\d\.\d s  starting the databases\n +\d+\.\d s  ours with 3 x 50 connections\n", said), said
     assert "everything that was started is stopped too" in said
     assert psutil.wait_procs(list(started), timeout=10)[1] == []
     assert not any(directory.exists() for directory in directories)
