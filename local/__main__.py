@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 
 from local.cluster import Cluster
-from local.runs import alone_in
+from local.runs import Place, alone_in
 from local.seed import seed
 from local.serve import Service, environment
 from local.setup import DIRECTORY
@@ -64,21 +64,22 @@ def main(  # noqa: PLR0913  # A command line has as many parameters as options.
     service = Service(directory, host=host, port=port, workers=workers, reload=reload)
     options = Options(directory, service, seed=0 if no_seed else seed, keep=keep)
     try:
-        with alone_in(directory):
-            status = asyncio.run(_run(options))
+        with alone_in(directory.absolute()) as place:
+            status = asyncio.run(_run(options, place))
     except (EmbeddedError, OSError, asyncpg.DiskFullError) as error:
         complaints.print(_sentence(error), style="red", markup=False)
         raise typer.Exit(1) from None
     raise typer.Exit(status)
 
 
-async def _run(options: Options) -> int:
+async def _run(options: Options, place: Place) -> int:
     """Bring everything up, serve until told to stop, and take everything down in the opposite order."""
     stop_on_signals()
     started = time.monotonic()
     cluster: Cluster | None = None
-    await options.service.take_port()
     try:
+        await options.service.take_port()
+        await options.service.check_settings()
         with console.status("Starting") as status:
 
             def progress(step: str) -> None:
@@ -100,6 +101,7 @@ async def _run(options: Options) -> int:
             progress("Starting the service")
             variables = _write_variables(options.directory, environment(cluster))
             await options.service.start(environment(cluster))
+        place.keep()
         console.print(
             SESSION.format(
                 url=options.service.url,

@@ -5,10 +5,11 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TextIO
 
 import psutil  # type: ignore[import-untyped]  # See pglifeguard/embedded/waiting.py.
 
-from pglifeguard.embedded.account import EmbeddedError
+from pglifeguard.embedded.account import EmbeddedError, remove_tree
 from pglifeguard.embedded.waiting import processes_end
 
 END_SECONDS = 5.0
@@ -16,26 +17,66 @@ END_SECONDS = 5.0
 MARK = "LIFEGUARD_LOCAL"
 
 
+class Place:
+    """The directory of a run that nobody else uses."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self._made = [path for path in (directory, *directory.parents) if not path.exists()]
+        self._was_used = (directory / "lock").exists()
+        directory.mkdir(parents=True, exist_ok=True)
+
+    def keep(self) -> None:
+        """Let what is in it stay, whatever comes: somebody may have stored something."""
+        self._made, self._was_used = [], True
+
+    def clear(self) -> None:
+        """Remove what this run has made: the directory and those above it, or in one that was there the lock."""
+        if self._made:
+            remove_tree(self.directory / "data")
+            remove_tree(self.directory)
+        elif not self._was_used:
+            (self.directory / "lock").unlink()
+        for path in self._made[1:]:
+            with suppress(OSError):  # Somebody has put something else into it meanwhile.
+                path.rmdir()
+
+
 @contextmanager
-def alone_in(directory: Path) -> Iterator[None]:
-    """Hold the directory's lock, which the kernel releases even after kill -9.
+def alone_in(directory: Path) -> Iterator[Place]:
+    """Hold the directory's lock, which the kernel releases even after kill -9; what fails before `keep()` is cleared.
 
     Raises: EmbeddedError when another run holds it.
     """
-    directory.mkdir(parents=True, exist_ok=True)
-    with (directory / "lock").open("a+", encoding="utf-8") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.seek(0)
-            raise EmbeddedError(
-                f"Another run (process {lock.read().strip()}) uses {directory}: stop it, or give this one a "
-                "directory of its own with --directory."
-            ) from None
+    place = Place(directory)
+    with _opened(directory / "lock") as lock:
         lock.truncate(0)
         lock.write(str(os.getpid()))
         lock.flush()
-        yield
+        try:
+            yield place
+        except BaseException:
+            place.clear()
+            raise
+
+
+def _opened(path: Path) -> TextIO:
+    """Open and lock a file that is still there afterwards: a run that fails takes the one that it has made away."""
+    while True:
+        lock = path.open("a+", encoding="utf-8")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if path.exists() and os.path.samestat(os.fstat(lock.fileno()), path.stat()):
+                return lock
+        except BlockingIOError:
+            lock.seek(0)
+            holder = lock.read().strip()
+            lock.close()
+            raise EmbeddedError(
+                f"Another run (process {holder}) uses {path.parent}: stop it, or give this one a directory and a port "
+                'of its own: make run ARGS="--directory /tmp/second --port 8001"'
+            ) from None
+        lock.close()
 
 
 def marked(mark: str) -> Iterator[tuple[psutil.Process, dict[str, str]]]:

@@ -16,7 +16,7 @@ import psutil  # type: ignore[import-untyped]  # See pglifeguard/embedded/waitin
 
 from local.cluster import Cluster
 from local.runs import MARK, end_service, marked
-from local.setup import PROJECT
+from local.setup import DIRECTORY, PROJECT
 from pglifeguard.embedded.account import EmbeddedError
 from pglifeguard.embedded.waiting import eventually
 
@@ -24,6 +24,14 @@ READY_SECONDS = 30.0
 # Short of the service's own patience with requests in flight: who presses Ctrl-C on a laptop wants the prompt back.
 STOP_SECONDS = 5.0
 PORT_SECONDS = 2.0
+# Below the first one ports are root's; the last one is that of TCP.
+FIRST_PORT, LAST_PORT = 8001, 65_536
+# The status of local/check_settings.py where a setting is wrong, and not the code.
+WRONG_SETTINGS = 2
+# Where the databases will be is not known before they are there: URLs of two servers, in the form that these have.
+SOME_URLS = [
+    f"postgresql://{role}:password@127.0.0.1:{port}/db" for role, port in (("a", 5432), ("b", 5433), ("c", 5432))
+]
 
 
 class Service:
@@ -34,6 +42,7 @@ class Service:
         self.port = port
         self.workers = workers
         self.reload = reload
+        self._directory = directory
         self._mark = str(directory.absolute())
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -49,11 +58,36 @@ class Service:
         """
         # A process that was killed is gone a moment before the kernel has closed what it listened on.
         patience = PORT_SECONDS if await end_service(self._mark) else 0.0
-        if not await eventually(self._port_is_free, patience):
+
+        async def free() -> bool:
+            return self._is_free(self.port)
+
+        if not await eventually(free, patience):
+            another = next(filter(self._is_free, range(self.port + 1, LAST_PORT)), FIRST_PORT)
+            elsewhere = "" if self._directory == DIRECTORY else f"--directory {self._directory} "
             raise EmbeddedError(
                 f"Port {self.port} on {self.host} is taken or not ours to use. Stop what listens there, or choose "
-                f'another: make run ARGS="--port {self.port + 1}".'
+                f'another: make {"dev" if self.reload else "run"} ARGS="{elsewhere}--port {another}"'
             )
+
+    async def check_settings(self) -> None:
+        """Make sure that the environment and `.env` are ones with which the service would start.
+
+        Raises: EmbeddedError, with the service's own words. With `reload` it is left to the service to tell of code
+        that does not start, until somebody has mended it.
+        """
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "local.check_settings",
+            cwd=PROJECT, stderr=asyncio.subprocess.PIPE,
+            env=os.environ | _variables(*SOME_URLS) | self._chosen(),
+        )  # fmt: skip
+        try:
+            _, output = await process.communicate()
+        finally:
+            if process.returncode is None:  # We were told to stop meanwhile.
+                process.kill()
+        if process.returncode == WRONG_SETTINGS or (process.returncode != 0 and not self.reload):
+            raise EmbeddedError(output.decode(errors="replace").strip())
 
     async def start(self, environment: dict[str, str]) -> None:
         """Start and wait until /health/ready says yes.
@@ -103,11 +137,15 @@ class Service:
                 os.killpg(self._process.pid, signal.SIGKILL)
                 await asyncio.to_thread(self._process.wait)
 
-    async def _port_is_free(self) -> bool:
+    def _chosen(self) -> dict[str, str]:
+        """Return what the service makes of its command line."""
+        return {"HOST": self.host, "PORT": str(self.port), "WORKERS": str(self.workers)}
+
+    def _is_free(self, port: int) -> bool:
         with socket.socket(socket.AF_INET6 if ":" in self.host else socket.AF_INET) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
-                probe.bind((self.host, self.port))
+                probe.bind((self.host, port))
             except OSError:
                 return False
             return True
@@ -143,9 +181,13 @@ def _url(host: str, port: int) -> str:
 def environment(cluster: Cluster) -> dict[str, str]:
     """Return the variables that point the service at the cluster: what a deployment would set."""
     reader = cluster.url("app_ro", server="replica")
+    return _variables(cluster.url("app_rw"), reader, cluster.url("app_owner"))
+
+
+def _variables(primary: str, replica: str, owner: str) -> dict[str, str]:
     return {
-        "DATABASE_URL": cluster.url("app_rw"),
-        "DATABASE_REPLICA_URL": reader,
-        "DATABASE_ANALYTICS_URL": reader,
-        "MIGRATIONS_URL": cluster.url("app_owner"),
+        "DATABASE_URL": primary,
+        "DATABASE_REPLICA_URL": replica,
+        "DATABASE_ANALYTICS_URL": replica,
+        "MIGRATIONS_URL": owner,
     }

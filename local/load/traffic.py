@@ -118,7 +118,8 @@ class Answers:
         """Write the second down, and begin the next one."""
         # Two quantiles of one value are that value.
         times = quantiles([*self.milliseconds, *self.milliseconds], n=100) if self.milliseconds else None
-        second = Second(dict(self.counts), *((times[49], times[98]) if times else (None, None)), whole=whole)
+        p50, p99 = (times[49], times[98]) if times else (None, None)
+        second = Second(dict(self.counts), p50, p99, whole)
         print(json.dumps(vars(second)), flush=True)
         self.counts, self.milliseconds = Counter(), []
 

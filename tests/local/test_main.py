@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil  # type: ignore[import-untyped]  # The wheel brings it along; its stubs would be one more package.
@@ -24,6 +25,7 @@ from local.setup import PROJECT
 from pglifeguard.embedded.leftovers import postmaster
 from pglifeguard.embedded.postgres import free_port
 from tests.terminal import on_a_terminal
+from tests.tls import Authority
 
 READY_SECONDS = 40.0
 STOP_SECONDS = 15.0
@@ -34,10 +36,12 @@ SESSIONS = 13
 class Run:
     """One `python -m local`; its words go to a file."""
 
-    def __init__(self, directory: Path, port: int, *options: str, project: Path = PROJECT) -> None:
+    def __init__(
+        self, directory: Path, port: int, *options: str, project: Path = PROJECT, beside: Path | None = None
+    ) -> None:
         self.directory = directory
         self.url = f"http://127.0.0.1:{port}"
-        self.output = directory.with_name(f"{directory.name}.{time.monotonic_ns()}.out")
+        self.output = (beside or directory).with_name(f"{directory.name}.{time.monotonic_ns()}.out")
         with self.output.open("wb") as output:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "local", "--directory", str(directory), "--port", str(port), *options],
@@ -93,9 +97,9 @@ def directory(open_directory: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def started(directory: Path, *options: str, project: Path = PROJECT) -> Iterator[Run]:
+def started(directory: Path, *options: str, port: int | None = None, **named: Any) -> Iterator[Run]:
     """Start, wait until ready, and do not leave it running when the test fails."""
-    run = Run(directory, free_port(), *options, project=project)
+    run = Run(directory, free_port() if port is None else port, *options, **named)
     try:
         yield run.wait_ready()
     finally:
@@ -167,18 +171,78 @@ def test_fresh_starts_anew(directory: Path) -> None:
         run.stop(signal.SIGTERM)
 
 
-def test_taken_port_is_said_before_anything_starts(directory: Path) -> None:
-    """The sentence names the port and the way out, and no database was made."""
+def test_taken_port_is_said_and_leaves_nothing(directory: Path) -> None:
+    """The sentence names the port and a command that works; what was made for the run is gone, and another serves."""
+    place = directory / "deep" / "down"
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        run = Run(directory, port)
+        run = Run(place, port, beside=directory)
 
         assert run.process.wait(STOP_SECONDS) == 1
 
-    assert f"Port {port} on 127.0.0.1 is taken or not ours to use" in run.words
-    assert f'make run ARGS="--port {port + 1}"' in run.words
+        assert f"Port {port} on 127.0.0.1 is taken or not ours to use" in run.words
+        assert "Traceback" not in run.words
+        assert not directory.exists()
+        said = re.findall(r'make run ARGS="--directory (\S+) --port (\d+)"', run.words)
+        assert [where for where, _ in said] == [str(place)]
+        with started(place, "--no-seed", port=int(said[0][1]), beside=directory) as again:
+            assert again.stop(signal.SIGTERM) == 0
+
+
+def test_failed_run_touches_nothing_of_a_directory_that_was_there(directory: Path) -> None:
+    """Of a folder with something in it goes the lock of the run that failed; a run before it keeps all that it has."""
+    directory.mkdir()
+    (directory / "mine").touch()
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert Run(directory, port).process.wait(STOP_SECONDS) == 1
+        assert [path.name for path in directory.iterdir()] == ["mine"]
+        with started(directory, "--no-seed") as run:
+            run.stop(signal.SIGTERM)
+        before = sorted(path.name for path in directory.iterdir())
+
+        assert Run(directory, port).process.wait(STOP_SECONDS) == 1
+
+    assert sorted(path.name for path in directory.iterdir()) == before
+    assert {"data", "lock", "mine"} < {*before}
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "sentence"),
+    [
+        ("DATABASE_POOLSIZE", "5", "DATABASE_POOLSIZE is not a setting of this service. Did you mean"),
+        ("AUTH_SECRT", "x", "AUTH_SECRT is not a setting"),
+        ("DATABASE_POOL_SIZE", "ten", "DATABASE_POOL_SIZE: "),
+        ("CONNECTION_LIMIT", "10", "= 17 connections > 10 - 3 reserved"),
+        ("MIGRATIONS_WAIT_SECONDS", "long", "MIGRATIONS_WAIT_SECONDS: "),
+        ("TLS_CERTIFICATE", "none.pem", "TLS_CERTIFICATE and TLS_KEY belong together"),
+    ],
+)
+def test_wrong_setting_is_said_before_anything_is_made(
+    monkeypatch: pytest.MonkeyPatch, directory: Path, name: str, value: str, sentence: str
+) -> None:
+    """The service's own sentence, and not after the servers were made for it; nothing is left."""
+    monkeypatch.setenv(name, value)
+
+    run = Run(directory, free_port(), *(["--reload"] if value == "ten" else []))
+
+    assert run.process.wait(STOP_SECONDS) == 1
+    assert sentence in run.words
     assert "Traceback" not in run.words
-    assert not (directory / "data").exists()
+    assert "Creating" not in run.words
+    assert not directory.exists()
+
+
+def test_https_is_refused(monkeypatch: pytest.MonkeyPatch, directory: Path, tmp_path: Path) -> None:
+    """Settings of a deployment, in an environment or a `.env`: nobody would be answered by plain HTTP."""
+    certificate = Authority(tmp_path / "authority").issue("localhost")
+    monkeypatch.setenv("TLS_CERTIFICATE", str(certificate.certificate))
+    monkeypatch.setenv("TLS_KEY", str(certificate.key))
+
+    run = Run(directory, free_port())
+
+    assert run.process.wait(STOP_SECONDS) == 1
+    assert "TLS_CERTIFICATE is set, and `make run` serves by plain HTTP" in run.words
 
 
 def test_second_run_over_the_same_directory_is_refused(directory: Path) -> None:
