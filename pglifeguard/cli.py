@@ -7,11 +7,6 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Annotated, Any, TypeVar
 
-import typer
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
-
 from pglifeguard import budget
 from pglifeguard.activity import BLOCKED, CLOSE_IDLE, EACH, END_IDLE, IDLE
 from pglifeguard.connector import Connector
@@ -19,14 +14,24 @@ from pglifeguard.credentials import PasswordSource
 from pglifeguard.database_settings import DatabaseSettings
 from pglifeguard.doctor import Check, Finding, Inquiry, Load, Target, diagnose, error, warning
 from pglifeguard.doctor.findings import EXIT_CODES
-from pglifeguard.doctor.show import show, wide_console
 from pglifeguard.duration import parse_duration
 from pglifeguard.environment import SettingsError
 from pglifeguard.errors import DatabaseUnavailable
+from pglifeguard.extras import not_installed
 from pglifeguard.metrics import Metrics
 from pglifeguard.monitor import Monitor
-from pglifeguard.orders import LOCAL, OrderFailedError, Token, order_commands, pool_sizes
 from pglifeguard.settings import DatabasesSettings
+
+try:
+    import typer
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    from pglifeguard.doctor.show import show, wide_console
+    from pglifeguard.orders import LOCAL, OrderFailedError, Token, order_commands, pool_sizes
+except ModuleNotFoundError as missing:
+    raise not_installed(missing, "cli", __name__) from None
 
 SettingsT = TypeVar("SettingsT", bound=DatabasesSettings)
 Further = Callable[[Any], Iterable[Target]]

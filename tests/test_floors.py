@@ -11,6 +11,7 @@ ROOT = Path(__file__).parent.parent
 DOMAINS = sorted(path.parent.name for path in (ROOT / "app").glob("*/routes.py"))
 # A module imports from lower floors only. `TYPE_CHECKING` is no way around: no two modules import each other.
 LIBRARY = (
+    {"extras"},
     {"activity", "builtin_functions", "credentials", "dialect", "errors", "fence", "pooler", "query", "registry",
      "sampling", "service_file", "statement_text", "tls", "variables", "duration", "doctor.findings", "embedded",
      "embedded.account", "embedded.waiting"},

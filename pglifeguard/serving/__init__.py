@@ -3,6 +3,7 @@
 import sys
 from typing import Any
 
+from pglifeguard.extras import not_installed
 from pglifeguard.settings import DatabasesSettings
 
 try:
@@ -23,9 +24,14 @@ def serve(factory: str, settings: DatabasesSettings, **options: Any) -> None:
     Requests in flight are finished first, for GRACEFUL_TIMEOUT_SECONDS at most. `options` are uvicorn's own: host,
     port, log_config and so on. The application's lifespan has to yield what `Lifeguard.lifespan` gives.
 
-    Raises: ModuleNotFoundError without the extra `serving`.
+    Raises: ModuleNotFoundError, which says what to install, without the extra `serving`.
     """
     # Parts of this package serve applications that somebody else's server runs, where uvicorn may not be installed.
-    from pglifeguard.serving.server import run  # noqa: PLC0415
+    try:
+        import uvloop  # noqa: F401, PLC0415  # uvicorn looks for it when it has begun to serve.
+
+        from pglifeguard.serving.server import run  # noqa: PLC0415
+    except ModuleNotFoundError as error:
+        raise not_installed(error, "serving", f"{__name__}.serve") from None
 
     run(factory, settings, **options)

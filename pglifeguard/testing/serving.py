@@ -9,6 +9,7 @@ from typing import Any
 
 from pglifeguard.databases import Databases
 from pglifeguard.embedded.waiting import eventually
+from pglifeguard.extras import not_installed
 
 SETTLE_SECONDS = 10.0
 START_SECONDS = 10.0
@@ -78,7 +79,10 @@ async def listening(app: Any, **options: Any) -> AsyncIterator[str]:
 
     The lifespan of what `running` gives is open, and is not opened again. `options` are uvicorn's.
     """
-    import uvicorn  # noqa: PLC0415  # Of the extra `serving`, and half a tenth of a second.
+    try:
+        import uvicorn  # noqa: PLC0415  # Of the extra `serving`, and half a tenth of a second.
+    except ModuleNotFoundError as error:
+        raise not_installed(error, "serving", "A test that asks for live_url") from None
 
     lifespan = "off" if isinstance(app, Running) else "auto"
     chosen = {"log_config": None, "access_log": False, "timeout_graceful_shutdown": 1, "lifespan": lifespan} | options

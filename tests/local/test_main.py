@@ -25,7 +25,6 @@ from local.setup import PROJECT
 from pglifeguard.embedded.leftovers import postmaster
 from pglifeguard.embedded.postgres import free_port
 from tests.terminal import on_a_terminal
-from tests.tls import Authority
 
 READY_SECONDS = 40.0
 STOP_SECONDS = 15.0
@@ -235,9 +234,11 @@ def test_wrong_setting_is_said_before_anything_is_made(
 
 def test_https_is_refused(monkeypatch: pytest.MonkeyPatch, directory: Path, tmp_path: Path) -> None:
     """Settings of a deployment, in an environment or a `.env`: nobody would be answered by plain HTTP."""
-    certificate = Authority(tmp_path / "authority").issue("localhost")
-    monkeypatch.setenv("TLS_CERTIFICATE", str(certificate.certificate))
-    monkeypatch.setenv("TLS_KEY", str(certificate.key))
+    made = ("-subj", "/CN=localhost", "-keyout", "key.pem", "-out", "certificate.pem")
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", *made]
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    monkeypatch.setenv("TLS_CERTIFICATE", str(tmp_path / "certificate.pem"))
+    monkeypatch.setenv("TLS_KEY", str(tmp_path / "key.pem"))
 
     run = Run(directory, free_port())
 
