@@ -134,7 +134,7 @@ lock: install  ## Resolve the dependencies anew into the hashed locks
 	$(BIN)/uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-header --all-extras pyproject.toml --group service --group dev -c requirements.txt -o requirements-dev.txt
 	$(BIN)/uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-header --group deploy -c requirements-dev.txt -o requirements-deploy.txt
 	$(BIN)/uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-header --group ha -c requirements-dev.txt -o requirements-ha.txt
-	$(BIN)/uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-header $(SERVED) pyproject.toml --group service --group docs -c requirements-dev.txt -o requirements-docs.txt
+	$(BIN)/uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-header $(SERVED) --extra testing pyproject.toml --group service --group docs -c requirements-dev.txt -o requirements-docs.txt
 	$(BIN)/uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-header --group backup -c requirements-dev.txt -o requirements-backup.txt
 	$(BIN)/uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-header --group release -c requirements-dev.txt -o requirements-release.txt
 

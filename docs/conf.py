@@ -25,10 +25,11 @@ sys.path.insert(0, str(ROOT))
 import pglifeguard.doctor  # noqa: E402  # The tree is on the path from here on.
 import pglifeguard.fastapi  # noqa: E402
 import pglifeguard.serving  # noqa: E402
+import pglifeguard.testing  # noqa: E402
 from app.main import create_app  # noqa: E402
 from app.settings import Settings  # noqa: E402
 
-PACKAGES = (pglifeguard, pglifeguard.fastapi, pglifeguard.serving, pglifeguard.doctor)
+PACKAGES = (pglifeguard, pglifeguard.fastapi, pglifeguard.serving, pglifeguard.testing, pglifeguard.doctor)
 LIBRARY = ROOT / "docs" / "library.md"
 
 project = "Lifeguard"
