@@ -17,7 +17,9 @@ from migrations.doctor import migration_targets, pending_migrations
 from pglifeguard import serving
 from pglifeguard.cli import checked, database_commands, stop
 
-cli = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False)
+HELP = "Serve, ask the databases what is wrong, and give orders to a service that runs."
+# Markdown is filled to the terminal's width; otherwise the lines of this file stay lines.
+cli = typer.Typer(help=HELP, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="markdown")
 HostOption = Annotated[str | None, typer.Option(help="Address to listen on; HOST.")]
 PortOption = Annotated[int | None, typer.Option(help="Port to listen on; PORT.", min=0, max=65_535)]
 WorkersOption = Annotated[int | None, typer.Option(help="Processes; WORKERS. One for each container.", min=1)]

@@ -5,6 +5,7 @@ of them fails, for every client, until its connection is replaced: that is what 
 the new schema too.
 """
 
+import argparse
 import asyncio
 import logging
 import sys
@@ -85,4 +86,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    # Whoever asks for help has migrated nothing yet.
+    argparse.ArgumentParser(
+        prog="python -m migrations", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     main()

@@ -36,6 +36,7 @@ except ModuleNotFoundError as missing:
 SettingsT = TypeVar("SettingsT", bound=DatabasesSettings)
 Further = Callable[[Any], Iterable[Target]]
 
+HELP = "Ask the databases of a service what is wrong, and give orders to one that runs."
 # Twice what a pool lets a connection idle (DATABASE_POOL_IDLE_SECONDS), its warm ones excepted.
 IDLE_SECONDS = 600
 # Characters of a statement in a table: enough to recognise it.
@@ -101,7 +102,8 @@ def database_commands(
         settings = settings_cls(**chosen)
         return settings if password is None else settings.asking(password)
 
-    commands = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False)
+    # Markdown is filled to the terminal's width; otherwise the lines of this file stay lines.
+    commands = typer.Typer(help=HELP, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="markdown")
     commands.add_typer(order_commands(lambda: (LOCAL, None) if reach is None else reach(read())))
 
     @commands.command("doctor")

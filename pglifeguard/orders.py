@@ -83,7 +83,9 @@ class Order:
 
 def order_commands(reach: Reach) -> typer.Typer:
     """Make the commands; `reach` is asked for the URL and the token where the operator gives none."""
-    commands = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False)
+    commands = typer.Typer(
+        help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="markdown"
+    )
 
     @commands.command("pause")
     def _pause(*, seconds: Seconds = 20, wait: Wait = 10, url: Urls = None, token: Token = None) -> None:

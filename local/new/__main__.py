@@ -29,7 +29,7 @@ def main(
     name: Annotated[str, typer.Argument(help="What it is called: lower-case letters and digits, as in clinic.")],
     directory: Annotated[str, typer.Argument(help="Where it is made: a folder that is empty or not there.")],
     *,
-    author: Annotated[str | None, typer.Option(help="Who the licence names. [default: git's user.name]")] = None,
+    author: Annotated[str | None, typer.Option(help="Whom the licence names; else git's user.name.")] = None,
     without: Annotated[
         list[str] | None, typer.Option(help="Leave out users, reports, or both: 'users reports'.")
     ] = None,
