@@ -37,7 +37,9 @@ class Variables(PydanticBaseSettingsSource):
         dotenv: PydanticBaseSettingsSource | None = None,
     ) -> None:
         super().__init__(settings_cls)
-        sources = (dotenv or DotEnvSettingsSource(settings_cls), environment or EnvSettingsSource(settings_cls))
+        file = cast("DotEnvSettingsSource", dotenv or DotEnvSettingsSource(settings_cls))
+        sources = (file, environment or EnvSettingsSource(settings_cls))
+        self._file = None if file.env_file is None else Path(str(file.env_file))
         self.variables: dict[str, str] = {}
         for source in cast("tuple[EnvSettingsSource, ...]", sources):
             self.variables |= {name.lower(): value for name, value in source.env_vars.items() if value}
@@ -55,28 +57,36 @@ class Variables(PydanticBaseSettingsSource):
     def read(self, is_known: Callable[[str], bool]) -> dict[str, str]:
         """Return all variables, those of known settings from their files too.
 
-        Raises: SettingsError when a known one is set twice, or its file cannot be read.
+        Raises: SettingsError when a known one is set twice, or its file cannot be read, and when a line of `.env` is
+        none that sets something: what it was meant to set would be left at its default.
         """
-        for where, values in self._written():
+        for where, values in self._written(is_known):
             for name, said in values.items():
                 if is_known(name.removesuffix("_file")) and len(set(filter(None, said))) > 1:
                     raise SettingsError(f"{name.upper()} is set {len(said)} times in {where}, and differs; keep one.")
         return with_secret_files(self.variables, is_known)
 
-    def _written(self) -> Iterator[tuple[str, Mapping[str, list[str]]]]:
+    def _written(self, is_known: Callable[[str], bool]) -> Iterator[tuple[str, Mapping[str, list[str]]]]:
         """List what is written where, by lower-case name; the sources above keep the last of two in silence."""
         in_process: defaultdict[str, list[str]] = defaultdict(list)
         for name, value in os.environ.items():
             in_process[name.lower()].append(value)
         yield "the environment, in capitals and not", in_process
+        if self._file is None or not self._file.is_file():
+            return
         in_file: defaultdict[str, list[str]] = defaultdict(list)
-        path = Path(str(self.settings_cls.model_config.get("env_file")))
-        if path.is_file():
-            with path.open(encoding="utf-8") as lines:
-                for line in parse_stream(lines):
-                    if line.key is not None:
-                        in_file[line.key.lower()].append(line.value or "")
-        yield str(path), in_file
+        with self._file.open(encoding="utf-8") as lines:
+            for line in parse_stream(lines):
+                name = (line.key or "").lower()
+                # The line itself is not repeated: there may be a password in it.
+                if line.error or (line.value is None and is_known(name.removesuffix("_file"))):
+                    raise SettingsError(
+                        f"Line {line.original.line} of {self._file} sets nothing: it is no NAME=value, or its quotes "
+                        "are not closed."
+                    )
+                if name:
+                    in_file[name].append(line.value or "")
+        yield str(self._file), in_file
 
 
 def with_secret_files(variables: Mapping[str, str], is_known: Callable[[str], bool]) -> dict[str, str]:

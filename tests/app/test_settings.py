@@ -397,6 +397,26 @@ def test_variable_that_is_set_twice_is_refused(monkeypatch: pytest.MonkeyPatch, 
     assert load(monkeypatch).listen_url is not None
 
 
+@pytest.mark.parametrize(
+    "line", [f"AUTH_SECRET: {SECRET}", "AUTH_SECRET", f"AUTH_SECRET='{SECRET}", f"set AUTH_SECRET={SECRET}"]
+)
+def test_line_that_sets_nothing_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, line: str) -> None:
+    """With its number, and without what it holds: left out, it would leave the service open."""
+    (tmp_path / ".env").write_text(f"# One.\nexport SOMEBODY_ELSES\n{line}\n")
+
+    sentence = refusal(monkeypatch)
+
+    assert sentence == "Line 3 of .env sets nothing: it is no NAME=value, or its quotes are not closed."
+
+
+def test_file_that_is_not_read_is_not_judged(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Settings that are made without a `.env` are not held up by one."""
+    (tmp_path / ".env").write_text("no line of it\n")
+    monkeypatch.setenv("DATABASE_URL", URL)
+
+    assert Settings(_env_file=None).auth_secret is None
+
+
 def test_secret_and_file_together_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Nobody has to guess which of the two counts."""
     sentence = refusal(monkeypatch, AUTH_SECRET=SECRET, AUTH_SECRET_FILE=tmp_path / "x")
