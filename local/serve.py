@@ -18,6 +18,7 @@ from local.cluster import Cluster
 from local.runs import MARK, end_service, marked
 from local.setup import DIRECTORY, PROJECT
 from pglifeguard.embedded.account import EmbeddedError
+from pglifeguard.embedded.programs import explain
 from pglifeguard.embedded.waiting import eventually
 
 READY_SECONDS = 30.0
@@ -73,8 +74,7 @@ class Service:
     async def check_settings(self) -> None:
         """Make sure that the environment and `.env` are ones with which the service would start.
 
-        Raises: EmbeddedError, with the service's own words. With `reload` it is left to the service to tell of code
-        that does not start, until somebody has mended it.
+        Raises: EmbeddedError, with the service's own words.
         """
         process = await asyncio.create_subprocess_exec(
             sys.executable, "-m", "local.check_settings",
@@ -86,8 +86,9 @@ class Service:
         finally:
             if process.returncode is None:  # We were told to stop meanwhile.
                 process.kill()
-        if process.returncode == WRONG_SETTINGS or (process.returncode != 0 and not self.reload):
-            raise EmbeddedError(output.decode(errors="replace").strip())
+        if process.returncode != 0:
+            text = output.decode(errors="replace").strip()
+            raise EmbeddedError(text if process.returncode == WRONG_SETTINGS else explain(text, "Reading the settings"))
 
     async def start(self, environment: dict[str, str]) -> None:
         """Start and wait until /health/ready says yes.

@@ -33,8 +33,8 @@ def project(tmp_path: Path) -> Path:
 def make_clean(project: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Type `make clean`."""
     command = ["make", "--no-print-directory", "clean", f"PYTHON={sys.executable}", *arguments]
-    # This may be a `make test` itself, and hand its flags on.
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
+    # This may be a `make test` itself, which hands its flags and its ARGS on.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("ARGS", "MAKE", "MFLAGS"))}
     return subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True, check=False)
 
 

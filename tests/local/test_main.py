@@ -270,12 +270,33 @@ def sessions(environment: dict[str, str]) -> set[str]:
     return found
 
 
-def test_saved_file_is_served_and_leaves_no_session_behind(directory: Path, tmp_path: Path) -> None:
-    """Four times, and after an error: the answer is the file's, the sessions new and as many, the servers the same."""
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """Give a copy of the project's code, to be changed."""
     project = tmp_path / "copy"
     for name in ("app", "local", "migrations", "pglifeguard", "postgres"):
         shutil.copytree(PROJECT / name, project / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(PROJECT / "alembic.ini", project)
+    return project
+
+
+@pytest.mark.parametrize("options", [(), ("--reload",)])
+def test_settings_that_are_no_code_are_said_before_anything_is_made(
+    directory: Path, project: Path, options: tuple[str, ...]
+) -> None:
+    """With the place; a reload, too, would need the tables of migrations, which need the settings."""
+    (project / "app" / "settings.py").write_text("no Python\n", encoding="utf-8")
+    run = Run(directory, free_port(), *options, project=project)
+
+    assert run.process.wait(STOP_SECONDS) == 1
+    assert "Reading the settings failed with these last words:" in run.words
+    assert "SyntaxError" in run.words
+    assert "Creating" not in run.words
+    assert not directory.exists()
+
+
+def test_saved_file_is_served_and_leaves_no_session_behind(directory: Path, project: Path) -> None:
+    """Four times, and after an error: the answer is the file's, the sessions new and as many, the servers the same."""
     file = project / "app" / "patients" / "queries.py"
     code = file.read_text(encoding="utf-8")
     held: list[set[str]] = []
