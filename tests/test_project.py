@@ -217,3 +217,20 @@ def test_index_of_packages_is_nobodys_own() -> None:
     assert ignored.returncode == 0
     for name in listed("requirements*.txt"):
         assert "://" not in read(name), name
+
+
+def test_files_that_a_page_names_are_there() -> None:
+    """Links are checked by the site's build; a path that is written as code sends a reader nowhere unnoticed."""
+    files = listed()
+    tops = {path.partition("/")[0] for path in files if "/" in path}
+    # What is told of was true then; and what that page, or a line, names is what its reader makes.
+    told = re.compile(r"CHANGELOG\.md|docs/(?:decisions/.*|adding-a-domain\.md)|local/new/texts/.*")
+    missing = []
+    made = ".github/CODEOWNERS"
+    for page in (path for path in files if path.endswith(".md") and not told.fullmatch(path)):
+        for name in re.findall(r"`([\w.-]+/[\w./-]+)`", read(page)):
+            here = (name, os.path.normpath(f"{page}/../{name}"))
+            if name != made and name.partition("/")[0] in tops and not any(path.startswith(here) for path in files):
+                missing.append(f"{page}: {name}")
+
+    assert missing == []
