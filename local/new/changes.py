@@ -108,7 +108,7 @@ EVERYWHERE = (
     exactly("docs/troubleshooting.md", "[The outage](outage.md) tells it", "pglifeguard's docs/outage.md tells it"),
     Change("tests/test_alerts.py", r"^@pytest.*\ndef test_alert_is_walked_in_the_running_stack(?:.*\n)+?\n\n(?=@)"),
     Change("docs/live-page.md", r"^\nThe pictures are made by the tests: .*\n"),
-    exactly(".gitignore", ".venv-backup/\n.venv-docs/\n.venv-ha/\n.venv-release/\n"),
+    exactly(".gitignore", ".venv-backup/\n.venv-docs/\n.venv-examples/\n.venv-ha/\n.venv-release/\n"),
     exactly(".github/dependabot.yml", " CONTRIBUTING.md says what a person does with one that changes a lock."),
     exactly(".github/dependabot.yml", ", /tests/poolers"),
     exactly("tests/local/test_main.py", '"migrations", "pglifeguard", "postgres"', '"migrations", "postgres"'),
