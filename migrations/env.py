@@ -21,6 +21,7 @@ from migrations.concurrently import LOCK_TIMEOUT, invalid_indexes, watch
 from migrations.connection import check_server, connected
 from migrations.settings import load_migration_settings
 from migrations.turn import take_turn
+from migrations.version_table import close_version_table
 from pglifeguard import SettingsError
 from pglifeguard.connector import KeptAliveConnection
 from pglifeguard.errors import DatabaseUnreachable
@@ -76,6 +77,7 @@ async def run_online() -> None:
             logger.info("migrating %s", settings.primary.location)
             try:
                 await migrate(connection)
+                await close_version_table(connection)
             finally:
                 await tell_invalid_indexes(connection)
     except (SettingsError, DatabaseUnreachable) as error:

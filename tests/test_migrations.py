@@ -55,6 +55,28 @@ async def test_down_and_up_again(database: Database, owner: "asyncpg.Connection[
     assert await owner.fetchval(TABLES) == TABLES_OF_MODELS
 
 
+async def test_nobody_else_writes_which_versions_are_there(
+    database: Database, owner: "asyncpg.Connection[Any]"
+) -> None:
+    """Each run takes what default privileges gave the service on Alembic's table; reading it stays."""
+    await owner.execute("GRANT INSERT, UPDATE, DELETE ON alembic_version TO app_rw")
+
+    status, output = await alembic("upgrade", "head", MIGRATIONS_URL=database.url("app_owner"))
+
+    assert status == 0, output
+    writer = await asyncpg.connect(database.url("app_rw"))
+    assert await writer.fetchval("SELECT count(*) FROM alembic_version") == 1
+    for statement in (
+        "INSERT INTO alembic_version VALUES ('9999')",
+        "UPDATE alembic_version SET version_num = '0001'",
+        "DELETE FROM alembic_version",
+        "TRUNCATE alembic_version",
+    ):
+        with pytest.raises(asyncpg.InsufficientPrivilegeError):
+            await writer.execute(statement)
+    await writer.close()
+
+
 async def test_check_notices_a_difference(database: Database, owner: "asyncpg.Connection[Any]") -> None:
     """A table that is not as the models say is found: the check above can fail."""
     await owner.execute("ALTER TABLE users ALTER COLUMN full_name DROP NOT NULL")

@@ -180,6 +180,53 @@ async def test_roles_can_be_run_again(cluster: Cluster, tables: str) -> None:
     await writer.close()
 
 
+async def test_what_a_migration_has_closed_stays_closed(cluster: Cluster, tables: str) -> None:
+    """A second run opens nothing that was revoked, and grants on a table that it finds without any privileges."""
+    owner = await asyncpg.connect(cluster.url("app_owner", database=tables))
+    await owner.execute(
+        "REVOKE ALL ON things FROM app_ro; CREATE TABLE closed (); REVOKE ALL ON closed FROM app_rw, app_ro"
+    )
+    admin = await asyncpg.connect(cluster.url("postgres", database=tables))
+    await admin.execute("CREATE TABLE public.strange ()")
+
+    await create_roles(cluster.primary, tables, cluster.passwords)
+
+    asked = "SELECT has_table_privilege($1, 'public.' || $2, $3)"
+    open_to = {
+        (role, table)
+        for role, privilege in (("app_rw", "INSERT"), ("app_ro", "SELECT"))
+        for table in ("things", "closed", "strange")
+        if await admin.fetchval(asked, role, table, privilege)
+    }
+    assert open_to == {("app_rw", "things"), ("app_rw", "strange"), ("app_ro", "strange")}
+    await owner.close()
+    await admin.close()
+
+
+async def test_first_run_opens_what_was_there_before_it(cluster: Cluster, tables: str) -> None:
+    """A database that had tables before it had these roles is opened whole; Alembic's table is not."""
+    admin = await asyncpg.connect(cluster.url("postgres", database=tables))
+    await admin.execute("""
+        ALTER DEFAULT PRIVILEGES FOR ROLE app_owner IN SCHEMA public REVOKE ALL ON TABLES FROM app_rw, app_ro;
+        ALTER DEFAULT PRIVILEGES FOR ROLE app_owner IN SCHEMA public REVOKE ALL ON SEQUENCES FROM app_rw;
+        CREATE TABLE alembic_version (version_num text);
+        CREATE TABLE older (id serial);
+        GRANT SELECT ON older TO monitor
+    """)
+
+    await create_roles(cluster.primary, tables, cluster.passwords)
+
+    writer = await asyncpg.connect(cluster.url("app_rw", database=tables))
+    reader = await asyncpg.connect(cluster.url("app_ro", database=tables))
+    await writer.execute("INSERT INTO older DEFAULT VALUES")
+    assert await reader.fetchval("SELECT count(*) FROM older") == 1
+    assert await writer.fetchval("SELECT count(*) FROM alembic_version") == 0
+    with pytest.raises(asyncpg.InsufficientPrivilegeError):
+        await writer.execute("DELETE FROM alembic_version")
+    for connection in (admin, writer, reader):
+        await connection.close()
+
+
 async def test_server_settings_are_the_shared_file(connect: dict[str, Connection]) -> None:
     """What compose will use is what these tests run on; a value that PostgreSQL refused would be missing here."""
     rows = await connect["postgres"].fetch("SELECT name, error FROM pg_file_settings WHERE error IS NOT NULL")
