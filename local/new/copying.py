@@ -164,12 +164,13 @@ def _write_own(order: Order, half: Path, library: str, version: str) -> None:
     for lock, of_the_library in (
         ("requirements.txt", library),
         ("requirements-dev.txt", library),
+        ("requirements-audit.txt", None),
         ("requirements-deploy.txt", None),
     ):
-        if order.docker or of_the_library is not None:
+        if order.docker or lock != "requirements-deploy.txt":
             text = (PROJECT / lock).read_text(encoding="utf-8")
             written[lock] = pruned(text, DROPPED, name=name, library=of_the_library)
-    (half / ".ci").mkdir()
+    (half / ".ci").mkdir(exist_ok=True)
     for path, text in written.items():
         (half / path).write_text(text, encoding="utf-8")
     (half / ".ci/run").chmod(0o755)
@@ -225,6 +226,8 @@ def _pyproject(ours: str, order: Order, version: str) -> str:
         "",
         "[dependency-groups]",
         f"dev = {listed(dev)}",
+        "# What `make audit` runs; in an environment of its own, .venv-audit.",
+        f"audit = {listed(groups['audit'])}",
         *(["# For `make test-deploy` alone.", f"deploy = {listed(groups['deploy'])}"] if order.docker else []),
         "",
         "[tool.uv]",

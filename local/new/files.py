@@ -59,6 +59,7 @@ LEFT_OUT = (
     # The copy gets ones of its own: see `changes`.
     "requirements.txt",
     "requirements-dev.txt",
+    "requirements-audit.txt",
     "requirements-deploy.txt",
     "pyproject.toml",
     "Makefile",
@@ -104,6 +105,7 @@ LEFT_OUT = (
     "tests/token_service.py",
 )
 KEPT = (
+    ".ci/audit",
     ".devcontainer/*",
     ".dockerignore",
     ".editorconfig",
@@ -141,6 +143,7 @@ KEPT = (
     "docs/providers.md",
     "docs/runbook.md",
     "docs/scale-out.md",
+    "docs/security.md",
     "docs/servers.md",
     "docs/settings.md",
     "docs/sizing.md",
@@ -166,6 +169,7 @@ KEPT = (
     "tests/grafana/*",
     "tests/local/*",
     "tests/test_alerts.py",
+    "tests/test_audit.py",
     "tests/test_bad_input.py",
     "tests/test_certificates.py",
     "tests/test_chart.py",

@@ -9,8 +9,8 @@ LEFT_OUT = (
     ".venv-backup/.installed", ".venv-docs/.installed", ".venv-ha/.installed", ".venv-release/.installed",
 )  # fmt: skip
 KEPT = (
-    "check", "clean", "dashboards", "dev", "format", "help", "install", "lint", "load", "lock", "run", "test",
-    "test-deploy", "test-fast", "types", ".venv/.installed", ".venv/.installed-deploy",
+    "audit", "check", "clean", "dashboards", "dev", "format", "help", "install", "lint", "load", "lock", "run", "test",
+    "test-deploy", "test-fast", "types", ".venv/.installed", ".venv/.installed-deploy", ".venv-audit/.installed",
 )  # fmt: skip
 DOCKER = ("test-deploy", ".venv/.installed-deploy")
 UPDATE = """
@@ -40,9 +40,11 @@ def makefile(text: str, *, docker: bool) -> str:
         f"\t$(BIN)/{_COMPILE} pyproject.toml -o requirements.txt",
         f"\t$(BIN)/{_COMPILE} pyproject.toml --group dev -c requirements.txt -o requirements-dev.txt",
     ]
-    if docker:
-        deploy = _COMPILE.replace(" --emit-find-links", "")
-        lines.append(f"\t$(BIN)/{deploy} --group deploy -c requirements-dev.txt -o requirements-deploy.txt")
+    others = _COMPILE.replace(" --emit-find-links", "")
+    lines += [
+        f"\t$(BIN)/{others} --group {group} -c requirements-dev.txt -o requirements-{group}.txt"
+        for group in ("audit", *(["deploy"] if docker else []))
+    ]
     recipe = "\n".join(lines)
     text = re.sub(r"^lock: .*\n(?:\t.*\n)+", lambda _: f"{recipe}\n{UPDATE}", text, flags=re.MULTILINE)
     return text.replace("ARGS=tests/pglifeguard", "ARGS=tests/app").replace("make %-14s", "make %-19s")
