@@ -13,7 +13,7 @@ import pglifeguard
 from app.logs import log_config, wants_json
 from app.security import Scope, issue_token
 from app.settings import Settings
-from migrations.doctor import migration_targets, pending_migrations
+from migrations.doctor import changed_role_settings, migration_targets, pending_migrations
 from pglifeguard import serving
 from pglifeguard.cli import checked, database_commands, stop
 
@@ -52,7 +52,11 @@ def _account() -> str:
         return "operator"
 
 
-cli.add_typer(database_commands(Settings, further=migration_targets, checks=[pending_migrations], reach=_reach))
+cli.add_typer(
+    database_commands(
+        Settings, further=migration_targets, checks=[pending_migrations, changed_role_settings], reach=_reach
+    )
+)
 
 
 @cli.command()

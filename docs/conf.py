@@ -82,6 +82,7 @@ NAVIGATION = {
         "docs/sizing",
         "docs/credentials",
         "docs/tls",
+        "docs/security",
         "docs/sleeping",
     ],
     "Where it runs": [
@@ -108,7 +109,14 @@ NAVIGATION = {
         "docs/reference/routes",
         "docs/reference/names",
     ],
-    "The project": ["CONTRIBUTING", "docs/versioning", "docs/decisions/README", "docs/dependencies", "CHANGELOG"],
+    "The project": [
+        "CONTRIBUTING",
+        "SECURITY",
+        "docs/versioning",
+        "docs/decisions/README",
+        "docs/dependencies",
+        "CHANGELOG",
+    ],
 }
 OTHERS = {"How to": r"docs/[\w-]+", "The project": r"[\w-]+"}
 # This page lists the others of its folder, which are below it.

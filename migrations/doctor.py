@@ -1,4 +1,4 @@
-"""What `python -m app doctor` has to know of migrations: where they go, and whether the schema is the code's."""
+"""What `python -m app doctor` has to know of migrations and roles: where they go, and whether they are up to date."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +13,31 @@ from pglifeguard.doctor import Finding, Inquiry, Target, error, note, warning
 INI = Path(__file__).parent.parent / "alembic.ini"
 EXISTS = "SELECT to_regclass('alembic_version') IS NOT NULL AS found"
 VERSIONS = "SELECT version_num::text AS version FROM alembic_version"
+# A role may change its own settings for every later session, its timeouts too, and PostgreSQL has no way to forbid
+# that. postgres/roles.sql leaves what it has set in the role's comment, which a role may not change.
+CHANGED = r"""
+WITH given AS (
+    SELECT r.oid, r.rolname, substring(description FROM '{.*}')::text[] AS settings
+    FROM pg_roles r JOIN pg_shdescription d ON d.objoid = r.oid AND d.classoid = 'pg_authid'::regclass
+    WHERE description LIKE 'postgres/roles.sql: {%'
+), now AS (
+    SELECT setrole, datname, setting
+    FROM pg_db_role_setting LEFT JOIN pg_database ON pg_database.oid = setdatabase, unnest(setconfig) AS setting
+    WHERE setdatabase = 0 OR datname = current_database()
+)
+SELECT rolname::text AS role, array_agg(difference ORDER BY difference) AS differences
+FROM (
+    SELECT rolname, concat(setting, ' in database ' || datname) AS difference
+    FROM given JOIN now ON setrole = given.oid
+    WHERE datname IS NOT NULL OR setting <> ALL (settings)
+    UNION ALL
+    SELECT rolname, 'no ' || split_part(was, '=', 1) FROM given, unnest(settings) AS was
+    WHERE NOT EXISTS (
+        SELECT FROM now WHERE setrole = given.oid AND split_part(setting, '=', 1) = split_part(was, '=', 1)
+    )
+) AS found
+GROUP BY rolname ORDER BY rolname
+"""
 MIGRATE = "Run `python -m migrations` before this version of the service."
 
 
@@ -48,3 +73,19 @@ async def pending_migrations(inquiry: Inquiry) -> list[Finding]:
     pending = [script.revision for script in scripts.iterate_revisions(tuple(heads), tuple(current) or "base")]
     text = f"{len(pending)} migrations are pending: {', '.join(reversed(pending))}."
     return [error("migrations_pending", variable, text, MIGRATE)]
+
+
+async def changed_role_settings(inquiry: Inquiry) -> list[Finding]:
+    """Compare the settings of each role with those that the last run of postgres/roles.sql has left."""
+    if not inquiry.answers("DATABASE_URL"):
+        return []
+    return [
+        warning(
+            "role_settings_changed",
+            "DATABASE_URL",
+            f"Role {row['role']} has other settings than postgres/roles.sql gave it: {', '.join(row['differences'])}.",
+            "Write them into postgres/roles.sql, or run it to put its own back (ALTER ROLE … RESET … for the rest); if "
+            "nobody of yours has changed them, the role's password is known to somebody else.",
+        )
+        for row in await inquiry.rows("DATABASE_URL", CHANGED) or []
+    ]

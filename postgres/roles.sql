@@ -13,7 +13,8 @@
 --   - replicator, unless it has REPLICATION itself (16 or newer): the provider's replicas do not need it
 --   - pgbouncer and its auth_query, which reads the hashes: a PgBouncer of one's own takes an auth_file
 --   - keeping the rows that an error is about out of the server's log: see log_min_messages below
---   - pg_monitor for monitor, unless it may grant that (always in 15): monitor then sees no other role's statements
+--   - closing large objects and messages in the log to everybody: functions of the system are a superuser's to close
+--   - the sessions of other roles for monitor, unless it may grant pg_monitor (always in 15)
 -- and becomes a member of app_owner, because only a member may hand the schema over to it.
 --
 -- The timeouts live on the roles because a pooler refuses them as connection options, while a role's settings hold
@@ -44,6 +45,8 @@ SELECT rolsuper AS superuser, NOT rolsuper AS ordinary, has_parameter_privilege(
        has_parameter_privilege('log_min_messages', 'SET') AS discreet,
        rolsuper OR (rolreplication AND version >= 160000) AS may_replicate,
        rolsuper OR version < 160000 OR pg_has_role('pg_monitor', 'MEMBER WITH ADMIN OPTION') AS may_monitor,
+       rolsuper AND current_database() <> 'postgres'
+           AND EXISTS (SELECT FROM pg_database WHERE datname = 'postgres' AND datallowconn) AS has_postgres,
        rolsuper OR version < 160000 OR pg_has_role('pg_read_all_stats', 'MEMBER WITH ADMIN OPTION') AS may_read_stats
 FROM pg_roles, CAST(current_setting('server_version_num') AS int) AS version
 WHERE rolname = current_user
@@ -54,7 +57,8 @@ DECLARE
     me pg_roles := (SELECT r FROM pg_roles r WHERE rolname = current_user);
     foreign_roles text := (
         SELECT string_agg(rolname, ', ' ORDER BY rolname) FROM pg_roles
-        WHERE rolname IN ('app_owner', 'app_rw', 'app_ro', 'monitor')
+        WHERE (rolname IN ('app_owner', 'app_rw', 'app_ro', 'monitor')
+            OR rolname = 'monitor_owner' AND pg_has_role('pg_monitor', 'MEMBER WITH ADMIN OPTION'))
           AND CAST(current_setting('server_version_num') AS int) >= 160000
           AND NOT pg_has_role(rolname, 'MEMBER WITH ADMIN OPTION')
     );
@@ -80,9 +84,10 @@ END $$;
 \endif
 
 SELECT format('CREATE ROLE %I', missing)
-FROM unnest(ARRAY['app_owner', 'app_rw', 'app_ro', 'monitor', 'replicator', 'pgbouncer']) AS missing
+FROM unnest(ARRAY['app_owner', 'app_rw', 'app_ro', 'monitor', 'monitor_owner', 'replicator', 'pgbouncer']) AS missing
 WHERE NOT EXISTS (SELECT FROM pg_roles WHERE rolname = missing)
   AND (missing <> 'replicator' OR :'may_replicate') AND (missing <> 'pgbouncer' OR :'superuser')
+  AND (missing <> 'monitor_owner' OR :'may_monitor')
 \gexec
 
 ALTER ROLE app_owner LOGIN PASSWORD :'owner_password';
@@ -104,6 +109,26 @@ ALTER ROLE monitor LOGIN PASSWORD :'monitor_password';
     GRANT app_owner TO CURRENT_USER;
 \endif
 
+-- A role may change its own settings, and PostgreSQL has no way to forbid that: what was changed since the last run is told.
+DO $$
+DECLARE
+    changed record;
+BEGIN
+    FOR changed IN
+        SELECT rolname, string_agg(setting, ', ' ORDER BY setting) AS settings
+        FROM pg_roles
+        JOIN pg_shdescription ON objoid = pg_roles.oid AND classoid = 'pg_authid'::regclass
+        JOIN pg_db_role_setting ON setrole = pg_roles.oid AND setdatabase = 0,
+        unnest(setconfig) AS setting
+        WHERE rolname IN ('app_owner', 'app_rw', 'app_ro', 'monitor') AND description LIKE 'postgres/roles.sql: {%'
+          AND setting <> ALL (substring(description FROM '{.*}')::text[])
+        GROUP BY rolname
+    LOOP
+        RAISE WARNING 'Settings of % were changed since the last run: %. What this script sets is put back, the rest stays.',
+            changed.rolname, changed.settings;
+    END LOOP;
+END $$;
+
 -- What each role may do --------------------------------------------------------------------------------------------
 
 -- Nobody else gets in, and only migrations make tables, schemas and (trusted) extensions.
@@ -123,7 +148,7 @@ FROM pg_class
 WHERE relnamespace = 'public'::regnamespace AND relkind IN ('r', 'p', 'v', 'm', 'f', 'S') AND (
     relacl IS NULL OR NOT EXISTS (
         SELECT FROM pg_default_acl, aclexplode(defaclacl)
-        WHERE defaclrole = 'app_owner'::regrole AND defaclnamespace = 'public'::regnamespace
+        WHERE defaclrole = 'app_owner'::regrole AND defaclnamespace = 'public'::regnamespace AND defaclobjtype = 'r'
           AND grantee = 'app_rw'::regrole
     )
 )
@@ -142,11 +167,79 @@ FROM (VALUES
 WHERE to_regclass(format('public.%I', name)) IS NOT NULL
 \gexec
 
--- All statistics, every statement in pg_stat_activity, no rows of tables.
+-- A function of a migration runs in the name of who calls it, or, as SECURITY DEFINER, of the owner of every table. By
+-- default everybody may call it; here app_rw, and who else a migration grants it to.
+ALTER DEFAULT PRIVILEGES FOR ROLE app_owner REVOKE EXECUTE ON FUNCTIONS FROM PUBLIC;
+ALTER DEFAULT PRIVILEGES FOR ROLE app_owner IN SCHEMA public GRANT EXECUTE ON FUNCTIONS TO app_rw;
+
+-- Large objects, and messages in the write-ahead log, are written by functions that everybody may call, in PostgreSQL 15
+-- in a read-only transaction, too. Reading a large object stays a matter of its own privileges.
+SELECT format('REVOKE EXECUTE ON FUNCTION %1$s FROM PUBLIC; GRANT EXECUTE ON FUNCTION %1$s TO app_owner', oid::regprocedure)
+FROM pg_proc
+WHERE :'superuser' AND pronamespace = 'pg_catalog'::regnamespace
+  AND proname IN ('lo_creat', 'lo_create', 'lo_from_bytea', 'lo_put', 'lowrite', 'lo_truncate', 'lo_truncate64',
+                  'lo_unlink', 'pg_logical_emit_message')
+\gexec
+SELECT bool_or(has_function_privilege('app_ro', oid, 'EXECUTE')) AS everybody_writes
+FROM pg_proc
+WHERE pronamespace = 'pg_catalog'::regnamespace AND proname IN ('lo_from_bytea', 'pg_logical_emit_message')
+\gset
+\if :everybody_writes
+    \warn 'Everybody may write large objects and messages in the log: to close their functions takes a superuser.'
+\endif
+
+-- Exporters need to know how many sessions are in which state, and no statement, whose text may hold what somebody typed.
+-- PostgreSQL shows both or neither (pg_read_all_stats), and pg_monitor shows settings with passwords (primary_conninfo),
+-- too. So monitor is a member of neither: the names that exporters ask for lead to views of monitor_owner, which has no login.
+-- In plpgsql a function looks its names up at each call, so it also fits the next major version.
+SELECT $statistics$
+    CREATE SCHEMA IF NOT EXISTS monitor AUTHORIZATION monitor_owner;
+    SET LOCAL ROLE monitor_owner;
+    CREATE OR REPLACE FUNCTION monitor.sessions() RETURNS SETOF pg_catalog.pg_stat_activity
+        LANGUAGE plpgsql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp
+        AS 'BEGIN RETURN QUERY
+            SELECT shown.* FROM pg_stat_activity AS a, jsonb_populate_record(a, ''{"query": null}'') AS shown; END';
+    CREATE OR REPLACE FUNCTION monitor.standbys() RETURNS SETOF pg_catalog.pg_stat_replication
+        LANGUAGE plpgsql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp
+        AS 'BEGIN RETURN QUERY SELECT * FROM pg_stat_replication; END';
+    CREATE OR REPLACE FUNCTION monitor.receiver() RETURNS SETOF pg_catalog.pg_stat_wal_receiver
+        LANGUAGE plpgsql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp
+        AS 'BEGIN RETURN QUERY SELECT * FROM pg_stat_wal_receiver; END';
+    CREATE OR REPLACE VIEW monitor.pg_stat_activity AS SELECT * FROM monitor.sessions();
+    CREATE OR REPLACE VIEW monitor.pg_stat_replication AS SELECT * FROM monitor.standbys();
+    CREATE OR REPLACE VIEW monitor.pg_stat_wal_receiver AS SELECT * FROM monitor.receiver();
+    CREATE OR REPLACE FUNCTION monitor.pg_ls_waldir(OUT name text, OUT size bigint, OUT modification timestamptz)
+        RETURNS SETOF record
+        LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp
+        AS 'BEGIN RETURN QUERY SELECT * FROM pg_ls_waldir(); END';
+    CREATE OR REPLACE FUNCTION monitor.pg_database_size(name) RETURNS bigint
+        LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp
+        AS 'BEGIN RETURN pg_database_size($1); END';
+    CREATE OR REPLACE FUNCTION monitor.pg_stat_get_progress_info(
+        cmdtype text, OUT pid int, OUT datid oid, OUT relid oid, OUT param1 bigint, OUT param2 bigint, OUT param3 bigint,
+        OUT param4 bigint, OUT param5 bigint, OUT param6 bigint, OUT param7 bigint, OUT param8 bigint, OUT param9 bigint,
+        OUT param10 bigint, OUT param11 bigint, OUT param12 bigint, OUT param13 bigint, OUT param14 bigint,
+        OUT param15 bigint, OUT param16 bigint, OUT param17 bigint, OUT param18 bigint, OUT param19 bigint,
+        OUT param20 bigint
+    ) RETURNS SETOF record
+        LANGUAGE plpgsql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp
+        AS 'BEGIN RETURN QUERY SELECT * FROM pg_stat_get_progress_info($1); END';
+    REVOKE ALL ON ALL FUNCTIONS IN SCHEMA monitor FROM PUBLIC;
+    GRANT USAGE ON SCHEMA monitor TO monitor;
+    GRANT SELECT ON ALL TABLES IN SCHEMA monitor TO monitor;
+    GRANT EXECUTE ON ALL FUNCTIONS IN SCHEMA monitor TO monitor;
+    RESET ROLE;
+$statistics$ AS statistics
+\gset
 \if :may_monitor
-    GRANT pg_monitor TO monitor;
+    GRANT pg_monitor TO monitor_owner;
+    \if :ordinary
+        GRANT monitor_owner TO CURRENT_USER;
+    \endif
+    :statistics
+    ALTER ROLE monitor SET search_path = monitor, pg_catalog;
 \else
-    \warn 'monitor is not in pg_monitor: this role may not grant that. Exporters see no statements of other roles.'
+    \warn 'monitor sees no other role: to grant it that takes ADMIN OPTION on pg_monitor. Exporters see no sessions.'
 \endif
 
 -- State and age of other roles' sessions, for /debug/connections: without it a blocker has a process id and a name there
@@ -236,4 +329,41 @@ ALTER ROLE monitor SET timezone = 'UTC';
     ALTER ROLE pgbouncer SET statement_timeout = '5s';
     ALTER ROLE pgbouncer SET jit = off;
 \endif
+
+-- What each role has now, in its comment, which it may not change itself: here and in doctor that tells what came later.
+SELECT format('COMMENT ON ROLE %I IS %L', rolname, 'postgres/roles.sql: ' || array_agg(setting ORDER BY setting)::text)
+FROM pg_roles JOIN pg_db_role_setting ON setrole = pg_roles.oid AND setdatabase = 0, unnest(setconfig) AS setting
+WHERE rolname IN ('app_owner', 'app_rw', 'app_ro', 'monitor')
+  AND coalesce(shobj_description(pg_roles.oid, 'pg_authid'), 'postgres/roles.sql: ') LIKE 'postgres/roles.sql: %'
+GROUP BY rolname
+\gexec
 COMMIT;
+
+-- The replica's own watch (postgres/replica.sh) logs in to the database postgres.
+\if :has_postgres
+    \connect postgres
+    BEGIN;
+    SET LOCAL client_min_messages = 'warning';
+    :statistics
+    COMMIT;
+\endif
+
+-- What earlier versions of this script have granted goes, now that there is something in its place. A session has the
+-- search_path of its login, so those of monitor end, and its programs connect anew; on a standby somebody has to end them.
+\if :may_monitor
+    SELECT count(pg_terminate_backend(pid)) AS ended
+    FROM pg_stat_activity
+    WHERE :'superuser' AND usename = 'monitor' AND EXISTS (
+        SELECT FROM pg_auth_members WHERE roleid = 'pg_monitor'::regrole AND member = 'monitor'::regrole
+    )
+    \gset
+    SELECT format('REVOKE pg_monitor FROM monitor GRANTED BY %I', pg_get_userbyid(grantor))
+    FROM pg_auth_members
+    WHERE roleid = 'pg_monitor'::regrole AND member = 'monitor'::regrole
+    \gexec
+\endif
+SELECT pg_has_role('monitor', 'pg_read_all_stats', 'MEMBER') AS sees_statements
+\gset
+\if :sees_statements
+    \warn 'monitor sees statements of other roles: somebody else has granted it pg_monitor, or pg_read_all_stats, and may revoke it.'
+\endif

@@ -234,3 +234,23 @@ def test_files_that_a_page_names_are_there() -> None:
                 missing.append(f"{page}: {name}")
 
     assert missing == []
+
+
+def test_every_threat_names_a_guard_and_tests_that_exist() -> None:
+    """A row of SECURITY.md's table holds all four, and each test that it names is one of this tree."""
+    table = read("SECURITY.md").partition("\n## Threats, guards and tests\n")[2]
+    head, _, *rows = [
+        [cell.strip() for cell in line.strip("|").split(" | ")] for line in table.splitlines() if line.startswith("|")
+    ]
+    named = {row[0]: re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", row[-1]) for row in rows}
+
+    assert [word.strip() for word in head] == ["asset", "attacker", "guard", "test"]
+    assert len(rows) >= 10
+    assert [row for row in rows if len(row) != 4 or not all(row)] == []
+    assert [asset for asset, tests in named.items() if not tests] == []
+    assert [
+        (path, name)
+        for row in rows
+        for path, name in re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", row[-1])
+        if not re.search(rf"^(?:async )?def {name}\(", read(path), re.MULTILINE)
+    ] == []

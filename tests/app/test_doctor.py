@@ -97,11 +97,37 @@ async def test_settings_of_a_role_are_compared(database: Database, execute: Exec
 
     found = await diagnosis(DATABASE_URL=database.url())
 
-    (finding,) = [each for each in found["findings"] if each["code"] not in USUAL]
-    assert finding["code"] == code
+    told = [each for each in found["findings"] if each["code"] not in USUAL]
+    (finding,) = [each for each in told if each["code"] == code]
+    assert {each["code"] for each in told} == {code, "role_settings_changed"}  # postgres/roles.sql says otherwise.
     assert finding["subject"] == "DATABASE_URL" if code == "read_only" else "DATABASE_URL, DATABASE_ANALYTICS_URL"
     assert "ALTER" in finding["cure"]
     assert found["exit_code"] == (2 if code == "read_only" else 1)
+
+
+async def test_settings_that_a_role_gave_itself_are_told(database: Database, execute: Execute) -> None:
+    """No privilege keeps a role from changing its own settings: those of postgres/roles.sql are compared with it."""
+    reader = await asyncpg.connect(database.url("app_ro"))
+    await reader.execute("SET default_transaction_read_only = off")
+    await reader.execute("ALTER ROLE app_ro SET default_transaction_read_only = off")
+    await reader.execute("ALTER ROLE app_ro RESET statement_timeout")
+    await reader.execute(f"ALTER ROLE app_ro IN DATABASE \"{database.name}\" SET work_mem = '5MB'")
+    await reader.close()
+    try:
+        found = await diagnosis(DATABASE_URL=database.url())
+    finally:
+        await execute("ALTER ROLE app_ro SET default_transaction_read_only = on")
+        await execute("ALTER ROLE app_ro SET statement_timeout = '30s'")
+        await execute(f'ALTER ROLE app_ro IN DATABASE "{database.name}" RESET ALL')
+    again = await diagnosis(DATABASE_URL=database.url())
+
+    (finding,) = [each for each in found["findings"] if each["code"] == "role_settings_changed"]
+    assert finding["severity"] == "warning"
+    assert finding["text"] == (
+        "Role app_ro has other settings than postgres/roles.sql gave it: default_transaction_read_only=off, "
+        f"no statement_timeout, work_mem=5MB in database {database.name}."
+    )
+    assert "role_settings_changed" not in codes(again)
 
 
 async def test_standby_as_primary_is_an_error(database: Database) -> None:

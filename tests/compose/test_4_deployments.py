@@ -69,13 +69,13 @@ async def test_connections_past_the_pooler(stack: Stack, prometheus: httpx.Async
 async def test_rights_that_the_exporter_lacks(stack: Stack, prometheus: httpx.AsyncClient) -> None:
     """An exporter that may not see what alerts ask for is told: they would be silent."""
     assert await alert_state(prometheus, "SeriesMissing") == "inactive"
-    await stack.psql("primary", "REVOKE pg_monitor FROM monitor")
+    await stack.psql("primary", "REVOKE USAGE ON SCHEMA monitor FROM monitor")
     try:
         await fires(prometheus, "SeriesMissing", within=120, instance="primary-exporter:9187")
 
         assert "primary-exporter" in await walk(stack, prometheus, "SeriesMissing")
     finally:
-        await stack.psql("primary", "GRANT pg_monitor TO monitor")
+        await stack.psql("primary", "GRANT USAGE ON SCHEMA monitor TO monitor")
 
 
 async def test_a_password_that_nobody_was_told(stack: Stack, prometheus: httpx.AsyncClient) -> None:
