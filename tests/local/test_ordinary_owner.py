@@ -172,6 +172,19 @@ async def test_owner_that_may_do_more_gets_more(managed: Managed) -> None:
         )
 
 
+async def test_statements_that_somebody_else_opened_to_monitor_are_told(managed: Managed) -> None:
+    """What a superuser has granted beside the script is not this owner's to take, and is said at each run."""
+    await managed.execute("GRANT pg_read_all_stats TO monitor")
+    try:
+        status, output = managed.roles()
+    finally:
+        await managed.execute("REVOKE pg_read_all_stats FROM monitor")
+
+    assert status == 0, output
+    assert "monitor sees statements of other roles: somebody else has granted it" in output
+    assert "monitor sees statements" not in managed.roles()[1]
+
+
 async def test_hash_is_a_password_too(managed: Managed) -> None:
     """Where the server's log would show a password, its hash is handed over, and the password works."""
     owner = await asyncpg.connect(managed.url("postgres"))
