@@ -64,6 +64,17 @@ def announces_body(scope: Scope) -> bool:
     return any(value != b"0" for value in lengths) or any(n == b"transfer-encoding" for n, _ in scope["headers"])
 
 
+def note_broken_off(scope: Scope) -> None:
+    """Note that the client left in the middle of its body, so that the request counts so whatever answers it.
+
+    An application that is mounted beneath this one may make a 400 or a 500 of it. Once an answer has begun, a server
+    says the same of a body that was not read to its end.
+    """
+    record = current_consistency()
+    if record is not None and not record.answered:
+        scope.setdefault("state", {})["client_left"] = True
+
+
 def may_be_given_up() -> bool:
     """Say whether this request is served for nobody once its client has left.
 

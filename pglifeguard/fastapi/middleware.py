@@ -26,7 +26,7 @@ from pglifeguard.collisions import ATTEMPTS, collision, pause_seconds
 from pglifeguard.consistency import CURRENT, Consistency
 from pglifeguard.databases import Databases
 from pglifeguard.errors import BodyTooLarge, BodyTooSlow, Failure
-from pglifeguard.fastapi.client_watch import ClientWatch, announces_body, may_be_given_up
+from pglifeguard.fastapi.client_watch import ClientWatch, announces_body, may_be_given_up, note_broken_off
 from pglifeguard.fastapi.failure_log import report_bug
 from pglifeguard.fastapi.problems import answer_unforeseen, most_severe, problem
 from pglifeguard.fastapi.sessions import (
@@ -102,6 +102,7 @@ class ObserveRequests:
             left = not complete
         except ClientDisconnect:
             left = True
+            await _answer_nobody(send_marked, begun=status is not None)
         except asyncio.CancelledError:
             # uvicorn cancels what outlasts the grace at shutdown, and would answer 500 in plain text.
             if status is None:
@@ -131,6 +132,17 @@ class ObserveRequests:
         self._counter(method, route, str(status)).inc()
         exemplar = None if self._telemetry is None else self._telemetry.exemplar()
         self._timer(method, route).observe(seconds, exemplar)
+
+
+async def _answer_nobody(send: Send, *, begun: bool) -> None:
+    """End a request whose client has left with an answer, which the server drops.
+
+    A layer outside may insist on one: Starlette's BaseHTTPMiddleware makes a RuntimeError of a request without, which
+    the server logs with its traceback and answers 500.
+    """
+    if not begun:
+        await send({"type": "http.response.start", "status": CLIENT_LEFT, "headers": []})
+        await send({"type": "http.response.body"})
 
 
 class ReadYourWrites:
@@ -236,9 +248,12 @@ class BodyLimit:
                 body = _Body(scope, max_bytes=max_bytes, max_values=self._max_values, seconds=self._seconds)
             readers += 1
             try:
-                return await body.receive(receive if watch is None else watch.receive)
+                message = await body.receive(receive if watch is None else watch.receive)
             finally:
                 readers -= 1
+            if message["type"] == "http.disconnect" and not body.complete:
+                note_broken_off(scope)
+            return message
 
         def watch_this() -> asyncio.Future[None] | None:
             nonlocal watch

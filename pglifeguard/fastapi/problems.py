@@ -164,6 +164,10 @@ async def _answer_group(connection: Request | WebSocket, group: Exception) -> Re
     failures = [failure for failure in leaves(group) if isinstance(failure, Exception)]
     handlers = [_handler_of(connection, failure) for failure in failures]
     if None in handlers:
+        # Several tasks may have waited for the same body; a client that leaves in the middle of it leaves them all.
+        unhandled = [failure for failure, handler in zip(failures, handlers, strict=True) if handler is None]
+        if all(isinstance(failure, ClientDisconnect) for failure in unhandled):
+            raise unhandled[0]
         # A bug. The log must name each of several exceptions.
         raise failures[0] if len(failures) == 1 else group
     chosen = most_severe(group)

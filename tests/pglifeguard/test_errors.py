@@ -435,16 +435,21 @@ async def test_cancellation_out_of_a_group_is_one(service: Service) -> None:
     assert service.sample("http_requests_total", method="POST", route="/cancelled", status="503") == 1
 
 
-async def test_client_that_left_is_one_in_a_group(service: Service) -> None:
-    """A client that leaves while a TaskGroup reads its body is no error."""
+@pytest.mark.parametrize("readers", [1, 2])
+async def test_client_that_left_is_one_in_a_group(
+    service: Service, caplog: pytest.LogCaptureFixture, readers: int
+) -> None:
+    """A client that leaves while tasks of a TaskGroup wait for its body is no error, however many do."""
 
     @service.app.post("/upload")
     async def fail() -> None:
-        raise group(ClientDisconnect())
+        raise group(*(ClientDisconnect() for _ in range(readers)))
 
-    await asyncio.gather(service.client.post("/upload"), return_exceptions=True)
+    answer = await service.client.post("/upload")
 
+    assert answer.status_code == 499
     assert service.sample("http_requests_total", method="POST", route="/upload", status="499") == 1
+    assert [record for record in caplog.records if record.levelname == "ERROR"] == []
 
 
 async def test_refused_clients_do_not_return_together(database: Database) -> None:

@@ -8,14 +8,17 @@ from urllib.parse import quote
 import asyncpg
 import httpx
 import pytest
+from fastapi import FastAPI, Request, Response
 from fastapi.responses import StreamingResponse
+from starlette.background import BackgroundTask
+from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoint
 from starlette.types import Message, Receive, Scope, Send
 
 from pglifeguard.embedded.waiting import eventually
 from pglifeguard.errors import MEDIA_TYPE
 from pglifeguard.fastapi.middleware import ObserveRequests, ReadYourWrites
 from pglifeguard.sampling import Sampler
-from pglifeguard.testing.serving import listening
+from pglifeguard.testing.serving import Running, listening
 from pglifeguard.wait_queue import client_key
 from tests.conftest import Database
 from tests.service import ADA, Service, serving, write
@@ -193,6 +196,91 @@ async def test_client_that_leaves_is_no_failure_of_ours(
 
     assert service.sample("http_requests_in_progress") == 0
     assert [record for record in caplog.records if record.levelname in {"WARNING", "ERROR"}] == []
+
+
+BROKEN_OFF = b"POST %s HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n{"
+
+
+async def break_off(service: Service, path: str, *, route: str) -> None:
+    """Leave in the middle of an upload, over plain uvicorn, which tells nobody; return when it counts as 499."""
+
+    async def at_work() -> bool:
+        return service.sample("http_requests_in_progress") == 1
+
+    async def left() -> bool:
+        return service.sample("http_requests_total", method="POST", route=route, status="499") == 1
+
+    async with listening(Running(service.app)) as url:
+        _, writer = await asyncio.open_connection("127.0.0.1", int(url.rpartition(":")[2]))
+        writer.write(BROKEN_OFF % path.encode())
+        assert await eventually(at_work, 5)
+        writer.transport.abort()
+        assert await eventually(left, 5)
+
+
+async def test_broken_off_upload_is_no_failure_to_a_layer_outside(
+    service: Service, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A BaseHTTPMiddleware that the application adds outside of this gets an answer, and makes no error of it."""
+    statuses = []
+
+    async def look(request: Request, call_next: RequestResponseEndpoint) -> Response:
+        answer = await call_next(request)
+        statuses.append(answer.status_code)
+        return answer
+
+    service.app.add_middleware(BaseHTTPMiddleware, dispatch=look)
+
+    await break_off(service, "/patients", route="/patients")
+
+    assert statuses == [499]
+    assert [record for record in caplog.records if record.levelname in {"WARNING", "ERROR"}] == []
+
+
+@pytest.mark.parametrize("path", ["/upload", "/raw"])
+async def test_broken_off_upload_to_a_mounted_application_counts_alike(
+    service: Service, path: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whatever the mounted application answers, FastAPI's own 400 or Starlette's own 500, its client has left."""
+    mounted = FastAPI()
+
+    @mounted.post("/upload")
+    async def upload(body: dict[str, str]) -> dict[str, str]:
+        return body
+
+    @mounted.post("/raw")
+    async def raw(request: Request) -> int:
+        return len(await request.body())
+
+    service.app.mount("/mounted", mounted)
+
+    await break_off(service, f"/mounted{path}", route=path)
+
+    assert [record for record in caplog.records if record.levelname in {"WARNING", "ERROR"}] == []
+
+
+async def test_body_that_was_not_read_is_not_broken_off(service: Service) -> None:
+    """Once a request is answered, the server says that its client has left to whoever reads the rest of the body."""
+    seen = []
+
+    @service.app.post("/early")
+    async def answer_early(request: Request) -> Response:
+        async def read_on() -> None:
+            seen.append((await request.receive())["type"])
+
+        return Response(status_code=202, background=BackgroundTask(read_on))
+
+    async with listening(Running(service.app)) as url:
+        _, writer = await asyncio.open_connection("127.0.0.1", int(url.rpartition(":")[2]))
+        writer.write(BROKEN_OFF % b"/early")
+
+        async def counted() -> bool:
+            return service.sample("http_requests_total", method="POST", route="/early", status="202") == 1
+
+        assert await eventually(counted, 5)
+        writer.transport.abort()
+
+    assert seen == ["http.disconnect"]
 
 
 # The last resort
