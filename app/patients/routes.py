@@ -23,7 +23,9 @@ async def get_patient(session: ReadDB, patient_id: Id) -> queries.PatientRow:
     return await queries.get_patient(session, patient_id)
 
 
-@router.post("", status_code=status.HTTP_201_CREATED, response_model=PatientOut, responses=documented(400, 409))
+@router.post(
+    "", status_code=status.HTTP_201_CREATED, response_model=PatientOut, responses=documented(400, 408, 409, 413)
+)
 async def create_patient(session: WriteDB, new: PatientIn, request: Request, response: Response) -> queries.PatientRow:
     """Store a patient; the Location header names it."""
     patient = await queries.add_patient(session, vars(new))
@@ -55,7 +57,7 @@ async def list_patients(  # noqa: PLR0913  # Each is a parameter of the URL or o
     return cut_page(request, response, named, limit, lambda row: (row.name_key, row.id))
 
 
-@router.patch("/{patient_id}", response_model=PatientOut, responses=documented(400, 404, 409))
+@router.patch("/{patient_id}", response_model=PatientOut, responses=documented(400, 404, 408, 409, 413))
 async def change_patient(session: WriteDB, patient_id: Id, change: PatientChange) -> queries.PatientRow:
     """Change some fields of a patient."""
     return await queries.change_patient(session, patient_id, change.changes())

@@ -27,7 +27,11 @@ def _not_in_future(birth_date: date) -> date:
 
 Mrn = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9-]{1,32}$")]
 BirthDate = Annotated[
-    date, BeforeValidator(_written_as_date), Field(ge=date(1850, 1, 1)), AfterValidator(_not_in_future)
+    date,
+    BeforeValidator(_written_as_date),
+    # JSON Schema has no bounds for dates.
+    Field(ge=date(1850, 1, 1), description="From 1850-01-01 to today."),
+    AfterValidator(_not_in_future),
 ]
 
 

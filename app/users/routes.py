@@ -15,7 +15,7 @@ router = APIRouter(
 )
 
 
-@router.post("", status_code=status.HTTP_201_CREATED, response_model=UserOut, responses=documented(400, 409))
+@router.post("", status_code=status.HTTP_201_CREATED, response_model=UserOut, responses=documented(400, 408, 409, 413))
 async def create_user(session: WriteDB, new: UserIn, request: Request, response: Response) -> queries.UserRow:
     """Store a user; the Location header names it."""
     user = await queries.add_user(session, vars(new))
@@ -39,7 +39,7 @@ async def get_user(session: ReadDB, user_id: Id) -> queries.UserRow:
     return await queries.get_user(session, user_id)
 
 
-@router.patch("/{user_id}", response_model=UserOut, responses=documented(400, 404, 409))
+@router.patch("/{user_id}", response_model=UserOut, responses=documented(400, 404, 408, 409, 413))
 async def change_user(session: WriteDB, user_id: Id, change: UserChange) -> queries.UserRow:
     """Change some fields of a user."""
     return await queries.change_user(session, user_id, change.changes())
