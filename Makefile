@@ -1,6 +1,6 @@
 # Every recipe is one command that a person could type. `make` alone lists the targets.
 .DEFAULT_GOAL := help
-.PHONY: help install run dev load new audit test test-fast test-backup test-compose test-deploy test-ha test-new chaos soak poolers check lint types format lock clean bench dashboards docs outage scale release
+.PHONY: help install run dev load new audit test test-fast fuzz test-backup test-compose test-deploy test-ha test-new chaos soak poolers check lint types format lock clean bench dashboards docs outage scale release
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -47,6 +47,14 @@ test: install  ## Run the tests on real PostgreSQL, with branch coverage (TESTER
 
 test-fast: install  ## Run what takes less than a minute, for the inner loop (ARGS=tests/pglifeguard)
 	$(BIN)/python -m pytest -q -x -m "not slow" $(ARGS)
+
+.venv-fuzz/.installed: requirements-fuzz.txt
+	$(PYTHON) -m venv .venv-fuzz
+	.venv-fuzz/bin/python -m pip install $(QUIET) --disable-pip-version-check --require-hashes -r requirements-fuzz.txt
+	@touch $@
+
+fuzz: install .venv-fuzz/.installed  ## Ask the service what strangers may ask, for two minutes (FUZZ=long for half an hour)
+	$(BIN)/python -m fuzz $(if $(filter long,$(FUZZ)),--seconds 1800 --new-seed) $(ARGS)
 
 .venv-ha/.installed: requirements-ha.txt
 	$(PYTHON) -m venv .venv-ha
@@ -144,6 +152,7 @@ lock: install  ## Resolve the dependencies anew into the hashed locks
 	$(BIN)/uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-header --group ha -c requirements-dev.txt -o requirements-ha.txt
 	$(BIN)/uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-header $(SERVED) --extra testing pyproject.toml --group service --group docs -c requirements-dev.txt -o requirements-docs.txt
 	$(BIN)/uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-header --group backup -c requirements-dev.txt -o requirements-backup.txt
+	$(BIN)/uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-header --group fuzz -o requirements-fuzz.txt
 	$(BIN)/uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-header --group release -c requirements-dev.txt -o requirements-release.txt
 	$(BIN)/uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-header --group audit -c requirements-dev.txt -o requirements-audit.txt
 
@@ -152,3 +161,5 @@ release: install .venv-release/.installed  ## Check, build, describe and tag a v
 
 clean:  ## Remove what the other targets made; the databases of `make run` stay (ARGS=--databases: those, too)
 	@$(PYTHON) -m local.clean $(ARGS)
+clean:  ## Remove what the other targets made
+	rm -rf .venv .venv-backup .venv-docs .venv-fuzz .venv-ha .venv-release dist .local .coverage* .mypy_cache .ruff_cache .pytest_cache .hypothesis

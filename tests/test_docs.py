@@ -216,7 +216,7 @@ def test_dependencies_are_justified() -> None:
     of_library = [*project["project"]["dependencies"], *chain.from_iterable(extras.values())]
     of_image = sorted([*of_library, *project["dependency-groups"]["service"]], key=by_name)
     of_tests = [one for one in of_tests if by_name(one) not in map(by_name, of_image)]
-    groups = ("backup", "deploy", "docs", "ha", "release", "dev")
+    groups = ("backup", "deploy", "docs", "fuzz", "ha", "release", "dev")
     locks = "".join(read(f"requirements-{group}.txt") for group in groups)
     locked = dict(re.findall(r"^([a-z0-9-]+)==([^ ;]+)", locks, re.MULTILINE))
     text = read("docs/dependencies.md")
@@ -229,6 +229,7 @@ def test_dependencies_are_justified() -> None:
         ("For `make docs`", project["dependency-groups"]["docs"]),
         ("For `make test-ha`", project["dependency-groups"]["ha"]),
         ("For `make test-backup`", project["dependency-groups"]["backup"]),
+        ("For `make fuzz`", project["dependency-groups"]["fuzz"]),
         ("For `make release`", project["dependency-groups"]["release"]),
     ):
         names = list(dict.fromkeys(by_name(requirement) for requirement in wanted))

@@ -123,6 +123,7 @@ def _chosen(order: Order) -> tuple[list[str], list[str]]:
         ".ci/run",
         "requirements.txt",
         "requirements-dev.txt",
+        "requirements-fuzz.txt",
     }
     own |= {"requirements-deploy.txt"} if order.docker else set()
     gone = {*every} - {*kept} - own
@@ -166,6 +167,7 @@ def _write_own(order: Order, half: Path, library: str, version: str) -> None:
         ("requirements-dev.txt", library),
         ("requirements-audit.txt", None),
         ("requirements-deploy.txt", None),
+        ("requirements-fuzz.txt", None),
     ):
         if order.docker or lock != "requirements-deploy.txt":
             text = (PROJECT / lock).read_text(encoding="utf-8")
@@ -229,6 +231,8 @@ def _pyproject(ours: str, order: Order, version: str) -> str:
         "# What `make audit` runs; in an environment of its own, .venv-audit.",
         f"audit = {listed(groups['audit'])}",
         *(["# For `make test-deploy` alone.", f"deploy = {listed(groups['deploy'])}"] if order.docker else []),
+        "# For `make fuzz` alone, in an environment of its own.",
+        f"fuzz = {listed(groups['fuzz'])}",
         "",
         "[tool.uv]",
         "package = false",
@@ -246,7 +250,9 @@ def _pyproject(ours: str, order: Order, version: str) -> str:
 
 
 PYPROJECT = (
-    changes.Change("pyproject.toml", r"^files = .*$", 'files = ["app", "grafana", "local", "migrations", "tests"]'),
+    changes.Change(
+        "pyproject.toml", r"^files = .*$", 'files = ["app", "fuzz", "grafana", "local", "migrations", "tests"]'
+    ),
     changes.Change("pyproject.toml", r"^# There `app` is .*\nexclude = .*\n# Modules of .*\n"),
     changes.Change("pyproject.toml", r'^"bench/\*\*" = \[\n(?:.*\n)+?\]\n'),
     changes.exactly(

@@ -9,8 +9,9 @@ LEFT_OUT = (
     ".venv-backup/.installed", ".venv-docs/.installed", ".venv-ha/.installed", ".venv-release/.installed",
 )  # fmt: skip
 KEPT = (
-    "audit", "check", "clean", "dashboards", "dev", "format", "help", "install", "lint", "load", "lock", "run", "test",
-    "test-deploy", "test-fast", "types", ".venv/.installed", ".venv/.installed-deploy", ".venv-audit/.installed",
+    "audit", "check", "clean", "dashboards", "dev", "format", "fuzz", "help", "install", "lint", "load", "lock", "run",
+    "test", "test-deploy", "test-fast", "types", ".venv/.installed", ".venv/.installed-deploy", ".venv-audit/.installed",
+    ".venv-fuzz/.installed",
 )  # fmt: skip
 DOCKER = ("test-deploy", ".venv/.installed-deploy")
 UPDATE = """
@@ -45,6 +46,8 @@ def makefile(text: str, *, docker: bool) -> str:
         f"\t$(BIN)/{others} --group {group} -c requirements-dev.txt -o requirements-{group}.txt"
         for group in ("audit", *(["deploy"] if docker else []))
     ]
+    # It shares an environment with nothing, so no other lock bounds it.
+    lines.append(f"\t$(BIN)/{others} --group fuzz -o requirements-fuzz.txt")
     recipe = "\n".join(lines)
     text = re.sub(r"^lock: .*\n(?:\t.*\n)+", lambda _: f"{recipe}\n{UPDATE}", text, flags=re.MULTILINE)
     return text.replace("ARGS=tests/pglifeguard", "ARGS=tests/app").replace("make %-14s", "make %-19s")

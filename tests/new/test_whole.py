@@ -92,6 +92,13 @@ def test_passes_its_own_checks(installed: Path) -> None:
     run("make", "check", "TESTERS=2", directory=installed)
 
 
+def test_passes_its_own_fuzzing(installed: Path) -> None:
+    """`make fuzz`: its environment by its lock, and no finding."""
+    told = run("make", "fuzz", f"PYTHON={sys.executable}", "ARGS=--seconds 30", directory=installed)
+
+    assert "0 findings" in told
+
+
 def test_smallest_passes_its_tests(installed: Path, tmp_path: Path) -> None:
     """Without users, reports and containers: types, and the quick tests, in the environment of the other."""
     small = tmp_path / "small"

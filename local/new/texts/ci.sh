@@ -5,3 +5,4 @@ cd "$(dirname "$0")/.."
 
 make check
 make audit
+make fuzz
