@@ -10,8 +10,8 @@ LEFT_OUT = (
 )  # fmt: skip
 KEPT = (
     "audit", "check", "clean", "dashboards", "dev", "format", "fuzz", "help", "install", "lint", "load", "lock", "run",
-    "test", "test-deploy", "test-fast", "types", ".venv/.installed", ".venv/.installed-deploy", ".venv-audit/.installed",
-    ".venv-fuzz/.installed",
+    "test", "test-deploy", "test-fast", "types", ".venv/.installed", ".venv/.installed-deploy",
+    ".venv-audit/.installed", ".venv-fuzz/.installed",
 )  # fmt: skip
 DOCKER = ("test-deploy", ".venv/.installed-deploy")
 UPDATE = """
