@@ -105,6 +105,10 @@ class Claim:
 class IdempotentRoute(APIRoute):
     """A route that honours the header on POST and PATCH.
 
+    A key belongs to its caller. The library knows no tokens: a guard, or one of the dependencies below, says who calls
+    by `request.state.caller`, the subject of a token for example. Where nobody says it, the Authorization header stands
+    for the caller, and a retry with a new token is another caller's request.
+
     The key is claimed after all `dependencies=` of application, inclusion, router and route, so a caller whom these
     refuse gets no stored answer either. The dependencies in the endpoint's signature come after the key: a repeated
     request is answered without them, so a guard does not belong there.
@@ -139,7 +143,7 @@ class IdempotentRoute(APIRoute):
             if not keys or request.method not in METHODS:
                 return await handler(request)
             # This reads and keeps the body, also a form's, which FastAPI would read from the socket.
-            request.scope[_ASKED] = await _claim_of(request, keys)
+            request.scope[_ASKED] = await _asked(request, keys)
             consistency_of(request.scope).keyed = True
             try:
                 response = await handler(request)
@@ -178,9 +182,11 @@ _SESSION_OF = get_dependant(path="", call=_session_of, scope="function")
 
 async def _claim(request: Request) -> None:
     """Claim the request's key, if it has one, in the transaction of its `WriteDB`, which commits it."""
-    claim: Claim | None = request.scope.get(_ASKED)
-    if claim is None:
+    asked: tuple[str, bytes] | None = request.scope.get(_ASKED)
+    if asked is None:
         return
+    key, fingerprint = asked
+    claim = Claim(hashlib.sha256(f"{_caller(request)}\n{key}".encode()).digest(), fingerprint)
     # FastAPI would do the same, `dependency_overrides` included, but open a session for requests without a key too.
     stack: AsyncExitStack = request.scope["fastapi_inner_astack"]
     solved = await solve_dependencies(
@@ -327,12 +333,17 @@ async def purge_expired(databases: Databases, *, hours: float) -> int:
         return len(result.all())
 
 
-async def _claim_of(request: Request, keys: list[str]) -> Claim:
+async def _asked(request: Request, keys: list[str]) -> tuple[str, bytes]:
+    """Return the request's key and fingerprint."""
     if len(keys) > 1 or re.fullmatch(rf"[!-~]{{1,{MAX_CHARACTERS}}}", keys[0]) is None:
         raise InvalidIdempotencyKey(
             f"{HEADER} must be one of 1 to {MAX_CHARACTERS} printable ASCII characters, no spaces."
         )
-    # A retry may come with a new token of the same caller.
-    caller = request.scope.get("state", {}).get("caller") or request.headers.get("authorization", "")
     asked = f"{request.method} {request.url.path}?{request.url.query}\n".encode() + await request.body()
-    return Claim(hashlib.sha256(f"{caller}\n{keys[0]}".encode()).digest(), hashlib.sha256(asked).digest())
+    return keys[0], hashlib.sha256(asked).digest()
+
+
+def _caller(request: Request) -> str:
+    """Say whose key it is: `request.state.caller`, as a retry may come with a new token; else by the token itself."""
+    caller = getattr(request.state, "caller", None)
+    return request.headers.get("authorization", "") if caller is None else str(caller)

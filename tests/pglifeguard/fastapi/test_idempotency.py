@@ -407,6 +407,25 @@ async def test_retry_may_come_with_a_new_token(database: Database) -> None:
     assert (other.status_code, other.json()["code"]) == (409, "mrn_taken")
 
 
+async def test_dependency_may_say_who_calls(service: Service) -> None:
+    """The library knows no tokens: whoever sets `request.state.caller` decides whose key it is; else the header does."""
+
+    def identify(request: Request, user: str | None = None) -> None:
+        if user is not None:
+            request.state.caller = user
+
+    numbers = iter(range(10))
+    answering(service, lambda: PlainTextResponse(str(next(numbers))), dependencies=[Depends(identify)])
+
+    async def ask(user: str, token: str) -> str:
+        headers = {HEADER: "one", "Authorization": f"Bearer {token}"}
+        return (await service.client.post(f"/work{user}", headers=headers)).text
+
+    assert [await ask("?user=ada", "a1"), await ask("?user=ada", "a2")] == ["0", "0"]
+    assert [await ask("?user=eve", "e1"), await ask("?user=eve", "a1")] == ["1", "1"]
+    assert [await ask("", "a1"), await ask("", "a2"), await ask("", "a1")] == ["2", "3", "2"]
+
+
 async def test_who_is_refused_gets_no_stored_answer(service: Service) -> None:
     """The dependencies of the route decide before the key does."""
     allowed = [True, False]
