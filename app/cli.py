@@ -4,14 +4,14 @@ import getpass
 import os
 from datetime import timedelta
 from pathlib import Path
-from typing import Annotated, cast, get_args
+from typing import Annotated
 
 import typer
 
 import app
 import pglifeguard
 from app.logs import log_config, wants_json
-from app.security import Scope, issue_token
+from app.security import issue_token, scopes_of
 from app.settings import Settings
 from migrations.doctor import changed_role_settings, migration_targets, pending_migrations
 from pglifeguard import serving
@@ -42,7 +42,19 @@ def _reach(settings: Settings) -> tuple[str, str | None]:
     url = f"{scheme}://{f'[{host}]' if ':' in host else host}:{settings.port}"
     if settings.auth_secret is None:
         return url, None
-    return url, issue_token(settings.auth_secret, subject=_account(), scopes=["ops"], lifetime=timedelta(minutes=5))
+    return url, _signed(settings, subject=_account(), scopes=["ops"], lifetime=timedelta(minutes=5))
+
+
+def _signed(settings: Settings, *, subject: str, scopes: list[str], lifetime: timedelta) -> str:
+    return issue_token(
+        settings.auth_secrets[0],
+        subject=subject,
+        scopes=scopes,
+        lifetime=lifetime,
+        issuer=settings.auth_issuer,
+        audience=settings.auth_audience,
+        scope_claim=settings.auth_scope_claim,
+    )
 
 
 def _account() -> str:
@@ -89,18 +101,22 @@ def serve(
 
 @cli.command()
 def token(
-    scope: Annotated[list[str], typer.Option(help="read, write or ops; repeat it for several.")],
+    scope: Annotated[list[str], typer.Option(help="Such as patients:read, users:write or ops; repeat it for several.")],
     subject: Annotated[str, typer.Option(help="Whom it is for.")] = "operator",
     hours: Annotated[float, typer.Option(help="How long it is valid.", min=0.01, max=8760)] = 8,
 ) -> None:
     """Print a bearer token signed with AUTH_SECRET."""
     settings = checked(Settings)
-    if settings.auth_secret is None:
+    if not settings.guarded:
         raise stop("AUTH_SECRET is not set: the routes are open and need no token.")
-    if wrong := set(scope) - set(get_args(Scope)):
-        raise stop(f"There is no scope {', '.join(sorted(wrong))}; choose from {', '.join(get_args(Scope))}.")
-    scopes = cast("list[Scope]", scope)
-    print(issue_token(settings.auth_secret, subject=subject, scopes=scopes, lifetime=timedelta(hours=hours)))  # noqa: T201  # For a pipe: no colours, no wrapping.
+    if settings.auth_secret is None:
+        raise stop("AUTH_SECRET is not set: the identity provider alone gives tokens.")
+    from app.main import create_app  # noqa: PLC0415  # The other commands need no routes.
+
+    known = scopes_of(create_app(settings))
+    if wrong := set(scope) - set(known):
+        raise stop(f"There is no scope {', '.join(sorted(wrong))}; choose from {', '.join(known)}.")
+    print(_signed(settings, subject=subject, scopes=scope, lifetime=timedelta(hours=hours)))  # noqa: T201  # For a pipe: no colours, no wrapping.
 
 
 @cli.command("new-domain")

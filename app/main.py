@@ -9,9 +9,10 @@ import logging
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
+from prometheus_client import CollectorRegistry, Counter
 from sqlalchemy.orm import configure_mappers
 
 from app import security
@@ -19,6 +20,9 @@ from app.logs import configure_logs
 from app.settings import Settings
 from pglifeguard import SettingsError, __version__
 from pglifeguard.fastapi import Lifeguard
+
+if TYPE_CHECKING:
+    from app.tokens import TokenVerifier
 
 # Each domain is a package of app/ with a `router`, and is added and removed by its folder and its name here
 # (docs/adding-a-domain.md). Routes that only some settings ask for are given by its `optional_routers(settings)`.
@@ -52,12 +56,16 @@ def create_app(settings: Settings | None = None, **options: Any) -> FastAPI:
         except SettingsError as error:
             raise SystemExit(f"lifeguard cannot start.\n{error}") from None
     lifeguard = Lifeguard(settings)
+    verifier = _verifier(settings, lifeguard.metrics.registry)
     inner = options.pop("lifespan", None)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[dict[str, Any]]:
         async with AsyncExitStack() as stack:
             state = await stack.enter_async_context(lifeguard.lifespan(app))
+            if verifier is not None and verifier.keys is not None:
+                await stack.enter_async_context(verifier.keys.kept_fresh())
+            security.leave_solved(app)
             # All objects of now live until the end, so the garbage collector need not visit them.
             gc.collect()
             gc.freeze()
@@ -77,9 +85,23 @@ def create_app(settings: Settings | None = None, **options: Any) -> FastAPI:
     # A model that cannot work ends the start here, before a request needs it.
     configure_mappers()
     lifeguard.install(app, open_dependencies=[security.OPEN], debug_dependencies=[security.needs("ops")])
-    if settings.auth_secret is not None:
-        security.install(app, settings.auth_secret)
+    if verifier is not None:
+        security.install(app, verifier, scope_claim=settings.auth_scope_claim)
     return app
+
+
+def _verifier(settings: Settings, registry: CollectorRegistry) -> "TokenVerifier | None":
+    if not settings.guarded:
+        return None
+    from app.tokens import TokenVerifier  # noqa: PLC0415  # It loads PyJWT and its cryptography.
+
+    fetches = Counter(
+        "auth_key_fetches_total",
+        "Times that the identity provider's keys were fetched; `outcome` is ok or failed.",
+        ["outcome"],
+        registry=registry,
+    )
+    return TokenVerifier(settings, count=lambda outcome: fetches.labels(outcome).inc())
 
 
 def _from_environment() -> Settings:

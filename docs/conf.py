@@ -81,6 +81,7 @@ NAVIGATION = {
         "docs/transactions",
         "docs/sizing",
         "docs/credentials",
+        "docs/tokens",
         "docs/tls",
         "docs/security",
         "docs/sleeping",

@@ -11,6 +11,8 @@ for name in POSTGRES_PASSWORD APP_OWNER_PASSWORD APP_RW_PASSWORD APP_RO_PASSWORD
     if [[ -n ${!file:-} ]]; then value=$(<"${!file}"); fi
     minimum=16
     if [[ $name == AUTH_SECRET ]]; then minimum=32; fi
+    # An identity provider signs tokens in place of the secret.
+    if [[ $name == AUTH_SECRET && -z $value && -n ${AUTH_JWKS_URL:-} ]]; then continue; fi
     if [[ -z $value ]]; then
         refused+=("$name is not set")
     elif [[ $value == development-* ]]; then

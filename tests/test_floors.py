@@ -59,10 +59,11 @@ LIBRARY = (
     {"testing"},
 )  # fmt: skip
 SERVICE = (
-    {"settings", "models", "logs", "security", "fields"},
-    {"paging"},
-    set(DOMAINS),
-    {"main", "cli"},
+    {"settings", "models", "logs", "security", "fields", "jwks"},
+    {"paging", "provider_keys"},
+    {"tokens", *DOMAINS},
+    {"main"},
+    {"cli"},
 )
 FLOORS = {f"pglifeguard.{name}".rstrip("."): floor for floor, names in enumerate(LIBRARY) for name in names}
 # What the service may know of the library: its public packages.

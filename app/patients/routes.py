@@ -9,10 +9,15 @@ from app.fields import Id, Line
 from app.paging import After, Limit, cut_page, decode_cursor
 from app.patients import queries
 from app.patients.schemas import Mrn, PatientChange, PatientIn, PatientOut
+from app.security import needs
 from pglifeguard.fastapi import IdempotentRoute, ReadDB, WriteDB, documented, public_path
 
 router = APIRouter(
-    prefix="/patients", tags=["patients"], route_class=IdempotentRoute, responses=documented(401, 403, 422, 503, 504)
+    prefix="/patients",
+    tags=["patients"],
+    dependencies=[needs(read="patients:read", write="patients:write")],
+    route_class=IdempotentRoute,
+    responses=documented(401, 403, 422, 503, 504),
 )
 
 

@@ -4,9 +4,15 @@ from fastapi import APIRouter
 
 from app.reports import queries
 from app.reports.schemas import Day, Decade, Summary
+from app.security import needs
 from pglifeguard.fastapi import AnalyticsDB, documented
 
-router = APIRouter(prefix="/reports", tags=["reports"], responses=documented(401, 403, 503, 504))
+router = APIRouter(
+    prefix="/reports",
+    tags=["reports"],
+    dependencies=[needs("reports:read")],
+    responses=documented(401, 403, 503, 504),
+)
 
 
 @router.get("/summary")

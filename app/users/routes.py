@@ -6,12 +6,17 @@ from fastapi import APIRouter, Request, Response, status
 
 from app.fields import Id
 from app.paging import After, Limit, cut_page, decode_cursor
+from app.security import needs
 from app.users import queries
 from app.users.schemas import UserChange, UserIn, UserOut
 from pglifeguard.fastapi import IdempotentRoute, ReadDB, WriteDB, documented, public_path
 
 router = APIRouter(
-    prefix="/users", tags=["users"], route_class=IdempotentRoute, responses=documented(401, 403, 422, 503, 504)
+    prefix="/users",
+    tags=["users"],
+    dependencies=[needs(read="users:read", write="users:write")],
+    route_class=IdempotentRoute,
+    responses=documented(401, 403, 422, 503, 504),
 )
 
 

@@ -6,6 +6,7 @@ from contextlib import asynccontextmanager
 from fastapi import APIRouter, FastAPI, Request
 
 from app.fields import Id
+from app.security import needs
 from app.settings import Settings
 from app.users import queries
 from app.users.directory import fetch_profile, open_directory
@@ -21,7 +22,13 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
 
 
 responses = documented(401, 403, 422, 502, 503, 504)
-router = APIRouter(prefix="/users", tags=["users"], responses=responses, lifespan=lifespan)
+router = APIRouter(
+    prefix="/users",
+    tags=["users"],
+    dependencies=[needs("users:write")],
+    responses=responses,
+    lifespan=lifespan,
+)
 
 
 @router.post("/{user_id}/sync", response_model=UserOut, responses=documented(404))

@@ -17,7 +17,7 @@ from local.setup import PROJECT
 from pglifeguard.embedded.account import EmbeddedError
 
 PATIENCE_SECONDS = 5.0
-SCOPES = ("read", "write", "ops")
+SCOPES = ("patients:read", "patients:write", "ops")
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ async def _with_token(target: Target) -> Target:
     if answer.status_code in {HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN}:
         raise EmbeddedError(
             f"{target.url} wants a token with the scopes {', '.join(SCOPES)}: "
-            "LOAD_TOKEN=$(python -m app token --scope read --scope write --scope ops)."
+            f"LOAD_TOKEN=$(python -m app token {' '.join(f'--scope {scope}' for scope in SCOPES)})."
         )
     if not answer.is_success:
         raise EmbeddedError(f"{target.url} answers {answer.status_code} to GET /patients: {answer.text[:200]}")

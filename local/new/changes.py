@@ -258,7 +258,7 @@ USERS_DOCKER = (
 )
 REPORTS = (
     exactly("app/main.py", ', "reports")', ")"),
-    exactly("tests/app/test_security.py", '        ("GET", "/reports/summary", "read"),\n'),
+    exactly("tests/app/test_security.py", '        ("GET", "/reports/summary", "reports:read"),\n'),
     exactly("tests/local/test_ordinary_owner.py", "Writes, reads, reports and health", "Writes, reads and health"),
     Change("tests/local/test_ordinary_owner.py", r"^        report = .*\n"),
     exactly("tests/local/test_ordinary_owner.py", "[written, read, report, ready]", "[written, read, ready]"),

@@ -466,22 +466,36 @@ async def test_connections_say_when_the_database_is_down() -> None:
 async def test_token_is_signed_with_the_secret() -> None:
     """The token names subject, scopes and an end, and stands alone on its line."""
     result = await run(
-        "token", "--scope", "read", "--scope", "ops", "--subject", "me", "--hours", "1",
+        "token", "--scope", "patients:read", "--scope", "ops", "--subject", "me", "--hours", "1",
         DATABASE_URL="postgresql://a@b/c", AUTH_SECRET=SECRET,
     )  # fmt: skip
 
     claims = jwt.decode(result.stdout.strip(), SECRET, algorithms=["HS256"])
-    assert (claims["sub"], claims["scope"]) == ("me", "read ops")
+    assert (claims["sub"], claims["scope"]) == ("me", "patients:read ops")
     assert claims["exp"] - claims["iat"] == timedelta(hours=1).total_seconds()
 
 
 async def test_token_needs_a_secret_and_a_known_scope() -> None:
     """Without AUTH_SECRET there is nothing to sign with; a scope that no route asks for is refused."""
-    open_service = await run("token", "--scope", "read", DATABASE_URL="postgresql://a@b/c")
+    open_service = await run("token", "--scope", "ops", DATABASE_URL="postgresql://a@b/c")
     unknown = await run("token", "--scope", "admin", DATABASE_URL="postgresql://a@b/c", AUTH_SECRET=SECRET)
 
     assert (open_service.exit_code, "AUTH_SECRET is not set" in open_service.stderr) == (2, True)
-    assert (unknown.exit_code, "choose from read, write, ops" in unknown.stderr) == (2, True)
+    assert (unknown.exit_code, "choose from ops, patients:read, patients:write" in unknown.stderr) == (2, True)
+
+
+async def test_token_fits_the_settings() -> None:
+    """Issuer, audience and claim of the scopes are those that the service demands; a provider alone signs for it."""
+    demands = {"AUTH_ISSUER": "https://login.example", "AUTH_AUDIENCE": "clinic", "AUTH_SCOPE_CLAIM": "scp"}
+    own = await run("token", "--scope", "ops", DATABASE_URL="postgresql://a@b/c", AUTH_SECRET=SECRET, **demands)
+    provider = {"DATABASE_URL": "postgresql://a@b/c", "AUTH_JWKS_URL": "https://login.example/keys", **demands}
+    alone = await run("token", "--scope", "ops", **provider)
+
+    claims = jwt.decode(
+        own.stdout.strip(), SECRET, algorithms=["HS256"], issuer="https://login.example", audience="clinic"
+    )
+    assert (claims["scp"], "scope" in claims) == ("ops", False)
+    assert (alone.exit_code, "the identity provider alone gives tokens" in alone.stderr) == (2, True)
 
 
 async def test_budget_is_checked_before_serving() -> None:

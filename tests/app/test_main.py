@@ -23,7 +23,7 @@ from tests.stopwatch import Stopwatch
 # What `import app.main` may load: the libraries that the service is built on, and what they load.
 PACKAGES = {
     "annotated_doc", "annotated_types", "anyio", "asyncpg", "cython_runtime", "dotenv", "email_validator", "fastapi",
-    "greenlet", "idna", "jwt", "opentelemetry", "prometheus_client", "pydantic", "pydantic_core", "pydantic_settings",
+    "greenlet", "idna", "opentelemetry", "prometheus_client", "pydantic", "pydantic_core", "pydantic_settings",
     "pythonjsonlogger", "sqlalchemy", "starlette", "typing_extensions", "typing_inspection",
 }  # fmt: skip
 DOWN: dict[str, Any] = {"url": f"postgresql://a@127.0.0.1:{free_port()}/x"}

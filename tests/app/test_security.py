@@ -8,7 +8,7 @@ from datetime import UTC, datetime, timedelta
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any
 
 import jwt
 import pytest
@@ -22,7 +22,9 @@ from starlette.routing import Match
 
 from app import security
 from app.main import DOMAINS, create_app
-from app.security import OPEN, Scope, issue_token, needs
+from app.security import OPEN, BearerGuard, issue_token, needs, scopes_of
+from app.settings import Settings
+from app.tokens import TokenVerifier
 from pglifeguard.fastapi import client_key, debug, exposition, health, pools
 from tests.conftest import Database
 from tests.service import Service, serving
@@ -37,15 +39,20 @@ async def guarded(database: Database) -> AsyncIterator[Service]:
         yield running
 
 
-def bearer(*scopes: Scope, hours: float = 1, secret: str = SECRET) -> dict[str, str]:
+def bearer(*scopes: str, hours: float = 1, secret: str = SECRET) -> dict[str, str]:
     """Give the header of a token."""
     token = issue_token(SecretStr(secret), subject="test", scopes=list(scopes), lifetime=timedelta(hours=hours))
     return {"Authorization": f"Bearer {token}"}
 
 
+def verifier(database: Database) -> TokenVerifier:
+    """Make what verifies the tokens of the secret."""
+    return TokenVerifier(database.settings(auth_secret=SECRET, replica=False), count=lambda _: None)
+
+
 def signed(claims: dict[str, Any], algorithm: str = "HS256") -> dict[str, str]:
     """Give the header of a token with these claims."""
-    return {"Authorization": f"Bearer {jwt.encode(claims, None if algorithm == 'none' else SECRET, algorithm)}"}
+    return {"Authorization": f"Bearer {jwt.encode(claims, '' if algorithm == 'none' else SECRET, algorithm)}"}
 
 
 async def test_callers_take_turns_for_connections(guarded: Service) -> None:
@@ -55,28 +62,27 @@ async def test_callers_take_turns_for_connections(guarded: Service) -> None:
     async def look() -> None:
         seen.append(client_key.get())
 
-    guarded.app.add_api_route("/look", look)
-    await guarded.client.get("/look", headers=bearer("read"))
+    guarded.app.add_api_route("/look", look, dependencies=[needs("ops")])
+    await guarded.client.get("/look", headers=bearer("ops"))
 
     assert seen == ["test"]
 
 
 async def test_scopes_open_their_methods(guarded: Service) -> None:
-    """`read` reads, `write` writes, `ops` operates; none of them does the others' work."""
-    requests: list[tuple[str, str, Scope]] = [
-        ("GET", "/patients", "read"),
-        ("GET", "/reports/summary", "read"),
-        ("POST", "/patients", "write"),
-        ("DELETE", "/patients/1", "write"),
+    """Each domain has a scope to read and one to write, `ops` operates; none of them does the others' work."""
+    requests: list[tuple[str, str, str]] = [
+        ("GET", "/patients", "patients:read"),
+        ("GET", "/reports/summary", "reports:read"),
+        ("POST", "/patients", "patients:write"),
+        ("DELETE", "/patients/1", "patients:write"),
         ("GET", "/debug/pool-stats", "ops"),
         ("GET", "/debug/connections", "ops"),
         ("GET", "/debug/pools/figures", "ops"),
         ("GET", "/debug/pools/sessions", "ops"),
         ("POST", "/debug/end?pool=primary&pid=1", "ops"),
     ]
-    scopes: tuple[Scope, ...] = ("read", "write", "ops")
     for method, path, needed in requests:
-        for scope in scopes:
+        for scope in [*scopes_of(guarded.app), "read", "write", "patients", "patients:*", "*"]:
             answer = await guarded.client.request(method, path, headers=bearer(scope))
 
             if scope == needed:
@@ -91,12 +97,17 @@ WRONG = {
     "another scheme": {"Authorization": "Basic YTpi"},
     "no token": {"Authorization": "Bearer "},
     "no JWT": {"Authorization": "Bearer x.y.z"},
-    "another secret": bearer("read", secret="another-secret-another-secret-12345"),
-    "expired": bearer("read", hours=-1),
-    "without an end": signed({"sub": "x", "scope": "read"}),
-    "without a subject": signed({"exp": LATER, "scope": "read"}),
-    "unsigned": signed({"sub": "x", "exp": LATER, "scope": "read"}, "none"),
-    "another algorithm": signed({"sub": "x", "exp": LATER, "scope": "read"}, "HS384"),
+    "another secret": bearer("patients:read", secret="another-secret-another-secret-12345"),
+    "expired": bearer("patients:read", hours=-1),
+    "without an end": signed({"sub": "x", "scope": "patients:read"}),
+    "without a subject": signed({"exp": LATER, "scope": "patients:read"}),
+    "empty subject": signed({"sub": "", "exp": LATER, "scope": "patients:read"}),
+    "subject with a line break": signed({"sub": "a\nb", "exp": LATER, "scope": "patients:read"}),
+    "subject of half a character": signed({"sub": "\ud800", "exp": LATER, "scope": "patients:read"}),
+    "subject too long": signed({"sub": "x" * 256, "exp": LATER, "scope": "patients:read"}),
+    "deep header": {"Authorization": f"Bearer {'W1tb' * 6000}.e30.x"},
+    "unsigned": signed({"sub": "x", "exp": LATER, "scope": "patients:read"}, "none"),
+    "another algorithm": signed({"sub": "x", "exp": LATER, "scope": "patients:read"}, "HS384"),
 }
 
 
@@ -111,8 +122,8 @@ async def test_wrong_token_is_401_before_any_connection(guarded: Service, header
 
 
 async def test_token_without_scopes_opens_nothing(guarded: Service) -> None:
-    """A scope that is no text, or missing, is none."""
-    for claims in ({}, {"scope": None}, {"scope": 5}, {"scope": "reader"}):
+    """A scope that is neither text nor a list of texts, or missing, is none."""
+    for claims in ({}, {"scope": None}, {"scope": 5}, {"scope": "patients:reader"}, {"scope": ["x", 5, None]}):
         answer = await guarded.client.get("/patients", headers=signed({"sub": "x", "exp": LATER} | claims))
 
         assert (answer.status_code, answer.json()["code"]) == (403, "forbidden")
@@ -137,12 +148,13 @@ async def test_document_says_that_a_token_is_needed(guarded: Service, database: 
 
 async def test_refusal_comes_before_validation(guarded: Service) -> None:
     """Who may not write learns nothing of what a body must look like."""
-    answer = await guarded.client.post("/patients", json={"mrn": 1}, headers=bearer("read"))
+    answer = await guarded.client.post("/patients", json={"mrn": 1}, headers=bearer("patients:read"))
 
     assert answer.status_code == 403
 
 
-SCOPES: tuple[Scope, ...] = ("read", "write", "ops")
+# What mounts the routes that are optional; a project may have taken their domain out.
+EVERY_ROUTE = {name: "http://127.0.0.1:1" for name in ("directory_url",) if name in Settings.model_fields}
 OPEN_TEMPLATES = {"/health/live", "/health/ready", "/health/db", "/metrics", "/docs", "/openapi.json", "/debug/pools"}
 # Each with the dependencies that the service includes it with.
 ROUTERS: list[tuple[Any, list[Any]]] = [
@@ -153,6 +165,15 @@ ROUTERS: list[tuple[Any, list[Any]]] = [
     (pools.page_router, [security.OPEN]),
     (pools.router, [security.needs("ops")]),
 ]
+
+
+def needed_by(method: str, template: str) -> str:
+    """Say which scope a route needs, by the rules that the documentation gives."""
+    domain = template.split("/")[1]
+    if domain == "debug":
+        return "ops"
+    reads = method in {"GET", "HEAD"} and not template.endswith("/sync")
+    return f"{domain}:{'read' if reads or domain == 'reports' else 'write'}"
 
 
 @dataclass(frozen=True)
@@ -191,7 +212,7 @@ async def ask(app: Any, method: str, path: str, headers: dict[str, str], *, root
         "raw_path": path.encode(),
         "query_string": b"",
         "root_path": root_path,
-        "headers": [(b"host", b"test"), *((k.lower().encode(), v.encode()) for k, v in headers.items())],
+        "headers": [(k.lower().encode(), v.encode()) for k, v in ({"Host": "test"} | headers).items()],
         "client": ("127.0.0.1", 1),
         "server": ("127.0.0.1", 80),
         "extensions": {"websocket.http.response": {}},
@@ -235,14 +256,15 @@ async def test_every_route_is_open_to_whom_it_says(guarded: Service, shape: Shap
         outer = FastAPI()
         outer.mount("/outer", app)
     send = partial(ask, outer, root_path=shape.root_path)
-    closed: list[tuple[str, str, Scope]] = []
+    closed: list[tuple[str, str, str]] = []
+    scopes = scopes_of(app)
 
     for method, path, template in walk(app, shape):
         if template in OPEN_TEMPLATES:
             assert await send(method, path, {}) in {200, 405}, (method, path)
             continue
-        needed: Scope = "ops" if template.startswith("/debug") else "read" if method in {"GET", "HEAD"} else "write"
-        others = bearer(*(scope for scope in SCOPES if scope != needed))
+        needed = needed_by(method, template)
+        others = bearer(*(scope for scope in scopes if scope != needed))
         assert await send(method, path, {}) == 401, (method, path)
         assert await send(method, path, others) == 403, (method, path)
         closed.append((method, path, needed))
@@ -284,15 +306,39 @@ NOWHERE = [
 ]
 
 
+def test_read_and_write_are_declared_together() -> None:
+    """With one of them alone the other methods would be open."""
+    with pytest.raises(ValueError, match="belong together"):
+        needs(read="things:read")
+    with pytest.raises(ValueError, match="belong together"):
+        needs(write="things:write")
+
+
+async def test_every_route_declares_its_scopes(database: Database) -> None:
+    """The inventory: each route of the service, those of every setting included, says whom it is for."""
+    settings = database.settings(auth_secret=SECRET, replica=False, **EVERY_ROUTE)
+    app = create_app(settings)
+    guard = app.router.middleware_stack
+    assert isinstance(guard, BearerGuard)
+
+    inventory = {(path, method): needed for path, method, needed in guard.operations(app)}
+    app.add_api_route("/forgotten", lambda: 1)
+    forgotten = {(path, method) for path, method, needed in guard.operations(app) if needed is None}
+
+    assert [route for route, needed in inventory.items() if needed is None] == []
+    assert {path for (path, _), needed in inventory.items() if not needed} == OPEN_TEMPLATES
+    for (path, method), needed in inventory.items():
+        assert needed == (frozenset() if path in OPEN_TEMPLATES else {needed_by(method, path)}), (method, path)
+    assert forgotten == {("/forgotten", "GET")}
+
+
 @pytest.mark.parametrize("path", NOWHERE)
 async def test_unknown_path_is_refused_like_a_known_one(guarded: Service, path: str) -> None:
     """Nobody without a token learns which paths there are, and no path is nearly an open one."""
-    for method, needed in (("GET", "read"), ("POST", "write"), ("BREW", "write")):
-        unlike: Scope = "ops"
-
+    for method in ("GET", "POST", "BREW"):
         assert await ask(guarded.app, method, path, {}) == 401
-        assert await ask(guarded.app, method, path, bearer(unlike)) == 403
-        assert await ask(guarded.app, method, path, bearer(cast("Scope", needed))) == 404
+        assert await ask(guarded.app, method, path, bearer("ops", hours=-1)) == 401
+        assert await ask(guarded.app, method, path, bearer()) == 404
 
 
 async def test_what_a_copier_adds_is_closed(guarded: Service, tmp_path: Path) -> None:
@@ -323,25 +369,22 @@ async def test_what_a_copier_adds_is_closed(guarded: Service, tmp_path: Path) ->
     app.host("other", beneath)
     app.frontend("/pages", directory=tmp_path)
     closed = [
-        ("GET", "/docsets/one", 200),
-        ("WEBSOCKET", "/docsets/socket", 101),
-        ("WEBSOCKET", "/metrics/socket", 101),
-        ("WEBSOCKET", "/plain-socket", 101),
-        ("GET", "/plain", 200),
-        ("GET", "/beneath/one", 200),
-        ("WEBSOCKET", "/beneath/socket", 101),
-        ("GET", "/beneath/docs", 200),
-        ("GET", "/static/index.html", 200),
-        ("GET", "/pages/index.html", 200),
-        ("WEBSOCKET", "/nothing", 403),
+        ("GET", "/docsets/one"),
+        ("WEBSOCKET", "/docsets/socket"),
+        ("WEBSOCKET", "/metrics/socket"),
+        ("WEBSOCKET", "/plain-socket"),
+        ("GET", "/plain"),
+        ("GET", "/beneath/one"),
+        ("WEBSOCKET", "/beneath/socket"),
+        ("GET", "/beneath/docs"),
+        ("GET", "/static/index.html"),
+        ("GET", "/pages/index.html"),
     ]
-    for method, path, served in closed:
-        needed: Scope = "read" if method == "GET" else "write"
-
+    for method, path in closed:
         assert await ask(app, method, path, {}) == 401, path
-        assert await ask(app, method, path, bearer("ops")) == 403, path
-        assert await ask(app, method, path, bearer(needed)) == served, path
+        assert await ask(app, method, path, bearer(*scopes_of(app), "read", "write")) == 403, path
     assert await ask(app, "GET", "/one", {"Host": "other"}) == 401
+    assert await ask(app, "GET", "/one", {"Host": "other"} | bearer("ops")) == 403
 
 
 async def test_copier_declares_what_is_open(database: Database, tmp_path: Path) -> None:
@@ -364,20 +407,29 @@ async def test_copier_declares_what_is_open(database: Database, tmp_path: Path) 
 
     app = create_app(database.settings(replica=False))
     app.include_router(opened, prefix="/v1")
-    app.include_router(opened, prefix="/ops", dependencies=[needs("ops", "read")])
+    app.include_router(opened, prefix="/ops", dependencies=[needs("ops", "more")])
     app.include_router(half_open)
     app.mount("/static", StaticFiles(directory=tmp_path))
     app.mount("/files", StaticFiles(directory=tmp_path))
-    security.install(app, SecretStr(SECRET), open_paths=["/static"])
+    app.mount("/drawer", StaticFiles(directory=tmp_path))
+    app.host("other", opened)
+    drawer = needs(read="drawer:read", write="drawer:write")
+    security.install(app, verifier(database), open_paths=["/static"], needed_by_path={"/drawer": drawer, "other": OPEN})
 
     assert await ask(app, "GET", "/v1/opened", {}) == 200
     assert await ask(app, "WEBSOCKET", "/v1/socket", {}) == 101
     assert await ask(app, "GET", "/static/index.html", {}) == 200
     assert await ask(app, "GET", "/files/index.html", {}) == 401
+    assert await ask(app, "GET", "/files/index.html", bearer("ops")) == 403
+    assert await ask(app, "GET", "/drawer/index.html", bearer("drawer:write")) == 403
+    assert await ask(app, "GET", "/drawer/index.html", bearer("drawer:read")) == 200
+    assert await ask(app, "POST", "/drawer/index.html", bearer("drawer:read")) == 403
+    assert await ask(app, "POST", "/drawer/index.html", bearer("drawer:write")) == 405
+    assert await ask(app, "GET", "/opened", {"Host": "other"}) == 200
     assert await ask(app, "GET", "/half-open", {}) == 401
     assert await ask(app, "GET", "/half-open", bearer("ops")) == 200
     assert await ask(app, "GET", "/ops/opened", bearer("ops")) == 403
-    assert await ask(app, "GET", "/ops/opened", bearer("ops", "read")) == 200
+    assert await ask(app, "GET", "/ops/opened", bearer("ops", "more")) == 200
     # What stands in a signature alone, the guard does not see: the dependency itself closes it.
     assert await ask(app, "GET", "/v1/signed", {}) == 403
 
@@ -421,11 +473,13 @@ async def test_refusal_passes_the_middleware_around_it(guarded: Service) -> None
 
 
 async def test_document_says_what_is_open(guarded: Service) -> None:
-    """A client that reads the document sends no token where none is needed."""
+    """A client that reads the document sends no token where none is needed, and knows which one is."""
     paths = (await guarded.client.get("/openapi.json")).json()["paths"]
 
     assert paths["/health/live"]["get"]["security"] == []
-    assert "security" not in paths["/debug/connections"]["get"]
+    assert paths["/debug/connections"]["get"]["security"] == [{"bearer": ["ops"]}]
+    assert paths["/patients"]["get"]["security"] == [{"bearer": ["patients:read"]}]
+    assert paths["/patients"]["post"]["security"] == [{"bearer": ["patients:write"]}]
 
 
 async def test_socket_is_closed_where_it_cannot_be_answered(guarded: Service) -> None:
@@ -446,14 +500,14 @@ async def test_socket_is_closed_where_it_cannot_be_answered(guarded: Service) ->
 
 async def test_scopes_of_nested_inclusions_add_up(guarded: Service) -> None:
     """A router in a router in the application: each may ask for more."""
-    inner, outer = APIRouter(), APIRouter(dependencies=[needs("read")])
-    inner.add_api_route("/deep", lambda: 1, dependencies=[needs("write")])
+    inner, outer = APIRouter(), APIRouter(dependencies=[needs("one")])
+    inner.add_api_route("/deep", lambda: 1, dependencies=[needs("two")])
     outer.include_router(inner, prefix="/inner")
     guarded.app.include_router(outer, prefix="/outer", dependencies=[needs("ops")])
 
     assert await ask(guarded.app, "GET", "/outer/inner/deep", {}) == 401
-    assert await ask(guarded.app, "GET", "/outer/inner/deep", bearer("read", "write")) == 403
-    assert await ask(guarded.app, "GET", "/outer/inner/deep", bearer("read", "write", "ops")) == 200
+    assert await ask(guarded.app, "GET", "/outer/inner/deep", bearer("one", "two")) == 403
+    assert await ask(guarded.app, "GET", "/outer/inner/deep", bearer("one", "two", "ops")) == 200
 
 
 def test_guard_lets_the_lifespan_pass(database: Database) -> None:

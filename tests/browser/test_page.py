@@ -190,7 +190,7 @@ async def test_token_is_asked_for_and_kept_in_memory(database: Database, visit: 
     assert settings.auth_secret is not None
     reader, operator = (
         issue_token(settings.auth_secret, subject="carla", scopes=[scope], lifetime=timedelta(minutes=5))
-        for scope in ("read", "ops")
+        for scope in ("patients:read", "ops")
     )
     async with serving(settings) as service, listening(Running(service.app)) as url:
         seen = await visit(url)

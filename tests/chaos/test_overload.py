@@ -169,7 +169,7 @@ async def test_one_client_starves_nobody(database: Database, tmp_path: Path, mea
     """Beside one client with two hundred requests in flight ten others are served as if they were alone."""
     await slow_down(database)
     tokens = {
-        name: issue_token(SecretStr(SECRET), subject=name, scopes=["read"], lifetime=timedelta(hours=1))
+        name: issue_token(SecretStr(SECRET), subject=name, scopes=["patients:read"], lifetime=timedelta(hours=1))
         for name in ("greedy", *(f"polite-{number}" for number in range(POLITE)))
     }
     waiting = {"AUTH_SECRET": SECRET, "DATABASE_POOL_MAX_WAITING": str(GREEDY)}

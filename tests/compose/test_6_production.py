@@ -74,7 +74,9 @@ async def test_production_runs_on_secrets_in_files(production: Stack) -> None:
     url = f"http://127.0.0.1:{PORTS['APP_PORT']}"
     async with httpx.AsyncClient(base_url=url, timeout=10) as client:
         refused = await client.get("/patients")
-        token = await production.compose("exec", "-T", "app", "python", "-m", "app", "token", "--scope", "read")
+        token = await production.compose(
+            "exec", "-T", "app", "python", "-m", "app", "token", "--scope", "patients:read"
+        )
         answered = await client.get("/patients", headers={"Authorization": f"Bearer {token.strip()}"})
     said = await production.compose("logs", "app")
     values, mode = _read_secrets(folder)
@@ -90,7 +92,7 @@ async def test_production_runs_on_secrets_in_files(production: Stack) -> None:
 
 async def _change_password(production: Stack, folder: Path, url: str) -> None:
     """Walk through the procedure with one file forgotten, then with all of them."""
-    token = await production.compose("exec", "-T", "app", "python", "-m", "app", "token", "--scope", "write")
+    token = await production.compose("exec", "-T", "app", "python", "-m", "app", "token", "--scope", "patients:write")
     headers = {"Authorization": f"Bearer {token.strip()}"}
     forgotten = folder / "database_url"
     before = forgotten.read_text(encoding="utf-8")

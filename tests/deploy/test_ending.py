@@ -77,7 +77,7 @@ async def test_an_instance_ends_in_this_order(
 ) -> None:
     """After SIGTERM: not ready but served, then a closed port while the request in flight is answered, then the end."""
     process, url = instance
-    token = issue_token(SECRET, subject="test", scopes=["read"], lifetime=timedelta(minutes=5))
+    token = issue_token(SECRET, subject="test", scopes=["patients:read"], lifetime=timedelta(minutes=5))
     async with httpx.AsyncClient(base_url=url, timeout=30, trust_env=False) as client:
 
         async def asked(path: str) -> int | None:

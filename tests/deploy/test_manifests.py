@@ -227,6 +227,7 @@ def test_dashboards_are_those_of_the_repository() -> None:
         ({"database": {"replica": {"urls": ["mysql://a@db/b"]}}}, "/database/replica/urls/0"),
         ({"settings": {"DATABASE_POOL_SIZE": 3}}, "invalid propertyName 'DATABASE_POOL_SIZE'"),
         ({"settings": {"AUTH_SECRET": "x" * 32}}, "invalid propertyName 'AUTH_SECRET'"),
+        ({"settings": {"AUTH_ACCEPTED_SECRETS": "x" * 32}}, "invalid propertyName 'AUTH_ACCEPTED_SECRETS'"),
         ({"settings": {"PGPASSWORD": "secret"}}, "invalid propertyName 'PGPASSWORD'"),
         ({"settings": {"LISTEN_URL": "postgresql://a:secret@b/c"}}, "invalid propertyName 'LISTEN_URL'"),
         ({"resources": {"limits": None}}, "/resources"),

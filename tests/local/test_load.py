@@ -325,7 +325,7 @@ def test_troubles_need_the_databases_of_make_run(run: Run, token: str, load: Loa
     url = run.url.replace("127.0.0.1", "localhost")
     refused = load(run.directory, "--url", url)
     assert refused.ends() == 1
-    assert "wants a token with the scopes read, write, ops" in refused.words
+    assert "wants a token with the scopes patients:read, patients:write, ops" in refused.words
 
     for option in (("--kill-replica",), ("--overload", "3")):
         trouble = load(run.directory, "--url", url, *option, LOAD_TOKEN=token)

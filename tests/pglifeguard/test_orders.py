@@ -113,7 +113,7 @@ async def test_token_may_be_given(database: Database, tmp_path: Path, monkeypatc
     """Where the settings of the service are not at hand; without a good one, the answer says what to do."""
     monkeypatch.chdir(tmp_path)
     token = await run("token", "--scope", "ops", DATABASE_URL=database.url(), AUTH_SECRET=SECRET)
-    reader = await run("token", "--scope", "read", DATABASE_URL=database.url(), AUTH_SECRET=SECRET)
+    reader = await run("token", "--scope", "patients:read", DATABASE_URL=database.url(), AUTH_SECRET=SECRET)
     async with running(database) as (_, url):
         obeyed = await run("resume", "--url", url, OPERATOR_TOKEN=token.stdout)
         without = await run("resume", "--url", url)

@@ -395,7 +395,7 @@ async def test_retry_may_come_with_a_new_token(database: Database) -> None:
 
     def bearer(subject: str, seconds: int) -> dict[str, str]:
         lifetime = timedelta(seconds=seconds)
-        token = issue_token(SecretStr(secret), subject=subject, scopes=["write"], lifetime=lifetime)
+        token = issue_token(SecretStr(secret), subject=subject, scopes=["patients:write"], lifetime=lifetime)
         return {"Authorization": f"Bearer {token}", HEADER: "one"}
 
     async with serving(database.settings(auth_secret=secret, replica=False)) as service:
@@ -408,7 +408,7 @@ async def test_retry_may_come_with_a_new_token(database: Database) -> None:
 
 
 async def test_dependency_may_say_who_calls(service: Service) -> None:
-    """The library knows no tokens: whoever sets `request.state.caller` decides whose key it is; else the header does."""
+    """The library knows no tokens: `request.state.caller` decides whose key it is, else the header does."""
 
     def identify(request: Request, user: str | None = None) -> None:
         if user is not None:
