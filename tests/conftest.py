@@ -55,7 +55,7 @@ SLOW_FILES = {
         "test_lease", "test_members", "test_on_connect", "test_otel", "test_pool", "test_pool_storms", "test_pooler",
         "test_primary_retry", "test_read_your_writes", "test_replica", "test_sampling", "test_servers",
         "test_session_commits", "test_session_names", "test_session_state", "test_session_use", "test_sleeping",
-        "test_standbys", "test_tls", "test_tls_server", "test_write_once", "test_errors",
+        "test_standbys", "test_tls", "test_tls_server", "test_write_once", "test_errors", "test_extras",
     },
     "fastapi": {
         "test_failures", "test_health", "test_idempotency", "test_limits", "test_middleware", "test_shared",
