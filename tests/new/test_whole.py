@@ -99,6 +99,11 @@ def test_passes_its_own_fuzzing(installed: Path) -> None:
     assert "0 findings" in told
 
 
+def test_judges_its_own_chart(installed: Path) -> None:
+    """`make test-deploy`: the chart under its new name, rendered and judged by what the copy's lock installs."""
+    run("make", "test-deploy", directory=installed)
+
+
 def test_smallest_passes_its_tests(installed: Path, tmp_path: Path) -> None:
     """Without users, reports and containers: types, and the quick tests, in the environment of the other."""
     small = tmp_path / "small"
