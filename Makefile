@@ -161,5 +161,3 @@ release: install .venv-release/.installed  ## Check, build, describe and tag a v
 
 clean:  ## Remove what the other targets made; the databases of `make run` stay (ARGS=--databases: those, too)
 	@$(PYTHON) -m local.clean $(ARGS)
-clean:  ## Remove what the other targets made
-	rm -rf .venv .venv-backup .venv-docs .venv-fuzz .venv-ha .venv-release dist .local .coverage* .mypy_cache .ruff_cache .pytest_cache .hypothesis

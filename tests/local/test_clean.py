@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from local.clean import MADE
 from local.setup import PROJECT
 
 
@@ -90,3 +92,11 @@ def test_help_says_what_clean_keeps() -> None:
 
     line = next(line for line in listed.splitlines() if line.startswith("  make clean "))
     assert "the databases of `make run` stay (ARGS=--databases" in line
+
+
+def test_clean_knows_every_environment() -> None:
+    """Each that a target makes goes with the others."""
+    environments = set(re.findall(r"\.venv[\w-]*", (PROJECT / "Makefile").read_text(encoding="utf-8")))
+
+    assert len(environments) > 1
+    assert environments <= {*MADE}
