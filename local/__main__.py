@@ -35,6 +35,12 @@ The pools, live: {url}/debug/pools · to see them at work, in another terminal: 
 
 primary 127.0.0.1:{primary} · replica 127.0.0.1:{replica} · settings with passwords: {variables} · Ctrl-C stops all
 """
+TOKENS = """\
+The routes want a token: AUTH_SECRET or an identity provider is set. With that secret one is made so:
+
+  TOKEN=$(. {variables} && .venv/bin/python -m app token --scope patients:read --scope patients:write --scope ops)
+  curl -s {url}/patients/1 -H "authorization: Bearer $TOKEN"
+"""
 
 
 @dataclass(frozen=True)
@@ -79,7 +85,7 @@ async def _run(options: Options, place: Place) -> int:
     cluster: Cluster | None = None
     try:
         await options.service.take_port()
-        await options.service.check_settings()
+        guarded = await options.service.check_settings()
         with console.status("Starting") as status:
 
             def progress(step: str) -> None:
@@ -112,6 +118,8 @@ async def _run(options: Options, place: Place) -> int:
                 load=_load(options.directory),
             )
         )
+        if guarded:
+            console.print(TOKENS.format(url=options.service.url, variables=variables), markup=False)
         if options.service.reload:
             console.print(
                 "A file that is saved in app/ or pglifeguard/ starts the service anew; the databases stay up.\n"

@@ -1,5 +1,7 @@
 """`python -m local.check_settings`: whether the service would start with this environment; a sentence where not.
 
+Prints `guarded` where its routes will want tokens.
+
 A process of its own: the service reads the environment of its process, and `make run` has another one.
 """
 
@@ -23,6 +25,8 @@ def main() -> None:
             "TLS_CERTIFICATE is set, and `make run` serves by plain HTTP: leave it and TLS_KEY out here. "
             "`python -m app serve` serves HTTPS."
         )
+    if settings.guarded:
+        typer.echo("guarded")
 
 
 if __name__ == "__main__":

@@ -71,24 +71,27 @@ class Service:
                 f'another: make {"dev" if self.reload else "run"} ARGS="{elsewhere}--port {another}"'
             )
 
-    async def check_settings(self) -> None:
+    async def check_settings(self) -> bool:
         """Make sure that the environment and `.env` are ones with which the service would start.
+
+        Returns whether its routes will want tokens.
 
         Raises: EmbeddedError, with the service's own words.
         """
         process = await asyncio.create_subprocess_exec(
             sys.executable, "-m", "local.check_settings",
-            cwd=PROJECT, stderr=asyncio.subprocess.PIPE,
+            cwd=PROJECT, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
             env=os.environ | _variables(*SOME_URLS) | self._chosen(),
         )  # fmt: skip
         try:
-            _, output = await process.communicate()
+            said, output = await process.communicate()
         finally:
             if process.returncode is None:  # We were told to stop meanwhile.
                 process.kill()
         if process.returncode != 0:
             text = output.decode(errors="replace").strip()
             raise EmbeddedError(text if process.returncode == WRONG_SETTINGS else explain(text, "Reading the settings"))
+        return bool(said.strip())
 
     async def start(self, environment: dict[str, str]) -> None:
         """Start and wait until /health/ready says yes.

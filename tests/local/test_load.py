@@ -153,6 +153,20 @@ def test_calm_load_is_told_by_the_second_and_leaves_nothing(run: Run, client: ht
     assert patients_of_loads(client) == []
 
 
+def test_run_says_how_to_ask_a_service_that_wants_tokens(run: Run) -> None:
+    """Without one each of the requests that it prints would be a 401."""
+    (line,) = re.findall(r"^  TOKEN=\$\((.*)\)$", run.words, re.MULTILINE)
+    command = line.replace(".venv/bin/python", sys.executable)
+
+    made = subprocess.run(
+        ["bash", "-c", command],
+        cwd=PROJECT, env=os.environ | {"AUTH_SECRET": SECRET}, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+
+    assert httpx.get(f"{run.url}/patients/1").status_code == 401
+    assert httpx.get(f"{run.url}/patients/1", headers={"authorization": f"Bearer {made.stdout.strip()}"}).is_success
+
+
 @pytest.mark.parametrize(
     ("second", "line"),
     [
