@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 
 from jwt import PyJWK
 
-from app.jwks import KeySet, UnusableKeys
+from app.jwks import KeySet
 from pglifeguard import ServiceError
 
 logger = logging.getLogger(__name__)
@@ -112,7 +112,7 @@ class ProviderKeys:
     async def _fetch(self) -> None:
         try:
             keys = self._parse(await self._read())
-        except (OSError, UnusableKeys) as error:
+        except (OSError, ValueError) as error:  # UnusableKeys is one; so is a name that the resolver cannot take.
             self._note_failure(f"{type(error).__name__}: {error}")
         else:
             self._note(keys)
@@ -173,7 +173,7 @@ def from_url(url: str, *, timeout_seconds: float) -> Read:
             raise OSError(f"the provider answered {error.response.status_code}") from error
         except TimeoutError:
             raise OSError(f"no whole answer within {timeout_seconds:g} s") from None
-        except httpx.HTTPError as error:
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise OSError(f"{type(error).__name__}: {error}") from error
         return bytes(body)
 

@@ -212,7 +212,7 @@ class Settings(DatabasesSettings):
 def _is_url(url: str) -> bool:
     try:
         parts = urlsplit(url)
-        return bool(parts.hostname) and parts.port != 0 and re.search(r"\s", url) is None
+        return bool(parts.hostname) and parts.port != 0 and url.isprintable() and " " not in url
     except ValueError:
         return False
 

@@ -164,6 +164,17 @@ async def test_provider_that_is_away_is_asked_again(caplog: pytest.LogCaptureFix
     assert f"{OUTAGE}; none yet" in caplog.text
 
 
+@pytest.mark.parametrize(
+    "url", ["http://\u2028.example/keys", f"http://{'x' * 300}.example/keys", "http://xn--\u0660.example/"]
+)
+async def test_name_that_nobody_can_resolve_is_an_outage(url: str) -> None:
+    """What no check of the settings has found is told as an outage, and ends no task."""
+    keys = ProviderKeys(from_url(url, timeout_seconds=5), PARSE, refresh_seconds=60, count=lambda _: None)
+
+    with pytest.raises(KeysUnavailable):
+        await keys.refresh()
+
+
 async def test_fetch_outlives_the_request_that_began_it(provider: Provider) -> None:
     """A client that leaves takes nobody else's keys away."""
     provider.answering.clear()

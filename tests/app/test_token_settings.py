@@ -40,6 +40,8 @@ WRONG: dict[str, tuple[dict[str, str], str]] = {
     "another scheme": (PROVIDER | {"AUTH_JWKS_URL": "file:///etc/passwd"}, "AUTH_JWKS_URL"),
     "no host": (PROVIDER | {"AUTH_JWKS_URL": "https:///keys"}, "AUTH_JWKS_URL https:///keys is no URL of a host"),
     "wrong port": (PROVIDER | {"AUTH_JWKS_URL": "https://a:b/keys"}, "AUTH_JWKS_URL https://a:b/keys is no URL"),
+    "unprintable": (PROVIDER | {"AUTH_JWKS_URL": "https://a/\x7f"}, "is no URL of a host"),
+    "half an address": (PROVIDER | {"AUTH_JWKS_URL": "https://[::1/keys"}, "is no URL of a host"),
     "spaces": (PROVIDER | {"AUTH_JWKS_URL": "https://a b/keys"}, "AUTH_JWKS_URL https://a b/keys is no URL"),
     "mistyped": ({"AUTH_JWKS_UR": JWKS}, "AUTH_JWKS_UR is not a setting of this service. Did you mean AUTH_JWKS_URL?"),
 }
