@@ -15,7 +15,7 @@ from rich.console import Console
 from fuzz import properties
 from fuzz.corpus import corpus
 from fuzz.corpus.requests import Known, dumped
-from fuzz.documented import Documented, documented
+from fuzz.documented import Documented
 from fuzz.judging import line_fault, line_time
 from fuzz.mutations import mutations
 from fuzz.report import Report
@@ -74,7 +74,7 @@ async def _run(directory: Path, *, seconds: float, seed: int, only: str | None, 
     progress(f"Starting; seed {seed}")
     async with staged(directory, port=port) as stage:
         created = await stage.client.post("/patients", content=dumped(Known(stage.token).patient()), headers=JSON)
-        promised = documented((await stage.client.get("/openapi.json")).json())
+        promised = stage.promised
         known = Known(stage.token, promised.readable, one=created.headers["Location"])
         report = Report(directory / "findings", stage.port, console)
         cases = [case for case in corpus(known) if only is None or only in case.name]

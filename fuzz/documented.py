@@ -16,6 +16,8 @@ class Documented:
     operations: tuple[tuple[re.Pattern[str], str, frozenset[str]], ...]
     # Of every GET, with 1 for each parameter of its path.
     readable: tuple[str, ...]
+    # All that an operation asks of a token.
+    scopes: tuple[str, ...]
 
     def undeclared(self, request: bytes, status: int, code: str | None) -> str | None:
         """Say that the request's operation does not declare the status; None where it does, or nobody can tell."""
@@ -32,9 +34,12 @@ class Documented:
 def documented(document: dict[str, Any]) -> Documented:
     """Read the document."""
     operations, readable = [], []
+    scopes: set[str] = set()
     for path, methods in document["paths"].items():
         pattern = re.compile(re.sub(r"\\\{[^/]+?\\\}", "[^/]+", re.escape(path)))
         operations += [(pattern, method.upper(), frozenset(one["responses"])) for method, one in methods.items()]
+        for needed in (needed for one in methods.values() for needed in one.get("security", ())):
+            scopes.update(*needed.values())
         if "get" in methods:
             readable.append(re.sub(r"\{[^/]+?\}", "1", path))
-    return Documented(tuple(operations), tuple(readable))
+    return Documented(tuple(operations), tuple(readable), tuple(sorted(scopes)))

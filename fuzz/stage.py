@@ -15,6 +15,7 @@ from pathlib import Path
 import httpx
 from fastapi import FastAPI
 
+from fuzz.documented import Documented, documented
 from local.load.target import make_token
 from local.runs import marked
 from local.serve import Running, running_in
@@ -29,10 +30,11 @@ STOP_SECONDS = 30.0
 
 @dataclass(frozen=True)
 class Stage:
-    """The service that is fuzzed; `log` has what it writes, and `token` may do everything."""
+    """The service that is fuzzed; `log` has what it writes, and `token` every scope of its OpenAPI document."""
 
     port: int
     token: str
+    promised: Documented
     log: Path
     run: Running
     directory: Path
@@ -78,9 +80,10 @@ async def staged(directory: Path, *, port: int | None = None) -> AsyncIterator[S
         run = running_in(directory / "databases")
         if run is None:
             raise EmbeddedError("The service answers, and its process is not to be found.")
-        token = await asyncio.to_thread(make_token, run)
+        promised = documented((await client.get("/openapi.json")).json())
+        token = await asyncio.to_thread(make_token, run, promised.scopes)
         client.headers["Authorization"] = f"Bearer {token}"
-        yield Stage(port, token, directory / "log", run, directory / "databases", client)
+        yield Stage(port, token, promised, directory / "log", run, directory / "databases", client)
 
 
 async def _ready(client: httpx.AsyncClient, process: Process, log: Path) -> None:

@@ -5,6 +5,7 @@ import ipaddress
 import socket
 import subprocess
 import sys
+from collections.abc import Collection
 from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
@@ -100,11 +101,11 @@ async def _with_token(target: Target) -> Target:
     return target
 
 
-def make_token(run: Running) -> str:
+def make_token(run: Running, scopes: Collection[str] = SCOPES) -> str:
     """Sign a token as the operator would, with the secret of the service."""
-    scopes = [word for scope in SCOPES for word in ("--scope", scope)]
+    words = [word for scope in scopes for word in ("--scope", scope)]
     made = subprocess.run(
-        [sys.executable, "-m", "app", "token", *scopes, "--hours", "2"],
+        [sys.executable, "-m", "app", "token", *words, "--hours", "2"],
         cwd=PROJECT, env=run.environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
     if made.returncode != 0:

@@ -142,12 +142,13 @@ def test_growth_is_told_beyond_its_bound() -> None:
 
 def test_status_that_is_not_declared_is_told() -> None:
     """By the operation of the request's path and method; the protocol's own, and what is no operation, are not."""
+    guarded = {"responses": {}, "security": [{"bearer": ["things:write"]}]}
     promised = documented(
-        {"paths": {"/things/{thing_id}": {"get": {"responses": {"200": {}}}}, "/things": {"post": {"responses": {}}}}}
+        {"paths": {"/things/{thing_id}": {"get": {"responses": {"200": {}}}}, "/things": {"post": guarded}}}
     )
     request = CASE.pieces[0]
 
-    assert promised.readable == ("/things/1",)
+    assert (promised.readable, promised.scopes) == (("/things/1",), ("things:write",))
     assert promised.undeclared(request, 200, None) is None
     assert "declares no 404 (code not_found)" in (promised.undeclared(request, 404, "not_found") or "")
     assert promised.undeclared(request, 400, "malformed_request") is None
