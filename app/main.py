@@ -15,7 +15,7 @@ from fastapi import FastAPI
 from prometheus_client import CollectorRegistry, Counter
 from sqlalchemy.orm import configure_mappers
 
-from app import security
+from app import docs_page, edge, security
 from app.logs import configure_logs
 from app.settings import Settings
 from pglifeguard import SettingsError, __version__
@@ -33,6 +33,7 @@ _FASTAPI: dict[str, Any] = {
     "description": "A FastAPI + PostgreSQL reference service whose database pool never drowns.",
     # Without this, Starlette matches every unknown path twice to look for a redirect.
     "redirect_slashes": False,
+    "docs_url": "/docs",  # app/docs_page.py, in place of FastAPI's.
     "redoc_url": None,  # /docs shows the same document.
     "swagger_ui_oauth2_redirect_url": None,
     # The metrics are Prometheus's. FastAPI's OpenTelemetry hooks cost each request something even if unused.
@@ -75,8 +76,14 @@ def create_app(settings: Settings | None = None, **options: Any) -> FastAPI:
             more = None if inner is None else await stack.enter_async_context(inner(app))
             yield state | (more or {})
 
-    app = FastAPI(**(_FASTAPI | options), lifespan=lifespan)
+    chosen = _FASTAPI | options
+    if chosen["redoc_url"] is not None:
+        raise ValueError("redoc_url: FastAPI's page of ReDoc runs what a CDN answers, which the service does not allow")
+    docs_url = chosen.pop("docs_url")
+    app = FastAPI(**chosen, docs_url=None, lifespan=lifespan)
     app.state.settings = settings
+    if docs_url is not None and app.openapi_url is not None:
+        docs_page.install(app, docs_url)
     for domain in DOMAINS:
         package = import_module(f"app.{domain}")
         optional = getattr(package, "optional_routers", None)
@@ -84,9 +91,17 @@ def create_app(settings: Settings | None = None, **options: Any) -> FastAPI:
             app.include_router(router)
     # A model that cannot work ends the start here, before a request needs it.
     configure_mappers()
-    lifeguard.install(app, open_dependencies=[security.OPEN], debug_dependencies=[security.needs("ops")])
+    lifeguard.install(
+        app,
+        open_dependencies=[security.OPEN],
+        debug_dependencies=[security.needs("ops")],
+        answer_headers=edge.answer_headers(settings),
+    )
+    # Each of these stands outside of the one before it: how often, who, and for which host.
+    edge.limit_rates(app, settings, lifeguard.metrics.requests_refused)
     if verifier is not None:
         security.install(app, verifier, scope_claim=settings.auth_scope_claim)
+    edge.guard_hosts(app, settings, lifeguard.metrics.requests_refused)
     return app
 
 
@@ -109,4 +124,6 @@ def _from_environment() -> Settings:
     configure_logs(settings.log_level, settings.log_format, access_log=settings.access_log)
     for sentence in settings.ignored_variables:
         logger.warning(sentence)
+    if settings.exposure is not None:
+        logger.warning(settings.exposure)
     return settings

@@ -1,6 +1,6 @@
-"""The settings of the service; `DatabasesSettings` has those of the library: pools, replicas and limits.
+"""The settings of the service: `EdgeSettings` has those of the edge, and `DatabasesSettings` those of the library.
 
-Nothing else reads the environment. `docs/settings.md` is compared with both.
+Nothing else reads the environment. `docs/settings.md` is compared with them.
 """
 
 import re
@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Field, SecretStr, model_validator
 
-from pglifeguard import DatabasesSettings
+from app.edge_settings import EdgeSettings
 
 # HS256 needs a key at least as long as its hash (RFC 7518, section 3.2).
 SECRET_CHARACTERS = 32
@@ -46,10 +46,12 @@ def _words(text: str) -> list[str]:
     return re.findall(r"[^,\s]+", text)
 
 
-class Settings(DatabasesSettings):
+class Settings(EdgeSettings):
     """The whole service. Each field says its unit and its reason."""
 
-    guards: ClassVar = frozenset({"auth_secret", "auth_jwks_url", "auth_jwks_file", "environment"})
+    guards: ClassVar = frozenset(
+        {"auth_secret", "auth_jwks_url", "auth_jwks_file", "environment", "allowed_hosts", "rate_limit_per_second"}
+    )
     # migrations/settings.py
     read_elsewhere: ClassVar = frozenset(
         {
@@ -171,6 +173,26 @@ class Settings(DatabasesSettings):
             )
         return self
 
+    @property
+    def exposure(self) -> str | None:
+        """The sentence about a service that strangers reach and that asks nobody for a token; else None."""
+        if self.guarded or self.host == "localhost" or _is_loopback(self.host):
+            return None
+        return (
+            f"THIS SERVICE IS OPEN: it listens on {self.host or 'every address'} without asking for tokens, so whoever "
+            f"reaches port {self.port} reads and changes everything. Set AUTH_SECRET (`openssl rand -hex 32` makes "
+            "one), or HOST=127.0.0.1."
+        )
+
+    @model_validator(mode="after")
+    def _fit_for_rate_limit(self) -> Self:
+        if self.rate_limit_per_second is not None and not (self.guarded or self.clients_by_address):
+            raise ValueError(
+                "RATE_LIMIT_PER_SECOND without AUTH_SECRET, AUTH_JWKS_… and CLIENTS_BY_ADDRESS: nothing tells one "
+                "client from another; set one of these"
+            )
+        return self
+
     @model_validator(mode="after")
     def _fit_for_tls(self) -> Self:
         if self.tls_certificate is None and self.tls_key is None:
@@ -224,3 +246,10 @@ def _can_be_forged(url: str) -> bool:
         return parts.scheme == "http" and not ip_address(parts.hostname or "").is_loopback
     except ValueError:
         return parts.hostname != "localhost"
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return False

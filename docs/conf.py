@@ -84,6 +84,7 @@ NAVIGATION = {
         "docs/tokens",
         "docs/tls",
         "docs/security",
+        "docs/edge",
         "docs/sleeping",
     ],
     "Where it runs": [

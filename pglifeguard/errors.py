@@ -46,6 +46,8 @@ class ServiceError(Exception):
 
     status = 500
     code = "internal_error"
+    # Of a 429 or a 503: after how many seconds the same request may be served, 0 where nobody knows.
+    retry_after_seconds = 0.0
 
 
 class NotFound(ServiceError):
@@ -76,7 +78,7 @@ class BodyTooSlow(ServiceError):
 
 
 class BodyTooLarge(ServiceError):
-    """The body has too many bytes or values."""
+    """The body has too many bytes or values, or nests too deep."""
 
     status = 413
     code = "body_too_large"
@@ -166,6 +168,7 @@ class Failure:
 MALFORMED = Failure(400, "malformed_request", "This is no HTTP request.")
 HEAD_TOO_SLOW = Failure(408, "head_too_slow", "The headers of the request were not there in time.")
 HEAD_TOO_LARGE = Failure(431, "head_too_large", "The URL and headers of the request are too long, or too many.")
+URL_TOO_LONG = Failure(414, "url_too_long", "The URL of the request is too long, or has too many parameters.")
 _LOST = Failure(503, "connection_lost", "The connection to the database was lost; nothing was committed.")
 _UNSTORABLE = Failure(
     422, "unstorable_value", "A value is too long or too large for the database, or holds a character it cannot store."
@@ -252,9 +255,9 @@ def database_of(error: BaseException) -> str | None:
 
 
 def retry_after_seconds(error: BaseException) -> float:
-    """Return the seconds after which a retry may find a connection; 0 where nobody knows."""
+    """Return the seconds after which a retry may be served; 0 where nobody knows."""
     cause = _unwrapped(error)
-    return cause.retry_after_seconds if isinstance(cause, PoolExhausted) else 0.0
+    return cause.retry_after_seconds if isinstance(cause, ServiceError) else 0.0
 
 
 def classify(error: BaseException) -> Failure | None:

@@ -26,7 +26,7 @@ SECONDS_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0,
 class Metrics:
     """The figures of one application."""
 
-    def __init__(self) -> None:
+    def __init__(self) -> None:  # noqa: PLR0915  # A list, with no logic in it.
         # Without this each counter and histogram has a second series with the time at which it was made.
         disable_created_metrics()  # type: ignore[no-untyped-call]  # prometheus-client annotates only parts.
         self.registry = registry = Registry()
@@ -229,8 +229,13 @@ class Metrics:
         )
         self.connections_refused = counter(
             "http_connections_refused_total",
-            "Connections ended without a request: malformed_request, head_too_large, head_too_slow, idle, too_many; "
-            "or stalled, by a client that does not read its answer.",
+            "Connections ended without a request: malformed_request, url_too_long, head_too_large, head_too_slow, "
+            "idle, too_many; or stalled, by a client that does not read its answer.",
+            "reason",
+        )
+        self.requests_refused = counter(
+            "http_requests_refused_total",
+            "Requests refused before their route was asked: host_not_allowed or rate_limited.",
             "reason",
         )
         self.http_in_progress = gauge("http_requests_in_progress", "Requests being worked on.")

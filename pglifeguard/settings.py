@@ -80,11 +80,20 @@ class DatabasesSettings(BaseSettings):
     request_head_seconds: float = Field(
         10, gt=0, le=3600, description="Seconds from the connection, or a request's first byte, to its last header."
     )
+    request_url_bytes: int = Field(
+        32_768, ge=1024, description="Bytes of a request's URL alone; more is a 414, as are more than 1,000 parameters."
+    )
     request_body_bytes: int = Field(
         1_048_576, ge=0, description="Bytes of a body; more is a 413 before it is read on. A route may name its own."
     )
     request_body_values: int = Field(
         1000, ge=1, description="Values in a JSON body, counted by its commas; more is a 413 before it is parsed."
+    )
+    request_body_depth: int = Field(
+        100,
+        ge=1,
+        le=200,
+        description="Arrays and objects of a JSON body in each other; more is a 413 before it is parsed.",
     )
     request_body_seconds: float = Field(
         30, gt=0, le=3600, description="Seconds for the whole body to arrive; later is a 408."
@@ -152,7 +161,8 @@ class DatabasesSettings(BaseSettings):
         description="Domain of that cookie, for hosts beneath it too; unset: the host that answered.",
     )
     consistency_cookie_secure: bool = Field(
-        False, description="Browsers send that cookie by HTTPS only; needed for names with __Host- or __Secure-."
+        False,
+        description="Mark that cookie for HTTPS also where clients come by HTTP; by HTTPS it is anyway.",
     )
     retry_after_seconds: int = Field(1, ge=1, le=3600, description="Retry-After of a 503, at least.")
     retry_after_spread_seconds: int = Field(

@@ -45,7 +45,10 @@ LIBRARY = (
     {"serving.protocol", "serving.workers"},
     {"serving.server"},
     {"serving"},
-    {"fastapi.client_watch", "fastapi.routing", "fastapi.sessions", "fastapi.shared"},
+    {
+        "fastapi.answer_headers", "fastapi.client_watch", "fastapi.json_depth", "fastapi.routing", "fastapi.sessions",
+        "fastapi.shared",
+    },
     {"fastapi.failure_log"},
     {"fastapi.problems"},
     {"fastapi.debug", "fastapi.exposition", "fastapi.health", "fastapi.idempotency", "fastapi.middleware"},
@@ -59,8 +62,10 @@ LIBRARY = (
     {"testing"},
 )  # fmt: skip
 SERVICE = (
-    {"settings", "models", "logs", "security", "fields", "jwks"},
-    {"paging", "provider_keys"},
+    {"models", "logs", "security", "fields", "jwks", "hosts", "rate_limit", "docs_page"},
+    {"edge_settings"},
+    {"settings"},
+    {"edge", "paging", "provider_keys"},
     {"tokens", *DOMAINS},
     {"main"},
     {"cli"},

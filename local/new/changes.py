@@ -42,7 +42,7 @@ SETTINGS = """class Database(DatabaseSettings):
     )
 
 
-class Settings(DatabasesSettings):
+class Settings(EdgeSettings):
     \"\"\"The whole service. Each field says its unit and its reason.\"\"\"
 
     primary: Database
@@ -76,13 +76,15 @@ EVERYWHERE = (
         r"\A.*\n",
         f'"""Lifeguard: a FastAPI and PostgreSQL service on pglifeguard."""\n\n__version__ = "{VERSION}"\n',
     ),
-    exactly("app/main.py", "from app import security\n", "from app import __version__, security\n"),
+    exactly("app/main.py", "from app import docs_page, edge,", "from app import __version__, docs_page, edge,"),
     exactly(
         "app/main.py", "from pglifeguard import SettingsError, __version__\n", "from pglifeguard import SettingsError\n"
     ),
     exactly("app/main.py", "reference service whose database pool never drowns.", "service."),
-    exactly("app/settings.py", "import DatabasesSettings\n", "import DatabaseSettings, DatabasesSettings\n"),
-    Change("app/settings.py", r"^class Settings\(DatabasesSettings\):\n.*\n\n", SETTINGS),
+    exactly(
+        "app/settings.py", "import EdgeSettings\n", "import EdgeSettings\nfrom pglifeguard import DatabaseSettings\n"
+    ),
+    Change("app/settings.py", r"^class Settings\(EdgeSettings\):\n.*\n\n", SETTINGS),
     exactly(
         "tests/app/test_settings.py", "from app.settings import Settings", "from app.settings import Database, Settings"
     ),
@@ -96,7 +98,8 @@ EVERYWHERE = (
     exactly(
         "docs/settings.md",
         "A test compares these tables\n"
-        "with `pglifeguard/database_settings.py`, `pglifeguard/settings.py` and `app/settings.py`.",
+        "with `pglifeguard/database_settings.py`, `pglifeguard/settings.py`, `app/edge_settings.py` and "
+        "`app/settings.py`.",
         "Nothing compares these\ntables with the code: whoever adds a field to `app/settings.py` adds its row.",
     ),
     exactly(

@@ -137,6 +137,7 @@ KEPT = (
     "docs/backups.md",
     "docs/credentials.md",
     "docs/doctor.md",
+    "docs/edge.md",
     "docs/errors.md",
     "docs/fuzzing.md",
     "docs/kubernetes.md",

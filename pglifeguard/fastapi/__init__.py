@@ -3,6 +3,7 @@
 from pglifeguard.extras import not_installed
 
 try:
+    from pglifeguard.fastapi.answer_headers import AnswerHeaders
     from pglifeguard.fastapi.idempotency import IDEMPOTENCY_TABLE, IdempotentRoute
     from pglifeguard.fastapi.lifeguard import Lifeguard
     from pglifeguard.fastapi.middleware import request_id
@@ -29,6 +30,7 @@ except ModuleNotFoundError as error:
 __all__ = [
     "IDEMPOTENCY_TABLE",
     "AnalyticsDB",
+    "AnswerHeaders",
     "IdempotentRoute",
     "Lifeguard",
     "ReadDB",

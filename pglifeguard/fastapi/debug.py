@@ -32,7 +32,9 @@ NOT_ITS_OWN = (
     "superuser, or grant pg_signal_backend to the service's role."
 )
 WaitSeconds = Annotated[float, Field(ge=0, le=60, description="Seconds to wait until nothing is pending.")]
-PoolName = Annotated[str, Field(description="primary, replica, analytics; several replicas are numbered: replica-1.")]
+PoolName = Annotated[
+    str, Field(max_length=100, description="primary, replica, analytics; several replicas are numbered: replica-1.")
+]
 ProcessId = Annotated[int, Query(ge=1, le=2**31 - 1, description="The session's process id on the server.")]
 Started = Annotated[
     int | None,

@@ -12,6 +12,7 @@ from pglifeguard.budget import check_budget
 from pglifeguard.credentials import PasswordSource
 from pglifeguard.databases import Databases
 from pglifeguard.fastapi import problems
+from pglifeguard.fastapi.answer_headers import AnswerHeaders
 from pglifeguard.fastapi.idempotency import IdempotentRoute, purge_expired_keys
 from pglifeguard.fastapi.middleware import BodyLimit, ObserveRequests, ReadYourWrites, RetryOnCollision, RetryOnPrimary
 from pglifeguard.fastapi.sessions import refuse_plain_functions
@@ -67,6 +68,7 @@ class Lifeguard:
         *,
         open_dependencies: Sequence[params.Depends] = (),
         debug_dependencies: Sequence[params.Depends] = (),
+        answer_headers: AnswerHeaders | None = None,
     ) -> None:
         """Add sessions, error answers, middleware, and the routes `/health/*`, `/debug/*` and `/metrics`. Call it once.
 
@@ -75,7 +77,7 @@ class Lifeguard:
         and Prometheus call without a token, and to `/debug/pools`, a page without a figure in it, which a browser opens
         without one; `debug_dependencies` to the rest of `/debug/*`, which tells who holds connections: give it a guard
         where strangers can reach it. Without them there is no `/debug/pause`, `/resume`, `/drain`, `/resize` and
-        `/end`.
+        `/end`. `answer_headers` are added to every answer that does not have them (docs/edge.md).
         """
         # Their routes are made when they are imported, and FastAPI loads pydantic.v1 to make its first one: 25 ms.
         from pglifeguard.fastapi import debug, exposition, health, pools  # noqa: PLC0415
@@ -98,7 +100,13 @@ class Lifeguard:
         app.add_middleware(BodyLimit, settings=self.settings)
         app.add_middleware(ReadYourWrites, metrics=self.metrics, settings=self.settings)
         telemetry = self.databases.telemetry
-        app.add_middleware(ObserveRequests, metrics=self.metrics, sampler=self.databases.sampler, telemetry=telemetry)
+        app.add_middleware(
+            ObserveRequests,
+            metrics=self.metrics,
+            sampler=self.databases.sampler,
+            telemetry=telemetry,
+            headers=answer_headers,
+        )
         if telemetry is not None:
             app.add_middleware(TraceRequests, telemetry=telemetry)
 

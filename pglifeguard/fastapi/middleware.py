@@ -25,9 +25,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from pglifeguard.collisions import ATTEMPTS, collision, pause_seconds
 from pglifeguard.consistency import CURRENT, Consistency
 from pglifeguard.databases import Databases
-from pglifeguard.errors import BodyTooLarge, BodyTooSlow, Failure
+from pglifeguard.errors import URL_TOO_LONG, BodyTooLarge, BodyTooSlow, Failure
+from pglifeguard.fastapi.answer_headers import AnswerHeaders, RawHeaders
 from pglifeguard.fastapi.client_watch import ClientWatch, announces_body, may_be_given_up, note_broken_off
 from pglifeguard.fastapi.failure_log import report_bug
+from pglifeguard.fastapi.json_depth import Nesting
 from pglifeguard.fastapi.problems import answer_unforeseen, most_severe, problem
 from pglifeguard.fastapi.sessions import (
     DATABASES,
@@ -53,6 +55,8 @@ request_id: ContextVar[str | None] = ContextVar("request_id", default=None)
 
 # The status by which nginx and others count a client that left before its answer. It is never sent.
 CLIENT_LEFT = 499
+# Parameters of a query. A validation error for each of many costs a hundred times as much as the parameters.
+MAX_PARAMETERS = 1000
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 # A replica that replays nothing is noticed sooner than this, even while few bytes are missing.
 TOKEN_SECONDS = 3600
@@ -61,12 +65,21 @@ TOKEN_SECONDS = 3600
 class ObserveRequests:
     """Give each request an id, count and time it, and answer the exceptions that no handler takes.
 
-    The id is the client's X-Request-ID if it is plain, else a new one; the log and the answer carry it. Three duties
-    share one layer because separate layers cost more calls for each request (docs/performance.md).
+    The id is the client's X-Request-ID if it is plain, else a new one; the log and the answer carry it. The answer also
+    gets those of `headers` that it does not have. These duties share one layer because separate layers cost more calls
+    for each request (docs/performance.md).
     """
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, sampler: Sampler, telemetry: Telemetry | None = None) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        metrics: Metrics,
+        sampler: Sampler,
+        telemetry: Telemetry | None = None,
+        headers: AnswerHeaders | None = None,
+    ) -> None:
         self._app = app
+        self._headers: dict[str, RawHeaders] = {} if headers is None else {"http": headers.http, "https": headers.https}
         self._telemetry = telemetry
         self._sampler = sampler
         self._in_progress = metrics.http_in_progress
@@ -82,6 +95,7 @@ class ObserveRequests:
         # The id is no secret, and random bytes of the kernel would cost ten times as much.
         chosen = given if _PLAIN_ID.fullmatch(given) else b"%016x" % random.getrandbits(64)
         request_id.set(chosen.decode())
+        more = self._headers.get(scope.get("scheme", "http"), ())
         status: int | None = None
         complete = left = False
 
@@ -89,7 +103,9 @@ class ObserveRequests:
             nonlocal status, complete
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message.get("headers", ()), (b"x-request-id", chosen)]
+                headers = [*message.get("headers", ()), (b"x-request-id", chosen)]
+                # No call is made where there is nothing to add.
+                message["headers"] = (more and _completed(headers, more)) or headers
             elif not message.get("more_body"):
                 complete = True
             await send(message)
@@ -161,11 +177,8 @@ class ReadYourWrites:
         self._cookie = re.compile(rb"(?:^|;\s*)" + re.escape(name.encode()) + rb"=([^;]*)")
         self._cookie_path = settings.consistency_cookie_path
         domain = settings.consistency_cookie_domain
-        self._cookie_rest = (
-            ("" if domain is None else f"; Domain={domain}")
-            + ("; Secure" if settings.consistency_cookie_secure else "")
-            + "; HttpOnly; SameSite=Lax"
-        )
+        self._cookie_domain = "" if domain is None else f"; Domain={domain}"
+        self._cookie_secure = settings.consistency_cookie_secure
         self._count_token = lru_cache(lambda outcome: metrics.tokens.labels(outcome))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -178,12 +191,15 @@ class ReadYourWrites:
         scope.setdefault("state", {})["consistency"] = consistency
         # A mount lengthens root_path later.
         path = self._cookie_path or quote(scope.get("root_path", "")) or "/"
+        # Also where a trusted proxy says that the client came by HTTPS: the server has put that into the scope.
+        secure = "; Secure" if self._cookie_secure or scope.get("scheme") == "https" else ""
+        where = f"; Path={path}{self._cookie_domain}{secure}"
 
         async def send_with_token(message: Message) -> None:
             if message["type"] == "http.response.start":
                 consistency.answered = True
                 if consistency.token is not None:
-                    message["headers"] = [*message.get("headers", ()), *self._token_headers(consistency.token, path)]
+                    message["headers"] = [*message.get("headers", ()), *self._token_headers(consistency.token, where)]
             await send(message)
 
         if self._by_address and scope.get("client"):
@@ -212,13 +228,13 @@ class ReadYourWrites:
                 self._count_token("malformed").inc()
         return wanted
 
-    def _token_headers(self, token: str, path: str) -> tuple[tuple[bytes, bytes], ...]:
-        cookie = f"{self._cookie_name}={token}; Max-Age={TOKEN_SECONDS}; Path={path}{self._cookie_rest}"
+    def _token_headers(self, token: str, where: str) -> tuple[tuple[bytes, bytes], ...]:
+        cookie = f"{self._cookie_name}={token}; Max-Age={TOKEN_SECONDS}{where}; HttpOnly; SameSite=Lax"
         return (b"x-consistency-token", token.encode()), (b"set-cookie", cookie.encode())
 
 
 class BodyLimit:
-    """Bound each request's body while it is read. A body that is not read is not waited for.
+    """Bound each request's URL, and its body while that is read. A body that is not read is not waited for.
 
     This layer also watches the client of a request that waits for a connection: all messages of the client pass here.
 
@@ -230,6 +246,8 @@ class BodyLimit:
         self._app = app
         self._max_bytes = settings.request_body_bytes
         self._max_values = settings.request_body_values
+        self._max_depth = settings.request_body_depth
+        self._max_url = settings.request_url_bytes
         self._seconds = settings.request_body_seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -237,6 +255,12 @@ class BodyLimit:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        if self._has_too_long_url(scope):
+            await problem(Request(scope), URL_TOO_LONG)(scope, receive, send)
+        else:
+            await self._serve(scope, receive, send)
+
+    async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         body: _Body | None = None
         watch: ClientWatch | None = None
         readers = 0
@@ -245,7 +269,13 @@ class BodyLimit:
             nonlocal body, readers
             if body is None:
                 max_bytes = scope.get(MAX_BODY_SIZE_SCOPE_KEY, self._max_bytes)
-                body = _Body(scope, max_bytes=max_bytes, max_values=self._max_values, seconds=self._seconds)
+                body = _Body(
+                    scope,
+                    max_bytes=max_bytes,
+                    max_values=self._max_values,
+                    max_depth=self._max_depth,
+                    seconds=self._seconds,
+                )
             readers += 1
             try:
                 message = await body.receive(receive if watch is None else watch.receive)
@@ -277,6 +307,11 @@ class BodyLimit:
             # Connections that were opened meanwhile keep this context, and `watch_this` in it. The request is over, and
             # they are not to keep that too.
             scope, receive, watch = {}, _over, None
+
+    def _has_too_long_url(self, scope: Scope) -> bool:
+        query: bytes = scope["query_string"]
+        url_bytes = len(scope.get("raw_path") or scope["path"]) + len(query)
+        return url_bytes > self._max_url or query.count(b"&") >= MAX_PARAMETERS
 
 
 async def _over() -> Message:
@@ -424,16 +459,19 @@ class RetryOnCollision:
 class _Body:
     """The part of one request's body that has arrived."""
 
-    def __init__(self, scope: Scope, *, max_bytes: int, max_values: int, seconds: float) -> None:
+    def __init__(self, scope: Scope, *, max_bytes: int, max_values: int, max_depth: int, seconds: float) -> None:
         headers = dict(scope["headers"])
         self._max_bytes = max_bytes
         self._max_values = max_values
+        self._max_depth = max_depth
         self._seconds = seconds
         self._deadline = asyncio.get_running_loop().time() + seconds
         # FastAPI reads the first of several such headers, in any case.
         self._is_json = any(name == b"content-type" and b"json" in value.lower() for name, value in scope["headers"])
         self._bytes = 0
         self._commas = 0
+        self._opened = 0
+        self._nesting: Nesting | None = None
         self.complete = False
         announced = headers.get(b"content-length", b"")
         if announced.isdigit() and (len(announced) > len(str(max_bytes)) or int(announced) > max_bytes):
@@ -459,8 +497,16 @@ class _Body:
             # Each value but the first follows a comma. The count comes before parsing: a validation error for each of
             # many values costs a hundred times as much as the values.
             self._commas += chunk.count(b",")
-            if self._commas >= self._max_values:
+            # Each array and each object is a value as well.
+            self._opened += chunk.count(b"[") + chunk.count(b"{")
+            if self._commas >= self._max_values or self._opened > self._max_values:
                 raise BodyTooLarge(f"The body has more than {self._max_values} values.")
+            if self._opened <= self._max_depth and self.complete:
+                return message  # Whatever stands in what: nearly every body, which costs no look at its strings.
+            if self._nesting is None:
+                self._nesting = Nesting()
+            if self._nesting.exceeds(self._max_depth, chunk):
+                raise BodyTooLarge(f"The body nests more than {self._max_depth} deep.")
         return message
 
     def _too_many_bytes(self) -> str:
@@ -472,6 +518,15 @@ class _Abandoned(BaseException):
 
     It is a BaseException, so that no `except Exception` of a dependency or a mounted application catches it.
     """
+
+
+def _completed(headers: list[tuple[bytes, bytes]], more: RawHeaders) -> list[tuple[bytes, bytes]]:
+    """Add those whose names are not there yet."""
+    there = dict(headers)
+    for header in more:
+        if header[0] not in there:
+            headers.append(header)  # noqa: PERF401  # Before Python 3.12 a comprehension is a call more.
+    return headers
 
 
 def _runs_once(scope: Scope) -> bool:

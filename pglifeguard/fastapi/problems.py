@@ -4,6 +4,7 @@ import math
 import random
 import re
 from contextlib import suppress
+from dataclasses import replace
 from http import HTTPStatus
 from typing import Any
 
@@ -41,6 +42,8 @@ ERRORS_TOLD = 20
 LOC_PARTS = 20
 LOC_CHARACTERS = 100
 MESSAGE_CHARACTERS = 300
+# Of the sentence of any other error, which may repeat what the client has sent.
+DETAIL_CHARACTERS = 1000
 # How long a queue takes is an estimate, and what it waits for may end sooner.
 MOST_ESTIMATED_SECONDS = 60
 
@@ -48,12 +51,17 @@ MOST_ESTIMATED_SECONDS = 60
 def problem(
     request: Request | WebSocket, failure: Failure, *, retry_after_seconds: float = 0.0, **more: Any
 ) -> Response:
-    """Build the answer: application/problem+json, with Retry-After on every 503, of so many seconds at least."""
+    """Build the answer: application/problem+json, with Retry-After on every 503, of so many seconds at least.
+
+    A 429 has it where these seconds are known.
+    """
     headers = {}
     if failure.status == 503:  # noqa: PLR2004
         # An application that is mounted beneath this one has no databases of its own.
         databases = getattr(request.app.state, "databases", None)
         headers["Retry-After"] = "1" if databases is None else _retry_after(databases.settings, retry_after_seconds)
+    elif failure.status == 429 and retry_after_seconds > 0:  # noqa: PLR2004
+        headers["Retry-After"] = str(math.ceil(retry_after_seconds))
     if failure.status == 408 or (failure.status == 413 and "expect" in request.headers):  # noqa: PLR2004
         # The rest of the body will not come. After any other 413 it does, and closing before it was read would reset
         # the connection, so that the client loses the answer.
@@ -132,6 +140,8 @@ async def _answer_failure(connection: Request | WebSocket, error: Exception) -> 
     failure = classify(error)
     if failure is None:
         raise error  # A bug: `ObserveRequests` logs it and answers 500.
+    if len(failure.detail) > DETAIL_CHARACTERS:
+        failure = replace(failure, detail=f"{failure.detail[:DETAIL_CHARACTERS]}…")
     note_failure(connection.scope, error)
     if failure.status >= HTTPStatus.INTERNAL_SERVER_ERROR:
         report_failure(connection, failure, error)

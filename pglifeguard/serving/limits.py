@@ -1,6 +1,7 @@
 """The limits of a client's connection: size and time of a request's head, and the number of clients."""
 
 import resource
+import sys
 from dataclasses import dataclass
 from typing import Self
 
@@ -24,6 +25,8 @@ class ConnectionLimits:
     stall_seconds: float
     max_clients: int
     refused: Counter
+    # Of the head's bytes; as many as that by default.
+    url_bytes: int = sys.maxsize
 
     @classmethod
     def of(cls, settings: DatabasesSettings, metrics: Metrics) -> Self:
@@ -35,4 +38,5 @@ class ConnectionLimits:
             settings.answer_stall_seconds,
             min(settings.max_clients, max(1, files - OTHER_FILES)),
             metrics.connections_refused,
+            settings.request_url_bytes,
         )

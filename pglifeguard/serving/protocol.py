@@ -5,6 +5,7 @@ them where there is no balancer. `BodyLimit` of pglifeguard/fastapi/middleware.p
 """
 
 import asyncio
+import re
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -13,13 +14,18 @@ from uvicorn.config import Config
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
-from pglifeguard.errors import HEAD_TOO_LARGE, HEAD_TOO_SLOW, MALFORMED, MEDIA_TYPE, Failure, document
+from pglifeguard.errors import HEAD_TOO_LARGE, HEAD_TOO_SLOW, MALFORMED, MEDIA_TYPE, URL_TOO_LONG, Failure, document
 from pglifeguard.serving.limits import LIMITS, ConnectionLimits
 
 # HAProxy's limit (tune.http.maxhdr).
 MAX_HEADERS = 100
 # Requests that wait on one connection for the request before them.
 MAX_PIPELINED = 100
+_END_OF_AUTHORITY = re.compile(rb"[/?#]")
+
+
+# The application, and whatever it adds to its answers, has not been asked.
+_PRIVATE = b"cache-control: no-store\r\nx-content-type-options: nosniff\r\nconnection: close\r\n\r\n"
 
 
 class _TooLarge(Exception):  # Raised into the parser, which turns it into an error of its own.
@@ -89,6 +95,9 @@ class LimitedProtocol(HttpToolsProtocol):
     def on_url(self, url: bytes) -> None:
         """Take a piece of the URL."""
         super().on_url(url)
+        if len(self.url) > self._limits.url_bytes:
+            self._failure = URL_TOO_LONG
+            raise _TooLarge
         self._count(len(url))
 
     def on_header(self, name: bytes, value: bytes) -> None:
@@ -98,6 +107,12 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         """Start the request. From now on the limits of its body and of its answer apply."""
+        scheme, of_proxies, rest = self.url.partition(b"://")
+        if of_proxies and b"/" not in scheme:
+            # RFC 9112, section 3.2.2: the authority in the request's line counts, and the header does not.
+            authority = _END_OF_AUTHORITY.split(rest, 1)[0]
+            self.headers[:] = [header for header in self.headers if header[0] != b"host"]
+            self.headers.append((b"host", authority))
         self._head_bytes = self._unreported = 0
         if len(self.pipeline) >= MAX_PIPELINED:
             raise _TooLarge
@@ -174,8 +189,8 @@ class LimitedProtocol(HttpToolsProtocol):
         """Answer with the reason and close. During another answer, only close."""
         if self._awaits_request():
             body = document(failure)
-            headers = f"content-type: {MEDIA_TYPE}\r\ncontent-length: {len(body)}\r\nconnection: close\r\n\r\n"
-            self.transport.write(STATUS_LINE[failure.status] + headers.encode() + body)
+            headers = f"content-type: {MEDIA_TYPE}\r\ncontent-length: {len(body)}\r\n".encode()
+            self.transport.write(STATUS_LINE[failure.status] + headers + _PRIVATE + body)
         self.transport.close()
         self._watch_reader()
 

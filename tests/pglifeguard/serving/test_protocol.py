@@ -38,6 +38,8 @@ class Server:
     metrics: Metrics = field(default_factory=Metrics)
     answer: bytes = b"here"
     may_answer: asyncio.Event = field(default_factory=asyncio.Event)
+    url_bytes: int = 2 * LIMIT
+    hosts: list[bytes] = field(default_factory=list)
     watches: bool = False
     asked: int = 0
     left: int = 0
@@ -46,12 +48,15 @@ class Server:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request, or keep the limits for the connections."""
         if scope["type"] == "lifespan":
-            scope["state"][LIMITS] = ConnectionLimits(LIMIT, 0.5, 0.5, 20, self.metrics.connections_refused)
+            scope["state"][LIMITS] = ConnectionLimits(
+                LIMIT, 0.5, 0.5, 20, self.metrics.connections_refused, self.url_bytes
+            )
             for done in ("startup", "shutdown"):
                 await receive()
                 await send({"type": f"lifespan.{done}.complete"})
             return
         self.asked += 1
+        self.hosts += [value for name, value in scope["headers"] if name == b"host"]
         if self.watches:
             while (await receive())["type"] != "http.disconnect":
                 pass
@@ -132,6 +137,42 @@ async def test_head_that_is_too_large_is_refused(server: Server, what: str, at_o
 
     assert not answer or document(answer) == (431, "head_too_large")
     assert (server.asked, server.refused("head_too_large")) == (0, 1)
+
+
+@pytest.mark.parametrize("end", [b" HTTP/1.1\r\n", b""])
+@pytest.mark.parametrize("size", [1, LIMIT])
+async def test_url_that_is_too_long_is_refused_as_one(server: Server, end: bytes, size: int) -> None:
+    """Where a URL has less room than the head, it is a 414, however it comes, and the answer is kept nowhere."""
+    server.url_bytes = 1000
+    async with listening(server, http=LimitedProtocol) as url:
+        server.port = int(url.rpartition(":")[2])
+        sent = b"GET /" + b"x" * 1000 + end
+
+        answer = await exchange(server, *[sent[start : start + size] for start in range(0, len(sent), size)])
+
+    assert document(answer) == (414, "url_too_long")
+    assert b"\r\ncache-control: no-store\r\nx-content-type-options: nosniff\r\n" in answer
+    assert (server.asked, server.refused("url_too_long")) == (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("target", "hosts"),
+    [
+        (b"/", [b"test"]),
+        (b"/?next=http://other/", [b"test"]),
+        (b"http://other/", [b"other"]),
+        (b"HTTP://Other:81/a/b?c", [b"Other:81"]),
+        (b"http://[::1]:8000/", [b"[::1]:8000"]),
+    ],
+)
+async def test_target_names_the_host(server: Server, target: bytes, hosts: list[bytes]) -> None:
+    """A request line with a whole URL says whom it asks, and the header does not count: RFC 9112, section 3.2.2."""
+    request = b"GET " + target + b" HTTP/1.1\r\nHost: test\r\nConnection: close\r\n\r\n"
+
+    answer = await exchange(server, request)
+
+    assert answer.endswith(b"here")
+    assert server.hosts == hosts
 
 
 async def test_header_without_end_takes_no_memory(server: Server) -> None:
