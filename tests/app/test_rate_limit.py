@@ -139,6 +139,18 @@ def test_buckets_are_token_buckets(asked: list[tuple[str, int]], burst: int) -> 
         plain[client] = (tokens - (wait == 0), clock.now)
 
 
+def test_client_is_remembered_when_the_dictionaries_take_turns() -> None:
+    """One who has just emptied its bucket finds it empty, whoever comes between."""
+    clock = Clock()
+    buckets = Buckets(per_second=1, burst=4, clock=clock)
+    clock.now += 3.5
+    emptied = [buckets.take("ada") for _ in range(4)]
+    clock.now += 0.5
+    buckets.take("bob")
+
+    assert (emptied, buckets.take("ada")) == ([0.0] * 4, 0.5)
+
+
 def test_client_that_waits_as_it_was_told_is_served() -> None:
     """Not earlier, and at that moment."""
     clock = Clock()
