@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Literal, Self, cast
 
 from pydantic import (
     Field,
+    SecretStr,
     ValidationError,
     model_validator,
 )
@@ -33,6 +34,7 @@ from pglifeguard.environment import (
     split_urls,
 )
 from pglifeguard.lookup import is_address
+from pglifeguard.sealing import SECRET_CHARACTERS, Seal, split_secrets
 from pglifeguard.variables import inspect
 
 
@@ -145,6 +147,14 @@ class DatabasesSettings(BaseSettings):
         description="Seconds between readiness saying no and the listener closing, for balancers.",
     )
     idempotency_hours: float = Field(24, gt=0, le=720, description="Hours for which an Idempotency-Key is remembered.")
+    idempotency_bodies: Literal["plain", "encrypted", "none"] = Field(
+        "plain",
+        description="How answers are kept with their key: as they are, encrypted, or without headers and body.",
+    )
+    idempotency_secret: SecretStr | None = Field(
+        None,
+        description="Secrets of 32 characters or more, by commas: the first encrypts answers, each decrypts them.",
+    )
     consistency_cookie_name: str = Field(
         "consistency_token",
         pattern=r"^[A-Za-z0-9!#$%&'*+.^_`|~-]+$",
@@ -270,6 +280,11 @@ class DatabasesSettings(BaseSettings):
     def zones(self) -> dict[str, str]:
         """The zones of replicas, by network or name."""
         return {} if self.database_replica_zones is None else read_zones(self.database_replica_zones)
+
+    @cached_property
+    def idempotency_seal(self) -> Seal | None:
+        """What encrypts the answers that are kept, and decrypts them; None without a secret."""
+        return None if self.idempotency_secret is None else Seal(split_secrets(self.idempotency_secret))
 
     @cached_property
     def listening(self) -> DatabaseSettings | None:
@@ -406,6 +421,24 @@ class DatabasesSettings(BaseSettings):
                 f"DATABASE_ZONE {self.database_zone} is the zone of no entry of DATABASE_REPLICA_ZONES: say there "
                 "which networks or names are in it"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _fit_for_encryption(self) -> Self:
+        if self.idempotency_secret is None:
+            if self.idempotency_bodies == "encrypted":
+                raise ValueError(
+                    "IDEMPOTENCY_BODIES=encrypted needs IDEMPOTENCY_SECRET: `openssl rand -hex 32` makes a good one"
+                )
+            return self
+        secrets = split_secrets(self.idempotency_secret)
+        if not secrets or min(map(len, secrets)) < SECRET_CHARACTERS:
+            raise ValueError(
+                f"IDEMPOTENCY_SECRET has a secret of fewer than {SECRET_CHARACTERS} characters; `openssl rand -hex 32` "
+                "makes a good one, and commas separate several"
+            )
+        if find_spec("cryptography") is None:
+            raise ValueError("IDEMPOTENCY_SECRET needs cryptography: pip install 'pglifeguard[encryption]'")
         return self
 
     @model_validator(mode="after")

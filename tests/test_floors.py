@@ -13,8 +13,8 @@ DOMAINS = sorted(path.parent.name for path in (ROOT / "app").glob("*/routes.py")
 LIBRARY = (
     {"extras"},
     {"activity", "builtin_functions", "credentials", "dialect", "errors", "fence", "pooler", "query", "registry",
-     "sampling", "service_file", "statement_text", "tls", "variables", "duration", "doctor.findings", "embedded",
-     "embedded.account", "embedded.waiting"},
+     "sampling", "sealing", "service_file", "statement_text", "tls", "variables", "duration", "doctor.findings",
+     "embedded", "embedded.account", "embedded.waiting"},
     {"collisions", "doctor.questions", "driver_failures", "effects", "environment", "metrics", "server",
      "statement_summary", "telemetry", "url_parameters", "embedded.databases", "embedded.leftovers",
      "embedded.programs"},
@@ -46,8 +46,8 @@ LIBRARY = (
     {"serving.server"},
     {"serving"},
     {
-        "fastapi.answer_headers", "fastapi.client_watch", "fastapi.json_depth", "fastapi.routing", "fastapi.sessions",
-        "fastapi.shared",
+        "fastapi.answer_headers", "fastapi.client_watch", "fastapi.json_depth", "fastapi.kept_answers", "fastapi.routing",
+        "fastapi.sessions", "fastapi.shared",
     },
     {"fastapi.failure_log"},
     {"fastapi.problems"},

@@ -212,6 +212,8 @@ USERS = (
     Change("fuzz/stage.py", r"\n\ndef _profiles\(\)(?:.*\n)+?    return app\n"),
     exactly("fuzz/stage.py", "from fastapi import FastAPI\n"),
     exactly("fuzz/stage.py", "from pglifeguard.testing.serving import listening\n"),
+    exactly("migrations/versions/0004_forget_answers.py", '("patients", "users")', '("patients",)'),
+    exactly("migrations/versions/0005_answers_from_before.py", ', "users": \'{"id":([0-9]+),"email":\'}', "}"),
     exactly("tests/conftest.py", '    "users": {"test_sync"},\n'),
     exactly("tests/app/test_logs.py", "/users/ada@example.com", "/patients/ada@example.com"),
     exactly("tests/app/test_models.py", "users.id", "patients.id"),

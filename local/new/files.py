@@ -146,6 +146,7 @@ KEPT = (
     "docs/metrics.md",
     "docs/patterns.md",
     "docs/providers.md",
+    "docs/retention.md",
     "docs/runbook.md",
     "docs/scale-out.md",
     "docs/security.md",

@@ -4,7 +4,8 @@ from pglifeguard.extras import not_installed
 
 try:
     from pglifeguard.fastapi.answer_headers import AnswerHeaders
-    from pglifeguard.fastapi.idempotency import IDEMPOTENCY_TABLE, IdempotentRoute
+    from pglifeguard.fastapi.idempotency import IdempotentRoute
+    from pglifeguard.fastapi.kept_answers import IDEMPOTENCY_TABLE
     from pglifeguard.fastapi.lifeguard import Lifeguard
     from pglifeguard.fastapi.middleware import request_id
     from pglifeguard.fastapi.problems import documented

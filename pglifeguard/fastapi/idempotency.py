@@ -2,7 +2,8 @@
 
 One transaction claims the key, does the work and stores the answer. So a request whose COMMIT was lost can be repeated
 safely: either all of it happened or nothing. A second request with the same key waits on the claim of the first. Only a
-committed answer is stored; an error rolls the claim back with the work.
+committed answer is stored; an error rolls the claim back with the work. What is stored, and for how long, is in
+kept_answers.py.
 
 Routers opt in by `APIRouter(route_class=IdempotentRoute)`; their routes take `WriteDB` as usual.
 """
@@ -19,19 +20,20 @@ from typing import Any
 from fastapi import Request, Response, params
 from fastapi.dependencies.utils import get_dependant, solve_dependencies
 from fastapi.routing import APIRoute
-from sqlalchemy import Column, LargeBinary, MetaData, Row, SmallInteger, Table, Text, func, select, text, update
-from sqlalchemy.dialects.postgresql import TIMESTAMP, insert
+from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 from starlette.types import Message
 
 from pglifeguard.databases import Databases
 from pglifeguard.errors import DatabaseUnavailable, ServiceError
+from pglifeguard.fastapi.kept_answers import HEADER, Claim, claim_key, replay, store_answer
+from pglifeguard.fastapi.problems import documented
 from pglifeguard.fastapi.sessions import WriteDB, consistency_of, databases_of
 from pglifeguard.sessions import WriteSession
 
 logger = logging.getLogger(__name__)
 
-HEADER = "Idempotency-Key"
+__all__ = ["HEADER", "IdempotentRoute", "purge_expired", "purge_expired_keys"]
 METHODS = frozenset({"POST", "PATCH"})
 MAX_CHARACTERS = 255
 # Rows deleted by one statement: few enough not to disturb requests.
@@ -43,7 +45,6 @@ MAX_BYTES = 1_048_576
 _TOO_LONG = (
     f"The answer is longer than {MAX_BYTES} bytes, which cannot be kept with an {HEADER}; send the request without one."
 )
-_HEADERS_APART = frozenset({b"location", b"content-type"})
 _ASKED, _CLAIMED = "lifeguard.idempotency_key", "lifeguard.claimed"
 _PARAMETER = {
     "name": HEADER,
@@ -61,45 +62,11 @@ class InvalidIdempotencyKey(ServiceError):
     code = "invalid_idempotency_key"
 
 
-class IdempotencyKeyReused(ServiceError):
-    """The key was used for another request."""
-
-    status = 422
-    code = "idempotency_key_reused"
-
-
 class AnswerNotKept(ServiceError):
     """The route's answer cannot be kept with the key; nothing was changed."""
 
     status = 422
     code = "idempotency_not_possible"
-
-
-# The keys that were used, the requests that used them, and their answers.
-# For migrations: Alembic's target_metadata is a list of the application's metadata and this table's.
-IDEMPOTENCY_TABLE = Table(
-    "idempotency_keys",
-    MetaData(naming_convention={"pk": "pk_%(table_name)s", "ix": "ix_%(table_name)s_%(column_0_N_name)s"}),
-    # SHA-256 of caller and key: callers cannot reach each other's answers, and the table shows no key.
-    Column("digest", LargeBinary, primary_key=True),
-    Column("fingerprint", LargeBinary, nullable=False),
-    Column("status", SmallInteger),
-    Column("location", Text),
-    Column("media_type", Text),
-    # The other headers of the answer, "name:value" on a line each; cookies have one line each.
-    Column("headers", LargeBinary),
-    Column("body", LargeBinary),
-    Column("created_at", TIMESTAMP(timezone=True), server_default=func.now(), nullable=False, index=True),
-)
-_KEYS = IDEMPOTENCY_TABLE.c
-
-
-@dataclass(frozen=True, slots=True)
-class Claim:
-    """One request's key: the caller and the key (digest), and the request (fingerprint)."""
-
-    digest: bytes
-    fingerprint: bytes
 
 
 class IdempotentRoute(APIRoute):
@@ -128,6 +95,7 @@ class IdempotentRoute(APIRoute):
             extra = options.get("openapi_extra") or {}
             parameters = [known for known in extra.get("parameters", ()) if known.get("name") != HEADER]
             options["openapi_extra"] = {**extra, "parameters": [*parameters, _PARAMETER]}
+            options["responses"] = {**documented(410), **(options.get("responses") or {})}
         super().__init__(
             path, endpoint, methods=None if methods is None else list(methods), dependencies=dependencies, **options
         )
@@ -198,65 +166,11 @@ async def _claim(request: Request) -> None:
     )
     session: WriteSession = solved.values["session"]
     session.pinned = True  # A commit before the end would store a key without its answer.
-    stored = await claim_key(session, claim, hours=databases_of(request).settings.idempotency_hours)
+    settings = databases_of(request).settings
+    stored = await claim_key(session, claim, hours=settings.idempotency_hours)
     if stored is not None:
-        raise _Replayed(replay(claim, stored))
+        raise _Replayed(replay(claim, stored, settings.idempotency_seal))
     request.scope[_CLAIMED] = _Claimed(session, claim)
-
-
-async def claim_key(session: WriteSession, claim: Claim, *, hours: float) -> Row[*tuple[Any, ...]] | None:
-    """Claim the key for this transaction: return None, or the row of the request that has claimed it before.
-
-    Waits for a transaction that holds the claim. A key older than `hours` may be claimed again.
-    """
-    statement = (
-        insert(IDEMPOTENCY_TABLE)
-        .values(digest=claim.digest, fingerprint=claim.fingerprint)
-        .on_conflict_do_update(
-            index_elements=[_KEYS.digest],
-            set_={"fingerprint": claim.fingerprint, "status": None, "created_at": func.now()},
-            where=_KEYS.created_at < func.now() - func.make_interval(0, 0, 0, 0, 0, 0, hours * 3600),
-        )
-        .returning(_KEYS.digest)
-    )
-    if (await session.execute(statement)).one_or_none() is not None:
-        return None
-    columns = (_KEYS.fingerprint, _KEYS.status, _KEYS.location, _KEYS.media_type, _KEYS.headers, _KEYS.body)
-    return (await session.execute(select(*columns).where(_KEYS.digest == claim.digest))).one()
-
-
-def replay(claim: Claim, stored: Row[*tuple[Any, ...]]) -> Response:
-    """Build the stored answer again.
-
-    Raises: IdempotencyKeyReused when the key belongs to another request.
-    """
-    if stored.fingerprint != claim.fingerprint:
-        raise IdempotencyKeyReused(f"This {HEADER} was used for another request.")
-    # Rows of a version before this one hold no further headers.
-    headers = [(b"content-length", b"%d" % len(stored.body))] if stored.headers is None else _parsed(stored.headers)
-    if stored.location is not None:
-        headers.append((b"location", stored.location.encode("latin-1")))
-    if stored.media_type is not None:
-        headers.append((b"content-type", stored.media_type.encode("latin-1")))
-    response = Response(stored.body, stored.status)
-    response.raw_headers = headers
-    return response
-
-
-async def store_answer(session: WriteSession, claim: Claim, response: Response) -> None:
-    """Keep the answer with the key, in the transaction of the work: status, body, and every header of the route's."""
-    others = [(name, value) for name, value in response.raw_headers if name.lower() not in _HEADERS_APART]
-    await session.execute(
-        update(IDEMPOTENCY_TABLE)
-        .where(_KEYS.digest == claim.digest)
-        .values(
-            status=response.status_code,
-            location=response.headers.get("location"),
-            media_type=response.headers.get("content-type"),
-            headers=b"\n".join(name + b":" + value for name, value in others),
-            body=bytes(response.body),
-        )
-    )
 
 
 async def _kept(claimed: _Claimed, request: Request, response: Response) -> Response:
@@ -265,7 +179,7 @@ async def _kept(claimed: _Claimed, request: Request, response: Response) -> Resp
         response = await _whole(request, response)
     if len(response.body) > MAX_BYTES:
         raise AnswerNotKept(_TOO_LONG)
-    await store_answer(claimed.session, claimed.claim, response)
+    await store_answer(claimed.session, claimed.claim, response, databases_of(request).settings)
     return response
 
 
@@ -296,11 +210,6 @@ async def _whole(request: Request, response: Response) -> Response:
     if "content-length" not in whole.headers:
         whole.headers["content-length"] = str(len(body))
     return whole
-
-
-def _parsed(headers: bytes) -> list[tuple[bytes, bytes]]:
-    pairs = (line.partition(b":") for line in headers.split(b"\n") if line)
-    return [(name, value) for name, _, value in pairs]
 
 
 async def purge_expired_keys(databases: Databases, *, hours: float, interval_seconds: float = 3600) -> None:

@@ -14,7 +14,8 @@ from local.new_domain import Refused, make
 
 ROOT = Path(__file__).parents[2]
 LEFT_OUT = shutil.ignore_patterns(".venv*", ".git", ".local", "*_cache", "__pycache__")
-PUBLISHED, NEWEST = {"patients", "users", "reports"}, "0003"
+PUBLISHED, NEWEST = {"patients", "users", "reports"}, "0005"
+NEXT = f"{int(NEWEST) + 1:04}"
 MADE = ("__init__", "models", "queries", "routes", "schemas")
 
 
@@ -81,12 +82,12 @@ def test_domain_is_made_in_the_words_of_its_name(tree: Path, name: str, singular
     texts = "".join(new.values())
     assert {str(path) for path in made} == {path for path in new if path.endswith(".py")} | {"app/main.py"}
     assert {f"app/{name}/{module}.py" for module in MADE} < set(new)
-    assert {f"tests/app/{name}/test_routes.py", f"migrations/versions/0004_{name}.py"} < set(new)
+    assert {f"tests/app/{name}/test_routes.py", f"migrations/versions/{NEXT}_{name}.py"} < set(new)
     assert {path for path in before if after[path] != before[path]} == {"app/main.py"}
     assert domains(tree) == [*known, name]
     assert f"async def add_{one}(" in texts
     assert "thing" not in texts.lower().replace("nothing", "")
-    assert 'revision = "0004"\ndown_revision = "0003"\n' in texts
+    assert f'revision = "{NEXT}"\ndown_revision = "{NEWEST}"\n' in texts
 
 
 @pytest.mark.parametrize(
@@ -152,8 +153,8 @@ def test_place_for_the_name_has_to_be_there(tree: Path) -> None:
     with pytest.raises(Refused, match="no line like DOMAINS"):
         make("orders", root=tree)
     third = (versions / "0003_headers_of_kept_answers.py").read_text(encoding="utf-8")
-    (versions / "0004_other.py").write_text(third.replace('"0003"', '"0004"'), encoding="utf-8")
-    with pytest.raises(Refused, match="0003, 0004"):
+    (versions / "9999_other.py").write_text(third.replace('"0003"', '"9999"'), encoding="utf-8")
+    with pytest.raises(Refused, match=f"{NEWEST}, 9999"):
         make("orders", root=tree)
 
     assert not (tree / "app/orders").exists()
