@@ -48,6 +48,8 @@ def log_config(level: str, *, as_json: bool, access_log: bool) -> dict[str, Any]
         "loggers": {
             "pglifeguard.sqlalchemy.PoolAdapter": {"level": "WARNING"},
             "httpx": {"level": "WARNING"},
+            # The audit trail is no matter of how much somebody wants to read.
+            "app.audit": {"level": "INFO"},
             "asyncio": {"filters": ["repeats"]},
             # `uvicorn --factory` has given these loggers its own handlers already.
             "uvicorn": {"handlers": [], "propagate": True},

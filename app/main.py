@@ -11,11 +11,11 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from fastapi import FastAPI
+from fastapi import APIRouter, Depends, FastAPI
 from prometheus_client import CollectorRegistry, Counter
 from sqlalchemy.orm import configure_mappers
 
-from app import docs_page, edge, security
+from app import audit, docs_page, edge, security
 from app.logs import configure_logs
 from app.settings import Settings
 from pglifeguard import SettingsError, __version__
@@ -84,11 +84,19 @@ def create_app(settings: Settings | None = None, **options: Any) -> FastAPI:
     app.state.settings = settings
     if docs_url is not None and app.openapi_url is not None:
         docs_page.install(app, docs_url)
+    # Off, it adds nothing to a request.
+    marking = [Depends(audit.mark_change)] if settings.audit == "table" else []
+    routers: list[APIRouter] = []
     for domain in DOMAINS:
         package = import_module(f"app.{domain}")
+        app.include_router(package.router, dependencies=marking)
         optional = getattr(package, "optional_routers", None)
-        for router in (package.router, *(() if optional is None else optional(settings))):
+        further = [] if optional is None else list(optional(settings))
+        for router in further:
             app.include_router(router)
+        routers += [package.router, *further]
+    if settings.audit != "off":
+        audit.install(app, routers)
     # A model that cannot work ends the start here, before a request needs it.
     configure_mappers()
     lifeguard.install(

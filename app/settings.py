@@ -103,6 +103,10 @@ class Settings(EdgeSettings):
     auth_scope_claim: str = Field(
         "scope", min_length=1, description="The claim with a token's scopes: words in a text, or a list of texts."
     )
+    audit: Literal["off", "log", "table"] = Field(
+        "off",
+        description="log: a line for each access to a domain, and each refusal; table: also a row for each change.",
+    )
     directory_url: str | None = Field(
         None,
         pattern="^https?://",

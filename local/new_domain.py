@@ -21,7 +21,17 @@ TEMPLATES = Path(__file__).parent / "domain"
 # PostgreSQL's names have 63 bytes at most; this leaves room for those of constraints and indexes.
 LONGEST = 40
 # Paths that the library serves, and tables that are nobody's domain.
-RESERVED = {"alembic_version", "debug", "docs", "health", "idempotency_keys", "idempotency_rows", "metrics"}
+RESERVED = {
+    "alembic_version",
+    "audit",
+    "audit_trail",
+    "debug",
+    "docs",
+    "health",
+    "idempotency_keys",
+    "idempotency_rows",
+    "metrics",
+}
 DOMAINS = re.compile(r"^DOMAINS = \(([^)]*)\)", re.MULTILINE)
 # As a word of its own or as a part of a name, but not of "nothing".
 THING = re.compile("(?<![a-z])(?:Thing|things|thing)")

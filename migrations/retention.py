@@ -26,6 +26,6 @@ def forget_answers_with(table: str, *, key: str = "id") -> Iterator[str]:
 
 
 def keep_answers_after(table: str) -> Iterator[str]:
-    """Give the statements that take this back; a table that is dropped needs none."""
+    """Give the statements that take this back; a table that was dropped has nothing to take back."""
     for name in ("idempotency_note", "idempotency_forget", "idempotency_forget_all"):
-        yield f"DROP TRIGGER {name} ON {table}"
+        yield f"DROP TRIGGER IF EXISTS {name} ON {table}"

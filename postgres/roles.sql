@@ -157,6 +157,12 @@ ALTER DEFAULT PRIVILEGES FOR ROLE app_owner IN SCHEMA public
     GRANT SELECT, INSERT, UPDATE, DELETE ON TABLES TO app_rw;
 ALTER DEFAULT PRIVILEGES FOR ROLE app_owner IN SCHEMA public GRANT SELECT ON TABLES TO app_ro;
 ALTER DEFAULT PRIVILEGES FOR ROLE app_owner IN SCHEMA public GRANT USAGE, SELECT ON SEQUENCES TO app_rw;
+-- The audit trail is for who audits: the service adds to it.
+SELECT format('REVOKE ALL ON TABLE public.audit_trail FROM %s', role)
+FROM unnest(ARRAY['app_ro', 'app_rw']) AS role WHERE to_regclass('public.audit_trail') IS NOT NULL
+UNION ALL
+SELECT 'GRANT INSERT ON TABLE public.audit_trail TO app_rw' WHERE to_regclass('public.audit_trail') IS NOT NULL
+\gexec
 -- Kept answers are health data that only who writes needs. Their migration says so too; this is for a later run.
 SELECT format('REVOKE ALL ON TABLE public.%I FROM app_ro', tablename)
 FROM pg_tables WHERE schemaname = 'public' AND tablename IN ('idempotency_keys', 'idempotency_rows')

@@ -5,6 +5,7 @@ bands are two-sided: an improvement must lower them, or the next regression hide
 """
 
 import gc
+import logging
 import sys
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
@@ -96,9 +97,9 @@ def counting_calls() -> Iterator[Calls]:
 class Client:
     """Sends requests to the application itself: an HTTP client would cost more than what it measures."""
 
-    def __init__(self, service: Service) -> None:
+    def __init__(self, service: Service, *, number: int = 10) -> None:
         self._app = service.app
-        self._number = 10
+        self._number = number
 
     async def send(self, cost: Cost) -> None:
         """Send the request, with another number where it has one, and check the status."""
@@ -168,6 +169,37 @@ async def test_calls(counted: Service, name: str) -> None:
     made, expected = median(counts), cost.calls
     assert expected is not None
     assert expected * (1 - BAND) <= made <= expected * (1 + BAND), f"{made:.0f} calls, {expected} written down"
+
+
+# With a handler that writes nothing: what others make of a line is theirs.
+AUDITED = {("read one", "log"): 42, ("list 50", "log"): 91, ("create", "log"): 45, ("create", "table"): 261}
+
+
+@pytest.mark.parametrize(("name", "audit"), AUDITED)
+async def test_calls_of_the_audit_trail(
+    seeded: Database, monkeypatch: pytest.MonkeyPatch, name: str, audit: str
+) -> None:
+    """A line and a row cost as many calls more as is written down in docs/audit.md."""
+    trail = logging.getLogger("app.audit")
+    monkeypatch.setattr(trail, "handlers", [logging.NullHandler()])
+    monkeypatch.setattr(trail, "propagate", False)
+    monkeypatch.setattr(trail, "level", logging.INFO)
+    trail.manager._clear_cache()  # type: ignore[attr-defined]  # Who sets a level otherwise does so.
+    counts: dict[str, float] = {}
+    for setting in ("off", audit):
+        async with serving(seeded.settings(monitor_interval_seconds=1, audit=setting)) as service:
+            client, made = Client(service, number=10 + 1000 * len(counts)), []
+            for _ in range(WARM_UP):
+                await client.send(COSTS[name])
+            with counting_calls() as calls:
+                for _ in range(REPETITIONS):
+                    before = calls.count
+                    await client.send(COSTS[name])
+                    made.append(calls.count - before)
+        counts[setting] = median(made)
+
+    more, expected = counts[audit] - counts["off"], AUDITED[name, audit]
+    assert expected * 0.8 <= more <= expected * 1.2, f"{more:.0f} calls more, {expected} written down"
 
 
 @pytest.mark.parametrize("name", COSTS)

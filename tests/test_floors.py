@@ -65,7 +65,7 @@ SERVICE = (
     {"models", "logs", "security", "fields", "jwks", "hosts", "rate_limit", "docs_page"},
     {"edge_settings"},
     {"settings"},
-    {"edge", "paging", "provider_keys"},
+    {"audit", "edge", "paging", "provider_keys"},
     {"tokens", *DOMAINS},
     {"main"},
     {"cli"},

@@ -5,6 +5,7 @@ from contextlib import asynccontextmanager
 
 from fastapi import APIRouter, FastAPI, Request
 
+from app import audit
 from app.fields import Id
 from app.security import needs
 from app.settings import Settings
@@ -45,4 +46,5 @@ async def sync_user(request: Request, databases: RequestDatabases, user_id: Id) 
         request.app.state.directory, user.email, timeout_seconds=settings.directory_timeout_seconds
     )
     async with databases.writing() as session:
+        await audit.mark(session, request)
         return await queries.change_user(session, user_id, profile.model_dump())

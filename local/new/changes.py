@@ -76,7 +76,7 @@ EVERYWHERE = (
         r"\A.*\n",
         f'"""Lifeguard: a FastAPI and PostgreSQL service on pglifeguard."""\n\n__version__ = "{VERSION}"\n',
     ),
-    exactly("app/main.py", "from app import docs_page, edge,", "from app import __version__, docs_page, edge,"),
+    exactly("app/main.py", "from app import audit, docs_page,", "from app import __version__, audit, docs_page,"),
     exactly(
         "app/main.py", "from pglifeguard import SettingsError, __version__\n", "from pglifeguard import SettingsError\n"
     ),
@@ -213,6 +213,7 @@ USERS = (
     exactly("fuzz/stage.py", "from fastapi import FastAPI\n"),
     exactly("fuzz/stage.py", "from pglifeguard.testing.serving import listening\n"),
     exactly("migrations/versions/0004_forget_answers.py", '("patients", "users")', '("patients",)'),
+    exactly("migrations/versions/0006_audit_trail.py", '("patients", "users")', '("patients",)'),
     exactly("migrations/versions/0005_answers_from_before.py", ', "users": \'{"id":([0-9]+),"email":\'}', "}"),
     exactly("tests/conftest.py", '    "users": {"test_sync"},\n'),
     exactly("tests/app/test_logs.py", "/users/ada@example.com", "/patients/ada@example.com"),

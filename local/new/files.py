@@ -134,6 +134,7 @@ KEPT = (
     "postgres/*",
     "prometheus/*",
     "docs/adding-a-domain.md",
+    "docs/audit.md",
     "docs/backups.md",
     "docs/credentials.md",
     "docs/doctor.md",

@@ -14,7 +14,7 @@ from local.new_domain import Refused, make
 
 ROOT = Path(__file__).parents[2]
 LEFT_OUT = shutil.ignore_patterns(".venv*", ".git", ".local", "*_cache", "__pycache__")
-PUBLISHED, NEWEST = {"patients", "users", "reports"}, "0005"
+PUBLISHED, NEWEST = {"patients", "users", "reports"}, "0006"
 NEXT = f"{int(NEWEST) + 1:04}"
 MADE = ("__init__", "models", "queries", "routes", "schemas")
 

@@ -13,7 +13,7 @@ from fastapi.responses import StreamingResponse
 from local.cluster import Cluster
 from pglifeguard.embedded.postgres import free_port
 from pglifeguard.testing.serving import listening
-from tests.conftest import Database
+from tests.conftest import Database, Execute
 from tests.service import Service, serving
 
 Answer = Callable[[str], Awaitable[Response]]
@@ -21,7 +21,9 @@ PROFILE = b'{"full_name": "Ada King", "is_active": false, "more": 1}'
 
 
 @asynccontextmanager
-async def synced(database: Database, answer: Answer, *, patience: float = 0.3) -> AsyncIterator[tuple[Service, str]]:
+async def synced(
+    database: Database, answer: Answer, *, patience: float = 0.3, audit: str = "off"
+) -> AsyncIterator[tuple[Service, str]]:
     """Serve with a directory that answers so; give the service and the path of a user to sync."""
     directory = FastAPI()
 
@@ -30,7 +32,7 @@ async def synced(database: Database, answer: Answer, *, patience: float = 0.3) -
         return await answer(email)
 
     async with listening(directory) as url:
-        settings = database.settings(directory_url=f"{url}/api", directory_timeout_seconds=patience)
+        settings = database.settings(directory_url=f"{url}/api", directory_timeout_seconds=patience, audit=audit)
         async with serving(settings) as service:
             yield service, await add(service, "ada+x/y?z#@example.com")
 
@@ -57,6 +59,19 @@ async def test_sync_takes_over_the_profile(database: Database) -> None:
     assert synchronised.status_code == 200
     assert synchronised.json() == read.json()
     assert (read.json()["full_name"], read.json()["is_active"]) == ("Ada King", False)
+
+
+async def test_sync_is_in_the_audit_trail(database: Database, execute: Execute) -> None:
+    """The session that the route opens itself names the caller, too."""
+
+    async def answer(_email: str) -> Response:
+        return Response(PROFILE)
+
+    async with synced(database, answer, audit="table") as (service, path):
+        await service.client.post(path)
+
+    trail = "SELECT string_agg(concat_ws(' ', subject, action, relation), ', ' ORDER BY id) FROM audit_trail"
+    assert await execute(trail) == "anonymous insert users, anonymous update users"
 
 
 async def test_sync_holds_no_connection_while_the_directory_thinks(database: Database) -> None:
