@@ -148,6 +148,7 @@ KEPT = (
     "docs/patterns.md",
     "docs/providers.md",
     "docs/retention.md",
+    "docs/row-level-security.md",
     "docs/runbook.md",
     "docs/scale-out.md",
     "docs/security.md",
