@@ -84,19 +84,7 @@ def create_app(settings: Settings | None = None, **options: Any) -> FastAPI:
     app.state.settings = settings
     if docs_url is not None and app.openapi_url is not None:
         docs_page.install(app, docs_url)
-    # Off, it adds nothing to a request.
-    marking = [Depends(audit.mark_change)] if settings.audit == "table" else []
-    routers: list[APIRouter] = []
-    for domain in DOMAINS:
-        package = import_module(f"app.{domain}")
-        app.include_router(package.router, dependencies=marking)
-        optional = getattr(package, "optional_routers", None)
-        further = [] if optional is None else list(optional(settings))
-        for router in further:
-            app.include_router(router)
-        routers += [package.router, *further]
-    if settings.audit != "off":
-        audit.install(app, routers)
+    _include_domains(app, settings)
     # A model that cannot work ends the start here, before a request needs it.
     configure_mappers()
     lifeguard.install(
@@ -111,6 +99,23 @@ def create_app(settings: Settings | None = None, **options: Any) -> FastAPI:
         security.install(app, verifier, scope_claim=settings.auth_scope_claim)
     edge.guard_hosts(app, settings, lifeguard.metrics.requests_refused)
     return app
+
+
+def _include_domains(app: FastAPI, settings: Settings) -> None:
+    """Include the routers of all domains, and audit them if the settings say so."""
+    # Off, it adds nothing to a request.
+    marking = [Depends(audit.mark_change)] if settings.audit == "table" else []
+    routers: list[APIRouter] = []
+    for domain in DOMAINS:
+        package = import_module(f"app.{domain}")
+        app.include_router(package.router, dependencies=marking)
+        optional = getattr(package, "optional_routers", None)
+        further = [] if optional is None else list(optional(settings))
+        for router in further:
+            app.include_router(router)
+        routers += [package.router, *further]
+    if settings.audit != "off":
+        audit.install(app, routers)
 
 
 def _verifier(settings: Settings, registry: CollectorRegistry) -> "TokenVerifier | None":

@@ -46,8 +46,8 @@ LIBRARY = (
     {"serving.server"},
     {"serving"},
     {
-        "fastapi.answer_headers", "fastapi.client_watch", "fastapi.json_depth", "fastapi.kept_answers", "fastapi.routing",
-        "fastapi.sessions", "fastapi.shared",
+        "fastapi.answer_headers", "fastapi.client_watch", "fastapi.json_depth", "fastapi.kept_answers",
+        "fastapi.routing", "fastapi.sessions", "fastapi.shared",
     },
     {"fastapi.failure_log"},
     {"fastapi.problems"},
