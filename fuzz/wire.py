@@ -102,11 +102,16 @@ async def exchange(case: Case, port: int) -> Exchange:
             received += await _left(reader)
     finally:
         if case.end == "reset":
-            connection: socket.socket = writer.get_extra_info("socket")
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+            _reset_at_the_end(writer.get_extra_info("socket"))
         writer.transport.abort()
     answers, rest = parse(received, _methods(case.pieces))
     return Exchange(case, answers, rest, late)
+
+
+def _reset_at_the_end(connection: socket.socket) -> None:
+    # Where the service was first to close, nothing is left to reset.
+    if connection.fileno() != -1:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
 
 
 async def _left(reader: asyncio.StreamReader) -> bytes:

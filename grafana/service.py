@@ -196,6 +196,13 @@ def _the_process() -> Row:
             (f"sum by (reason) (rate(http_connections_refused_total{{{HERE}}}{RATE}))", "{{reason}}"),
             unit=OpsPerSecond,
         ),
+        graph(
+            35, "Requests refused before their route",
+            "Requests for a host that is not allowed, and those over RATE_LIMIT_PER_SECOND. Bad: many of one reason, "
+            "from clients that are yours.",
+            (f"sum by (reason) (rate(http_requests_refused_total{{{HERE}}}{RATE}))", "{{reason}}"),
+            unit=RequestsPerSecond,
+        ),
     ]  # fmt: skip
 
 

@@ -82,10 +82,11 @@ def storm_row(situation: Situation) -> list[str]:
     ]
 
 
-def table_of_storms(console: Console, situations: Sequence[Situation]) -> str:
+def table_of_storms(situations: Sequence[Situation]) -> str:
     """Play each outage, and say which one it is."""
     rows = []
-    with progress(console) as say:
+    # The tables alone go into a pipe.
+    with progress(Console(stderr=True)) as say:
         for number, situation in enumerate(situations, 1):
             say(f"A failover of {situation.instances:,} instances, {number} of {len(situations)}")
             rows.append(storm_row(situation))
@@ -116,13 +117,13 @@ def main() -> None:
     console = Console()
     if write:
         text = put(PAGE.read_text(encoding="utf-8"), "limits", table_of_limits(Figures()))
-        text = put(text, "storm", table_of_storms(console, SITUATIONS))
+        text = put(text, "storm", table_of_storms(SITUATIONS))
         PAGE.write_text(text, encoding="utf-8")
         return
     console.print(Markdown(table_of_limits(figures, counts)))
     if storm:
         situations = [Situation(n, hosts=hosts, figures=figures) for n in counts for hosts in (1, 2)]
-        console.print(Markdown(table_of_storms(console, situations)))
+        console.print(Markdown(table_of_storms(situations)))
 
 
 if __name__ == "__main__":

@@ -9,12 +9,11 @@ connections, so this is for a single process.
 import asyncio
 import os
 import socket
-import sys
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
 import uvicorn
-from uvicorn.config import STARTUP_FAILURE
 
 # Connections that are accepted in a turn. A client that comes alone is looked for so often: 3 µs each time, beside the
 # 40 µs that it takes to accept one.
@@ -41,13 +40,9 @@ class Server(uvicorn.Server):
 def run(config: uvicorn.Config) -> None:
     """Serve until SIGTERM or Ctrl-C, as `uvicorn.run` does.
 
-    Raises: SystemExit when the application did not start.
+    Raises: SystemExit when the application did not start, or the port is taken.
     """
     config.load_app()
-    server = Server(config)
-    try:
-        server.run()
-    except KeyboardInterrupt:  # uvicorn has stopped in order, and tells its caller why.
-        return
-    if not server.started:
-        sys.exit(STARTUP_FAILURE)
+    # After Ctrl-C uvicorn has stopped in order, and tells its caller why.
+    with suppress(KeyboardInterrupt):
+        Server(config).run()

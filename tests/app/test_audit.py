@@ -193,6 +193,27 @@ async def test_what_is_no_http_passes() -> None:
     assert seen == [("websocket", unused, unused)]
 
 
+async def test_answer_that_is_no_text_is_said_to_be_unread(caplog: pytest.LogCaptureFixture) -> None:
+    """A server may send a file by itself: what was in it is not known here."""
+    caplog.set_level(logging.INFO, "app.audit")
+    sent = []
+
+    async def file(_scope: Any, _receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200})
+        await send({"type": "http.response.pathsend", "path": "/export.json"})
+
+    async def send(message: Any) -> None:
+        sent.append(message["type"])
+
+    async def receive() -> Any: ...
+
+    scope = {"type": "http", "method": "GET", "path": "/patients", "state": {"caller": "grace"}}
+    await AuditTrail(file, domains=frozenset({"patients"}))(scope, receive, send)
+
+    assert sent == ["http.response.start", "http.response.pathsend"]
+    assert lines(caplog) == [line("GET", "allowed", 200, [], ids_read=False)]
+
+
 # The table
 
 

@@ -63,10 +63,11 @@ async def instance(settings: Settings) -> AsyncIterator[Instance]:
 
 
 async def use(served: Instance) -> None:
-    """Write, read what was written, look for what is nowhere, and ask for a report."""
+    """Write, read what was written, look for what is nowhere, ask for a report, and for another host."""
     patient = (await served.client.post("/patients", json=ADA | {"mrn": str(time.monotonic_ns())})).json()
     for path in (f"/patients/{patient['id']}", "/patients", "/patients/999999", "/reports/summary"):
         await served.client.get(path)
+    await served.client.get("/patients", headers={"Host": "elsewhere.example"})
 
 
 async def overload(served: Instance) -> None:
@@ -191,6 +192,7 @@ async def test_every_panel_has_data(
         replicas=({"url": replica_proxy.url(database.replica_url()), **small},),
         slow_query_seconds=0.0001,
         leak_after_seconds=0.1,
+        allowed_hosts="127.0.0.1",
     )
     started = time.time()
     with answering(monkeypatch, "127.0.0.1") as names:

@@ -139,9 +139,9 @@ async def test_process_says_who_it_is_and_what_it_may_open(database: Database) -
     assert len(now["key"]) == 8
     assert [pool["name"] for pool in now["pools"]] == ["primary", "replica", "analytics"]
     assert (primary["status"], primary["error"], primary["checked_out"]) == ("healthy", None, 1)
-    assert ("state" in primary, replica["state"], replica["lag_bytes"], "state" in analytics) == (
-        False, "usable", 0, False,
-    )  # fmt: skip
+    assert ("state" in primary, replica["state"], "state" in analytics) == (False, "usable", False)
+    # The server itself writes a record now and then.
+    assert 0 <= replica["lag_bytes"] < 1000
     assert primary["held"][0]["holder"] == "background"
     assert (of_primary["wanted"], of_primary["per_instance"], of_primary["granted"]) == (17, 16, 97)
     assert (of_primary["server"], of_primary["open"]) == (primary["server"], 1)

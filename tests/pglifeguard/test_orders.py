@@ -148,7 +148,7 @@ async def test_doctor_tells_what_was_resized(database: Database, environment: di
     resized = found(examined, "pool_resized")[f"{url} primary"]
     assert (resized["severity"], "pool_size 7 and max_overflow 1" in resized["text"]) == ("warning", True)
     assert "say 3 and 1" in resized["text"]
-    for report, status in ((refused, 401), (mistaken, 403)):
+    for report, status in ((refused, 401), (mistaken, 404)):
         assert f"answered {status}: " in found(report, "instance_not_asked")["--url"]["text"]
         assert not found(report, "pool_resized")
 

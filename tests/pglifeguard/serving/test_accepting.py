@@ -1,15 +1,19 @@
 """New connections are accepted several at a time: a busy loop does not keep them waiting for a turn each."""
 
 import asyncio
+import os
+import signal
 import socket
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import uvicorn
 import uvloop
 
+from pglifeguard import DatabasesSettings
 from pglifeguard.embedded.postgres import free_port
 from pglifeguard.embedded.waiting import eventually
+from pglifeguard.serving import serve
 from pglifeguard.serving.accepting import AT_ONCE, Server
 
 # The loop's turns are counted by a callback that asks for the next one.
@@ -71,6 +75,42 @@ def accepted_in(server_class: type[uvicorn.Server]) -> int:
     _accepted.clear()
     uvloop.run(main())
     return len(set(_accepted))
+
+
+class Lives:
+    """An application with a lifespan and nothing else."""
+
+    told: ClassVar[list[str]] = []
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Say that it has started, and that it has stopped."""
+        assert scope["type"] == "lifespan"
+        for _ in ("startup", "shutdown"):
+            message = await receive()
+            self.told.append(message["type"])
+            await send({"type": f"{message['type']}.complete"})
+
+
+async def interrupt() -> None:
+    """Press Ctrl-C; uvicorn calls this in its first turn."""
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_one_process_is_served_until_ctrl_c(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`serve` returns to its caller, and the application has stopped in order."""
+    Lives.told.clear()
+    monkeypatch.setenv("DATABASE_URL", "postgresql://app:secret@127.0.0.1/none")
+
+    serve(
+        f"{__name__}:Lives",
+        DatabasesSettings(),
+        port=free_port(),
+        log_config=None,
+        callback_notify=interrupt,
+        timeout_notify=0,
+    )
+
+    assert Lives.told == ["lifespan.startup", "lifespan.shutdown"]
 
 
 def test_several_are_accepted_in_a_turn() -> None:
