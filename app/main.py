@@ -19,7 +19,7 @@ from app import audit, docs_page, edge, security
 from app.logs import configure_logs
 from app.settings import Settings
 from pglifeguard import SettingsError, __version__
-from pglifeguard.fastapi import Lifeguard
+from pglifeguard.fastapi import Lifeguard, documented
 
 if TYPE_CHECKING:
     from app.tokens import TokenVerifier
@@ -36,6 +36,8 @@ _FASTAPI: dict[str, Any] = {
     "docs_url": "/docs",  # app/docs_page.py, in place of FastAPI's.
     "redoc_url": None,  # /docs shows the same document.
     "swagger_ui_oauth2_redirect_url": None,
+    # Of every route: REQUEST_URL_BYTES.
+    "responses": documented(414),
     # The metrics are Prometheus's. FastAPI's OpenTelemetry hooks cost each request something even if unused.
     "telemetry": {"tracing": False, "metrics": False, "logs": False},
 }

@@ -11,7 +11,7 @@ from fuzz.wire import Answer, Exchange
 ERROR_BYTES = 65_536
 PROBLEM = "application/problem+json"
 # Its request has reached the application, which gives each an id; the protocol answers the others.
-BEFORE_APPLICATION = frozenset({"malformed_request", "head_too_large", "head_too_slow"})
+BEFORE_APPLICATION = frozenset({"malformed_request", "head_too_large", "head_too_slow", "url_too_long"})
 
 
 def faults(exchange: Exchange) -> Iterator[str]:

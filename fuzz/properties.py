@@ -15,6 +15,10 @@ HOOKS = PROJECT / "fuzz" / "hooks.py"
 ORDERS = "^/debug/(pause|drain|resize|end)$"
 # By the security schemes of the document, so that it knows what it leaves out where it asks without a token.
 AUTHORIZED = '[auth.openapi.{scheme}]\nbearer = "${{FUZZ_TOKEN}}"\n'
+# What may be said of a wrong request: its own list, with a URL and a body that are too long to be looked at.
+REJECTED = """[checks.negative_data_rejection]
+expected-statuses = [400, 401, 403, 404, 405, 406, 409, 413, 414, 415, 422, 428, 429]
+"""
 # Each operation gets so many at least; what is left of the time goes to more of them, and to sequences.
 EXAMPLES = 10
 # For what it does after its time: it reduces what failed, and writes it down.
@@ -46,7 +50,8 @@ async def ask(stage: Stage, directory: Path, *, phases: str, seconds: int, seed:
     document = (await stage.client.get("/openapi.json")).json()
     schemes = document.get("components", {}).get("securitySchemes", {})
     config = directory / "schemathesis.toml"
-    config.write_text("".join(AUTHORIZED.format(scheme=scheme) for scheme in schemes), encoding="utf-8")
+    authorized = "".join(AUTHORIZED.format(scheme=scheme) for scheme in schemes)
+    config.write_text(authorized + REJECTED, encoding="utf-8")
     process = await asyncio.create_subprocess_exec(
         PROGRAM, "--no-color", "--config-file", config, "run", f"{stage.url}/openapi.json", "--checks", "all",
         "--phases", phases, "--exclude-path-regex", ORDERS,
