@@ -62,7 +62,7 @@ class Settings(EdgeSettings):
             "migrations_wait_seconds",
         }
     )
-    without_database: ClassVar = ", or run `make run` for an embedded one"
+    without_database: ClassVar = ", or run `make run` for an embedded one; beside a running `make run`: `. .local/env`"
 
     environment: Literal["development", "test", "production"] = Field(
         "development", description="production refuses development secrets and an open service."

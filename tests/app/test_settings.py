@@ -103,6 +103,7 @@ def test_missing_primary_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
     sentence = refusal(monkeypatch)
 
     assert sentence.startswith("DATABASE_URL: is not set")
+    assert sentence.endswith("or run `make run` for an embedded one; beside a running `make run`: `. .local/env`.")
     assert "\n" not in sentence
 
 
