@@ -8,7 +8,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 
 from pglifeguard import DatabaseSettings, SettingsError
 from pglifeguard.database_url import holds_password
-from pglifeguard.environment import Variables, sentences, split_urls
+from pglifeguard.environment import Variables, reading, sentences, split_urls
 from pglifeguard.variables import PREFIX, inspect
 
 # The migration job has nobody waiting for it.
@@ -129,7 +129,8 @@ def load_migration_settings() -> MigrationSettings:
     Raises: SettingsError, with a sentence.
     """
     try:
-        settings = MigrationSettings()
+        with reading(MigrationSettings.model_config.get("env_file")):
+            settings = MigrationSettings()
     except ValidationError as error:
         raise SettingsError(sentences(error)) from None
     others = [name for name in Variables(MigrationSettings).variables if not name.startswith(PREFIX)]

@@ -4,6 +4,8 @@ import os
 import re
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from io import StringIO
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,6 +27,22 @@ PREFIXES = {"replicas": f"{PREFIX}replica_", "analytics": f"{PREFIX}analytics_",
 
 class SettingsError(ValueError):
     """A setting is missing, unknown, out of bounds or at odds with another; the text says which and what to do."""
+
+
+@contextmanager
+def reading(file: object) -> Iterator[None]:
+    """Say of this `.env`, which is read within, that it is no text in UTF-8, where it is none.
+
+    Raises: SettingsError.
+    """
+    try:
+        yield
+    except UnicodeDecodeError:
+        raise _no_text(file) from None
+
+
+def _no_text(file: object) -> SettingsError:
+    return SettingsError(f"{file} is not UTF-8 text; save it as UTF-8.")
 
 
 class Variables(PydanticBaseSettingsSource):
@@ -75,17 +93,20 @@ class Variables(PydanticBaseSettingsSource):
         if self._file is None or not self._file.is_file():
             return
         in_file: defaultdict[str, list[str]] = defaultdict(list)
-        with self._file.open(encoding="utf-8") as lines:
-            for line in parse_stream(lines):
-                name = (line.key or "").lower()
-                # The line itself is not repeated: there may be a password in it.
-                if line.error or (line.value is None and is_known(name.removesuffix("_file"))):
-                    raise SettingsError(
-                        f"Line {line.original.line} of {self._file} sets nothing: it is no NAME=value, or its quotes "
-                        "are not closed."
-                    )
-                if name:
-                    in_file[name].append(line.value or "")
+        text = self._file.read_text(encoding="utf-8")
+        # UTF-16 without its mark is UTF-8 by chance, of names that nobody knows.
+        if "\0" in text:
+            raise _no_text(self._file)
+        for line in parse_stream(StringIO(text)):
+            name = (line.key or "").lower()
+            # The line itself is not repeated: there may be a password in it.
+            if line.error or (line.value is None and is_known(name.removesuffix("_file"))):
+                raise SettingsError(
+                    f"Line {line.original.line} of {self._file} sets nothing: it is no NAME=value, or its quotes "
+                    "are not closed."
+                )
+            if name:
+                in_file[name].append(line.value or "")
         yield str(self._file), in_file
 
 

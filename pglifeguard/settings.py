@@ -30,6 +30,7 @@ from pglifeguard.environment import (
     Variables,
     grouped,
     names_by_database,
+    reading,
     sentences,
     split_urls,
 )
@@ -250,7 +251,8 @@ class DatabasesSettings(BaseSettings):
 
     def __init__(self, **values: Any) -> None:
         try:
-            super().__init__(**values)
+            with reading(values.get("_env_file", self.model_config.get("env_file"))):
+                super().__init__(**values)
         except ValidationError as error:
             raise SettingsError(sentences(error, hint=self.without_database)) from None
 

@@ -410,6 +410,26 @@ def test_line_that_sets_nothing_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_
     assert sentence == "Line 3 of .env sets nothing: it is no NAME=value, or its quotes are not closed."
 
 
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "latin-1"])
+def test_file_that_is_not_utf8_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, encoding: str) -> None:
+    """PowerShell's `echo` writes UTF-16; without its mark that is UTF-8, of names that nobody knows."""
+    (tmp_path / ".env").write_text(f"# Schlüssel.\nAUTH_SECRET={SECRET}\n", encoding=encoding)
+
+    sentence = refusal(monkeypatch)
+    with pytest.raises(SettingsError) as of_the_job:
+        load_migration_settings()
+
+    assert sentence == str(of_the_job.value) == ".env is not UTF-8 text; save it as UTF-8."
+
+
+def test_file_of_another_name_is_named(tmp_path: Path) -> None:
+    """The sentence names the file that was read."""
+    (tmp_path / "service.env").write_text(f"AUTH_SECRET={SECRET}\n", encoding="utf-16")
+
+    with pytest.raises(SettingsError, match=r"^service\.env is not UTF-8 text"):
+        Settings(_env_file="service.env")
+
+
 def test_file_that_is_not_read_is_not_judged(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Settings that are made without a `.env` are not held up by one."""
     (tmp_path / ".env").write_text("no line of it\n")
