@@ -246,6 +246,8 @@ class PoolWatch:
             by = {"pool": self.pool, "route": checkout.holder, "statement": text}
             self._sampler.log(logger, logging.WARNING, "slow query", by=by, seconds=round(seconds, 3))
 
-    def log(self, message: str, *, level: int = logging.WARNING, route: str | None = None, **details: Any) -> None:
+    def log(
+        self, message: str, *arguments: object, level: int = logging.WARNING, route: str | None = None, **details: Any
+    ) -> None:
         """Write a line about this pool that many requests may cause at once: the first of a burst, then the count."""
-        self._sampler.log(logger, level, message, by={"pool": self.pool, "route": route}, **details)
+        self._sampler.log(logger, level, message, *arguments, by={"pool": self.pool, "route": route}, **details)

@@ -144,6 +144,8 @@ class Connector:
         self.console = console
         self.parameters = settings.parameters
         self.hosts = settings.hosts_to_try
+        # For lines of the log.
+        self.where = ", ".join(map(str, self.hosts))
         self.writable = writable
         self._lookups = Lookups()
         source = settings.password_source

@@ -592,4 +592,5 @@ async def _warm_up(database: Database) -> None:
         await database.pool.warm_up()
     except DatabaseUnavailable as error:
         # The upkeep tries again each second, so the log samples this line.
-        database.watch.log("pool not warmed", reason=str(error))
+        where = database.connector.where
+        database.watch.log("pool %s at %s not warmed: %s", database.name, where, error, reason=str(error))

@@ -186,7 +186,11 @@ class Monitor:
         """Log a change, keep what was found, and tell the listeners."""
         if found.status != self.last.status:
             level = logging.INFO if found.status in {"healthy", "asleep"} else logging.WARNING
-            logger.log(level, "database is %s", found.status, extra={"database": self.name, "reason": found.error})
+            # A log without a format of its own shows the message alone.
+            reason = "" if found.error is None else f": {found.error}"
+            extra = {"database": self.name, "reason": found.error}
+            said = (self.name, self._connector.where, found.status, reason)
+            logger.log(level, "database %s at %s is %s%s", *said, extra=extra)
         self._misses = 0 if found.status == "healthy" else self._misses + 1
         self.last = found
         self.was_healthy = self.was_healthy or found.status == "healthy"

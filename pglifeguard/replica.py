@@ -61,6 +61,17 @@ SERVING: frozenset[State] = frozenset({"usable", "alone"})
 NO_STANDBY: frozenset[State] = frozenset({"promoted", "foreign", "diverged"})
 # The primary had not answered, or reported no position, when these states were found.
 UNCOMPARED: frozenset[State] = frozenset({"unknown", "alone", "unmeasured"})
+# What the log adds to them; the runbook has what to do.
+REASONS: Mapping[State, str] = {
+    "alone": ": its primary is away, so it serves reads without being compared",
+    "unknown": ": its primary has not been looked at yet",
+    "lagging": ": it is further behind than the settings allow",
+    "broken": ": it does not answer, or refuses",
+    "promoted": ": it takes writes, and is not this primary",
+    "foreign": ": it belongs to another cluster",
+    "diverged": ": it follows another timeline than the primary",
+    "unmeasured": ": it tells no LSN",
+}
 BREAK_SECONDS = 1.0
 SEVERAL_MISSES = 3
 # Seconds for a server to answer how far it has replayed. After them its connection is cut, and the primary serves the
@@ -364,7 +375,8 @@ class Replica:
             return
         expected = state in {"usable", "asleep"} or (state == "alone" and self._primary.asleep)
         level = logging.INFO if expected else logging.WARNING
-        logger.log(level, "replica is %s", state, extra={"database": self.database.name, "lag_bytes": self.lag_bytes})
+        extra = {"database": self.database.name, "lag_bytes": self.lag_bytes}
+        logger.log(level, "%s is %s%s", self.database.name, state, REASONS.get(state, ""), extra=extra)
         self.state = state
         if state in NO_STANDBY:
             # The answers of reads that run there may be wrong, so they are cut, and run once more on the primary.

@@ -62,6 +62,28 @@ async def test_service_starts_without_its_databases_and_is_ready_when_they_are(
         assert (await service.client.get("/patients")).status_code == 200
 
 
+async def test_messages_alone_say_which_database_is_away_and_why(
+    database: Database, proxy: Proxy, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A log without a format of its own shows no fields; the password is in none."""
+    proxy.refuse()
+    here, there = proxy.url(database.url()), database.replica_url()
+    primary = {"url": here.replace("@", ":hunter2@")}
+    settings = database.settings(primary=primary, replicas=({"url": there},), analytics={"url": there})
+    async with serving(settings, settled=False) as service:
+
+        async def found() -> bool:
+            return service.databases.router.replicas[0].state == "alone" and "is error" in caplog.text
+
+        assert await eventually(found, 10)
+
+    where, reason = f"primary at 127.0.0.1:{proxy.port}", "The database cannot be reached: "
+    for beginning in (f"pool {where} not warmed: {reason}", f"database {where} is error: {reason}"):
+        assert any(message.startswith(beginning) for message in caplog.messages), caplog.messages
+    assert "replica is alone: its primary is away, so it serves reads without being compared" in caplog.messages
+    assert "hunter2" not in caplog.text
+
+
 async def test_pools_are_warm_when_the_service_opens(database: Database) -> None:
     """The first requests find open connections, as many as are to be kept."""
     async with serving(database.settings(pool_size=4, pool_min_size=3)) as service:

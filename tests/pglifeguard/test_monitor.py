@@ -172,7 +172,9 @@ async def test_watch_looks_again_and_again(database: Database, proxy: Proxy, cap
                 await task
 
     messages = [record.message for record in caplog.records if record.name == "pglifeguard.monitor"]
-    assert messages == ["database is healthy", "database is error"]
+    server = f"database primary at 127.0.0.1:{proxy.port}"
+    assert [message.partition(": ")[0] for message in messages] == [f"{server} is healthy", f"{server} is error"]
+    assert vars(caplog.records[-1])["reason"] in messages[-1]
 
 
 async def test_close_during_a_look_leaves_no_session(database: Database, proxy: Proxy) -> None:

@@ -134,7 +134,7 @@ async def test_lagging_replica_serves_no_reads(
         assert service.sample("db_reads_routed_total", target="replica", reason="replica") == 1
         assert service.sample("db_replica_usable", pool="replica") == 1
     states = [record.message for record in caplog.records if record.name == "pglifeguard.replica"]
-    assert states[-2:] == ["replica is lagging", "replica is usable"]
+    assert states[-2:] == ["replica is lagging: it is further behind than the settings allow", "replica is usable"]
 
 
 @pytest.mark.parametrize(
