@@ -11,7 +11,7 @@ import typer
 import app
 import pglifeguard
 from app.logs import log_config, wants_json
-from app.security import issue_token, scopes_of
+from app.security import SUBJECT, is_subject, issue_token, scopes_of
 from app.settings import Settings
 from migrations.doctor import changed_role_settings, migration_targets, pending_migrations
 from pglifeguard import serving
@@ -111,6 +111,8 @@ def token(
         raise stop("AUTH_SECRET is not set: the routes are open and need no token.")
     if settings.auth_secret is None:
         raise stop("AUTH_SECRET is not set: the identity provider alone gives tokens.")
+    if not is_subject(subject):
+        raise stop(f"--subject is not {SUBJECT}: the service would refuse the token.")
     from app.main import create_app  # noqa: PLC0415  # The other commands need no routes.
 
     known = scopes_of(create_app(settings))

@@ -22,6 +22,9 @@ from pglifeguard import ServiceError
 from pglifeguard.fastapi import client_key, selected_route
 
 ALGORITHM = "HS256"
+# OpenID Connect allows so many.
+MAX_SUBJECT_CHARACTERS = 255
+SUBJECT = f"1 to {MAX_SUBJECT_CHARACTERS} printable characters"
 READING = frozenset({"GET", "HEAD"})
 _GRANTED = "app.granted"
 _NO_CLAIMS: Mapping[str, Any] = MappingProxyType({})
@@ -84,6 +87,11 @@ def needs(*scopes: str, read: str | None = None, write: str | None = None) -> pa
 
 
 OPEN = needs()
+
+
+def is_subject(subject: str) -> bool:
+    """Whether a token may be for it. What is not printable would break lines of logs, or not be stored."""
+    return 0 < len(subject) <= MAX_SUBJECT_CHARACTERS and subject.isprintable()
 
 
 def issue_token(  # noqa: PLR0913  # Each is a claim, but for the secret.

@@ -17,12 +17,11 @@ from jwt.types import Options
 
 from app.jwks import UnusableKeys, parse_keys
 from app.provider_keys import ProviderKeys, from_file, from_url
-from app.security import ALGORITHM, UnknownKey, invalid_token
+from app.security import ALGORITHM, SUBJECT, UnknownKey, invalid_token, is_subject
 from app.settings import Settings
 from pglifeguard import SettingsError
 
 Claims = Mapping[str, Any]
-MAX_SUBJECT_CHARACTERS = 255
 
 
 class TokenVerifier:
@@ -48,9 +47,8 @@ class TokenVerifier:
         except jwt.InvalidTokenError as error:
             raise invalid_token(str(error)) from error
         subject = claims["sub"]
-        # OpenID Connect allows 255 characters. What is not printable would break lines of logs, or not be stored.
-        if not 0 < len(subject) <= MAX_SUBJECT_CHARACTERS or not subject.isprintable():
-            raise invalid_token(f"Its subject is not 1 to {MAX_SUBJECT_CHARACTERS} printable characters")
+        if not is_subject(subject):
+            raise invalid_token(f"Its subject is not {SUBJECT}")
         return MappingProxyType(claims)
 
     async def refresh(self) -> None:

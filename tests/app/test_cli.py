@@ -484,6 +484,17 @@ async def test_token_needs_a_secret_and_a_known_scope() -> None:
     assert (unknown.exit_code, "choose from ops, patients:read, patients:write" in unknown.stderr) == (2, True)
 
 
+@pytest.mark.parametrize("subject", ["", "a" * 256, "a\nb"])
+async def test_token_for_a_subject_that_is_refused(subject: str) -> None:
+    """The service would answer 401 to it, so it is not printed."""
+    result = await run(
+        "token", "--scope", "ops", "--subject", subject, DATABASE_URL="postgresql://a@b/c", AUTH_SECRET=SECRET
+    )
+
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "--subject is not 1 to 255 printable characters" in result.stderr
+
+
 async def test_token_fits_the_settings() -> None:
     """Issuer, audience and claim of the scopes are those that the service demands; a provider alone signs for it."""
     demands = {"AUTH_ISSUER": "https://login.example", "AUTH_AUDIENCE": "clinic", "AUTH_SCOPE_CLAIM": "scp"}
