@@ -1,5 +1,6 @@
 """Reading the environment: the process's over `.env`, secrets from files, and DATABASE_* sorted by database."""
 
+import logging
 import os
 import re
 from collections import defaultdict
@@ -35,10 +36,19 @@ def reading(file: object) -> Iterator[None]:
 
     Raises: SettingsError.
     """
+    # It would write of the lines that `Variables.read` refuses.
+    parser = logging.getLogger("dotenv.main")
+    parser.addFilter(_silent)
     try:
         yield
     except UnicodeDecodeError:
         raise _no_text(file) from None
+    finally:
+        parser.removeFilter(_silent)
+
+
+def _silent(_line: logging.LogRecord) -> bool:
+    return False
 
 
 def _no_text(file: object) -> SettingsError:

@@ -3,11 +3,13 @@
 import re
 import shutil
 import sys
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import certifi
 import pytest
+from dotenv import dotenv_values
 from pydantic import SecretStr
 
 from app.settings import Settings
@@ -406,8 +408,21 @@ def test_line_that_sets_nothing_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_
     (tmp_path / ".env").write_text(f"# One.\nexport SOMEBODY_ELSES\n{line}\n")
 
     sentence = refusal(monkeypatch)
-
     assert sentence == "Line 3 of .env sets nothing: it is no NAME=value, or its quotes are not closed."
+
+
+def test_sentence_is_all_that_is_said_of_a_line(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    """The parser, which logs such a line too, is silent meanwhile, and has its say about other files."""
+    (tmp_path / ".env").write_text("AUTH_SECRET: secret\n")
+    refusal(monkeypatch)
+    with pytest.raises(SettingsError, match=r"Line 1 of \.env sets nothing"):
+        load_migration_settings()
+    meanwhile = list(caplog.messages)
+    dotenv_values(stream=StringIO("AUTH_SECRET: secret\n"))
+
+    assert (meanwhile, len(caplog.messages)) == ([], 1)
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "latin-1"])
