@@ -21,7 +21,7 @@ from fuzz.mutations import mutations
 from fuzz.report import Report
 from fuzz.resting import rest
 from fuzz.sending import send
-from fuzz.stage import Stage, staged
+from fuzz.stage import Stage, free_port, staged
 from local.setup import PROJECT
 from local.stopping import stop_on_signals
 from pglifeguard.embedded.account import EmbeddedError
@@ -52,18 +52,23 @@ def main(  # noqa: PLR0913  # A command line has as many parameters as options.
 ) -> None:
     """Fuzz the service; the exit status is 1 when something was found."""
     seed = SystemRandom().randrange(2**31) if new_seed else seed
+    directory = directory.absolute()
+    report = Report(directory / "findings", free_port() if port is None else port, console)
     try:
         for name in ("findings", "schemathesis"):
             shutil.rmtree(directory / name, ignore_errors=True)
             (directory / name).mkdir(parents=True)
-        found = asyncio.run(_run(directory.absolute(), seconds=seconds, seed=seed, only=only, port=port))
+        found = asyncio.run(_run(directory, report, seconds=seconds, seed=seed, only=only))
     except EmbeddedError as error:
         console.print(str(error), style="red", markup=False)
         raise typer.Exit(2) from None
+    except (KeyboardInterrupt, asyncio.CancelledError):
+        report.summarise(["Stopped before the end, and everything that was started is stopped too."])
+        raise typer.Exit(130) from None
     raise typer.Exit(1 if found else 0)
 
 
-async def _run(directory: Path, *, seconds: float, seed: int, only: str | None, port: int | None) -> int:
+async def _run(directory: Path, report: Report, *, seconds: float, seed: int, only: str | None) -> int:
     """Start, fuzz, and tell; return the number of findings."""
     stop_on_signals()
     started = time.monotonic()
@@ -72,11 +77,10 @@ async def _run(directory: Path, *, seconds: float, seed: int, only: str | None, 
         console.print(f"{time.monotonic() - started:6.1f} s  {step}", markup=False)
 
     progress(f"Starting; seed {seed}")
-    async with staged(directory, port=port) as stage:
+    async with staged(directory, port=report.port) as stage:
         created = await stage.client.post("/patients", content=dumped(Known(stage.token).patient()), headers=JSON)
         promised = stage.promised
         known = Known(stage.token, promised.readable, one=created.headers["Location"])
-        report = Report(directory / "findings", stage.port, console)
         cases = [case for case in corpus(known) if only is None or only in case.name]
         begun = await rest(stage)
         progress(f"Sending the {len(cases)} cases of the corpus")

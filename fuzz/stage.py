@@ -51,12 +51,11 @@ class Stage:
 
 
 @asynccontextmanager
-async def staged(directory: Path, *, port: int | None = None) -> AsyncIterator[Stage]:
+async def staged(directory: Path, *, port: int) -> AsyncIterator[Stage]:
     """Start servers and service anew in this directory, and stop them at the end.
 
     Raises: EmbeddedError when the service does not become ready.
     """
-    port = _free_port() if port is None else port
     variables = {
         # A machine's other services are none of ours.
         **{name: value for name, value in os.environ.items() if not name.startswith(("DATABASE_", "OTEL_"))},
@@ -107,7 +106,8 @@ async def _stop(process: Process) -> None:
             await process.wait()
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Return a port that nobody has."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         return int(taken.getsockname()[1])
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import io
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from fuzz.documented import documented
 from fuzz.report import TOLD, Report
 from fuzz.sending import send
 from fuzz.wire import Case
+from local.runs import marked
 from local.setup import PROJECT
 from pglifeguard.testing.serving import listening
 
@@ -56,3 +58,25 @@ def test_broken_off_uploads_leave_no_trace_in_the_service(tmp_path: Path) -> Non
     assert done.returncode == 0, done.stdout + done.stderr
     assert "0 findings" in done.stdout
     assert "0 transactions open" in done.stdout
+
+
+def test_ctrl_c_tells_what_was_found_until_then(tmp_path: Path) -> None:
+    """Status 130 and the summary, no traceback; the service is stopped."""
+    with subprocess.Popen(
+        [sys.executable, "-m", "fuzz", "--directory", tmp_path],
+        cwd=PROJECT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    ) as process:  # fmt: skip
+        assert process.stdout is not None
+        try:
+            begun = next((line for line in process.stdout if "Sending the" in line), None)
+            process.send_signal(signal.SIGINT)
+            said, _ = process.communicate(timeout=60)
+        finally:
+            process.kill()
+
+    assert begun is not None, said
+    assert process.returncode == 130, said
+    assert "Stopped before the end" in said
+    assert "\n0 findings" in said
+    assert "Traceback" not in said
+    assert list(marked(str(tmp_path / "databases"))) == []
