@@ -425,10 +425,12 @@ def test_sentence_is_all_that_is_said_of_a_line(
     assert (meanwhile, len(caplog.messages)) == ([], 1)
 
 
-@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "latin-1"])
-def test_file_that_is_not_utf8_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, encoding: str) -> None:
+@pytest.mark.parametrize(("comment", "encoding"), [("A", "utf-16"), ("A", "utf-16-le"), ("Ä", "latin-1")])
+def test_file_that_is_not_utf8_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, comment: str, encoding: str
+) -> None:
     """PowerShell's `echo` writes UTF-16; without its mark that is UTF-8, of names that nobody knows."""
-    (tmp_path / ".env").write_text(f"# Schlüssel.\nAUTH_SECRET={SECRET}\n", encoding=encoding)
+    (tmp_path / ".env").write_text(f"# {comment}\nAUTH_SECRET={SECRET}\n", encoding=encoding)
 
     sentence = refusal(monkeypatch)
     with pytest.raises(SettingsError) as of_the_job:
