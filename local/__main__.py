@@ -36,7 +36,7 @@ The pools, live: {url}/debug/pools · to see them at work, in another terminal: 
 primary 127.0.0.1:{primary} · replica 127.0.0.1:{replica} · settings with passwords: {variables} · Ctrl-C stops all
 """
 TOKENS = """\
-The routes want a token: AUTH_SECRET or an identity provider is set. With that secret one is made so:
+The routes want a token: AUTH_SECRET or an identity provider is set. Where that secret is set, too, one is made so:
 
   TOKEN=$(. {variables} && .venv/bin/python -m app token --scope patients:read --scope patients:write --scope ops)
   curl -s {url}/patients/1 -H "authorization: Bearer $TOKEN"
