@@ -13,7 +13,7 @@ asked = ["dpkg-query", "--show", "--showformat", "${Package}\\t${Version}\\t${Ar
 debian = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.splitlines()
 found = {each.metadata["Name"]: each for each in importlib.metadata.distributions()}
 python = [
-    [name, each.version, each.metadata["License-Expression"] or ""] for name, each in found.items()
+    [name, each.version, each.metadata.get("License-Expression") or ""] for name, each in found.items()
 ]
 print(json.dumps({"debian": [line.split("\\t") for line in debian], "python": python}))
 """
