@@ -89,28 +89,17 @@ async def _rows(stage: Stage, server: Served, plan: Plan, tell: Tell, section: S
 
 
 async def _workers(stage: Stage, plan: Plan, tell: Tell, section: Section) -> dict[int, Series]:
-    async with AsyncExitStack() as stack:
+    longer = plan if plan.quick else Plan(WORKER_ROUNDS, WORKER_SECONDS)
+    # One kind after the other: the pools of all these processes together are more than a server's connections.
+    busy, shared, steady, memory = await _with_workers(
+        stage, longer, tell, {n: ("ours", f"workers={n}") for n in WORKERS}
+    )
+    bare = await _with_workers(stage, longer, tell, {n: ("bare_fastapi", f"bare, workers={n}") for n in BARE_WORKERS})
 
-        async def start(variant: str, name: str, workers: int) -> Served:
-            return await stack.enter_async_context(stage.serving(variant, name=name, workers=workers))
+    def ratio(rows: Mapping[int, Row]) -> float:
+        return rows[4].cpu.median / rows[1].cpu.median
 
-        ours = {count: await start("ours", f"workers={count}", count) for count in WORKERS}
-        bare = {count: await start("bare_fastapi", f"bare, workers={count}", count) for count in BARE_WORKERS}
-        longer = plan if plan.quick else Plan(WORKER_ROUNDS, WORKER_SECONDS)
-        all_of_them = {**{server.name: count for count, server in ours.items()}, **{bare[n].name: n for n in bare}}
-        servers = [*ours.values(), *bare.values()]
-        # Each worker with as much to do as the one has, and then all together with as much.
-        each = {name: BUSY * count for name, count in all_of_them.items()}
-        busy = await alternate(stage, servers, PATHS[0], clients=each, plan=longer, tell=tell)
-        shared = await alternate(stage, servers, PATHS[0], clients=BUSY, plan=longer, tell=tell)
-        steady = await _steady(servers, longer, tell)
-        memory = {count: server.memory_bytes() / 1e6 for count, server in ours.items()}
-
-    def ratio(rows: Mapping[str, Row], served: Mapping[int, Served]) -> float:
-        return rows[served[4].name].cpu.median / rows[served[1].name].cpu.median
-
-    found = steady[ours[4].name].median / steady[ours[1].name].median
-    of_bare = steady[bare[4].name].median / steady[bare[1].name].median
+    found, of_bare = (each[4].median / each[1].median for each in (steady, bare[2]))
     claim = f"a request of four workers takes {found:.2f} times the CPU of one worker's"
     held = section.verdict(f"{claim}, ≤ {MOST_OF_WORKERS} wanted", held=found <= MOST_OF_WORKERS)
     section.say(
@@ -118,8 +107,8 @@ async def _workers(stage: Stage, plan: Plan, tell: Tell, section: Section) -> di
         f"{STEADY_RATE} requests a second over {STEADY_CLIENTS} connections, with what the workers do by themselves, "
         f"four take {found:.2f} times the CPU of one, at most {MOST_OF_WORKERS} wanted: {held}; bare FastAPI's four "
         f"take {of_bare:.2f} times. When there is more to do than the core can, with {BUSY} clients for each worker, "
-        f"four take {ratio(busy, ours):.2f} times, and bare FastAPI's {ratio(busy, bare):.2f} times; with {BUSY} "
-        f"clients for all of them {ratio(shared, ours):.2f} and {ratio(shared, bare):.2f} times: {WHY_WORKERS}"
+        f"four take {ratio(busy):.2f} times, and bare FastAPI's {ratio(bare[0]):.2f} times; with {BUSY} "
+        f"clients for all of them {ratio(shared):.2f} and {ratio(bare[1]):.2f} times: {WHY_WORKERS}"
     )
     section.table(
         [
@@ -131,14 +120,34 @@ async def _workers(stage: Stage, plan: Plan, tell: Tell, section: Section) -> di
         [
             [
                 str(count),
-                steady[name].text(),
-                *(text for rows in (busy, shared) for text in (rows[name].cpu.text(), rows[name].rate.text())),
+                steady[count].text(),
+                *(text for rows in (busy, shared) for text in (rows[count].cpu.text(), rows[count].rate.text())),
                 f"{memory[count]:.0f}",
             ]
-            for count, name in ((count, server.name) for count, server in ours.items())
+            for count in WORKERS
         ],
     )
-    return {count: steady[server.name] for count, server in ours.items()}
+    return dict(steady)
+
+
+async def _with_workers(
+    stage: Stage, plan: Plan, tell: Tell, variants: Mapping[int, tuple[str, str]]
+) -> tuple[Mapping[int, Row], Mapping[int, Row], Mapping[int, Series], Mapping[int, float]]:
+    """Measure one kind by workers: each with clients of its own, all with the same ones, at one rate, and megabytes."""
+    async with AsyncExitStack() as stack:
+        served = {
+            count: await stack.enter_async_context(stage.serving(variant, name=name, workers=count))
+            for count, (variant, name) in variants.items()
+        }
+        servers = list(served.values())
+        # Each worker with as much to do as the one has, and then all together with as much.
+        each = {server.name: BUSY * count for count, server in served.items()}
+        busy = await alternate(stage, servers, PATHS[0], clients=each, plan=plan, tell=tell)
+        shared = await alternate(stage, servers, PATHS[0], clients=BUSY, plan=plan, tell=tell)
+        steady = await _steady(servers, plan, tell)
+        memory = {count: server.memory_bytes() / 1e6 for count, server in served.items()}
+    by_count = [{count: rows[server.name] for count, server in served.items()} for rows in (busy, shared)]
+    return by_count[0], by_count[1], {count: steady[server.name] for count, server in served.items()}, memory
 
 
 async def _steady(servers: Sequence[Served], plan: Plan, tell: Tell) -> dict[str, Series]:
