@@ -14,6 +14,8 @@ from pglifeguard.settings import DatabasesSettings
 # uvicorn replaces a worker that does not answer its parent within 5 s. A worker answers once it has imported the
 # service, which takes longer on a busy machine: with 5 s no worker would ever start there.
 WORKER_ANSWERS_SECONDS = 60
+# Options with which `uvicorn.run` does more than to serve a port in this process.
+OF_UVICORN = ("reload", "uds", "fd", "app_dir")
 
 
 def run(factory: str, settings: DatabasesSettings, **options: Any) -> None:
@@ -21,19 +23,21 @@ def run(factory: str, settings: DatabasesSettings, **options: Any) -> None:
     # With the usual soft limit of 1,024 files, some hundred clients would keep a pool from opening a connection.
     _, files = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
-    options |= {
-        "factory": True,
-        "workers": settings.workers,
-        "loop": "uvloop",
-        "http": LimitedProtocol,
-        "lifespan": "on",
-        "proxy_headers": True,
+    # An option that is given twice is a TypeError.
+    options = dict(
+        factory=True,
+        workers=settings.workers,
+        loop="uvloop",
+        http=LimitedProtocol,
+        lifespan="on",
+        proxy_headers=True,
         # Longer than any statement, so that none in flight is cut. The pools are drained afterwards.
-        "timeout_graceful_shutdown": settings.graceful_timeout_seconds,
-        "timeout_worker_healthcheck": WORKER_ANSWERS_SECONDS,
-        "server_header": False,
-    }
-    if settings.workers == 1 and not options.get("reload"):
+        timeout_graceful_shutdown=settings.graceful_timeout_seconds,
+        timeout_worker_healthcheck=WORKER_ANSWERS_SECONDS,
+        server_header=False,
+        **options,
+    )
+    if settings.workers == 1 and not any(options.get(name) for name in OF_UVICORN):
         accepting.run(uvicorn.Config(factory, **options))
         return
     with shared_figures() if settings.workers > 1 else nullcontext():

@@ -4,6 +4,7 @@ import asyncio
 import os
 import signal
 import socket
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
@@ -111,6 +112,46 @@ def test_one_process_is_served_until_ctrl_c(monkeypatch: pytest.MonkeyPatch) -> 
     )
 
     assert Lives.told == ["lifespan.startup", "lifespan.shutdown"]
+
+
+class LivesAtASocket(Lives):
+    """The same; presses Ctrl-C when its Unix socket is there."""
+
+    address: ClassVar[Path]
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Look for the socket while it lives."""
+
+        async def is_there() -> bool:
+            return self.address.is_socket()
+
+        async def leave() -> None:
+            self.told.append("socket" if await eventually(is_there, seconds=10) else "no socket")
+            await interrupt()
+
+        leaving = asyncio.create_task(leave())
+        await super().__call__(scope, receive, send)
+        await leaving
+
+
+def test_unix_socket_is_left_to_uvicorn(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """It is served, and its file is gone afterwards."""
+    Lives.told.clear()
+    monkeypatch.setenv("DATABASE_URL", "postgresql://app:secret@127.0.0.1/none")
+    LivesAtASocket.address = tmp_path / "service.sock"
+
+    serve(f"{__name__}:LivesAtASocket", DatabasesSettings(), uds=str(LivesAtASocket.address), log_config=None)
+
+    assert Lives.told == ["lifespan.startup", "socket", "lifespan.shutdown"]
+    assert not LivesAtASocket.address.exists()
+
+
+def test_option_that_serve_sets_itself_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing that somebody asks for is silently another thing."""
+    monkeypatch.setenv("DATABASE_URL", "postgresql://app:secret@127.0.0.1/none")
+
+    with pytest.raises(TypeError, match="proxy_headers"):
+        serve(f"{__name__}:Lives", DatabasesSettings(), proxy_headers=False)
 
 
 def test_several_are_accepted_in_a_turn() -> None:
