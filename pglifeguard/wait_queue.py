@@ -7,7 +7,7 @@ the whole patience, however long that is. So there are three states:
 - calm: first come, first served;
 - growing, when in the last interval many more requests came than were served, or more than were served while the queue
   was long already: the newest is served first, so that those who are served have not waited for long, and the others
-  wait for the end of the burst;
+  wait for the end of the burst, as many of them as could be served after it;
 - standing, when it has grown for several intervals: it keeps as many requests as can be served within the target, and
   refuses all others at once. It ends when the queue is empty.
 
@@ -41,6 +41,9 @@ STILL_SECONDS = 0.1
 GROWTH = 1.5
 # A queue whose last request will wait for this part of its patience grows also when hardly more come than are served.
 LONG = 0.7
+# A queue that grows holds this many times as many requests as can be served within their patience: a few of them tell
+# the rate. Without it they were hundreds, and to refuse them all at once took the event loop a fifth of a second.
+HELD = 1.25
 # Intervals of growth after which the queue stands; one without growth takes one off. A burst that can be served in time
 # is over by then: three times the capacity may come for 0.2 s, and takes a busy event loop longer to notice.
 STANDING_AFTER = 8
@@ -121,6 +124,8 @@ class WaitQueue(Generic[S]):
         client = client_key.get()
         self.waiters[waiter] = (now, client)
         self._lines.setdefault(client, OrderedDict())[waiter] = None
+        if self._grown and self._limit is None and self._holds_too_many(now):
+            self._push_out()
 
     def leave(self, waiter: asyncio.Future[S]) -> None:
         """Remove a request; nothing happens when it is not there."""
@@ -132,7 +137,9 @@ class WaitQueue(Generic[S]):
 
     def make_room(self) -> asyncio.Future[S] | None:
         """Remove and return the newest request of the longest line, if that is longer than that of this client."""
-        longest = max(self._lines.values(), key=len, default=OrderedDict[asyncio.Future[S], None]())
+        if not self._lines:
+            return None
+        longest = max(self._lines.values(), key=len)
         if len(longest) <= len(self._lines.get(client_key.get(), ())) + 1:
             return None
         newest = next(reversed(longest))
@@ -194,6 +201,19 @@ class WaitQueue(Generic[S]):
         if self._limit is not None or self._grown >= STANDING_AFTER:
             self._limit = self._most(rate)
         self._begin(now)
+
+    def _holds_too_many(self, now: float) -> bool:
+        """Say whether not all who wait can be served in their patience, unless the server stands still or is new."""
+        judged = now - self._served_at <= STILL_SECONDS and now >= self.calm_until
+        return judged and self.drain_seconds(now) > self.settings.pool_timeout * HELD
+
+    def _push_out(self) -> None:
+        """Remove the request that would be served last: the oldest of the longest line."""
+        # Of lines that are equally long, the one whose turn comes last.
+        longest = max(reversed(self._lines.values()), key=len)
+        last = next(iter(longest))
+        self.leave(last)
+        self._overdue.append(last)
 
     def _most(self, rate: float) -> int:
         """Count the requests that are served within the target; all connections are kept at work in any case."""

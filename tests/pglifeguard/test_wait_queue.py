@@ -33,6 +33,7 @@ class Outcome:
     served_at: list[float] = field(default_factory=list)
     refused: Counter[str] = field(default_factory=Counter)
     order: list[int] = field(default_factory=list)
+    most_waiting: int = 0
 
     def p99(self) -> float:
         """Return the 99th percentile of those that were served."""
@@ -79,6 +80,7 @@ class Simulation:
         waiter: asyncio.Future[int] = self._loop.create_future()
         self.queue.join(waiter, now)
         self._waiting[request] = waiter
+        self.outcome.most_waiting = max(self.outcome.most_waiting, len(self.queue.waiters))
         self._plan(now + self.settings.pool_timeout, "deadline", request)
 
     def _deadline(self, _now: float, request: int) -> None:
@@ -138,6 +140,34 @@ async def test_overload_keeps_nobody_waiting(loop: asyncio.AbstractEventLoop, lo
     assert outcome.p99() <= 0.08
     # Most others are told at once: those who came before it was known to be an overload are told after a wait.
     assert outcome.refused["overload"] >= 0.8 * outcome.refused.total()
+
+
+@pytest.mark.parametrize("client", [None, "gateway"])
+async def test_growing_queue_holds_as_many_as_can_be_served(
+    loop: asyncio.AbstractEventLoop, client: str | None
+) -> None:
+    """Before it is known to be an overload those who are too many are told one by one, and not hundreds at a time."""
+    client_key.set(client)
+
+    outcome = Simulation(loop).run(evenly(5 * PER_SECOND, 0.4))
+
+    assert outcome.most_waiting <= 1.5 * PER_SECOND * PATIENCE_SECONDS
+    assert outcome.refused["late"] >= 100
+
+
+async def test_last_one_that_would_be_served_is_pushed_out(loop: asyncio.AbstractEventLoop) -> None:
+    """The oldest of the longest line; where all lines are equally long, the one that has come."""
+    queue: WaitQueue[int] = WaitQueue(settings())
+    queue.count_arrival(0.0)
+    waiters = [loop.create_future() for _ in range(6)]
+    for waiter, client in zip(waiters, ["one", "other", "one", "other", "one", "new"], strict=True):
+        client_key.set(client)
+        queue.join(waiter, 0.0)
+
+    for _ in range(4):
+        queue._push_out()
+
+    assert queue.take_overdue() == [waiters[0], waiters[1], waiters[2], waiters[5]]
 
 
 @pytest.mark.parametrize("load", [2, 3, 5])
