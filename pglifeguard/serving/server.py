@@ -5,6 +5,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import uvicorn
+from uvicorn.supervisors import multiprocess
 
 from pglifeguard.serving import accepting
 from pglifeguard.serving.protocol import LimitedProtocol
@@ -16,6 +17,17 @@ from pglifeguard.settings import DatabasesSettings
 WORKER_ANSWERS_SECONDS = 60
 # Options with which `uvicorn.run` does more than to serve a port in this process.
 OF_UVICORN = ("reload", "uds", "fd", "app_dir")
+
+
+class Worker(multiprocess.Process):
+    """A worker process whose end is known at once, also while its parent waits for an answer of it."""
+
+    def start(self) -> None:
+        """Start the process."""
+        super().start()
+        # uvicorn (0.54) keeps the worker's end of their pipe open in the parent, too. A worker that was killed between
+        # the parent's question and its own answer would be waited for until WORKER_ANSWERS_SECONDS are over.
+        self.child_conn.close()
 
 
 def run(factory: str, settings: DatabasesSettings, **options: Any) -> None:
@@ -40,5 +52,6 @@ def run(factory: str, settings: DatabasesSettings, **options: Any) -> None:
     if settings.workers == 1 and not any(options.get(name) for name in OF_UVICORN):
         accepting.run(uvicorn.Config(factory, **options))
         return
+    multiprocess.Process = Worker  # type: ignore[misc]  # uvicorn's supervisor makes no other use of the name.
     with shared_figures() if settings.workers > 1 else nullcontext():
         uvicorn.run(factory, **options)

@@ -9,17 +9,20 @@ import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import suppress
 from pathlib import Path
+from socket import socket
 from struct import pack
 
 import httpx
 import psutil  # type: ignore[import-untyped]  # See pglifeguard/embedded/waiting.py.
 import pytest
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Summary, generate_latest, values
+from uvicorn import Config
 
 from pglifeguard.embedded.waiting import eventually
 from pglifeguard.metrics import Metrics
 from pglifeguard.registry import SLICE_SAMPLES, write
 from pglifeguard.serving.merging import File, add_up
+from pglifeguard.serving.server import Worker
 from pglifeguard.serving.workers import (
     VARIABLE,
     Buffered,
@@ -99,6 +102,26 @@ async def test_counters_sum_to_what_was_sent_and_survive_a_killed_worker(server:
     (folder,) = await asyncio.to_thread(lambda: list(tmp_path.glob("lifeguard-metrics-*")))
     files = _files(folder)
     assert len(files) == WORKERS * len({name.rpartition("_")[0] for name in files})
+
+
+class Dying(Worker):
+    """A worker that is killed when it was asked for a sign of life."""
+
+    def target(self, sockets: list[socket] | None = None) -> None:
+        """Run in the worker's process."""
+        del sockets
+        self.child_conn.recv()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+async def test_worker_that_dies_instead_of_answering_is_noticed() -> None:
+    """Its parent would wait for a minute, and replace no other worker meanwhile."""
+    worker = Dying(Config("nothing:here"), [])
+    worker.start()
+
+    assert not await asyncio.wait_for(asyncio.to_thread(worker.is_alive, 60), 30)
+    worker.join()
+    assert worker.exitcode == -signal.SIGKILL
 
 
 async def test_pool_gauges_are_what_the_server_sees(server: Process, database: Database) -> None:
