@@ -1,7 +1,9 @@
 """The commands `python -m app serve | doctor | connections | token | pause | resume | drain | resize | new-domain`."""
 
+import errno
 import getpass
 import os
+import socket
 from datetime import timedelta
 from pathlib import Path
 from typing import Annotated
@@ -64,6 +66,24 @@ def _account() -> str:
         return "operator"
 
 
+def _cannot_listen(host: str, port: int) -> str | None:
+    """Return why nobody can listen there, before databases are opened for it; None if somebody can."""
+    try:
+        found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except OSError as error:
+        return str(error.strerror)
+    failures: list[OSError] = []
+    for family, _, _, _, address in found:
+        try:
+            with socket.create_server(address[:2], family=family):
+                pass
+        except OSError as error:
+            failures.append(error)
+    # A machine without IPv6 has only one of the two addresses of `localhost`.
+    telling = [e for e in failures if len(failures) == len(found) or e.errno in {errno.EADDRINUSE, errno.EACCES}]
+    return os.strerror(telling[0].errno or 0) if telling else None
+
+
 cli.add_typer(
     database_commands(
         Settings, further=migration_targets, checks=[pending_migrations, changed_role_settings], reach=_reach
@@ -83,6 +103,11 @@ def serve(
     settings = checked(Settings)
     if reload and settings.workers > 1:
         raise stop(f"--reload serves with one process, and WORKERS is {settings.workers}: take one of the two.")
+    if (reason := _cannot_listen(settings.host, settings.port)) is not None:
+        raise stop(
+            f"HOST is {settings.host} and PORT {settings.port}: the service cannot listen there: {reason}. Stop what "
+            "listens there, or choose another place by --host and --port, or by these variables."
+        )
     as_json = wants_json(settings.log_format)
     serving.serve(
         "app.main:create_app",

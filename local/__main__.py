@@ -123,6 +123,7 @@ async def _run(options: Options, place: Place) -> int:
         if options.service.reload:
             console.print(
                 "A file that is saved in app/ or pglifeguard/ starts the service anew; the databases stay up.\n"
+                "While one does not import, its traceback stands below, and requests wait until it is mended.\n"
             )
         return await options.service.wait()
     except asyncio.CancelledError:

@@ -22,6 +22,13 @@ NOT_FROM_HERE = (
     "OTEL_PYTHON_DISABLED_INSTRUMENTATIONS=pglifeguard leaves this library out."
 )
 
+# In place of Pydantic's, which tell how a value is read.
+_WORDS = {
+    "int_parsing": "has to be a whole number",
+    "float_parsing": "has to be a number",
+    "bool_parsing": "has to be true or false",
+}
+
 # The shortest prefix comes last, so that DATABASE_REPLICA_URL is the replica's and not the primary's REPLICA_URL.
 PREFIXES = {"replicas": f"{PREFIX}replica_", "analytics": f"{PREFIX}analytics_", "primary": PREFIX}
 
@@ -198,7 +205,9 @@ def sentences(error: ValidationError, *, hint: str = "") -> str:
     for mistake in error.errors(include_url=False, include_input=False, include_context=False):
         group, *path = [part for part in mistake["loc"] if isinstance(part, str)] or [""]
         field = path[-1] if path else "url" if group in PREFIXES else group
-        name, text = f"{PREFIXES.get(group, '')}{field}".upper(), mistake["msg"].removeprefix("Value error, ")
+        name = f"{PREFIXES.get(group, '')}{field}".upper()
+        said = mistake["msg"].removeprefix("Value error, ").replace("Input should be", "has to be", 1)
+        text = _WORDS.get(mistake["type"], said)
         if mistake["type"] == "missing":
             name = "DATABASE_URL"
             text = (

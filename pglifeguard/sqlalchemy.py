@@ -49,6 +49,9 @@ class PoolAdapter(Pool):
     It is the `Opener` of `bounded` too, since SQLAlchemy's entry around a connection is what that pool lends.
     """
 
+    # What SQLAlchemy logs of a pool is asked for and silenced as of its own pools: by the logger `sqlalchemy.pool`.
+    _sqla_logger_namespace = "sqlalchemy.pool.PoolAdapter"
+
     def __init__(  # noqa: PLR0913, PLR0917  # create_async_engine passes no single thing that holds them all.
         self,
         creator: Callable[..., Any],

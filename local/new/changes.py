@@ -107,6 +107,18 @@ EVERYWHERE = (
         "A test compares the table with\n`pglifeguard/metrics.py`; the alerts built on them are in",
         "The alerts built on them are in",
     ),
+    exactly(
+        "docs/library.md",
+        'No package index has it yet. Until one does, name a checkout in its place: `pip install "./lifeguard[fastapi]"'
+        "`, or a wheel, which\n`make release` and `pip wheel --no-deps ./lifeguard` build.",
+        "No package index has it yet. This service has its wheel in `vendor/`, and its locks name it; elsewhere name "
+        'that file in its place:\n`pip install "./vendor/pglifeguard-….whl[fastapi]"`.',
+    ),
+    exactly(
+        "docs/testing.md",
+        'name a checkout or a wheel in its place, as in `"./lifeguard[fastapi,serving,testing]"`.',
+        'name a wheel in its place, as in `"./vendor/pglifeguard-….whl[fastapi,serving,testing]"`.',
+    ),
     exactly("docs/troubleshooting.md", "outage that this project grew from", "outage that pglifeguard grew from"),
     exactly("docs/troubleshooting.md", "[The outage](outage.md) tells it", "pglifeguard's docs/outage.md tells it"),
     Change("tests/test_alerts.py", r"^@pytest.*\ndef test_alert_is_walked_in_the_running_stack(?:.*\n)+?\n\n(?=@)"),

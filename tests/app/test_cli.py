@@ -1,10 +1,12 @@
 """`python -m app …`, from the outside where a process is the point, else through Typer's own runner."""
 
 import asyncio
+import errno
 import functools
 import os
 import shutil
 import signal
+import socket
 import ssl
 import subprocess
 import sys
@@ -23,7 +25,7 @@ import uvicorn
 from sqlalchemy.engine import make_url
 from typer.testing import CliRunner, Result, _NamedTextIOWrapper
 
-from app.cli import cli
+from app.cli import _cannot_listen, cli
 from local import new_domain
 from pglifeguard.embedded.postgres import free_port
 from pglifeguard.embedded.waiting import eventually
@@ -115,6 +117,29 @@ async def test_serve_refuses_to_reload_several_processes() -> None:
 
     assert result.exit_code == 2
     assert "--reload serves with one process, and WORKERS is 3: take one of the two." in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("host", "reason"),
+    [("127.0.0.1", os.strerror(errno.EADDRINUSE)), ("192.0.2.1", os.strerror(errno.EADDRNOTAVAIL)), ("no.invalid", "")],
+)
+async def test_serve_says_why_it_cannot_listen(host: str, reason: str) -> None:
+    """A port that is taken, an address of another machine and a name that nobody knows are a sentence at once."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        result = await run("serve", DATABASE_URL="postgresql://a@b/c", HOST=host, PORT=str(port), WORKERS="1")
+
+    assert result.exit_code == 2
+    assert f"HOST is {host} and PORT {port}: the service cannot listen there: {reason}" in result.stderr
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "0.0.0.0", ""])  # noqa: S104  # For a moment.
+def test_place_that_can_be_listened_at(host: str) -> None:
+    """What asyncio listens at is not refused; the port is free again afterwards."""
+    port = free_port()
+
+    assert _cannot_listen(host, port) is None
+    assert _cannot_listen(host, port) is None
 
 
 async def test_serve_finishes_what_is_in_flight_on_sigterm(database: Database, tmp_path: Path) -> None:
@@ -227,19 +252,20 @@ def test_serve_gives_uvicorn_its_options(monkeypatch: pytest.MonkeyPatch) -> Non
     """Proxies are believed by address only, and the graceful timeout is longer than any statement."""
     given: dict[str, Any] = {}
     monkeypatch.setattr(uvicorn, "run", lambda app, **options: given.update(options, app=app))
-    for name in ("HOST", "PORT", "WORKERS"):
-        monkeypatch.setenv(name, "1")  # Restored afterwards: the command sets them for its workers.
+    port = free_port()
+    for name, value in {"HOST": "127.0.0.1", "PORT": "1", "WORKERS": "1"}.items():
+        monkeypatch.setenv(name, value)  # Restored afterwards: the command sets them for its workers.
     environment = {
         "DATABASE_URL": "postgresql://a@b/c",
         "TRUSTED_PROXIES": "10.0.0.1",
         "STATEMENT_TIMEOUT_SECONDS": "5",
     }
 
-    result = CliRunner().invoke(cli, ["serve", "--port", "8123", "--workers", "3"], env=environment)
+    result = CliRunner().invoke(cli, ["serve", "--port", str(port), "--workers", "3"], env=environment)
 
     assert result.exit_code == 0, result.output
     assert (given["app"], given["factory"]) == ("app.main:create_app", True)
-    assert (given["port"], given["workers"], given["host"]) == (8123, 3, "1")
+    assert (given["port"], given["workers"], given["host"]) == (port, 3, "127.0.0.1")
     assert (given["loop"], given["http"], given["lifespan"]) == ("uvloop", LimitedProtocol, "on")
     assert (given["forwarded_allow_ips"], given["access_log"]) == ("10.0.0.1", False)
     assert given["timeout_graceful_shutdown"] > 5

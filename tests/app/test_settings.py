@@ -279,6 +279,22 @@ def test_value_out_of_bounds_is_refused_by_name(monkeypatch: pytest.MonkeyPatch,
     assert refusal(monkeypatch, DATABASE_REPLICA_URL=REPLICA, **{name: value}).startswith(f"{name}: ")
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "sentence"),
+    [
+        ("DATABASE_POOL_SIZE", "ten", "DATABASE_POOL_SIZE: has to be a whole number."),
+        ("DATABASE_POOL_TIMEOUT", "soon", "DATABASE_POOL_TIMEOUT: has to be a number."),
+        ("ACCESS_LOG", "perhaps", "ACCESS_LOG: has to be true or false."),
+        ("DATABASE_POOL_SIZE", "0", "DATABASE_POOL_SIZE: has to be greater than or equal to 1."),
+    ],
+)
+def test_mistake_is_said_in_words_of_settings(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str, sentence: str
+) -> None:
+    """Not in those of a parser of input."""
+    assert refusal(monkeypatch, **{name: value}) == sentence
+
+
 def test_every_mistake_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two mistakes are two lines, so that one start is enough to see both."""
     lines = refusal(monkeypatch, WORKERS=0, INSTANCES=0).splitlines()

@@ -93,7 +93,7 @@ async def test_instances_are_replaced_without_a_failed_request(stack: Stack) -> 
     print(f"\nrolled twice: {traffic.summary()}")  # noqa: T201  # The figures of docs/topology.md.
     assert traffic.bad() == []
     assert refused == 1, said
-    assert "DATABASE_POOL_SIZE: Input should be greater than or equal to 1" in said
+    assert "DATABASE_POOL_SIZE: has to be greater than or equal to 1" in said
     assert kept == before
     assert rolled == 0, log
     assert len(replaced) == len(before)

@@ -1,5 +1,6 @@
 """A failure of the driver has one meaning, whether the driver or SQLAlchemy ran the statement."""
 
+import logging
 from typing import Any
 
 import asyncpg
@@ -86,6 +87,23 @@ async def test_loss_that_sqlalchemy_names_is_its_own_exception(database: Databas
         answer = classify(failed.value)
         assert answer is not None
         assert (failed.value.connection_invalidated, answer.code) == (True, "connection_lost")
+
+
+async def test_loss_is_logged_as_sqlalchemy_logs_it(database: Database, caplog: pytest.LogCaptureFixture) -> None:
+    """By the logger `sqlalchemy.pool`, which is silent at INFO though the rest of the process is not."""
+    caplog.set_level(logging.INFO)
+    async with pooled(database.url()) as p:
+        for level in (logging.NOTSET, logging.INFO):
+            caplog.set_level(level, "sqlalchemy.pool")
+            async with p.database.engine.connect() as connection:
+                await connection.execute(text("SELECT 1"))
+                driver: Any = (await connection.get_raw_connection()).driver_connection
+                driver.terminate()
+                with pytest.raises(DBAPIError):
+                    await connection.execute(text("SELECT 1"))
+
+            told = [record.name for record in caplog.records if record.msg.startswith("%sInvalidate connection")]
+            assert told == ([] if level == logging.NOTSET else ["sqlalchemy.pool.PoolAdapter"])
 
 
 async def test_two_tasks_on_one_connection_are_a_bug(database: Database) -> None:
