@@ -7,8 +7,9 @@ BIN := .venv/bin
 ARGS ?=
 # How long `make soak` takes, in whole minutes.
 SECONDS ?= 1200
-# Processes that run tests, each with a primary and replica of its own; 0 runs them in pytest itself.
-TESTERS ?= 0
+# Processes that run tests, each with a primary and replica of its own: one for each core, four at most. Of the tests that
+# ARGS chooses, and with 0, pytest itself runs them, as a debugger wants it.
+TESTERS ?= $(if $(ARGS),0,$(shell $(PYTHON) -c 'import os; cores = os.cpu_count() or 1; print(min(4, cores) if cores > 1 else 0)'))
 # The extras of the library that the service has when it serves.
 SERVED := $(addprefix --extra ,cli dns fastapi otel serving)
 # Where somebody looks, pip and coverage say what they are doing.
@@ -39,7 +40,7 @@ new: install  ## Start a project of your own from this one (NAME=clinic DIR=../c
 
 # Without bytecode each of these processes would compile the tests anew, which takes longer than to collect them.
 test: export PYTHONDONTWRITEBYTECODE =
-test: install  ## Run the tests on real PostgreSQL, with branch coverage (TESTERS=4 for four processes)
+test: install  ## Run the tests on real PostgreSQL, with branch coverage (a process for each core; TESTERS=0 for one)
 	$(BIN)/python -m coverage erase
 	$(BIN)/python -m coverage run -m pytest -n $(TESTERS) --dist worksteal $(ARGS)
 	$(BIN)/python -m coverage combine $(QUIET)

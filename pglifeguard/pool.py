@@ -310,15 +310,14 @@ class ConnectionPool(Generic[S]):
         if self._shrinking and self._is_surplus():
             self._discard(slot, "surplus")
             return
-        if self._queue.waiters and self._pause is None:
-            waiter = self._queue.next(self._clock())
-            for late in self._queue.take_overdue():
-                _refuse(late, self._refusal("overload", OVERLOAD))
-            if waiter is not None:
-                # The request wakes up in a later turn of the event loop; until then the connection counts as in hand.
-                self._in_hand.add(slot)
-                waiter.set_result(slot)
-                return
+        waiter = self._queue.next(self._clock()) if self._queue.waiters and self._pause is None else None
+        if self._queue.overdue:
+            self._refuse_overdue()
+        if waiter is not None:
+            # The request wakes up in a later turn of the event loop; until then the connection counts as in hand.
+            self._in_hand.add(slot)
+            waiter.set_result(slot)
+            return
         self._queue.idle = True
         checkout = _checkout(slot)
         # A connection to a standby that had not replayed far enough goes to the other end, where it is used last.
@@ -356,6 +355,13 @@ class ConnectionPool(Generic[S]):
             waiter.set_exception(self._unreachable())
         else:
             waiter.set_exception(self._refusal("timeout", f"No connection became free within {seconds:g} s."))
+
+    def _refuse_overdue(self, *, everyone: bool = False) -> None:
+        """Refuse the requests that the queue has removed: some at a time, unless nobody waits any more."""
+        for late in self._queue.take_overdue(everyone=everyone):
+            # Its patience may be over, or its client may have left.
+            if not late.done():
+                late.set_exception(self._refusal("overload", OVERLOAD))
 
     def _give_up(self, waiter: asyncio.Future[S], _left: asyncio.Future[None]) -> None:
         """Let a request go whose client has left; its place in the queue is free at once."""
@@ -719,6 +725,8 @@ class ConnectionPool(Generic[S]):
         """Hand out no connection until `resume`, or for `seconds`: requests wait, checkouts go on until their end."""
         if self._pause is not None:
             self._pause.cancel()
+        # During a pause nobody's patience ends, and nothing is granted.
+        self._refuse_overdue(everyone=True)
         self._pause = asyncio.get_running_loop().call_later(seconds, self.resume)
         self._patient_until = self._pause.when() + self._resumed_seconds
 
@@ -816,6 +824,7 @@ class ConnectionPool(Generic[S]):
         if self._pause is not None:
             self._pause.cancel()
             self._pause = None
+        self._refuse_overdue(everyone=True)
         for waiter in list(self._queue.waiters):
             self._queue.leave(waiter)
             if not waiter.done():

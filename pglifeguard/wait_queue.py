@@ -23,7 +23,7 @@ clock.
 import asyncio
 import math
 import random
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Generic, TypeVar
@@ -42,8 +42,10 @@ GROWTH = 1.5
 # A queue whose last request will wait for this part of its patience grows also when hardly more come than are served.
 LONG = 0.7
 # A queue that grows holds this many times as many requests as can be served within their patience: a few of them tell
-# the rate. Without it they were hundreds, and to refuse them all at once took the event loop a fifth of a second.
+# the rate.
 HELD = 1.25
+# Requests that are refused when a connection is granted. Hundreds at once held the event loop for a fifth of a second.
+REFUSED_AT_ONCE = 6
 # Intervals of growth after which the queue stands; one without growth takes one off. A burst that can be served in time
 # is over by then: three times the capacity may come for 0.2 s, and takes a busy event loop longer to notice.
 STANDING_AFTER = 8
@@ -79,8 +81,8 @@ class WaitQueue(Generic[S]):
         self._grown = 0
         # Requests that a standing queue keeps; None while it does not stand.
         self._limit: int | None = None
-        # Requests that were removed when it began to stand, and are not told yet.
-        self._overdue: list[asyncio.Future[S]] = []
+        # Requests that were removed because they would be served too late, and are not told yet.
+        self.overdue: deque[asyncio.Future[S]] = deque()
 
     @property
     def stands(self) -> bool:
@@ -177,10 +179,11 @@ class WaitQueue(Generic[S]):
         served += self._served
         return len(self.waiters) * (now - began) / served if served else 0.0
 
-    def take_overdue(self) -> list[asyncio.Future[S]]:
-        """Return the requests that the queue has removed since the last call: they had waited for too long."""
-        overdue, self._overdue = self._overdue, []
-        return overdue
+    def take_overdue(self, *, everyone: bool = False) -> list[asyncio.Future[S]]:
+        """Return requests that the queue has removed, to be told so: a few of them, but all once nobody waits."""
+        overdue = len(self.overdue)
+        number = overdue if everyone or not self.waiters else min(overdue, REFUSED_AT_ONCE)
+        return [self.overdue.popleft() for _ in range(number)]
 
     def _judge(self, now: float) -> None:
         """At the end of an interval, find out whether the queue has grown in it, and what it may hold."""
@@ -213,7 +216,7 @@ class WaitQueue(Generic[S]):
         longest = max(reversed(self._lines.values()), key=len)
         last = next(iter(longest))
         self.leave(last)
-        self._overdue.append(last)
+        self.overdue.append(last)
 
     def _most(self, rate: float) -> int:
         """Count the requests that are served within the target; all connections are kept at work in any case."""
@@ -225,7 +228,7 @@ class WaitQueue(Generic[S]):
         for place, waiter in enumerate(line):
             if len(line) - place > number or self.waiters[waiter][0] < joined_since:
                 self.leave(waiter)
-                self._overdue.append(waiter)
+                self.overdue.append(waiter)
 
     @property
     def _oldest(self) -> float:

@@ -89,7 +89,7 @@ def test_serves(served: httpx.Client) -> None:
 
 def test_passes_its_own_checks(installed: Path) -> None:
     """`make check`: style, types, and its tests with the coverage that it asks for."""
-    run("make", "check", "TESTERS=2", directory=installed)
+    run("make", "check", directory=installed)
 
 
 def test_passes_its_own_fuzzing(installed: Path) -> None:

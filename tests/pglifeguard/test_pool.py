@@ -159,12 +159,39 @@ async def test_overload_is_told_at_once(database: Database) -> None:
             with pytest.raises(PoolExhausted, match="kept short"):
                 await p.backend()
             late = asyncio.get_running_loop().create_future()
-            p.pool._queue._overdue.append(late)
+            p.pool._queue.overdue.append(late)
 
         with pytest.raises(PoolExhausted, match="kept short"):
             await late
         assert await first
         assert p.rejected("overload") == 2
+
+
+@pytest.mark.parametrize("end", ["pause", "close"])
+async def test_overdue_are_told_before_nothing_is_granted_any_more(database: Database, end: str) -> None:
+    """A pause stops their patience, and after the end nobody else tells them. Who has left is passed over."""
+    async with pooled(database.url(), pool_size=1, max_overflow=0, pool_timeout=10) as p:
+        async with AsyncExitStack() as stack:
+            await hold(p, stack, 1)
+            waiting = taking(p)
+            await p.waiting(1)
+            late, left = (asyncio.get_running_loop().create_future() for _ in range(2))
+            left.cancel()
+            p.pool._queue.overdue.extend([left] * 10 + [late])
+
+            if end == "pause":
+                p.pool.pause(10)
+                p.pool.resume()
+            else:
+                p.pool.close()
+
+            assert isinstance(late.exception(), PoolExhausted)
+            assert p.rejected("overload") == 1
+        if end == "pause":
+            assert await waiting
+        else:
+            with pytest.raises(PoolExhausted, match="shutting down"):
+                await waiting
 
 
 async def test_connection_stays_when_all_who_waited_have_left(database: Database) -> None:

@@ -170,6 +170,22 @@ async def test_last_one_that_would_be_served_is_pushed_out(loop: asyncio.Abstrac
     assert queue.take_overdue() == [waiters[0], waiters[1], waiters[2], waiters[5]]
 
 
+async def test_few_are_refused_at_a_time(loop: asyncio.AbstractEventLoop) -> None:
+    """Each costs the event loop an answer, and those who are served wait meanwhile. Once nobody waits, all are told."""
+    queue: WaitQueue[int] = WaitQueue(settings())
+    waiters = [loop.create_future() for _ in range(21)]
+    for waiter in waiters:
+        queue.join(waiter, 0.0)
+    for _ in range(20):
+        queue._push_out()
+
+    few, others = queue.take_overdue(), queue.take_overdue()
+    queue.leave(waiters[20])
+
+    assert few + others == waiters[:12]
+    assert queue.take_overdue() == waiters[12:20]
+
+
 @pytest.mark.parametrize("load", [2, 3, 5])
 async def test_overload_by_one_client_keeps_its_answers_fast(loop: asyncio.AbstractEventLoop, load: int) -> None:
     """All requests may have one token, a gateway's: they may wait in line, and who is served has not waited for long.
