@@ -264,6 +264,9 @@ def classify(error: BaseException) -> Failure | None:
     """Return the answer for a failure of the database; None for a bug, which is answered 500."""
     if isinstance(error, (WriteInReadSession, TransactionAborted)):
         return None
+    own = Failure(error.status, error.code, str(error)) if isinstance(error, ServiceError) else None
+    if own is not None and not isinstance(error, DatabaseUnreachable):
+        return own
     inner = _unwrapped(error)
     # SQLAlchemy has two layers: its own exception, and that of its adapter, which asyncpg's caused.
     driver_failure = inner if inner is error or inner is None else inner.__cause__
@@ -280,8 +283,8 @@ def classify(error: BaseException) -> Failure | None:
         for length in (5, 3, 2):
             if failure := known.get(state[:length]):
                 return failure
-    if isinstance(error, ServiceError):
-        return Failure(error.status, error.code, str(error))
+    if own is not None:
+        return own
     # Also where a pooler said something else before it closed the connection.
     lost = isinstance(driver_failure, asyncpg.PostgresConnectionError)
     return _LOST if lost or getattr(error, "connection_invalidated", False) else None
