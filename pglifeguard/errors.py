@@ -264,9 +264,9 @@ def classify(error: BaseException) -> Failure | None:
     """Return the answer for a failure of the database; None for a bug, which is answered 500."""
     if isinstance(error, (WriteInReadSession, TransactionAborted)):
         return None
-    own = Failure(error.status, error.code, str(error)) if isinstance(error, ServiceError) else None
-    if own is not None and not isinstance(error, DatabaseUnreachable):
-        return own
+    if isinstance(error, ServiceError):
+        by_server = _by_sqlstate(error) if isinstance(error, DatabaseUnreachable) else None
+        return by_server or Failure(error.status, error.code, str(error))
     inner = _unwrapped(error)
     # SQLAlchemy has two layers: its own exception, and that of its adapter, which asyncpg's caused.
     driver_failure = inner if inner is error or inner is None else inner.__cause__
@@ -276,18 +276,18 @@ def classify(error: BaseException) -> Failure | None:
         return _STALE
     if isinstance(driver_failure, asyncpg.DataError) and isinstance(driver_failure.__cause__, _UNSENDABLE):
         return _UNSTORABLE
-    state = sqlstate(error) or ""
-    if inner is not error or isinstance(error, (asyncpg.PostgresError, DatabaseUnreachable)):
-        # PgBouncer refuses a login by a state of the class of lost connections.
-        known = {} if isinstance(error, DatabaseUnreachable) and state.startswith("08") else _FAILURES
-        for length in (5, 3, 2):
-            if failure := known.get(state[:length]):
-                return failure
-    if own is not None:
-        return own
+    if (inner is not error or isinstance(error, asyncpg.PostgresError)) and (known := _by_sqlstate(error)):
+        return known
     # Also where a pooler said something else before it closed the connection.
     lost = isinstance(driver_failure, asyncpg.PostgresConnectionError)
     return _LOST if lost or getattr(error, "connection_invalidated", False) else None
+
+
+def _by_sqlstate(error: BaseException) -> Failure | None:
+    state = sqlstate(error) or ""
+    # PgBouncer refuses a login by a state of the class of lost connections.
+    known = {} if isinstance(error, DatabaseUnreachable) and state.startswith("08") else _FAILURES
+    return next((known[state[:length]] for length in (5, 3, 2) if state[:length] in known), None)
 
 
 def _unwrapped(error: BaseException | None) -> BaseException | None:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
+from app.settings import Settings
 from tests.deploy.chart import ROOT, VALUE_SETS, Refused, only, rendered, run_helm
 from tests.test_alerts import needs_promtool
 
@@ -196,6 +197,37 @@ def test_metrics_have_the_names_that_rules_and_autoscaler_ask_for() -> None:
     assert f"| `{metrics[1]['pods']['metric']['name']}` | gauge |" in documented
 
 
+def test_every_secret_of_the_service_can_be_a_file() -> None:
+    """A value names the Secret of each secret setting; it is mounted where the variable says, and unset without."""
+    given = {
+        "authSecret": {"name": "a", "key": "one"},
+        "authAcceptedSecrets": {"name": "b", "key": "two"},
+        "idempotencySecret": {"name": "c", "key": "three"},
+    }
+    objects, bare = (
+        list(filter(None, yaml.safe_load_all(run_helm("template", "lifeguard", changes=changes))))
+        for changes in (given, {"environment": "test", "authSecret": {"name": ""}})
+    )
+    pod = only(objects, "Deployment")["spec"]["template"]["spec"]
+    mounted = {
+        item["path"]: (source["secret"]["name"], item["key"])
+        for volume in pod["volumes"]
+        for source in volume.get("projected", {}).get("sources", [])
+        for item in source.get("secret", {}).get("items", [])
+    }
+    secrets = {
+        name
+        for name, field in Settings.model_fields.items()
+        if "SecretStr" in str(field.annotation) and not name.endswith("_url")
+    }
+
+    assert secrets == {"auth_secret", "auth_accepted_secrets", "idempotency_secret"}
+    assert {mounted[name] for name in secrets} == {("a", "one"), ("b", "two"), ("c", "three")}
+    for name in secrets:
+        assert only(objects, "ConfigMap")["data"][f"{name.upper()}_FILE"] == f"/run/secrets/lifeguard/{name}"
+        assert f"{name.upper()}_FILE" not in only(bare, "ConfigMap")["data"]
+
+
 def test_dashboards_are_those_of_the_repository() -> None:
     """Switched on, a ConfigMap with the sidecar's label has each dashboard, byte for byte; else there is none."""
     folder = ROOT / "grafana/image/dashboards"
@@ -228,6 +260,7 @@ def test_dashboards_are_those_of_the_repository() -> None:
         ({"settings": {"DATABASE_POOL_SIZE": 3}}, "invalid propertyName 'DATABASE_POOL_SIZE'"),
         ({"settings": {"AUTH_SECRET": "x" * 32}}, "invalid propertyName 'AUTH_SECRET'"),
         ({"settings": {"AUTH_ACCEPTED_SECRETS": "x" * 32}}, "invalid propertyName 'AUTH_ACCEPTED_SECRETS'"),
+        ({"settings": {"IDEMPOTENCY_SECRET": "x" * 32}}, "invalid propertyName 'IDEMPOTENCY_SECRET'"),
         ({"settings": {"PGPASSWORD": "secret"}}, "invalid propertyName 'PGPASSWORD'"),
         ({"settings": {"LISTEN_URL": "postgresql://a:secret@b/c"}}, "invalid propertyName 'LISTEN_URL'"),
         ({"resources": {"limits": None}}, "/resources"),

@@ -26,12 +26,20 @@ their variables name these files. A password file is read at each connect, so a 
   {{- $_ := set $env "DATABASE_REPLICA_POOL_SIZE" $v.pools.replica.size -}}
   {{- $_ := set $env "DATABASE_REPLICA_MAX_OVERFLOW" $v.pools.replica.maxOverflow -}}
 {{- end -}}
-{{- if $v.authSecret.name }}{{ $_ := set $env "AUTH_SECRET_FILE" "/run/secrets/lifeguard/auth_secret" }}{{ end -}}
+{{- range $file, $secret := include "lifeguard.serviceSecrets" . | fromJson -}}
+  {{- if $secret.name }}{{ $_ := set $env (printf "%s_FILE" (upper $file)) (printf "/run/secrets/lifeguard/%s" $file) }}{{ end -}}
+{{- end -}}
 {{- $env = merge $env (include "lifeguard.loginVariables" (list $logins "primary" "replica" "listen") | fromJson) -}}
 {{- range $name, $value := $v.settings }}{{ $_ := set $env $name $value }}{{ end -}}
 {{- range $name, $value := $env }}
 {{ $name }}: {{ include "lifeguard.text" $value | quote }}
 {{- end -}}
+{{- end -}}
+
+{{/* The Secrets of the service beside those of its logins, as JSON, each by its file, which is its variable in small. */}}
+{{- define "lifeguard.serviceSecrets" -}}
+{{- $v := .Values -}}
+{{- dict "auth_secret" $v.authSecret "auth_accepted_secrets" $v.authAcceptedSecrets "idempotency_secret" $v.idempotencySecret | toJson -}}
 {{- end -}}
 
 {{/* The variables of some logins, as JSON: a URL, or the file that has it, and the file of the password. */}}
@@ -59,7 +67,9 @@ their variables name these files. A password file is read at each connect, so a 
 {{- $sources := list -}}
 {{- range rest . -}}
   {{- if eq . "auth" -}}
-    {{- if $v.authSecret.name }}{{ $sources = append $sources (dict "name" $v.authSecret.name "key" $v.authSecret.key "path" "auth_secret") }}{{ end -}}
+    {{- range $file, $secret := include "lifeguard.serviceSecrets" $root | fromJson -}}
+      {{- if $secret.name }}{{ $sources = append $sources (dict "name" $secret.name "key" $secret.key "path" $file) }}{{ end -}}
+    {{- end -}}
   {{- else -}}
     {{- $login := get $logins . -}}
     {{- $prefix := get $prefixes . -}}
