@@ -166,8 +166,10 @@ class WaitQueue(Generic[S]):
                 self._lines.move_to_end(client)
             if not waiter.done():
                 if now - self._served_at > STILL_SECONDS:
-                    # The server stood still, and those who came meanwhile are no overload.
+                    # The server stood still, and those who came meanwhile are no overload. Nor does the time of its
+                    # standstill tell how fast it serves.
                     self._begin(now)
+                    self._before = (now, 0)
                 self._served, self._served_at = self._served + 1, now
                 self._judge(now)
                 return waiter

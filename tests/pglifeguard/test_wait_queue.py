@@ -262,6 +262,27 @@ async def test_server_that_stands_still_is_no_overload(loop: asyncio.AbstractEve
     assert queue.take_overdue() == []
 
 
+async def test_standstill_of_a_growing_queue_is_no_slowness(loop: asyncio.AbstractEventLoop) -> None:
+    """Its time tells nothing about how fast the server serves: who can be served in time afterwards is kept."""
+    queue = Simulation(loop).queue
+    for number in range(90):
+        now = number / (3 * PER_SECOND)
+        queue.count_arrival(now)
+        queue.join(loop.create_future(), now)
+        if number % 3 == 0:
+            queue.next(now)
+    assert queue._grown
+
+    for number in range(20):
+        now = 0.45 + number / PER_SECOND
+        queue.next(now)
+        queue.count_arrival(now)
+        queue.join(loop.create_future(), now)
+
+    assert len(queue.waiters) == 60
+    assert queue.take_overdue() == []
+
+
 async def test_renewal_of_the_connections_is_no_overload(loop: asyncio.AbstractEventLoop) -> None:
     """While requests wait for logins nobody is told that the queue is kept short; afterwards it is, when it grows."""
     simulation = Simulation(loop)
