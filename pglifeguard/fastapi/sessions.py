@@ -17,7 +17,7 @@ from functools import lru_cache, partial
 from http import HTTPStatus
 from inspect import isasyncgenfunction, iscoroutinefunction, unwrap
 from types import TracebackType
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, get_type_hints
 from urllib.parse import quote
 
 from fastapi import Depends, FastAPI, Request
@@ -189,9 +189,22 @@ def _misuse(route: object) -> str | None:
     """Say why the endpoint of this route cannot use the session that it takes."""
     if not isinstance(route, APIRoute) or _is_async(route.endpoint):
         return None
-    if all(dependency.call not in _SESSIONS for dependency in route.dependant.dependencies):
+    if not _annotated_with_session(route.endpoint) and not any(
+        dependency.call in _SESSIONS or isinstance(dependency.call, AtIsolation)
+        for dependency in route.dependant.dependencies
+    ):
         return None
     return SYNC.format(endpoint=getattr(route.endpoint, "__qualname__", route.endpoint))
+
+
+@lru_cache(4096)
+def _annotated_with_session(endpoint: Callable[..., Any]) -> bool:
+    """Say whether a parameter is a session, whichever dependency gives it: that of a tenant, `SerializableDB`."""
+    try:
+        hints = get_type_hints(unwrap(endpoint))
+    except (NameError, TypeError):
+        return False  # A name that only a type checker knows; or no function.
+    return any(isinstance(hint, type) and issubclass(hint, ReadSession) for hint in hints.values())
 
 
 @lru_cache(4096)

@@ -8,8 +8,8 @@ from fastapi import APIRouter, Depends, FastAPI
 from sqlalchemy import text
 
 from app.main import create_app
-from pglifeguard.fastapi.sessions import AnalyticsDB, ReadDB, WriteDB
-from pglifeguard.sessions import ReadSession
+from pglifeguard.fastapi.sessions import AnalyticsDB, ReadDB, SerializableDB, WriteDB
+from pglifeguard.sessions import ReadSession, WriteSession
 from tests.conftest import Database
 from tests.service import Service, serving
 
@@ -29,7 +29,22 @@ def reports(session: AnalyticsDB) -> str:
     return str(session)
 
 
-@pytest.mark.parametrize("endpoint", [reads, writes, reports])
+def serializes(session: SerializableDB) -> str:
+    """Write in a thread, at an isolation level."""
+    return str(session)
+
+
+async def of_tenant(session: WriteDB) -> WriteSession:
+    """Give a session that another dependency has prepared."""
+    return session
+
+
+def of_a_tenant(session: Annotated[WriteSession, Depends(of_tenant, scope="function")]) -> str:
+    """Write in a thread what a dependency of the service has given."""
+    return str(session)
+
+
+@pytest.mark.parametrize("endpoint", [reads, writes, reports, serializes, of_a_tenant])
 @pytest.mark.parametrize("place", ["app", "router", "mounted"])
 async def test_plain_endpoint_stops_the_start(database: Database, endpoint: Any, place: str) -> None:
     """Wherever it is, the service does not start, and the sentence has its name and what to write."""
