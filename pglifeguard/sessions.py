@@ -272,6 +272,9 @@ class ReadSession(AsyncSession):
         Raises: OutcomeUnknown when the connection dies during COMMIT, ConnectionLost when before; TransactionAborted
         when a statement failed and its error was swallowed.
         """
+        if self.ended:
+            # What was changed since is nobody's to store, and no error would say so.
+            raise RuntimeError(ENDED)
         if self._made and (self.sync_session.in_transaction() or self._owes()):
             await self._commit_objects()
         if self._lease is not None and self._lease.begun:

@@ -117,6 +117,19 @@ async def test_what_is_added_after_the_end_is_told(service: Service, way: str) -
     assert str(told.value) == ENDED
 
 
+async def test_commit_after_the_end_is_told(service: Service) -> None:
+    """It would not store what a background task has changed in an object of its request."""
+    async with service.databases.writing() as session:
+        session.add(patient := ada())
+        await session.flush()
+    patient.full_name = "Ada Lovelace"
+
+    with pytest.raises(RuntimeError) as told:
+        await session.commit()
+
+    assert str(told.value) == ENDED
+
+
 @pytest.mark.parametrize("way", ["stream", "stream_scalars"])
 async def test_stream_that_outlives_its_session_is_told(database: Database, way: str) -> None:
     """And the transaction of whoever has the connection now goes on: it would be aborted."""
