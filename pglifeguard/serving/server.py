@@ -1,10 +1,14 @@
 """What `serve` does: uvicorn with limits for each client, and with the metrics of several workers as one."""
 
 import resource
+import sys
+import traceback
 from contextlib import nullcontext
+from socket import socket
 from typing import Any
 
 import uvicorn
+from uvicorn.config import STARTUP_FAILURE
 from uvicorn.supervisors import multiprocess
 
 from pglifeguard.serving import accepting
@@ -20,7 +24,38 @@ OF_UVICORN = ("reload", "uds", "fd", "app_dir")
 
 
 class Worker(multiprocess.Process):
-    """A worker process whose end is known at once, also while its parent waits for an answer of it."""
+    """A worker process whose end is known at once, also while its parent waits for an answer of it.
+
+    One that cannot start ends them all, whatever has kept it from that, and `failed` tells it to whoever has called.
+    """
+
+    failed = False
+    _missed = False
+
+    def target(self, sockets: list[socket] | None = None) -> None:
+        """Serve, in the worker's process."""
+        try:
+            super().target(sockets)
+        except (Exception, SystemExit) as error:
+            if self.server.started:
+                raise
+            # uvicorn (0.54) ends so only when the lifespan has failed. After anything else, a factory that raises or
+            # is not there, it would start such workers for ever, and accept requests that nobody answers.
+            if isinstance(error, Exception):
+                traceback.print_exc()
+            sys.exit(STARTUP_FAILURE)
+
+    def is_alive(self, timeout: float = 5) -> bool:
+        """Ask the worker for a sign of life; its parent replaces it when there is none."""
+        alive = super().is_alive(timeout)
+        self._missed = not alive
+        return alive
+
+    def join(self) -> None:
+        """Wait for its end."""
+        super().join()
+        if self._missed and self.exitcode == STARTUP_FAILURE:
+            Worker.failed = True
 
     def start(self) -> None:
         """Start the process."""
@@ -55,3 +90,5 @@ def run(factory: str, settings: DatabasesSettings, **options: Any) -> None:
     multiprocess.Process = Worker  # type: ignore[misc]  # uvicorn's supervisor makes no other use of the name.
     with shared_figures() if settings.workers > 1 else nullcontext():
         uvicorn.run(factory, **options)
+    if Worker.failed:
+        sys.exit(STARTUP_FAILURE)

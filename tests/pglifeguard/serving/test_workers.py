@@ -17,6 +17,7 @@ import psutil  # type: ignore[import-untyped]  # See pglifeguard/embedded/waitin
 import pytest
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Summary, generate_latest, values
 from uvicorn import Config
+from uvicorn.config import STARTUP_FAILURE
 
 from pglifeguard.embedded.waiting import eventually
 from pglifeguard.metrics import Metrics
@@ -122,6 +123,42 @@ async def test_worker_that_dies_instead_of_answering_is_noticed() -> None:
     assert not await asyncio.wait_for(asyncio.to_thread(worker.is_alive, 60), 30)
     worker.join()
     assert worker.exitcode == -signal.SIGKILL
+
+
+REFUSING = """
+import sys
+from pglifeguard.environment import SettingsError
+from pglifeguard.serving import serve
+from pglifeguard.settings import DatabasesSettings
+
+
+def create():
+    raise SettingsError("A setting is wrong.")
+
+
+if __name__ == "__main__":
+    serve(f"refusing:{sys.argv[1]}", DatabasesSettings(), port=0)
+"""
+
+
+@pytest.mark.parametrize(("factory", "sentence"), [("create", "A setting is wrong."), ("absent", '"absent" not found')])
+async def test_workers_that_cannot_start_end_the_service(tmp_path: Path, factory: str, sentence: str) -> None:
+    """Otherwise they would be started for ever; and an exit code of 0 would tell a supervisor that all is well."""
+    (tmp_path / "refusing.py").write_text(REFUSING)
+    environment = os.environ | {"DATABASE_URL": "postgresql://u:p@127.0.0.1:1/d", "WORKERS": "2"}
+    ended = await asyncio.to_thread(
+        subprocess.run,
+        [sys.executable, "refusing.py", factory],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+    assert ended.returncode == STARTUP_FAILURE
+    assert sentence in ended.stderr
 
 
 async def test_pool_gauges_are_what_the_server_sees(server: Process, database: Database) -> None:
