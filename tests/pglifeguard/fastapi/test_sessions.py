@@ -4,10 +4,12 @@ from collections.abc import AsyncIterator
 from typing import Annotated, Any
 
 import pytest
-from fastapi import APIRouter, Depends, Query, Request
+from fastapi import APIRouter, Depends, FastAPI, Query, Request
 from sqlalchemy import text
+from sqlalchemy.ext.asyncio import AsyncSession
+from starlette.testclient import TestClient
 
-from pglifeguard.fastapi.sessions import ReadDB, WriteDB
+from pglifeguard.fastapi.sessions import ReadDB, SerializableDB, WriteDB, write_session
 from pglifeguard.sessions import ReadSession, WriteSession
 from tests.service import Service
 
@@ -117,3 +119,29 @@ async def test_request_may_be_annotated_in_any_way(service: Service, router: API
 
     assert (await service.client.get("/string")).json() == "GETReadSession"
     assert (await service.client.get("/class")).json() == "GETReadSession"
+
+
+async def test_override_may_be_any_session(service: Service, router: APIRouter) -> None:
+    """A test's own session has no isolation level that could be compared with the endpoint's."""
+    given = AsyncSession()
+
+    @router.post("/at-a-level")
+    async def at_a_level(session: SerializableDB) -> bool:
+        return session is given
+
+    service.app.include_router(router)
+    service.app.dependency_overrides[write_session] = lambda: given
+
+    assert (await service.client.post("/at-a-level")).json() is True
+
+
+def test_application_without_databases_says_so() -> None:
+    """Its author has forgotten `install`."""
+    app = FastAPI()
+
+    @app.get("/")
+    async def read(session: ReadDB) -> None:
+        await session.close()
+
+    with pytest.raises(RuntimeError, match=r"lifeguard\.install\(app\)"):
+        TestClient(app).get("/")
