@@ -6,6 +6,7 @@ database is down: readiness reports that, and the monitors notice when the datab
 
 import asyncio
 import logging
+import math
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
@@ -312,8 +313,12 @@ class Databases:
 
         Checkouts go on until their end: `checked_out` of the pools' figures tells when there are none left. Requests
         that ask for a connection meanwhile are not refused, up to 10,000 for each pool; readiness stays as it is.
+
+        Raises: ValueError for anything but a number of seconds above 0.
         """
         self._check_loop()
+        if not 0 < seconds < math.inf:
+            raise ValueError("a pause takes a number of seconds above 0; `resume()` ends it before")
         for database in self.all():
             database.pool.pause(seconds)
         self._paused_until = time.monotonic() + seconds

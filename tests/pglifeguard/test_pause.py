@@ -1,6 +1,7 @@
 """A pool that is paused hands out nothing: requests wait beside their patience, and go on with new connections."""
 
 import asyncio
+import math
 from contextlib import AsyncExitStack
 from typing import Any
 
@@ -10,8 +11,8 @@ from pglifeguard.embedded.waiting import eventually
 from pglifeguard.errors import PoolExhausted
 from pglifeguard.testing.proxy import Proxy
 from tests.conftest import Database
-from tests.pglifeguard.conftest import Pooled, pooled
-from tests.service import serving
+from tests.pglifeguard.conftest import Clock, Pooled, grow, pooled
+from tests.service import Service, serving
 
 LONG = 60.0
 
@@ -78,6 +79,18 @@ async def test_nobody_is_refused_during_a_pause(database: Database, proxy: Proxy
         p.pool.resume()
 
         assert await early
+
+
+async def test_queue_that_grew_holds_all_during_a_pause(database: Database, clock: Clock) -> None:
+    """Otherwise each request of the first moment would push another one out."""
+    async with pooled(database.url(), clock=clock, pool_size=1, max_overflow=0) as p:
+        grow(p.pool._queue, clock.now)
+        p.pool.pause(LONG)
+        tasks = await waiting(p, 3)
+
+        p.pool.resume()
+
+        assert all(await asyncio.gather(*tasks))
 
 
 async def test_what_is_at_work_goes_on(database: Database) -> None:
@@ -164,6 +177,15 @@ async def test_queue_of_a_pause_is_bounded(database: Database, monkeypatch: pyte
 
         p.pool.resume()
         await asyncio.gather(*tasks)
+
+
+@pytest.mark.parametrize("seconds", [0, -1, math.nan, math.inf])
+async def test_pause_of_no_length_is_refused(service: Service, seconds: float) -> None:
+    """It would be logged as one; and the time of an endless one can be told to no client."""
+    with pytest.raises(ValueError, match="seconds above 0"):
+        service.databases.pause(seconds=seconds)
+
+    assert not service.databases.paused
 
 
 async def test_operators_pause_and_resume(database: Database) -> None:
