@@ -248,6 +248,8 @@ class ConnectionPool(Generic[S]):
         joined = self._clock()
         outcome: WaitOutcome = "refused"
         self._queue.join(waiter, joined)
+        if self._queue.overdue:
+            self._refuse_overdue()
         # A timer ends the wait, and not asyncio.timeout, which would cancel the task: a cancel in the same turn of the
         # event loop as a grant is how connections get lost (SQLAlchemy 2.0.43 and 2.1.1 lose slots in this way).
         self._open_more()
@@ -729,6 +731,8 @@ class ConnectionPool(Generic[S]):
         self._refuse_overdue(everyone=True)
         self._pause = asyncio.get_running_loop().call_later(seconds, self.resume)
         self._patient_until = self._pause.when() + self._resumed_seconds
+        # A queue that grew before holds all who come now.
+        self._queue.calm_until = self._clock() + seconds + self._resumed_seconds
 
     def resume(self) -> None:
         """End a pause: all connections are replaced, and for RESUMED_SECONDS nobody is refused for having waited.

@@ -43,6 +43,8 @@ class Worker(multiprocess.Process):
             # is not there, it would start such workers for ever, and accept requests that nobody answers.
             if isinstance(error, Exception):
                 traceback.print_exc()
+            elif isinstance(error.code, str):
+                sys.stderr.write(f"{error.code}\n")
             sys.exit(STARTUP_FAILURE)
 
     def is_alive(self, timeout: float = 5) -> bool:

@@ -18,6 +18,7 @@ from pglifeguard.embedded.waiting import eventually
 from pglifeguard.metrics import Metrics
 from pglifeguard.pool import ConnectionPool
 from pglifeguard.sampling import Sampler
+from pglifeguard.wait_queue import WaitQueue
 from tests.conftest import Database
 from tests.exported import Exported, receiving
 
@@ -102,6 +103,12 @@ async def pooled(
     assert (figures.checked_out, figures.connecting, figures.waiting, figures.available) == (0, 0, 0, figures.total)
     await database.engine.dispose()
     await database.monitor.close()
+
+
+def grow(queue: WaitQueue[Any], now: float) -> None:
+    """Let a queue believe that it grows, and that its server takes a thousand seconds for each request."""
+    queue.count_arrival(now)
+    queue._grown, queue._before, queue._served_at = 1, (now - 1000, 1), now
 
 
 async def sessions_end(database: Database, seconds: float = 5) -> bool:

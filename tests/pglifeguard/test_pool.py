@@ -23,7 +23,7 @@ from pglifeguard.query import Query
 from pglifeguard.testing.proxy import Proxy
 from pglifeguard.wait_queue import client_key, watch_client
 from tests.conftest import Database, Execute
-from tests.pglifeguard.conftest import Clock, Pooled, pooled, sessions_end
+from tests.pglifeguard.conftest import Clock, Pooled, grow, pooled, sessions_end
 from tests.stopwatch import Stopwatch
 
 
@@ -192,6 +192,22 @@ async def test_overdue_are_told_before_nothing_is_granted_any_more(database: Dat
         else:
             with pytest.raises(PoolExhausted, match="shutting down"):
                 await waiting
+
+
+async def test_request_that_is_pushed_out_is_told_before_a_release(database: Database, clock: Clock) -> None:
+    """Nobody else would tell it: a pool that is closed meanwhile does not find it in the queue."""
+    async with pooled(database.url(), clock=clock, pool_size=1, max_overflow=0, pool_timeout=10) as p:
+        async with AsyncExitStack() as stack:
+            await hold(p, stack, 1)
+            first = taking(p)
+            await p.waiting(1)
+            grow(p.pool._queue, clock.now)
+            second = taking(p)
+            with pytest.raises(PoolExhausted, match="kept short"):
+                await asyncio.wait_for(first, 5)
+
+        assert await second
+        assert p.rejected("overload") == 1
 
 
 async def test_connection_stays_when_all_who_waited_have_left(database: Database) -> None:

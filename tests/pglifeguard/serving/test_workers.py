@@ -33,7 +33,7 @@ from pglifeguard.serving.workers import (
     shared_figures,
     write_figures,
 )
-from tests.app.test_cli import MODULE, Process, served, sessions
+from tests.app.test_cli import MODULE, ROOT, Process, served, sessions
 from tests.conftest import Database
 from tests.service import serving
 
@@ -136,21 +136,28 @@ def create():
     raise SettingsError("A setting is wrong.")
 
 
+def leave():
+    raise SystemExit("It cannot start.")
+
+
 if __name__ == "__main__":
     serve(f"refusing:{sys.argv[1]}", DatabasesSettings(), port=0)
 """
 
 
-@pytest.mark.parametrize(("factory", "sentence"), [("create", "A setting is wrong."), ("absent", '"absent" not found')])
+@pytest.mark.parametrize(
+    ("factory", "sentence"),
+    [("create", "A setting is wrong."), ("leave", "It cannot start."), ("absent", '"absent" not found')],
+)
 async def test_workers_that_cannot_start_end_the_service(tmp_path: Path, factory: str, sentence: str) -> None:
     """Otherwise they would be started for ever; and an exit code of 0 would tell a supervisor that all is well."""
     (tmp_path / "refusing.py").write_text(REFUSING)
-    environment = os.environ | {"DATABASE_URL": "postgresql://u:p@127.0.0.1:1/d", "WORKERS": "2"}
+    here = {"DATABASE_URL": "postgresql://u:p@127.0.0.1:1/d", "WORKERS": "2", "PYTHONPATH": str(ROOT)}
     ended = await asyncio.to_thread(
         subprocess.run,
         [sys.executable, "refusing.py", factory],
         cwd=tmp_path,
-        env=environment,
+        env=os.environ | here,
         capture_output=True,
         text=True,
         timeout=60,
