@@ -58,14 +58,14 @@ def create_app(settings: Settings | None = None, **options: Any) -> FastAPI:
             return create_app(_from_environment(), **options)
         except SettingsError as error:
             raise SystemExit(f"lifeguard cannot start.\n{error}") from None
-    lifeguard = Lifeguard(settings)
-    verifier = _verifier(settings, lifeguard.metrics.registry)
+    guard = Lifeguard(settings)
+    verifier = _verifier(settings, guard.metrics.registry)
     inner = options.pop("lifespan", None)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[dict[str, Any]]:
         async with AsyncExitStack() as stack:
-            state = await stack.enter_async_context(lifeguard.lifespan(app))
+            state = await stack.enter_async_context(guard.lifespan(app))
             if verifier is not None and verifier.keys is not None:
                 await stack.enter_async_context(verifier.keys.kept_fresh())
             security.leave_solved(app)
@@ -89,17 +89,17 @@ def create_app(settings: Settings | None = None, **options: Any) -> FastAPI:
     _include_domains(app, settings)
     # A model that cannot work ends the start here, before a request needs it.
     configure_mappers()
-    lifeguard.install(
+    guard.install(
         app,
         open_dependencies=[security.OPEN],
         debug_dependencies=[security.needs("ops")],
         answer_headers=edge.answer_headers(settings),
     )
     # Each of these stands outside of the one before it: how often, who, and for which host.
-    edge.limit_rates(app, settings, lifeguard.metrics.requests_refused)
+    edge.limit_rates(app, settings, guard.metrics.requests_refused)
     if verifier is not None:
         security.install(app, verifier, scope_claim=settings.auth_scope_claim)
-    edge.guard_hosts(app, settings, lifeguard.metrics.requests_refused)
+    edge.guard_hosts(app, settings, guard.metrics.requests_refused)
     return app
 
 

@@ -103,6 +103,8 @@ def tracked(project: Path = PROJECT) -> list[str]:
         listed = _git("ls-files", "-z", directory=project)
     except NewError as error:
         raise NewError(f"A copy is made of what git tracks, and {project} is no checkout: {error}") from None
+    if not listed:
+        raise NewError(f"A copy is made of what git tracks, and git tracks nothing in {project}.")
     return [path for path in listed.split("\0") if path and (project / path).exists()]
 
 

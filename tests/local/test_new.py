@@ -1,5 +1,6 @@
 """`make new`, by what it makes: copies of each kind are made once, and read. tests/new installs one and runs it."""
 
+import ast
 import hashlib
 import os
 import re
@@ -15,7 +16,7 @@ import pytest
 
 from local.library import LibraryError, vendor
 from local.new import changes, files, makefile
-from local.new.copying import Order, make, tracked
+from local.new.copying import NewError, Order, make, tracked
 from local.new.names import refusal
 from local.new.words import credited, renamed, unlinked, wrapped
 from local.setup import PROJECT
@@ -148,6 +149,27 @@ def test_tracked_files_are_taken_as_they_are_now(tmp_path: Path) -> None:
     assert tracked(tmp_path) == ["kept"]
 
 
+def test_folder_of_which_git_tracks_nothing_is_no_checkout(tmp_path: Path) -> None:
+    """As when an archive was unpacked within another repository."""
+    subprocess.run(["git", "init", "--quiet", tmp_path], check=True)
+    (tmp_path / "unpacked").mkdir()
+
+    with pytest.raises(NewError, match="git tracks nothing in"):
+        tracked(tmp_path / "unpacked")
+
+
+def test_name_is_no_variable_of_the_code() -> None:
+    """A name that the code has already, as settings or state, would be given to something else."""
+    for path in tracked():
+        if path.endswith(".py") and not files.matches(path, files.LEFT_OUT):
+            names = {
+                node.id
+                for node in ast.walk(ast.parse((PROJECT / path).read_text(encoding="utf-8")))
+                if isinstance(node, ast.Name)
+            }
+            assert "lifeguard" not in names, path
+
+
 @pytest.mark.parametrize("name", ["clinic", "ab", "orders2", "a" * 20])
 def test_name_is_taken(name: str) -> None:
     """One word of letters and digits."""
@@ -168,6 +190,10 @@ def test_name_is_taken(name: str) -> None:
         ("klinïk", "2 to 20 lower-case letters"),
         ("class", "of Python's own"),
         ("match", "of Python's own"),
+        ("list", "of Python's own"),
+        ("true", "what YAML takes"),
+        ("yes", "what YAML takes"),
+        ("binary", "reserved word of SQL"),
         ("test", "what something else is called here"),
         ("logging", "of Python's own"),
         ("user", "reserved word of SQL"),
