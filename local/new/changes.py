@@ -188,6 +188,7 @@ USERS = (
     Change("app/settings.py", r"^    directory_timeout_seconds: .*\n"),
     Change("docs/errors.md", r"^\| `(?:email_taken|directory_failed)` .*\n"),
     Change("docs/settings.md", r"^\| `DIRECTORY_\w+` .*\n"),
+    Change("docs/tokens.md", r"^\| `users:read`.*\n"),
     exactly("docs/settings.md", "`AUTH_SECRET` and `DIRECTORY_URL`", "and `AUTH_SECRET`"),
     exactly(
         "docs/runbook.md",
@@ -277,6 +278,7 @@ USERS_DOCKER = (
 )
 REPORTS = (
     exactly("app/main.py", ', "reports")', ")"),
+    Change("docs/tokens.md", r"^\| `reports:read`.*\n"),
     exactly("tests/app/test_security.py", '        ("GET", "/reports/summary", "reports:read"),\n'),
     exactly("tests/local/test_ordinary_owner.py", "Writes, reads, reports and health", "Writes, reads and health"),
     Change("tests/local/test_ordinary_owner.py", r"^        report = .*\n"),

@@ -356,6 +356,28 @@ def test_code_of_a_page_is_found(said: str, code: list[str]) -> None:
     assert [*code_of(said)] == code
 
 
+def test_scopes_are_those_of_its_domains(copy: Copy) -> None:
+    """The page lists no scope of a domain that was left out."""
+    page = copy.read("docs/tokens.md")
+
+    for domain in ("users", "reports"):
+        assert (f"| `{domain}:read`" in page) == (domain not in copy.order.without)
+
+
+def test_library_may_be_in_a_folder_with_a_space(copy: Copy) -> None:
+    """The order to take it reaches the program as one word, and nothing is no word."""
+    said = [
+        subprocess.run(
+            ["make", "-n", "-o", "install", "update-pglifeguard", *given],
+            cwd=copy.directory, capture_output=True, text=True, check=True,
+        ).stdout.rstrip("\n")
+        for given in (["FROM=../a b"], [])
+    ]  # fmt: skip
+
+    assert said[0].endswith('local.library "../a b"')
+    assert said[1].rstrip().endswith("local.library")
+
+
 def test_commands_of_pages_can_be_typed(copy: Copy) -> None:
     """No code of a page has words of ours in it, or names a file or target that the copy does not have."""
     gone = {renamed(path, copy.order.name) for path in tracked()} - {*copy.files()}
