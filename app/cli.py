@@ -133,7 +133,9 @@ def token(
     """Print a bearer token signed with AUTH_SECRET."""
     settings = checked(Settings)
     if not settings.guarded:
-        raise stop("AUTH_SECRET is not set here, and the service's own signs its tokens. One without needs no token.")
+        raise stop(
+            "Set AUTH_SECRET to the one of the service, which signs its tokens. A service that has none needs no token."
+        )
     if settings.auth_secret is None:
         raise stop("AUTH_SECRET is not set: the identity provider alone gives tokens.")
     if not is_subject(subject):

@@ -5,8 +5,6 @@ import argparse
 import uvicorn
 from uvicorn.supervisors import Multiprocess
 
-from pglifeguard.serving import accepting
-
 GRACEFUL_SECONDS = 5
 
 
@@ -36,8 +34,6 @@ def main() -> None:
     )
     if arguments.workers > 1:
         Multiprocess(config, sockets=[config.bind_socket()]).run()
-    elif arguments.variant.startswith("ours"):
-        accepting.run(config)
     else:
         uvicorn.Server(config).run()
 

@@ -220,9 +220,11 @@ def describe(document: dict[str, Any]) -> Iterator[str]:
             "field",
             [
                 (f"`{field}`", about, field in required, about.get("description", ""))
-                for field, about in schema["properties"].items()
+                for field, about in schema.get("properties", {}).items()
             ],
         )
+        if "enum" in schema:
+            yield from (f"One of {', '.join(f'`{value}`' for value in schema['enum'])}.", "")
 
 
 def _fields(kind: str, rows: list[tuple[str, dict[str, Any], bool, str]]) -> Iterator[str]:

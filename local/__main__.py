@@ -2,6 +2,7 @@
 
 import asyncio
 import errno
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,13 +10,14 @@ from typing import Annotated
 
 import asyncpg
 import typer
+from dotenv import dotenv_values
 from rich.console import Console
 
 from local.cluster import Cluster
 from local.runs import Place, alone_in
 from local.seed import seed
 from local.serve import Service, environment
-from local.setup import DIRECTORY
+from local.setup import DIRECTORY, PROJECT
 from local.stopping import stop_on_signals
 from pglifeguard.embedded.account import EmbeddedError
 from pglifeguard.embedded.programs import DISK_FULL
@@ -34,6 +36,9 @@ The pools, live: {url}/debug/pools · to see them at work, in another terminal: 
   curl -s {url}/debug/pool-stats
 
 primary 127.0.0.1:{primary} · replica 127.0.0.1:{replica} · settings with passwords: {variables} · Ctrl-C stops all
+"""
+NOT_YOURS = """\
+DATABASE_URL is set, and not used here: make run serves databases of its own, `python -m app serve` yours.
 """
 TOKENS = """\
 The routes want a token: AUTH_SECRET or an identity provider is set. Where that secret is set, too, one is made so:
@@ -86,6 +91,8 @@ async def _run(options: Options, place: Place) -> int:
     try:
         await options.service.take_port()
         guarded = await options.service.check_settings()
+        if "DATABASE_URL" in os.environ or "DATABASE_URL" in dotenv_values(PROJECT / ".env"):
+            complaints.print(NOT_YOURS, style="yellow", markup=False, end="")
         with console.status("Starting") as status:
 
             def progress(step: str) -> None:
@@ -105,7 +112,7 @@ async def _run(options: Options, place: Place) -> int:
             if options.seed and await seed(cluster.url("app_rw"), options.seed):
                 progress(f"Seeded {options.seed} rows of each table")
             progress("Starting the service")
-            variables = _write_variables(options.directory, environment(cluster))
+            variables = _write_variables(options.directory, environment(cluster) | options.service.place)
             await options.service.start(environment(cluster))
         place.keep()
         console.print(

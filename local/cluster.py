@@ -5,6 +5,7 @@
 
 import asyncio
 import os
+import re
 import sys
 
 from local.setup import PROJECT, ROLES, create_roles
@@ -17,6 +18,10 @@ STRANGE_DATA = (
     "\nThe data was migrated by code that is not here, of another branch or since taken out. Take that code back, or "
     "begin anew, without the data: make run ARGS=--fresh"
 )
+CHANGED_MIGRATION = """
+If a migration was changed after it had run here, begin anew, without the data: make run ARGS=--fresh. Else mend it."""
+CONFIGURATION = (PROJECT / "postgres" / "postgresql.conf").read_text(encoding="utf-8")
+MAX_CONNECTIONS = re.findall(r"^max_connections = (\d+)", CONFIGURATION, re.MULTILINE)[0]
 
 
 class Cluster(cluster.Cluster):
@@ -26,7 +31,7 @@ class Cluster(cluster.Cluster):
     role = "app_rw"
     owner = "postgres"
     roles = ROLES
-    configuration = (PROJECT / "postgres" / "postgresql.conf").read_text(encoding="utf-8")
+    configuration = CONFIGURATION
     rules = (PROJECT / "postgres" / "pg_hba.conf").read_text(encoding="utf-8")
 
     async def create_roles(self) -> None:
@@ -47,7 +52,7 @@ class Cluster(cluster.Cluster):
                 process.kill()
         if process.returncode != 0:
             text = output.decode(errors="replace")
-            cure = STRANGE_DATA if "Can't locate revision" in text else ""
+            cure = STRANGE_DATA if "Can't locate revision" in text else CHANGED_MIGRATION
             raise EmbeddedError(explain(text, "alembic upgrade head") + cure)
 
 

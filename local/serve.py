@@ -13,8 +13,9 @@ from pathlib import Path
 
 import httpx
 import psutil  # type: ignore[import-untyped]  # See pglifeguard/embedded/waiting.py.
+from dotenv import dotenv_values
 
-from local.cluster import Cluster
+from local.cluster import MAX_CONNECTIONS, Cluster
 from local.runs import MARK, end_service, marked
 from local.setup import DIRECTORY, PROJECT
 from pglifeguard.embedded.account import EmbeddedError
@@ -106,7 +107,7 @@ class Service:
         self._process = subprocess.Popen(  # noqa: ASYNC220  # It returns at once.
             [sys.executable, "-m", "app", "serve", *options],
             cwd=PROJECT,
-            env=os.environ | environment | {MARK: self._mark},
+            env=os.environ | environment | self._chosen() | {MARK: self._mark},
             start_new_session=True,  # Ctrl-C is for the parent, which stops the service before its databases.
         )
         async with httpx.AsyncClient(base_url=self.url, timeout=1, trust_env=False) as client:
@@ -141,9 +142,17 @@ class Service:
                 os.killpg(self._process.pid, signal.SIGKILL)
                 await asyncio.to_thread(self._process.wait)
 
+    @property
+    def place(self) -> dict[str, str]:
+        """The variables that lead an operator's commands to it."""
+        return {"HOST": self.host, "PORT": str(self.port)}
+
     def _chosen(self) -> dict[str, str]:
-        """Return what the service makes of its command line."""
-        return {"HOST": self.host, "PORT": str(self.port), "WORKERS": str(self.workers)}
+        """Return what the service makes of its command line, and what it may count on if nobody has said it."""
+        budget = {"CONNECTION_LIMIT": MAX_CONNECTIONS, "INSTANCES": "1", "SURGE_INSTANCES": "0"}
+        said = {*dotenv_values(PROJECT / ".env"), *os.environ}
+        left_open = {name: value for name, value in budget.items() if name not in said}
+        return self.place | {"WORKERS": str(self.workers)} | left_open
 
     def _is_free(self, port: int) -> bool:
         with socket.socket(socket.AF_INET6 if ":" in self.host else socket.AF_INET) as probe:

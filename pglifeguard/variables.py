@@ -33,7 +33,7 @@ _LETTERS_FOR_TWO_MISTAKES = 8
 # As much of a name that begins with DATABASE_ has to be that of a setting to be taken for it.
 _ALIKE = 0.8
 _IS_NO_SETTING = "is not a setting of this service."
-_ALL = "All are in docs/settings.md."
+_ALL = "All are in docs/settings.md of pglifeguard."
 
 
 @dataclass(frozen=True, slots=True)

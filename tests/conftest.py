@@ -181,6 +181,8 @@ def pytest_configure(config: pytest.Config) -> None:
     And undo what pytest-xdist tells its workers about the terminal: `rich` would keep that width for every test.
     """
     config.pluginmanager.register(moving)
+    # A handler that a test has set up writes to the standard error of that test, which is closed for later ones.
+    logging.raiseExceptions = False
     if hasattr(config, "workerinput"):
         os.environ.pop("COLUMNS", None)
 
@@ -240,7 +242,8 @@ async def stopwatch() -> AsyncIterator[Stopwatch]:
 def _no_settings_from_outside() -> None:
     """Keep a developer's own environment out of the tests."""
     for name in list(os.environ):
-        if name.startswith(("DATABASE_", "OTEL_")) or name.lower() in Settings.model_fields:
+        setting = name.lower().removesuffix("_file")
+        if name.startswith(("DATABASE_", "MIGRATIONS_", "OTEL_")) or setting in Settings.model_fields:
             del os.environ[name]
     # Coverage is measured in the processes that run tests, not in the programs that tests start.
     os.environ.pop("COVERAGE_PROCESS_CONFIG", None)

@@ -41,7 +41,7 @@ LIBRARY = (
     {"databases"},
     {"history"},
     {"", "__main__"},
-    {"serving.accepting", "serving.limits", "serving.loop", "serving.merging", "serving.shutdown", "serving.siblings"},
+    {"serving.limits", "serving.loop", "serving.merging", "serving.shutdown", "serving.siblings"},
     {"serving.protocol", "serving.workers"},
     {"serving.server"},
     {"serving"},

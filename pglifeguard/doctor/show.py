@@ -113,8 +113,9 @@ def _budget(report: Report) -> Table:
 def _sizes(report: Report) -> Table:
     sizes = report.sizes
     if sizes is None or (sizes.by_cores is None and sizes.by_load is None):
-        title = "Sizes by example, connections on the server: for yours give --cores, or --rate and --latency-ms"
-        table = _table(title, "rule", "for", "connections")
+        table = _table("Sizes, connections on the server", "rule", "for", "connections")
+        table.caption = "Examples. For yours: --cores, or --rate and --latency-ms."
+        table.caption_justify = "left"
         for rule, by in (("cores x 2 + 1", budget.by_cores), ("cores x 2 + 4", budget.for_production)):
             table.add_row(rule, "8 cores", str(by(8)))
         table.add_row("requests/s x seconds x 1.2, at least 5", "500/s, 10 ms", str(budget.by_load(500, 0.010)))

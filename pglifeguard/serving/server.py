@@ -11,7 +11,6 @@ import uvicorn
 from uvicorn.config import STARTUP_FAILURE
 from uvicorn.supervisors import multiprocess
 
-from pglifeguard.serving import accepting
 from pglifeguard.serving.protocol import LimitedProtocol
 from pglifeguard.serving.workers import shared_figures
 from pglifeguard.settings import DatabasesSettings
@@ -19,8 +18,6 @@ from pglifeguard.settings import DatabasesSettings
 # uvicorn replaces a worker that does not answer its parent within 5 s. A worker answers once it has imported the
 # service, which takes longer on a busy machine: with 5 s no worker would ever start there.
 WORKER_ANSWERS_SECONDS = 60
-# Options with which `uvicorn.run` does more than to serve a port in this process.
-OF_UVICORN = ("reload", "uds", "fd", "app_dir")
 
 
 class Worker(multiprocess.Process):
@@ -86,9 +83,6 @@ def run(factory: str, settings: DatabasesSettings, **options: Any) -> None:
         server_header=False,
         **options,
     )
-    if settings.workers == 1 and not any(options.get(name) for name in OF_UVICORN):
-        accepting.run(uvicorn.Config(factory, **options))
-        return
     multiprocess.Process = Worker  # type: ignore[misc]  # uvicorn's supervisor makes no other use of the name.
     with shared_figures() if settings.workers > 1 else nullcontext():
         uvicorn.run(factory, **options)

@@ -131,7 +131,7 @@ async def test_cascade_and_truncate_count(service: Service, execute: Execute) ->
 
     await execute("DELETE FROM wards")
     cascaded = await execute(KEPT)
-    await execute("TRUNCATE patients")
+    await execute("TRUNCATE patients CASCADE")
     truncated = await execute(KEPT)
 
     assert ["Ada" in cascaded, "Eve" in cascaded, "Eve" in truncated] == [False, True, False]

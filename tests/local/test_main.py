@@ -213,6 +213,7 @@ def test_failed_run_touches_nothing_of_a_directory_that_was_there(directory: Pat
         ("AUTH_SECRT", "x", "AUTH_SECRT is not a setting"),
         ("DATABASE_POOL_SIZE", "ten", "DATABASE_POOL_SIZE: "),
         ("CONNECTION_LIMIT", "10", "= 17 connections > 10 - 3 reserved"),
+        ("DATABASE_POOL_SIZE", "500", "connections > 100 - 3 reserved"),
         ("MIGRATIONS_WAIT_SECONDS", "long", "MIGRATIONS_WAIT_SECONDS: "),
         ("TLS_CERTIFICATE", "none.pem", "TLS_CERTIFICATE and TLS_KEY belong together"),
     ],
@@ -230,6 +231,17 @@ def test_wrong_setting_is_said_before_anything_is_made(
     assert "Traceback" not in run.words
     assert "Creating" not in run.words
     assert not directory.exists()
+
+
+def test_databases_that_are_not_used_are_named(monkeypatch: pytest.MonkeyPatch, directory: Path) -> None:
+    """Whoever has set DATABASE_URL may believe that their own database is served."""
+    monkeypatch.setenv("DATABASE_URL", "postgresql://me@db.example/app")
+
+    with started(directory, "--no-seed") as run:
+        words = run.words
+        run.stop(signal.SIGTERM)
+
+    assert "DATABASE_URL is set, and not used here" in words
 
 
 def test_https_is_refused(monkeypatch: pytest.MonkeyPatch, directory: Path, tmp_path: Path) -> None:
