@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import zipfile
 from pathlib import Path
 from typing import Annotated
 
@@ -33,6 +34,8 @@ def vendor(source: Path, project: Path) -> str:
         wheel = _built(source, Path(directory)) if source.is_dir() else source
         if (named := _WHEEL.fullmatch(wheel.name)) is None or not wheel.is_file():
             raise LibraryError(f"{source} is neither a checkout of pglifeguard nor a wheel of it.")
+        if not zipfile.is_zipfile(wheel):
+            raise LibraryError(f"{source} is called as a wheel of pglifeguard, and is none.")
         content = wheel.read_bytes()
     folder = project / "vendor"
     if not folder.is_dir():

@@ -20,6 +20,8 @@ ROOT = Path(__file__).parent.parent
 TEMPLATES = Path(__file__).parent / "domain"
 # PostgreSQL's names have 63 bytes at most; this leaves room for those of constraints and indexes.
 LONGEST = 40
+# They end in s, and one of them is called the same.
+NO_PLURALS = frozenset({"news", "series", "species"})
 # Paths that the library serves, and tables that are nobody's domain.
 RESERVED = {
     "alembic_version",
@@ -78,9 +80,10 @@ def make(name: str, singular: str | None = None, *, root: Path) -> list[Path]:
 
 def singular_of(name: str) -> str:
     """Guess what one of them is called. Raises: Refused."""
-    for ending, instead in (("ies", "y"), ("(ss|x|ch|sh)es", r"\1"), ("([^s])s", r"\1")):
-        found, endings = re.subn(f"(?<=..){ending}$", instead, name)
-        if endings:
+    endings = (("ies", "y"), ("lyses", "lysis"), ("(ss|x|ch|sh|zz|(?<![ao])us)es", r"\1"), ("([rt]o)es", r"\1"))
+    for ending, instead in (*endings, ("([^s])s", r"\1")) if name not in NO_PLURALS else ():
+        found, times = re.subn(f"(?<=..){ending}$", instead, name)
+        if times:
             return found
     raise Refused(f"{name!r} is no plural that ends in s: name another, or say --singular.")
 

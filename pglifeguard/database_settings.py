@@ -214,8 +214,9 @@ class DatabaseSettings(BaseModel):
 
         Raises: ValueError when a size is out of its bounds.
         """
-        if not (1 <= pool_size <= MOST and 0 <= max_overflow <= MOST):
-            raise ValueError(f"pool_size is 1 to {MOST} and max_overflow 0 to {MOST}")
+        whole = all(type(number) is int for number in (pool_size, max_overflow))
+        if not (whole and 1 <= pool_size <= MOST and 0 <= max_overflow <= MOST):
+            raise ValueError(f"pool_size is a whole number from 1 to {MOST}, and max_overflow from 0 to {MOST}")
         warm = None if self.pool_min_size is None else min(self.pool_min_size, pool_size)
         return self.model_copy(
             update={"pool_size": pool_size, "max_overflow": max_overflow, "pool_min_size": warm},

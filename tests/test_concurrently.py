@@ -125,7 +125,7 @@ async def test_index_is_built_with_others_waiting(database: Database, copy: Copy
     copy.add(INDEX)
     old = await asyncpg.connect(database.url("app_rw"))
     await old.execute("BEGIN ISOLATION LEVEL REPEATABLE READ")
-    await old.execute("SELECT count(*) FROM users")
+    await old.execute("SELECT count(*) FROM patients")
     first = asyncio.create_task(copy.run())
     await behind_a_transaction(owner)
     others = [asyncio.create_task(copy.run()) for _ in range(2)]
@@ -164,7 +164,7 @@ async def test_siblings_work_too(copy: Copy, owner: Connection) -> None:
     with op.get_context().autocommit_block():
         op.execute("ALTER TABLE patients VALIDATE CONSTRAINT ck_patients_birth")
         op.execute("REINDEX INDEX CONCURRENTLY ix_patients_birth")
-        op.execute("REINDEX (CONCURRENTLY) TABLE users")
+        op.execute("REINDEX (CONCURRENTLY) TABLE patients")
         op.execute("ALTER TABLE parts DETACH PARTITION part CONCURRENTLY")
         op.drop_index("ix_patients_birth", postgresql_concurrently=True, if_exists=True)
     op.execute("CREATE TABLE patience AS SELECT current_setting('lock_timeout') AS now")
@@ -207,13 +207,13 @@ async def test_inside_a_transaction_it_says_what_to_write(copy: Copy) -> None:
 async def test_what_only_mentions_it_is_left_alone(copy: Copy, owner: Connection) -> None:
     """A function that refreshes a view CONCURRENTLY is made in a transaction, as every other."""
     copy.add("""
-    op.execute("CREATE MATERIALIZED VIEW names AS SELECT id, full_name FROM users")
+    op.execute("CREATE MATERIALIZED VIEW names AS SELECT id, full_name FROM patients")
     op.execute("CREATE UNIQUE INDEX uq_names ON names (id)")
     op.execute("REFRESH MATERIALIZED VIEW CONCURRENTLY names")
     op.execute(
         "CREATE FUNCTION refresh() RETURNS void LANGUAGE sql AS $$ REFRESH MATERIALIZED VIEW CONCURRENTLY names $$"
     )
-    op.execute("ALTER TABLE users ADD COLUMN detach_partition text DEFAULT 'CONCURRENTLY'")
+    op.execute("ALTER TABLE patients ADD COLUMN detach_partition text DEFAULT 'CONCURRENTLY'")
 """)
 
     status, output = await copy.run()
@@ -263,7 +263,7 @@ async def test_killed_runner_holds_nobody_up(database: Database, copy: Copy, own
     copy.add(INDEX)
     old = await asyncpg.connect(database.url("app_rw"))
     await old.execute("BEGIN ISOLATION LEVEL REPEATABLE READ")
-    await old.execute("SELECT count(*) FROM users")
+    await old.execute("SELECT count(*) FROM patients")
     killed = await asyncio.create_subprocess_exec(
         sys.executable, *COMMANDS[0],
         cwd=copy.directory, env=os.environ | copy.environment,

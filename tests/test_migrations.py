@@ -79,7 +79,7 @@ async def test_nobody_else_writes_which_versions_are_there(
 
 async def test_check_notices_a_difference(database: Database, owner: "asyncpg.Connection[Any]") -> None:
     """A table that is not as the models say is found: the check above can fail."""
-    await owner.execute("ALTER TABLE users ALTER COLUMN full_name DROP NOT NULL")
+    await owner.execute("ALTER TABLE patients ALTER COLUMN full_name DROP NOT NULL")
 
     status, output = await alembic("check", MIGRATIONS_URL=database.url("app_owner"))
 

@@ -72,7 +72,7 @@ def _broken(known: Known) -> Iterator[tuple[str, tuple[bytes, ...]]]:
             b" " * 2_000_000,
         ),
     )
-    last = known.request("GET", "/reports/summary")
+    last = known.request("GET", known.one)
     for path in known.paths:
         yield f"behind a whole request: {path}", (known.request("GET", path),)
     yield "behind 20 requests", (known.request("GET", "/patients?limit=200", keep=True) * 19 + last,)

@@ -241,31 +241,11 @@ USERS = (
     ),
     exactly("tests/app/test_settings.py", '        ("DIRECTORY_URL", "directory.example.com"),\n'),
     Change("tests/test_bad_input.py", r'^        \{"DIRECTORY_URL": .*\n'),
-    exactly("tests/test_concurrently.py", "FROM users", "FROM patients"),
-    exactly("tests/test_concurrently.py", "TABLE users", "TABLE patients"),
-    exactly("tests/test_migrations.py", "TABLE users", "TABLE patients"),
     exactly("tests/test_migrations.py", "len(found) >= 6", "len(found) >= 5"),
     exactly("tests/local/test_seed.py", "patients, seed, users", "patients, seed"),
     exactly("tests/local/test_seed.py", "    assert users(10) == users(300)[:10]\n"),
     exactly("tests/local/test_seed.py", "no record number and no address comes twice", "no record number comes twice"),
     exactly("tests/local/test_seed.py", "    assert len({email for email, *_ in users(5000)}) == 5000\n"),
-    exactly(
-        "tests/local/test_seed.py",
-        "makes both tables; a second time it leaves them alone",
-        "fills the table; a second time it leaves it alone",
-    ),
-    exactly(
-        "tests/local/test_seed.py",
-        "(SELECT count(*) FROM patients), (SELECT count(*) FROM users)",
-        "(SELECT count(*) FROM patients)",
-    ),
-    exactly("tests/local/test_seed.py", "(50, 50)", "(50,)"),
-    exactly("tests/local/test_ordinary_owner.py", "DELETE FROM users", "DELETE FROM patients"),
-    Change(
-        "tests/local/test_ordinary_owner.py",
-        _POST,
-        '"/patients", json={"mrn": "A-1", "full_name": "Ada", "birth_date": "1980-01-01"}',
-    ),
 )
 USERS_DOCKER = (
     Change("docker-compose.yml", r"^ +DIRECTORY_URL: .*\n"),

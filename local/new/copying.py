@@ -108,9 +108,22 @@ def tracked(project: Path = PROJECT) -> list[str]:
     return [path for path in listed.split("\0") if path and (project / path).exists()]
 
 
+def check_code(project: Path = PROJECT) -> None:
+    """Refuse code that git does not track: `app/main.py`, which it does, may name such a domain already.
+
+    Raises: NewError.
+    """
+    strange = _git("ls-files", "-z", "--others", "--exclude-standard", "--", "app", "migrations", directory=project)
+    if names := [path for path in strange.split("\0") if path]:
+        raise NewError(
+            f"git does not track {', '.join(names[:5])}: `git add` what the copy is to have, or move it away."
+        )
+
+
 def _chosen(order: Order) -> tuple[list[str], list[str]]:
     """Return the files that go along, and those that do not."""
     every = tracked()
+    check_code()
     if forgotten := files.unlisted(every):
         more = f" and {len(forgotten) - 5} more files" if len(forgotten) > 5 else ""  # noqa: PLR2004  # Enough to see.
         raise NewError(f"local/new/files.py does not say whether a copy gets {', '.join(forgotten[:5])}{more}.")

@@ -16,7 +16,7 @@ import pytest
 
 from local.library import LibraryError, vendor
 from local.new import changes, files, makefile
-from local.new.copying import NewError, Order, make, tracked
+from local.new.copying import NewError, Order, check_code, make, tracked
 from local.new.names import refusal
 from local.new.words import credited, renamed, unlinked, wrapped
 from local.setup import PROJECT
@@ -147,6 +147,17 @@ def test_tracked_files_are_taken_as_they_are_now(tmp_path: Path) -> None:
     (tmp_path / "removed").unlink()
 
     assert tracked(tmp_path) == ["kept"]
+
+
+def test_code_that_git_does_not_track_is_named(tmp_path: Path) -> None:
+    """A domain that was just made is named by app/main.py, which goes along: the copy would not start."""
+    subprocess.run(["git", "init", "--quiet", tmp_path], check=True)
+    (tmp_path / "app/orders").mkdir(parents=True)
+    check_code(tmp_path)
+    (tmp_path / "app/orders/routes.py").touch()
+
+    with pytest.raises(NewError, match=r"git does not track app/orders/routes\.py: `git add`"):
+        check_code(tmp_path)
 
 
 def test_folder_of_which_git_tracks_nothing_is_no_checkout(tmp_path: Path) -> None:
@@ -511,25 +522,32 @@ def test_another_library_is_taken_into_the_copy(copies: dict[str, Copy], tmp_pat
     copy = Copy(Order("clinic", tmp_path / "clinic", "Clinic"))
     shutil.copytree(copies["whole"].directory, copy.directory)
     wheel = tmp_path / "pglifeguard-9.8.7-py3-none-any.whl"
-    wheel.write_bytes(b"another one")
+    zipfile.ZipFile(wheel, "w").close()
+    none = tmp_path / "elsewhere" / wheel.name
+    none.parent.mkdir()
+    none.write_bytes(b"cut off in the middle")
     command = [sys.executable, "-m", "local.library", "--project", str(copy.directory)]
 
     taken = subprocess.run([*command, str(wheel)], cwd=PROJECT, capture_output=True, text=True, check=False)
-    refused = subprocess.run([*command, str(tmp_path)], cwd=PROJECT, capture_output=True, text=True, check=False)
+    refused, broken = (
+        subprocess.run([*command, str(wrong)], cwd=PROJECT, capture_output=True, text=True, check=False)
+        for wrong in (tmp_path, none)
+    )
 
     assert taken.returncode == 0, taken.stderr
     assert [path.name for path in (copy.directory / "vendor").iterdir()] == [wheel.name]
-    digest = hashlib.sha256(b"another one").hexdigest()
+    digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
     for lock in ("requirements.txt", "requirements-dev.txt"):
         assert f"\npglifeguard==9.8.7 \\\n    --hash=sha256:{digest}\n" in copy.read(lock)
     assert "serving]==9.8.7" in copy.read("pyproject.toml")
     assert (refused.returncode, refused.stderr) == (1, f"{tmp_path} is no checkout of pglifeguard.\n")
+    assert (broken.returncode, broken.stderr) == (1, f"{none} is called as a wheel of pglifeguard, and is none.\n")
 
 
 def test_library_goes_into_copies_alone(tmp_path: Path) -> None:
     """A project without vendor/, as ours, does not get one."""
     wheel = tmp_path / "pglifeguard-9.8.7-py3-none-any.whl"
-    wheel.touch()
+    zipfile.ZipFile(wheel, "w").close()
 
     with pytest.raises(LibraryError, match="has no vendor/ for it"):
         vendor(wheel, tmp_path)

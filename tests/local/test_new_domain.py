@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from local.new_domain import Refused, make
+from local.new_domain import Refused, make, singular_of
 
 ROOT = Path(__file__).parents[2]
 LEFT_OUT = shutil.ignore_patterns(".venv*", ".git", ".local", "*_cache", "__pycache__")
@@ -91,6 +91,18 @@ def test_domain_is_made_in_the_words_of_its_name(tree: Path, name: str, singular
 
 
 @pytest.mark.parametrize(
+    ("name", "one"),
+    [
+        *[("orders", "order"), ("cities", "city"), ("boxes", "box"), ("statuses", "status"), ("viruses", "virus")],
+        *[("houses", "house"), ("clauses", "clause"), ("heroes", "hero"), ("analyses", "analysis"), ("cases", "case")],
+    ],
+)
+def test_singular_is_guessed(name: str, one: str) -> None:
+    """By the ending; `--singular` says what no rule tells."""
+    assert singular_of(name) == one
+
+
+@pytest.mark.parametrize(
     ("name", "singular", "sentence"),
     [
         ("", None, "no name for a domain"),
@@ -101,6 +113,7 @@ def test_domain_is_made_in_the_words_of_its_name(tree: Path, name: str, singular
         ("x" * 40 + "s", None, "from 2 to 40"),
         ("class", None, "word of Python"),
         ("people", None, "say --singular"),
+        ("series", None, "say --singular"),
         ("sheep", "sheep", "both plural and singular"),
         ("people", "Person", "no name for a domain"),
         ("patients", None, "app/main.py names 'patients' already"),

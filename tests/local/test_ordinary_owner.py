@@ -18,6 +18,7 @@ from tests.service import serving
 
 NAME = "managed"
 PASSWORD = "of-the-owner"
+PATIENT = {"mrn": "A-1", "full_name": "Ada", "birth_date": "1980-01-01"}
 # What such an owner has no password for.
 LEFT_OUT = {"replicator", "pgbouncer"}
 
@@ -108,7 +109,7 @@ async def test_service_works_with_these_roles(managed: Managed) -> None:
         _env_file=None, environment="test", primary={"url": managed.url("app_rw"), "pool_size": 2}, analytics=reader
     )
     async with serving(settings) as service:
-        written = await service.client.post("/users", json={"email": "a@example.com", "full_name": "A"})
+        written = await service.client.post("/patients", json=PATIENT)
         read = await service.client.get(written.headers["location"])
         report = await service.client.get("/reports/summary")
         ready = await service.client.get("/health/ready")
@@ -123,7 +124,7 @@ async def test_privileges_are_the_same(managed: Managed) -> None:
     reader, writer = [await asyncpg.connect(managed.url(role)) for role in ("app_ro", "app_rw")]
     await reader.execute("SET default_transaction_read_only = off")
 
-    for connection, statement in ((reader, "DELETE FROM users"), (writer, "CREATE TABLE more ()")):
+    for connection, statement in ((reader, "DELETE FROM patients"), (writer, "CREATE TABLE more ()")):
         with pytest.raises(asyncpg.InsufficientPrivilegeError):
             await connection.execute(statement)
     with pytest.raises(asyncpg.InsufficientPrivilegeError, match="does not have CONNECT privilege"):

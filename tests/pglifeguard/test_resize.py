@@ -88,8 +88,9 @@ def test_size_keeps_to_the_bounds_of_the_settings(database: Database) -> None:
     settings = database.settings(replica=False, pool_size=5, pool_min_size=4).primary
 
     assert [settings.resized(size, 0).pool_min_size for size in (2, 8)] == [2, 4]
-    for size, overflow in ((0, 5), (501, 5), (5, -1), (5, 501)):
-        with pytest.raises(ValueError, match="pool_size is 1 to 500 and max_overflow 0 to 500"):
+    wrong: list[tuple[Any, Any]] = [(0, 5), (501, 5), (5, -1), (5, 501), (2.5, 0), (True, 0), (5, "1")]
+    for size, overflow in wrong:
+        with pytest.raises(ValueError, match="a whole number from 1 to 500, and max_overflow from 0 to 500"):
             settings.resized(size, overflow)
 
 
