@@ -379,7 +379,7 @@ def test_library_may_be_in_a_folder_with_a_space(copy: Copy) -> None:
     """The order to take it reaches the program as one word, and nothing is no word."""
     said = [
         subprocess.run(
-            ["make", "-n", "-o", "install", "update-pglifeguard", *given],
+            ["make", "--no-print-directory", "-n", "-o", "install", "update-pglifeguard", *given],
             cwd=copy.directory, capture_output=True, text=True, check=True,
         ).stdout.rstrip("\n")
         for given in (["FROM=../a b"], [])
