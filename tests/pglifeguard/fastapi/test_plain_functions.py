@@ -8,7 +8,7 @@ from fastapi import APIRouter, Depends, FastAPI
 from sqlalchemy import text
 
 from app.main import create_app
-from pglifeguard.fastapi.sessions import AnalyticsDB, ReadDB, SerializableDB, WriteDB
+from pglifeguard.fastapi.sessions import AnalyticsDB, ReadDB, SerializableDB, WriteDB, _annotated_with_session
 from pglifeguard.sessions import ReadSession, WriteSession
 from tests.conftest import Database
 from tests.service import Service, serving
@@ -123,3 +123,14 @@ async def made(repository: Annotated[Patients, Depends(patients)]) -> int:
 def had(number: Annotated[int, Depends(counted)]) -> int:
     """Compute in a thread with what was read before."""
     return number
+
+
+def test_names_that_only_a_type_checker_knows_stop_nothing() -> None:
+    """An endpoint in a thread may be annotated with what is imported for types alone."""
+
+    def endpoint(_given: object) -> None:
+        pass
+
+    endpoint.__annotations__["_given"] = "Nowhere"
+
+    assert not _annotated_with_session(endpoint)

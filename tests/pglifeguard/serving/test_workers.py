@@ -15,6 +15,7 @@ from struct import pack
 import httpx
 import psutil  # type: ignore[import-untyped]  # See pglifeguard/embedded/waiting.py.
 import pytest
+import uvicorn
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Summary, generate_latest, values
 from uvicorn import Config
 from uvicorn.config import STARTUP_FAILURE
@@ -22,6 +23,7 @@ from uvicorn.config import STARTUP_FAILURE
 from pglifeguard.embedded.waiting import eventually
 from pglifeguard.metrics import Metrics
 from pglifeguard.registry import SLICE_SAMPLES, write
+from pglifeguard.serving import serve
 from pglifeguard.serving.merging import File, add_up
 from pglifeguard.serving.server import Worker
 from pglifeguard.serving.workers import (
@@ -33,6 +35,7 @@ from pglifeguard.serving.workers import (
     shared_figures,
     write_figures,
 )
+from pglifeguard.settings import DatabasesSettings
 from tests.app.test_cli import MODULE, ROOT, Process, served, sessions
 from tests.conftest import Database
 from tests.service import serving
@@ -166,6 +169,67 @@ async def test_workers_that_cannot_start_end_the_service(tmp_path: Path, factory
 
     assert ended.returncode == STARTUP_FAILURE
     assert sentence in ended.stderr
+
+
+class Refuses:
+    """A factory that says why it makes no application."""
+
+    def __init__(self) -> None:
+        raise SystemExit("It cannot start.")
+
+
+class Breaks:
+    """A factory with a bug."""
+
+    def __init__(self) -> None:
+        raise ValueError("It is broken.")
+
+
+def _worker(factory: str) -> Worker:
+    return Worker(Config(f"{__name__}:{factory}", factory=True, log_config=None), [])
+
+
+@pytest.mark.parametrize(
+    ("factory", "sentence"),
+    [("Refuses", "It cannot start."), ("Breaks", "It is broken."), ("Absent", '"Absent" not found')],
+)
+def test_worker_tells_why_it_cannot_start(
+    factory: str, sentence: str, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """And ends with the status by which its parent knows that another one would fare no better."""
+    with pytest.raises(SystemExit) as ended:
+        _worker(factory).target([])
+
+    assert ended.value.code == STARTUP_FAILURE
+    assert sentence in capsys.readouterr().err + caplog.text
+
+
+def test_worker_that_had_started_ends_as_it_does() -> None:
+    """What comes later is no failure to start: its parent starts another one."""
+    worker = _worker("Breaks")
+    worker.server.started = True
+
+    with pytest.raises(ValueError, match="It is broken"):
+        worker.target([])
+
+
+async def test_failure_to_start_is_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`serve` exits with it once uvicorn, which returns as after any end, has ended."""
+    monkeypatch.setattr(Worker, "failed", False)
+    monkeypatch.setenv("DATABASE_URL", "postgresql://a@b/c")
+    worker = _worker("Refuses")
+    worker.start()
+
+    async def is_gone() -> bool:
+        return not await asyncio.to_thread(worker.is_alive, 60)
+
+    assert await eventually(is_gone, 60)
+    worker.join()
+    assert Worker.failed
+    monkeypatch.setattr(uvicorn, "run", lambda *_given, **_options: None)
+    with pytest.raises(SystemExit) as ended:
+        serve("nothing:here", DatabasesSettings())
+    assert ended.value.code == STARTUP_FAILURE
 
 
 async def test_pool_gauges_are_what_the_server_sees(server: Process, database: Database) -> None:
