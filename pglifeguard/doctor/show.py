@@ -111,9 +111,9 @@ def _budget(report: Report) -> Table:
 
 
 def _sizes(report: Report) -> Table:
+    table = _table("Sizes, connections on the server", "rule", "for", "connections")
     sizes = report.sizes
     if sizes is None or (sizes.by_cores is None and sizes.by_load is None):
-        table = _table("Sizes, connections on the server", "rule", "for", "connections")
         table.caption = "Examples. For yours: --cores, or --rate and --latency-ms."
         table.caption_justify = "left"
         for rule, by in (("cores x 2 + 1", budget.by_cores), ("cores x 2 + 4", budget.for_production)):
@@ -121,7 +121,6 @@ def _sizes(report: Report) -> Table:
         table.add_row("requests/s x seconds x 1.2, at least 5", "500/s, 10 ms", str(budget.by_load(500, 0.010)))
         table.add_row("requests/s x seconds x 1.2, at least 5", "2,000/s, 5 ms", str(budget.by_load(2000, 0.005)))
         return table
-    table = _table("Sizes, connections on the server", "rule", "for", "connections")
     if sizes.by_cores is not None:
         table.add_row("cores x 2 + 1", f"{sizes.cores} cores", str(sizes.by_cores))
         table.add_row("cores x 2 + 4", f"{sizes.cores} cores", str(sizes.for_production))
