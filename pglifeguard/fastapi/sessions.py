@@ -212,7 +212,7 @@ def _annotated_with_session(endpoint: Callable[..., Any]) -> bool:
     """Say whether a parameter is a session, whichever dependency gives it: that of a tenant, `SerializableDB`."""
     try:
         hints = get_type_hints(unwrap(endpoint))
-    except (NameError, TypeError):
+    except (AttributeError, NameError, TypeError):
         return False  # A name that only a type checker knows; or no function.
     return any(isinstance(hint, type) and issubclass(hint, ReadSession) for hint in hints.values())
 

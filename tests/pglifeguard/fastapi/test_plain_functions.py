@@ -125,12 +125,13 @@ def had(number: Annotated[int, Depends(counted)]) -> int:
     return number
 
 
-def test_names_that_only_a_type_checker_knows_stop_nothing() -> None:
+@pytest.mark.parametrize("name", ["Nowhere", "Any.nowhere"])
+def test_names_that_only_a_type_checker_knows_stop_nothing(name: str) -> None:
     """An endpoint in a thread may be annotated with what is imported for types alone."""
 
     def endpoint(_given: object) -> None:
         pass
 
-    endpoint.__annotations__["_given"] = "Nowhere"
+    endpoint.__annotations__["_given"] = name
 
     assert not _annotated_with_session(endpoint)
