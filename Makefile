@@ -46,7 +46,7 @@ test: install  ## Run all tests on real PostgreSQL, and ask for full branch cove
 	$(BIN)/python -m coverage combine $(QUIET)
 	$(BIN)/python -m coverage report
 
-test-fast: install  ## Run what takes less than a minute, for the inner loop (ARGS=tests/pglifeguard)
+test-fast: install  ## Run the quick tests, a minute or two, for the inner loop (ARGS=tests/pglifeguard)
 	$(BIN)/python -m pytest -q -x -m "not slow" $(ARGS)
 
 .venv-fuzz/.installed: requirements-fuzz.txt
