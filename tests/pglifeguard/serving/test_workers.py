@@ -201,7 +201,7 @@ def test_worker_tells_why_it_cannot_start(
         _worker(factory).target([])
 
     assert ended.value.code == STARTUP_FAILURE
-    assert sentence in capsys.readouterr().err + caplog.text
+    assert sentence in capsys.readouterr().err + "\n".join(caplog.messages)
 
 
 def test_worker_that_had_started_ends_as_it_does() -> None:
