@@ -20,6 +20,7 @@ from local.serve import Service, environment
 from local.setup import DIRECTORY, PROJECT
 from local.stopping import stop_on_signals
 from pglifeguard.embedded.account import EmbeddedError
+from pglifeguard.embedded.postgres import Server
 from pglifeguard.embedded.programs import DISK_FULL
 
 console = Console(highlight=False, soft_wrap=True)
@@ -39,6 +40,10 @@ primary 127.0.0.1:{primary} · replica 127.0.0.1:{replica} · settings with pass
 """
 NOT_YOURS = """\
 DATABASE_URL is set, and not used here: make run serves databases of its own, `python -m app serve` yours.
+"""
+ENDED = """\
+The primary has ended, and {log} says why.
+Writes answer 503 until it is back: Ctrl-C, and `make {command}` again, starts it with its data.
 """
 TOKENS = """\
 The routes want a token: AUTH_SECRET or an identity provider is set. Where that secret is set, too, one is made so:
@@ -132,7 +137,11 @@ async def _run(options: Options, place: Place) -> int:
                 "A file that is saved in app/ or pglifeguard/ starts the service anew; the databases stay up.\n"
                 "While one does not import, its traceback stands below, and requests wait until it is mended.\n"
             )
-        return await options.service.wait()
+        watching = asyncio.create_task(_tell_end(cluster.primary, "dev" if options.service.reload else "run"))
+        try:
+            return await options.service.wait()
+        finally:
+            watching.cancel()
     except asyncio.CancelledError:
         console.print("Stopping the service, the replica and the primary …")
         return 0
@@ -141,6 +150,12 @@ async def _run(options: Options, place: Place) -> int:
             await options.service.stop()
             if cluster is not None:
                 await cluster.stop()
+
+
+async def _tell_end(primary: Server, command: str) -> None:
+    """Say it when the primary ends: the service knows only that it gets no answer."""
+    await primary.ended()
+    complaints.print(ENDED.format(log=primary.log, command=command), style="red", markup=False, end="")
 
 
 def _sentence(error: Exception) -> str:

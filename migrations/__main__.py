@@ -20,7 +20,7 @@ from migrations.connection import connected
 from migrations.settings import MigrationSettings, load_migration_settings
 from pglifeguard import DatabaseSettings, SettingsError
 from pglifeguard.errors import DatabaseUnavailable
-from pglifeguard.server import is_missing_feature
+from pglifeguard.server_position import is_missing_feature
 
 logger = logging.getLogger("migrations")
 

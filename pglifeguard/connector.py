@@ -23,7 +23,7 @@ from pglifeguard.host_search import HostSearch
 from pglifeguard.lookup import Lookups
 from pglifeguard.pooler import PoolerRefused, refused_parameter
 from pglifeguard.pooler_look import PoolerLook
-from pglifeguard.server import WRITTEN_TIMELINE, is_missing_feature
+from pglifeguard.server_position import WRITTEN_TIMELINE, is_missing_feature
 from pglifeguard.tracked_connection import TrackedConnection
 
 logger = logging.getLogger(__name__)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from pglifeguard.database import Database
-from pglifeguard.server import Token
+from pglifeguard.server_position import Token
 
 # Why a read goes where it goes; the metrics' label.
 Reason = Literal[

@@ -14,7 +14,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 
 from pglifeguard.monitor import PROBE_SECONDS, Monitor, Probe
-from pglifeguard.server import Token
+from pglifeguard.server_position import Token
 
 # Seconds between two questions to the primary: short for the reads that wait for one, and little work for the primary.
 ROUND_SECONDS = 0.05

@@ -22,7 +22,7 @@ from pglifeguard.driver_failures import DRIVER_FAILURES, Fate, examine
 from pglifeguard.errors import DatabaseUnavailable
 from pglifeguard.orm import HeldConnection
 from pglifeguard.query import Query
-from pglifeguard.server import WRITTEN, is_missing_feature, token_text
+from pglifeguard.server_position import WRITTEN, is_missing_feature, token_text
 from pglifeguard.telemetry import failure_name
 from pglifeguard.tracked_connection import Transaction
 

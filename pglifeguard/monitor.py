@@ -20,7 +20,7 @@ from pglifeguard.driver_failures import DRIVER_FAILURES
 from pglifeguard.errors import DatabaseUnavailable, DatabaseUnreachable
 from pglifeguard.fence import Fence
 from pglifeguard.metrics import Metrics
-from pglifeguard.server import UNKNOWN, Position, PositionQuery, is_missing_feature
+from pglifeguard.server_position import UNKNOWN, Position, PositionQuery, is_missing_feature
 from pglifeguard.settings import DatabasesSettings
 
 logger = logging.getLogger(__name__)

@@ -18,7 +18,7 @@ import asyncpg
 
 from pglifeguard.driver_failures import DRIVER_FAILURES
 from pglifeguard.pooler import FORGETS, LOST, NONE, UNTOLD, Mode, Pooler, PoolerRefused
-from pglifeguard.server import is_missing_feature
+from pglifeguard.server_position import is_missing_feature
 from pglifeguard.tracked_connection import TrackedConnection
 
 logger = logging.getLogger(__name__)

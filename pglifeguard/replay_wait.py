@@ -6,7 +6,7 @@ which doubles with each further miss; then one read tries. The pause ends early 
 
 import time
 
-from pglifeguard.server import Token
+from pglifeguard.server_position import Token
 
 # A hiccup of the machine is over after the first pause. With replay stopped one read waits in vain every two seconds.
 FIRST_PAUSE_SECONDS = 0.05

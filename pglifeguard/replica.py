@@ -43,7 +43,7 @@ from pglifeguard.lease import Lease
 from pglifeguard.metrics import Metrics
 from pglifeguard.monitor import Monitor, Probe
 from pglifeguard.replay_wait import ReplayWait
-from pglifeguard.server import UNKNOWN, Position, Token, is_missing_feature, read_position
+from pglifeguard.server_position import UNKNOWN, Position, Token, is_missing_feature, read_position
 from pglifeguard.settings import DatabasesSettings
 
 logger = logging.getLogger(__name__)

@@ -15,7 +15,7 @@ from pglifeguard.forged_tokens import ForgedTokens
 from pglifeguard.lease import Lease
 from pglifeguard.metrics import Metrics
 from pglifeguard.replica import SERVING, Replica
-from pglifeguard.server import Token
+from pglifeguard.server_position import Token
 
 # Reads go to the primary for these reasons, and for "behind_token" and "asleep", which are no fault of the replica.
 FALLING_BACK: tuple[Reason, ...] = ("unknown", "lagging", "broken", "promoted", "foreign", "diverged", "unmeasured")

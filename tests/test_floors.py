@@ -15,7 +15,7 @@ LIBRARY = (
     {"activity", "builtin_functions", "credentials", "dialect", "errors", "fence", "pooler", "query", "registry",
      "sampling", "sealing", "service_file", "statement_text", "tls", "variables", "duration", "doctor.findings",
      "embedded", "embedded.account", "embedded.waiting"},
-    {"collisions", "doctor.questions", "driver_failures", "effects", "environment", "metrics", "server",
+    {"collisions", "doctor.questions", "driver_failures", "effects", "environment", "metrics", "server_position",
      "statement_summary", "telemetry", "url_parameters", "embedded.databases", "embedded.leftovers",
      "embedded.programs"},
     {"database_url", "embedded.postgres", "orders"},
@@ -77,7 +77,7 @@ PUBLIC = {"pglifeguard", "pglifeguard.cli", "pglifeguard.doctor", "pglifeguard.f
 POOL = {
     "builtin_functions", "checkout", "connector", "credentials", "database_settings", "database_url", "discovery",
     "driver_failures", "effects", "errors", "fence", "host_search", "lookup", "metrics", "pool", "pooler",
-    "pooler_look", "registry", "sampling", "server", "service_file", "telemetry", "tls", "tracked_connection",
+    "pooler_look", "registry", "sampling", "server_position", "service_file", "telemetry", "tls", "tracked_connection",
     "url_parameters", "wait_queue",
 }  # fmt: skip
 # What no service needs while it serves.

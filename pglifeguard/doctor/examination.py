@@ -19,7 +19,7 @@ from pglifeguard.driver_failures import DRIVER_FAILURES
 from pglifeguard.errors import DatabaseUnavailable
 from pglifeguard.pooler import startup_parameters
 from pglifeguard.pooler_look import PoolerLook
-from pglifeguard.server import UNKNOWN, Position, PositionQuery
+from pglifeguard.server_position import UNKNOWN, Position, PositionQuery
 
 T = TypeVar("T")
 # An active transaction is long after five minutes; one that idles for one minute was forgotten.

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pglifeguard.database_settings import DatabaseSettings
 from pglifeguard.pooler import Pooler
-from pglifeguard.server import UNKNOWN, Position
+from pglifeguard.server_position import UNKNOWN, Position
 from pglifeguard.tls import Encryption
 
 Purpose = Literal["primary", "replica", "analytics", "listen", "migrations", "console"]

@@ -1,5 +1,6 @@
 """One PostgreSQL server: started, stopped, killed, frozen, promoted. Two of them make a `Cluster`."""
 
+import asyncio
 import os
 import random
 import signal
@@ -98,6 +99,11 @@ class Server:
         os.kill(self.pid, SIGNALS[mode])
         if not await self._gone(STOP_SECONDS):
             await self.kill()
+
+    async def ended(self) -> None:
+        """Wait until the server has ended, whoever ended it; one that does not run has."""
+        if self._process is not None:
+            await asyncio.to_thread(self._process.wait)
 
     async def kill(self) -> None:
         """End every process of the server by SIGKILL, as losing power would."""

@@ -42,7 +42,7 @@ from pglifeguard.fastapi.sessions import (
 )
 from pglifeguard.metrics import Metrics
 from pglifeguard.sampling import Sampler
-from pglifeguard.server import Token
+from pglifeguard.server_position import Token
 from pglifeguard.sessions import WriteSession
 from pglifeguard.settings import DatabasesSettings
 from pglifeguard.telemetry import Telemetry

@@ -20,7 +20,7 @@ from pglifeguard.doctor import Inquiry, Target, diagnose, questions, warning
 from pglifeguard.doctor import examination as examination_module
 from pglifeguard.doctor.facts import Facts
 from pglifeguard.embedded.postgres import free_port
-from pglifeguard.server import PARTS
+from pglifeguard.server_position import PARTS
 from pglifeguard.testing.proxy import Proxy
 from tests import tls_server
 from tests.app.test_cli import run

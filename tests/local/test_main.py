@@ -160,6 +160,25 @@ def test_recovers_after_kill_9_and_keeps_the_data(directory: Path) -> None:
     assert processes(directory) == []
 
 
+def test_end_of_the_primary_is_told(directory: Path) -> None:
+    """With where its log is; the service stays, and Ctrl-C leaves nothing. An end by Ctrl-C is nothing to tell."""
+    with started(directory, "--no-seed") as run:
+        primary = postmaster((directory / "data").resolve() / "primary")
+        assert primary is not None
+        primary.send_signal(signal.SIGINT)
+
+        until(lambda: "starts it with its data" in run.words, STOP_SECONDS)
+
+        assert f"The primary has ended, and {directory}/primary.log says why." in run.words
+        assert httpx.get(f"{run.url}/health/live").is_success
+        assert run.stop(signal.SIGINT) == 0
+    assert processes(directory) == []
+
+    with started(directory, "--no-seed") as again:
+        assert again.stop(signal.SIGINT) == 0
+    assert "has ended" not in again.words
+
+
 def test_fresh_starts_anew(directory: Path) -> None:
     """--fresh forgets the last run's rows, and --no-seed makes none."""
     with started(directory, "--seed", "5") as run:

@@ -16,7 +16,7 @@ from pglifeguard.doctor.findings import Finding, status_of
 from pglifeguard.doctor.server_rules import judge_server
 from pglifeguard.duration import parse_duration
 from pglifeguard.pooler import Pooler
-from pglifeguard.server import UNKNOWN, Position
+from pglifeguard.server_position import UNKNOWN, Position
 from pglifeguard.tls import Encryption
 from tests.pglifeguard.conftest import service_settings
 

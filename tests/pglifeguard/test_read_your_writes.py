@@ -16,7 +16,7 @@ from pglifeguard.errors import DatabaseUnavailable
 from pglifeguard.forged_tokens import ROUND_SECONDS
 from pglifeguard.lease import Lease
 from pglifeguard.replay_wait import FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS, ReplayWait
-from pglifeguard.server import Token
+from pglifeguard.server_position import Token
 from pglifeguard.testing.proxy import Proxy
 from tests.conftest import Database, Execute
 from tests.service import Service, quiet, write

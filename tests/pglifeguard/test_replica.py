@@ -14,7 +14,7 @@ from pglifeguard.errors import ReplicaUnavailable
 from pglifeguard.metrics import Metrics
 from pglifeguard.monitor import Probe
 from pglifeguard.replica import BREAK_SECONDS, Replica, State
-from pglifeguard.server import UNKNOWN, Position, Token
+from pglifeguard.server_position import UNKNOWN, Position, Token
 from pglifeguard.testing.faults import exhausted
 from pglifeguard.testing.proxy import Proxy
 from tests.conftest import Database, Execute

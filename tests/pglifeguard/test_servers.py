@@ -25,7 +25,7 @@ from pglifeguard.errors import ConnectionLost
 from pglifeguard.lease import Lease
 from pglifeguard.monitor import Monitor
 from pglifeguard.replica import State
-from pglifeguard.server import UNKNOWN, Position, Token
+from pglifeguard.server_position import UNKNOWN, Position, Token
 from pglifeguard.testing.faults import exhausted
 from pglifeguard.testing.proxy import Proxy
 from tests.conftest import Database, Execute

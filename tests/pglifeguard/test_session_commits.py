@@ -19,7 +19,7 @@ from pglifeguard.embedded.waiting import eventually
 from pglifeguard.errors import ConnectionLost, OutcomeUnknown, TransactionAborted
 from pglifeguard.fastapi.idempotency import HEADER, IdempotentRoute
 from pglifeguard.fastapi.sessions import WriteDB
-from pglifeguard.server import WRITTEN
+from pglifeguard.server_position import WRITTEN
 from pglifeguard.sessions import ReadSession, WriteSession
 from pglifeguard.testing.proxy import Fate, Proxy
 from tests.conftest import Database, Execute

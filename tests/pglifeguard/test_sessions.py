@@ -19,7 +19,7 @@ from pglifeguard.databases import Databases
 from pglifeguard.embedded.waiting import eventually
 from pglifeguard.errors import ConnectionLost
 from pglifeguard.fastapi.sessions import AnalyticsDB, ReadDB, WriteDB, consistency_of, databases_of, route_of
-from pglifeguard.server import WRITTEN
+from pglifeguard.server_position import WRITTEN
 from pglifeguard.sessions import ReadSession, WriteSession
 from pglifeguard.testing.proxy import Fate, Proxy
 from tests.conftest import Database, Execute

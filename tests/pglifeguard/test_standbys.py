@@ -12,7 +12,7 @@ from pglifeguard.embedded.postgres import Server
 from pglifeguard.embedded.waiting import eventually
 from pglifeguard.fastapi.sessions import ReadDB
 from pglifeguard.replica import State
-from pglifeguard.server import Token
+from pglifeguard.server_position import Token
 from pglifeguard.testing.proxy import Proxy
 from tests.conftest import Database, Execute
 from tests.servers import Servers

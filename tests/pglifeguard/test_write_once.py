@@ -18,7 +18,7 @@ from pglifeguard.embedded.waiting import eventually
 from pglifeguard.errors import NotFound
 from pglifeguard.fastapi import IdempotentRoute, ReadDB, RequestDatabases, SerializableDB, WriteDB
 from pglifeguard.query import Query
-from pglifeguard.server import WRITTEN
+from pglifeguard.server_position import WRITTEN
 from pglifeguard.testing.proxy import Fate, Proxy
 from tests.conftest import Database, Execute
 from tests.service import Service, quiet, serving

@@ -14,7 +14,7 @@ from pglifeguard.activity import BY_STATE
 from pglifeguard.embedded.waiting import eventually
 from pglifeguard.fastapi.shared import MAX_PAUSE_SECONDS, Shared
 from pglifeguard.registry import SLICE_SAMPLES, Registry, write
-from pglifeguard.server import PositionQuery
+from pglifeguard.server_position import PositionQuery
 from tests.conftest import Database
 from tests.service import Service, quiet
 
