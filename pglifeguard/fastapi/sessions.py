@@ -17,7 +17,7 @@ from functools import lru_cache, partial
 from http import HTTPStatus
 from inspect import isasyncgenfunction, iscoroutinefunction, unwrap
 from types import TracebackType
-from typing import Annotated, Any, TypeVar, get_type_hints
+from typing import Annotated, Any, TypeVar, get_args, get_type_hints
 from urllib.parse import quote
 
 from fastapi import Depends, FastAPI, Request
@@ -214,7 +214,8 @@ def _annotated_with_session(endpoint: Callable[..., Any]) -> bool:
         hints = get_type_hints(unwrap(endpoint))
     except (AttributeError, NameError, TypeError):
         return False  # A name that only a type checker knows; or no function.
-    return any(isinstance(hint, type) and issubclass(hint, ReadSession) for hint in hints.values())
+    kinds = [kind for hint in hints.values() for kind in (hint, *get_args(hint))]
+    return any(isinstance(kind, type) and issubclass(kind, ReadSession) for kind in kinds)
 
 
 @lru_cache(4096)

@@ -44,7 +44,12 @@ def of_a_tenant(session: Annotated[WriteSession, Depends(of_tenant, scope="funct
     return str(session)
 
 
-@pytest.mark.parametrize("endpoint", [reads, writes, reports, serializes, of_a_tenant])
+def of_a_tenant_or_none(session: Annotated[WriteSession | None, Depends(of_tenant, scope="function")]) -> str:
+    """Write in a thread what a dependency has given, if it has."""
+    return str(session)
+
+
+@pytest.mark.parametrize("endpoint", [reads, writes, reports, serializes, of_a_tenant, of_a_tenant_or_none])
 @pytest.mark.parametrize("place", ["app", "router", "mounted"])
 async def test_plain_endpoint_stops_the_start(database: Database, endpoint: Any, place: str) -> None:
     """Wherever it is, the service does not start, and the sentence has its name and what to write."""
