@@ -71,9 +71,7 @@ def examine(
     if isinstance(error, TimeoutError):
         return Meaning(CommandTimeout("The database did not answer in time.", database=database), Fate.CLOSED)
     closed = connection is not None and connection.is_closed()
-    # An InterfaceError about another operation is a bug: two tasks use one connection at the same time.
-    ended = isinstance(error, asyncpg.InternalClientError) and never_sent(error)
-    if isinstance(error, OSError) or ended or (isinstance(error, asyncpg.InterfaceError) and closed):
+    if isinstance(error, OSError) or ended_unnoticed(error) or (isinstance(error, asyncpg.InterfaceError) and closed):
         return Meaning(ConnectionLost(LOST, database=database), Fate.CLOSED)
     if isinstance(error, asyncpg.DataError) and connection is not None and not connection.is_in_transaction():
         # asyncpg refused a value when it had sent half of the statement: the server waits for the other half, in a
@@ -88,12 +86,13 @@ def examine(
     return Meaning(fate=Fate.CLOSED if state.startswith(ENDED_BY_SERVER) else Fate.KEPT)
 
 
-def never_sent(error: BaseException) -> bool:
+def ended_unnoticed(error: BaseException) -> bool:
     """Tell a statement that asyncpg did not send because the server had ended the connection.
 
-    asyncpg 0.32 calls such a connection busy with another operation until the event loop sees its socket close.
+    asyncpg 0.32 calls such a connection busy with another operation until the event loop sees its socket close. By an
+    InterfaceError it says the same of a bug: two tasks use one connection at the same time.
     """
-    return _BUSY in str(error)
+    return isinstance(error, asyncpg.InternalClientError) and _BUSY in str(error)
 
 
 def forget_row_data(error: BaseException) -> None:

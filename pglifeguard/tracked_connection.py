@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import asyncpg
 
-from pglifeguard.driver_failures import DRIVER_FAILURES, LOST, SWALLOWED, never_sent
+from pglifeguard.driver_failures import DRIVER_FAILURES, LOST, SWALLOWED, ended_unnoticed
 from pglifeguard.effects import Effect, effect_of
 from pglifeguard.errors import ConnectionLost, OutcomeUnknown, TransactionAborted
 from pglifeguard.telemetry import PoolTelemetry
@@ -263,7 +263,7 @@ class Transaction:
         try:
             answer = await connection.control("COMMIT;")
         except DRIVER_FAILURES as error:
-            if never_sent(error):
+            if ended_unnoticed(error):
                 connection.terminate()
                 raise ConnectionLost(LOST) from error
             if isinstance(error, OSError) or connection.is_closed():

@@ -148,6 +148,29 @@ async def test_session_takes_one_connection_whoever_asks_at_once(
     assert (taken, left) == ([1], 0)
 
 
+@pytest.mark.parametrize("lane", ["rows", "execute"])
+async def test_commit_beside_a_statement_is_a_bug_and_no_outage(
+    database: Database, execute: Execute, caplog: pytest.LogCaptureFixture, lane: str
+) -> None:
+    """It answers 500, which tells no client to try again; nothing is committed, and nothing is held."""
+    async with serving(database.settings(pool_min_size=0)) as service:
+
+        @service.app.post("/both")
+        async def both(session: WriteDB) -> None:
+            await queries.add_patient(session, ADA | {"mrn": "A-1"})
+            second = ADA | {"mrn": "A-2"}
+            adding = queries.add_patient(session, second) if lane == "rows" else session.execute(ADD, second)
+            await asyncio.gather(adding, session.commit())
+
+        answer = await service.client.post("/both")
+        after = await service.client.get("/patients")
+        left = service.databases.primary.pool.figures().checked_out
+
+    assert (answer.status_code, answer.json()["code"]) == (500, "internal_error")
+    assert "another operation is in progress" in caplog.text or "already in progress" in caplog.text
+    assert (after.status_code, await execute(MRNS), left) == (200, "", 0)
+
+
 # After its end.
 
 
