@@ -361,6 +361,13 @@ async def test_reads_wait_for_the_replica_where_the_primary_may_not_serve_them(
     """Without falling back a read waits for the replica, and the primary, which is awake, has none of it."""
     settings = sleeping(database, replica=replica_proxy, primary={"url": database.url()}, replica_fallback=False)
     async with serving(settings, settled=False) as service:
+        primary = service.databases.primary.monitor
+
+        async def awake() -> bool:
+            return primary.healthy
+
+        # A replica cannot be compared with a primary that has not been looked at yet.
+        assert await eventually(awake, 5)
         replica_proxy.fall_asleep("holds")
         requests = await crowd(service, count=5)
         await replica_proxy.wake_up("holds")
