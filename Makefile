@@ -143,8 +143,9 @@ types: install  ## Check types
 check: lint types test  ## Style, types and tests, as CI runs them
 
 format: install  ## Format, and mend what can be mended
-	$(BIN)/ruff check --fix .
+	$(BIN)/ruff check --quiet --fix-only .
 	$(BIN)/ruff format .
+	$(BIN)/ruff check .
 
 lock: install  ## Resolve the dependencies anew into the hashed locks
 	$(BIN)/uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-header $(SERVED) pyproject.toml --group service -o requirements.txt

@@ -46,6 +46,12 @@ def vendor(source: Path, project: Path) -> str:
     return f"pglifeguard=={named['version']} \\\n    --hash=sha256:{hashlib.sha256(content).hexdigest()}"
 
 
+def _named(source: str) -> Path:
+    if not source:
+        raise LibraryError("Say FROM=…, as in: make update-pglifeguard FROM=../pglifeguard")
+    return Path(source)
+
+
 def _built(checkout: Path, directory: Path) -> Path:
     """Build a checkout's wheel, with the build backend that is a development dependency already."""
     if not (checkout / "pglifeguard" / "__init__.py").is_file():
@@ -64,12 +70,12 @@ def _built(checkout: Path, directory: Path) -> Path:
 
 
 def main(
-    source: Annotated[Path, typer.Argument(help="A checkout of pglifeguard, or a wheel of it.")],
+    source: Annotated[str, typer.Argument(help="A checkout of pglifeguard, or a wheel of it.")],
     project: Annotated[Path, typer.Option(help="The service that takes it.")] = PROJECT,
 ) -> None:
     """Replace the pglifeguard in vendor/, and name its version and hash in the locks."""
     try:
-        locked = vendor(source, project)
+        locked = vendor(_named(source), project)
     except LibraryError as error:
         typer.echo(error, err=True)
         raise typer.Exit(1) from None

@@ -129,7 +129,10 @@ def _worded(text: str, name: str, singular: str) -> str:
 def _texts(name: str, singular: str, root: Path) -> dict[Path, str]:
     heads = ScriptDirectory.from_config(Config(root / "alembic.ini")).get_heads()
     if len(heads) != 1 or not heads[0].isdigit():
-        raise Refused(f"The migrations' newest version is {', '.join(heads) or 'missing'}, and not one number.")
+        raise Refused(
+            f"The migrations' newest version is {', '.join(heads) or 'missing'}, and not one number. Give it the next "
+            "number, in its file's name and as its `revision`, and let each migration follow one other."
+        )
     revision = f"{int(heads[0]) + 1:04}"
     places = {"app": root / "app" / name, "tests": root / "tests/app" / name, "domain": root / "migrations/versions"}
     texts = {}

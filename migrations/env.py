@@ -10,6 +10,8 @@ from typing import Any
 
 import asyncpg
 from alembic import context
+from alembic.operations.ops import MigrationScript
+from alembic.runtime.migration import MigrationContext
 from alembic.util import CommandError
 from sqlalchemy import Connection, Index, pool
 from sqlalchemy.ext.asyncio import create_async_engine
@@ -52,6 +54,13 @@ def is_comparable(thing: Any, _name: str | None, _kind: str, _reflected: bool, c
     return not any(isinstance(part, CollationClause) for each in expressions for part in iterate(each))
 
 
+def number(_context: MigrationContext, _revision: object, directives: list[MigrationScript]) -> None:
+    """Give the migration that autogenerate writes the next number, as all others have one."""
+    heads = context.script.get_heads()
+    if directives and len(heads) == 1 and heads[0].isdigit():
+        directives[0].rev_id = f"{int(heads[0]) + 1:04}"
+
+
 def run(connection: Connection) -> None:
     """Migrate on an open connection, in one transaction for each version."""
     watch(connection)
@@ -61,6 +70,7 @@ def run(connection: Connection) -> None:
         compare_server_default=True,
         include_object=is_comparable,
         transaction_per_migration=True,
+        process_revision_directives=number,
     )
     with context.begin_transaction():
         context.run_migrations()

@@ -3,8 +3,8 @@
 Revision: ${up_revision}, after ${down_revision}.
 """
 
-from alembic import op
 import sqlalchemy as sa
+from alembic import op
 ${imports if imports else ""}
 revision = ${repr(up_revision)}
 down_revision = ${repr(down_revision)}

@@ -78,6 +78,22 @@ BEGIN
             foreign_roles;
     END IF;
 END $$;
+-- A password that nobody has set is told by its variable, and not by an error in the syntax of what would need it.
+\set missing ''
+\if :{?owner_password} \else \set missing :missing 'APP_OWNER_PASSWORD, ' \endif
+\if :{?rw_password} \else \set missing :missing 'APP_RW_PASSWORD, ' \endif
+\if :{?ro_password} \else \set missing :missing 'APP_RO_PASSWORD, ' \endif
+\if :{?monitor_password} \else \set missing :missing 'MONITOR_PASSWORD, ' \endif
+\if :may_replicate
+    \if :{?replicator_password} \else \set missing :missing 'REPLICATOR_PASSWORD, ' \endif
+\endif
+\if :superuser
+    \if :{?pgbouncer_password} \else \set missing :missing 'PGBOUNCER_PASSWORD, ' \endif
+\endif
+SELECT format('DO %L', format('BEGIN RAISE %L; END', 'export ' || rtrim(:'missing', ', ')
+    || ': each role gets its password from the environment; nothing was changed'))
+WHERE :'missing' <> ''
+\gexec
 \if :quiet
 \else
     \warn 'No superuser: a server that logs statements logs the passwords. Hashes (SCRAM-SHA-256$…) work too.'

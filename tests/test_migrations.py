@@ -2,6 +2,7 @@
 
 import asyncio
 import re
+import shutil
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,21 @@ from pglifeguard.embedded.postgres import free_port
 from pglifeguard.embedded.waiting import eventually
 from pglifeguard.fastapi import IDEMPOTENCY_TABLE
 from tests.conftest import Database
-from tests.interpreter import python
+from tests.interpreter import ROOT, python
 
 load_models()
 TABLES = "SELECT count(*) FROM pg_tables WHERE schemaname = 'public' AND tablename <> 'alembic_version'"
+# A table with names that are long enough for lines to be too long.
+MORE = """
+from sqlalchemy import ForeignKey
+
+
+class Ward(Base):
+    __tablename__ = "wards"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    patient_who_has_been_there_for_longest: Mapped[int | None] = mapped_column(ForeignKey("patients.id"))
+"""
 TABLES_OF_MODELS = len(Base.metadata.tables) + len(IDEMPOTENCY_TABLE.metadata.tables)
 
 
@@ -85,6 +97,34 @@ async def test_check_notices_a_difference(database: Database, owner: "asyncpg.Co
 
     assert status != 0
     assert "full_name" in output
+
+
+async def test_autogenerate_writes_the_next_migration_in_style(database: Database, tmp_path: Path) -> None:
+    """It has the next number, the words that were said, and nothing that `make check` would refuse."""
+    left_out = shutil.ignore_patterns("__pycache__")
+    for name in ("app", "migrations", "pglifeguard"):
+        if (ROOT / name).exists():
+            shutil.copytree(ROOT / name, tmp_path / name, ignore=left_out)
+    for name in ("alembic.ini", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    with (tmp_path / "app/patients/models.py").open("a", encoding="utf-8") as models:
+        models.write(MORE)
+    numbers = [int(path.name[:4]) for path in (tmp_path / "migrations/versions").glob("[0-9]*.py")]
+
+    status, output = await python(
+        *("-m", "alembic", "-c", str(tmp_path / "alembic.ini"), "revision", "--autogenerate", "-m", "Add wards"),
+        environment={"MIGRATIONS_URL": database.url("app_owner"), "PYTHONPATH": str(tmp_path)},
+        cwd=tmp_path,
+    )
+
+    assert status == 0, output
+    made = tmp_path / f"migrations/versions/{max(numbers) + 1:04}_add_wards.py"
+    text = made.read_text(encoding="utf-8")
+    assert text.startswith(f'"""Add wards.\n\nRevision: {max(numbers) + 1:04}, after {max(numbers):04}.\n"""\n')
+    assert 'op.create_table(\n        "wards",\n' in text
+    for command in (["check"], ["format", "--check"]):
+        judged = await python("-m", "ruff", *command, str(made), environment={}, cwd=tmp_path)
+        assert judged[0] == 0, judged[1]
 
 
 def test_there_is_one_head() -> None:

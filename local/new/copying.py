@@ -130,6 +130,8 @@ def _chosen(order: Order) -> tuple[list[str], list[str]]:
     left_out = [*files.LEFT_OUT, *(() if order.docker else files.DOCKER)]
     left_out += [pattern for domain in order.without for pattern in files.DOMAINS[domain]]
     kept = [path for path in every if not files.matches(path, left_out)]
+    for domain in sorted(order.without):
+        _check_nothing_needs(domain, [path for path in kept if re.fullmatch(r"(app|migrations)/.*\.py", path)])
     own = {
         "README.md",
         "CHANGELOG.md",
@@ -144,6 +146,14 @@ def _chosen(order: Order) -> tuple[list[str], list[str]]:
     gone = {*every} - {*kept} - own
     folders = _folders(gone) - _folders(kept)
     return kept, sorted(gone | {folder for folder in folders if "/" in folder})
+
+
+def _check_nothing_needs(domain: str, code: list[str]) -> None:
+    """Refuse to leave a domain out that code of the owner's imports, or to whose table a foreign key leads."""
+    named = re.compile(rf"""\bapp\.{domain}\b|["']{domain}\.\w+["']""")
+    needing = [path for path in code if named.search((PROJECT / path).read_text(encoding="utf-8"))]
+    if needing:
+        raise NewError(f"WITHOUT leaves out {domain}, which {', '.join(needing[:5])} cannot do without.")
 
 
 def _folders(paths: Iterable[str]) -> set[str]:

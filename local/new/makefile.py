@@ -16,7 +16,7 @@ KEPT = (
 DOCKER = ("test-deploy", ".venv/.installed-deploy")
 UPDATE = """
 update-pglifeguard: install  ## Take another pglifeguard into vendor/ (FROM=../pglifeguard, a checkout, or a wheel)
-	$(BIN)/python -m local.library $(if $(FROM),"$(FROM)")
+	$(BIN)/python -m local.library "$(FROM)"
 """
 _TARGET = re.compile(r"^([\w./-]+):(?!=)", re.MULTILINE)
 _COMPILE = "uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-header --emit-find-links"

@@ -15,10 +15,11 @@ from pathlib import Path
 import pytest
 
 from local.library import LibraryError, vendor
-from local.new import changes, files, makefile
+from local.new import changes, copying, files, makefile
 from local.new.copying import NewError, Order, check_code, make, tracked
 from local.new.names import refusal
 from local.new.words import credited, renamed, unlinked, wrapped
+from local.new_domain import DOMAINS, _registered
 from local.setup import PROJECT
 
 # Nobody has told git who they are: no file of settings, and no home to look into.
@@ -375,8 +376,49 @@ def test_scopes_are_those_of_its_domains(copy: Copy) -> None:
         assert (f"| `{domain}:read`" in page) == (domain not in copy.order.without)
 
 
+@pytest.mark.parametrize(
+    ("domains", "without", "left"),
+    [
+        (("patients", "users", "reports", "beds"), {"reports"}, ("patients", "users", "beds")),
+        (("patients", "beds", "reports"), {"reports"}, ("patients", "beds")),
+        (("reports", "patients", "users"), {"reports", "users"}, ("patients",)),
+        (("patients", "users", "reports", "beds"), {"reports", "users"}, ("patients", "beds")),
+        (("patients", "beds", "users"), {"users"}, ("patients", "beds")),
+        (("patients", "users"), {"users"}, ("patients",)),
+        (("patients", "users", "reports", "x" * 39, "y" * 39), {"reports", "users"}, ("patients", "x" * 39, "y" * 39)),
+    ],
+)
+def test_domains_of_the_owner_stay(domains: tuple[str, ...], without: set[str], left: tuple[str, ...]) -> None:
+    """Whatever stands beside them in app/main.py, in one line or in several, those that are left out go."""
+    source = (PROJECT / "app/main.py").read_text(encoding="utf-8")
+    text = DOMAINS.sub("DOMAINS = ()", source)
+    for name in domains:
+        text = _registered(text, name)
+
+    for change in changes.wanted(without=frozenset(without), docker=True):
+        if change.path == "app/main.py":
+            text = change.made(text)
+
+    found = DOMAINS.search(text)
+    assert found is not None
+    assert ast.literal_eval(found[0].removeprefix("DOMAINS = ")) == left
+
+
+def test_domain_that_is_needed_is_not_left_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A copy without it would not start, or not migrate; the sentence names what needs it."""
+    (tmp_path / "app").mkdir()
+    (tmp_path / "app/a.py").write_text('ForeignKey("users.id")', encoding="utf-8")
+    (tmp_path / "app/b.py").write_text("from app.users.models import User", encoding="utf-8")
+    (tmp_path / "app/c.py").write_text("users.id, 'people.id', app.userspace", encoding="utf-8")
+    monkeypatch.setattr(copying, "PROJECT", tmp_path)
+
+    with pytest.raises(NewError, match=r"^WITHOUT leaves out users, which app/a\.py, app/b\.py cannot do without\.$"):
+        copying._check_nothing_needs("users", ["app/a.py", "app/b.py", "app/c.py"])
+    copying._check_nothing_needs("reports", ["app/a.py", "app/b.py", "app/c.py"])
+
+
 def test_library_may_be_in_a_folder_with_a_space(copy: Copy) -> None:
-    """The order to take it reaches the program as one word, and nothing is no word."""
+    """The order to take it reaches the program as one word, which may be empty."""
     said = [
         subprocess.run(
             ["make", "--no-print-directory", "-n", "-o", "install", "update-pglifeguard", *given],
@@ -386,7 +428,7 @@ def test_library_may_be_in_a_folder_with_a_space(copy: Copy) -> None:
     ]  # fmt: skip
 
     assert said[0].endswith('local.library "../a b"')
-    assert said[1].rstrip().endswith("local.library")
+    assert said[1].endswith('local.library ""')
 
 
 def test_commands_of_pages_can_be_typed(copy: Copy) -> None:
@@ -529,9 +571,9 @@ def test_another_library_is_taken_into_the_copy(copies: dict[str, Copy], tmp_pat
     command = [sys.executable, "-m", "local.library", "--project", str(copy.directory)]
 
     taken = subprocess.run([*command, str(wheel)], cwd=PROJECT, capture_output=True, text=True, check=False)
-    refused, broken = (
+    refused, broken, unnamed = (
         subprocess.run([*command, str(wrong)], cwd=PROJECT, capture_output=True, text=True, check=False)
-        for wrong in (tmp_path, none)
+        for wrong in (tmp_path, none, "")
     )
 
     assert taken.returncode == 0, taken.stderr
@@ -542,6 +584,8 @@ def test_another_library_is_taken_into_the_copy(copies: dict[str, Copy], tmp_pat
     assert "serving]==9.8.7" in copy.read("pyproject.toml")
     assert (refused.returncode, refused.stderr) == (1, f"{tmp_path} is no checkout of pglifeguard.\n")
     assert (broken.returncode, broken.stderr) == (1, f"{none} is called as a wheel of pglifeguard, and is none.\n")
+    assert unnamed.returncode == 1
+    assert unnamed.stderr == "Say FROM=…, as in: make update-pglifeguard FROM=../pglifeguard\n"
 
 
 def test_library_goes_into_copies_alone(tmp_path: Path) -> None:

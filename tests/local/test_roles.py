@@ -7,7 +7,10 @@ import asyncpg
 import pytest
 
 from local.cluster import Cluster
-from local.setup import create_roles
+from local.setup import PROJECT, create_roles
+from pglifeguard.embedded.account import EmbeddedError
+from pglifeguard.embedded.directories import run
+from pglifeguard.embedded.postgres import HOST
 
 # Generic to the type checker alone.
 Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
@@ -238,3 +241,30 @@ async def test_server_settings_are_the_shared_file(connect: dict[str, Connection
     assert rows == []
     assert settings is not None
     assert tuple(settings) == ("100", "replica", "0")
+
+
+async def test_password_that_is_missing_is_named(cluster: Cluster, tables: str) -> None:
+    """By the variable that has to be set, and not by an error in the syntax; nothing is changed by then."""
+    connection = await asyncpg.connect(cluster.url("postgres"))
+    before = await connection.fetch("SELECT oid, rolpassword FROM pg_authid ORDER BY oid")
+
+    async def told(**passwords: str) -> str:
+        with pytest.raises(EmbeddedError) as refused:
+            await run(
+                cluster.primary.account,
+                "psql", "--no-psqlrc", "--quiet", "--host", HOST, "--port", str(cluster.primary.port),
+                "--username", "postgres", "--dbname", tables, "--file", "-",
+                stdin=(PROJECT / "postgres/roles.sql").read_text(encoding="utf-8"),
+                PGPASSWORD=cluster.primary.password, **passwords,
+            )  # fmt: skip
+        return str(refused.value)
+
+    given = {"APP_OWNER_PASSWORD": "o", "APP_RW_PASSWORD": "w", "APP_RO_PASSWORD": "r"}
+    some, none = await told(**given), await told()
+    after = await connection.fetch("SELECT oid, rolpassword FROM pg_authid ORDER BY oid")
+    await connection.close()
+
+    assert "export MONITOR_PASSWORD, REPLICATOR_PASSWORD, PGBOUNCER_PASSWORD: each role gets its password" in some
+    assert "export APP_OWNER_PASSWORD, APP_RW_PASSWORD, APP_RO_PASSWORD, MONITOR_PASSWORD" in none
+    assert "syntax" not in some + none
+    assert after == before
