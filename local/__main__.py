@@ -42,7 +42,7 @@ NOT_YOURS = """\
 DATABASE_URL is set, and not used here: make run serves databases of its own, `python -m app serve` yours.
 """
 ENDED = """\
-The primary has ended, and {log} says why.
+The primary has ended; {log} may say why.
 Writes answer 503 until it is back: Ctrl-C, and `make {command}` again, starts it with its data.
 """
 TOKENS = """\

@@ -54,7 +54,7 @@ class MigrationSettings(BaseSettings):
             return self._of_a_job("DATABASE_", self.database_url, self.database_password_file, kinds)
         raise SettingsError(
             "Neither MIGRATIONS_URL nor DATABASE_URL is set: say where to migrate, past any pooler, as "
-            "postgresql://app_owner:password@host:5432/database."
+            "postgresql://app_owner:password@host:5432/database; beside a running `make run`: `. .local/env`."
         )
 
     @property

@@ -78,19 +78,23 @@ BEGIN
             foreign_roles;
     END IF;
 END $$;
--- A password that nobody has set is told by its variable, and not by an error in the syntax of what would need it.
-\set missing ''
-\if :{?owner_password} \else \set missing :missing 'APP_OWNER_PASSWORD, ' \endif
-\if :{?rw_password} \else \set missing :missing 'APP_RW_PASSWORD, ' \endif
-\if :{?ro_password} \else \set missing :missing 'APP_RO_PASSWORD, ' \endif
-\if :{?monitor_password} \else \set missing :missing 'MONITOR_PASSWORD, ' \endif
-\if :may_replicate
-    \if :{?replicator_password} \else \set missing :missing 'REPLICATOR_PASSWORD, ' \endif
-\endif
-\if :superuser
-    \if :{?pgbouncer_password} \else \set missing :missing 'PGBOUNCER_PASSWORD, ' \endif
-\endif
-SELECT format('DO %L', format('BEGIN RAISE %L; END', 'export ' || rtrim(:'missing', ', ')
+-- A password that nobody has set, or an empty one, which would take away the one that is there, is told by its variable.
+\if :{?owner_password} \else \set owner_password '' \endif
+\if :{?rw_password} \else \set rw_password '' \endif
+\if :{?ro_password} \else \set ro_password '' \endif
+\if :{?monitor_password} \else \set monitor_password '' \endif
+\if :{?replicator_password} \else \set replicator_password '' \endif
+\if :{?pgbouncer_password} \else \set pgbouncer_password '' \endif
+SELECT concat_ws(', ',
+    CASE WHEN :'owner_password' = '' THEN 'APP_OWNER_PASSWORD' END,
+    CASE WHEN :'rw_password' = '' THEN 'APP_RW_PASSWORD' END,
+    CASE WHEN :'ro_password' = '' THEN 'APP_RO_PASSWORD' END,
+    CASE WHEN :'monitor_password' = '' THEN 'MONITOR_PASSWORD' END,
+    CASE WHEN :'replicator_password' = '' AND :'may_replicate' THEN 'REPLICATOR_PASSWORD' END,
+    CASE WHEN :'pgbouncer_password' = '' AND :'superuser' THEN 'PGBOUNCER_PASSWORD' END
+) AS missing
+\gset
+SELECT format('DO %L', format('BEGIN RAISE %L; END', 'export ' || :'missing'
     || ': each role gets its password from the environment; nothing was changed'))
 WHERE :'missing' <> ''
 \gexec

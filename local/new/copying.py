@@ -115,8 +115,10 @@ def check_code(project: Path = PROJECT) -> None:
     """
     strange = _git("ls-files", "-z", "--others", "--exclude-standard", "--", "app", "migrations", directory=project)
     if names := [path for path in strange.split("\0") if path]:
+        more = f" and {len(names) - 5} more files" if len(names) > 5 else ""  # noqa: PLR2004  # Enough to see.
         raise NewError(
-            f"git does not track {', '.join(names[:5])}: `git add` what the copy is to have, or move it away."
+            f"git does not track {', '.join(names[:5])}{more}: `git add` what the copy is to have, with its tests, or "
+            "move it away."
         )
 
 

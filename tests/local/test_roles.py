@@ -261,10 +261,14 @@ async def test_password_that_is_missing_is_named(cluster: Cluster, tables: str) 
 
     given = {"APP_OWNER_PASSWORD": "o", "APP_RW_PASSWORD": "w", "APP_RO_PASSWORD": "r"}
     some, none = await told(**given), await told()
+    # An empty one would take away the one that is there, in silence.
+    rest = dict.fromkeys(("MONITOR_PASSWORD", "REPLICATOR_PASSWORD", "PGBOUNCER_PASSWORD"), "x")
+    empty = await told(**given | rest | {"APP_RW_PASSWORD": ""})
     after = await connection.fetch("SELECT oid, rolpassword FROM pg_authid ORDER BY oid")
     await connection.close()
 
     assert "export MONITOR_PASSWORD, REPLICATOR_PASSWORD, PGBOUNCER_PASSWORD: each role gets its password" in some
     assert "export APP_OWNER_PASSWORD, APP_RW_PASSWORD, APP_RO_PASSWORD, MONITOR_PASSWORD" in none
+    assert "export APP_RW_PASSWORD: each role gets its password" in empty
     assert "syntax" not in some + none
     assert after == before

@@ -94,7 +94,7 @@ async def test_who_cannot_wait_for_the_next_round_is_told_at_once(database: Data
     """During a pause a deadline that comes before its end is answered with what is known."""
     proxy.refuse()
     async with connecting(proxy.url(database.url())) as to:
-        for seconds in (10, 0.001, 0.001):
+        for seconds in (10, 0.01, 0.01):
             with pytest.raises(DatabaseUnreachable, match="Connect call failed"):
                 await opening(to, seconds)
 

@@ -21,13 +21,13 @@ from sqlalchemy import ForeignKey
 from sqlalchemy.orm import Mapped, mapped_column, relationship
 from app.models import Base
 from app.main import create_app
-from app.users.models import User
+from app.patients.models import Patient
 
 class Note(Base):
     __tablename__ = "notes"
     id: Mapped[int] = mapped_column(primary_key=True)
-    user_id: Mapped[int] = mapped_column(ForeignKey("users.id"))
-    user: Mapped[User] = relationship({})
+    patient_id: Mapped[int] = mapped_column(ForeignKey("patients.id"))
+    patient: Mapped[Patient] = relationship({})
 
 create_app()
 """
@@ -88,7 +88,7 @@ async def test_relationship_that_hides_a_query_stops_the_start(database: Databas
     said = (await process.communicate())[1].decode()
 
     assert process.returncode == code, said
-    assert ("selectinload(Note.user)" in said) == bool(code)
+    assert ("selectinload(Note.patient)" in said) == bool(code)
 
 
 def test_refusal_names_the_relationship() -> None:

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 from sqlalchemy import Boolean, Text, bindparam, func, literal_column, select, text
+from sqlalchemy.exc import InterfaceError
 
 from pglifeguard.embedded.waiting import eventually
-from pglifeguard.errors import ConnectionLost
 from pglifeguard.lease import fetch_once
 from pglifeguard.query import Query
 from pglifeguard.sessions import ReadSession, WriteSession
@@ -351,7 +351,8 @@ async def test_copy_under_way_is_not_given_back(lonely: Service) -> None:
             await started.wait()
 
     copying: list[asyncio.Future[Any]] = []
-    with pytest.raises(ConnectionLost):
+    # Whoever commits beside it has a bug, and no outage.
+    with pytest.raises(InterfaceError, match="another operation is in progress"):
         await leave_it()
     copying[0].cancel()
     await asyncio.gather(*copying, return_exceptions=True)

@@ -14,7 +14,7 @@ import pytest
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 
-from app.users import queries as users
+from app.patients import queries as patients
 from pglifeguard import Databases, DatabaseUnavailable, SettingsError
 from pglifeguard.embedded.waiting import eventually
 from tests.poolers.scene import POOL, Scene, found_by, settings
@@ -49,7 +49,7 @@ async def statements(scene: Scene) -> str | None:
 
     async def use(databases: Databases, number: int) -> None:
         async with databases.writing() as session:
-            assert await users.list_users(session, limit=5) is not None
+            assert await patients.list_patients(session, limit=5) is not None
             assert (await session.execute(text("SELECT CAST(:n AS int)"), {"n": number})).scalar_one() == number
 
     async with Databases(settings(scene.pooler, scene.database)) as other:
