@@ -179,8 +179,12 @@ ADDING = (
         "those of step 8 for a domain of yours; it names them. What else tells of the domain does no harm.",
         "What still tells of it does no harm: rows of `README.md` and `docs/errors.md`.",
     ),
-    Change("docs/adding-a-domain.md", r"^`tests/test_adding_a_domain\.py`, which makes and removes .*\n"),
-    exactly("docs/adding-a-domain.md", "Tests of the library that use", "Other tests that use"),
+    Change("docs/adding-a-domain.md", r"^`tests/test_adding_a_domain\.py`, which makes and removes .*\n.*\n"),
+    Change(
+        "docs/adding-a-domain.md",
+        r"^Tests of the library that ask `/users`.*\n.*\n",
+        "Tests that ask `/users` fail until they ask `/patients`, with its fields.\n",
+    ),
 )
 # The examples of requests in tests that are about something else.
 _POST = r'"/users", json=\{"email": "[^"]+", "full_name": ("[^"]+")\}'

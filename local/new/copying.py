@@ -125,6 +125,9 @@ def check_code(project: Path = PROJECT) -> None:
 def _chosen(order: Order) -> tuple[list[str], list[str]]:
     """Return the files that go along, and those that do not."""
     every = tracked()
+    for domain in sorted(order.without):
+        if not any(path.startswith(f"app/{domain}/") for path in every):
+            raise NewError(f"WITHOUT leaves out {domain}, and there is no app/{domain} here: take it out of WITHOUT.")
     check_code()
     if forgotten := files.unlisted(every):
         more = f" and {len(forgotten) - 5} more files" if len(forgotten) > 5 else ""  # noqa: PLR2004  # Enough to see.

@@ -404,6 +404,14 @@ def test_domains_of_the_owner_stay(domains: tuple[str, ...], without: set[str], 
     assert ast.literal_eval(found[0].removeprefix("DOMAINS = ")) == left
 
 
+def test_domain_that_is_not_there_is_not_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever has removed it here has nothing to leave out, and is told so."""
+    monkeypatch.setattr(copying, "tracked", lambda: ["app/main.py", "app/patients/routes.py"])
+
+    with pytest.raises(NewError, match=r"^WITHOUT leaves out users, and there is no app/users here: take it out"):
+        copying._chosen(Order("clinic", Path("clinic"), "Clinic", frozenset({"users"})))
+
+
 def test_domain_that_is_needed_is_not_left_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A copy without it would not start, or not migrate; the sentence names what needs it."""
     (tmp_path / "app").mkdir()
