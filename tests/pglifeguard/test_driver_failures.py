@@ -117,3 +117,25 @@ async def test_two_tasks_on_one_connection_are_a_bug(database: Database) -> None
 
         assert (meaning.error, meaning.fate) == (None, Fate.KEPT)
         p.pool.release(slot)
+
+
+async def test_commit_that_was_not_sent_is_a_lost_connection(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Asyncpg has read that the server ended the session, and the event loop has not seen the socket close yet."""
+
+    async def not_sent(*_: object) -> None:
+        raise asyncpg.InternalClientError("cannot switch to state 12; another operation (2) is in progress")
+
+    async with pooled(database.url()) as p:
+        slot = await p.pool.acquire()
+        connection = slot.info["checkout"].connection
+        transaction = connection.transaction()
+        await transaction.start()
+        with monkeypatch.context() as patch:
+            patch.setattr(asyncpg.Connection, "execute", not_sent)
+            with pytest.raises(ConnectionLost, match="nothing was committed"):
+                await transaction.commit()
+
+        assert connection.is_closed()
+        p.pool.release(slot)

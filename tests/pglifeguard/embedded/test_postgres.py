@@ -1,6 +1,9 @@
 """One server starts, and says why when it does not; it ends, whoever is in it."""
 
+import asyncio
+import os
 import shutil
+import signal
 import socket
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -52,6 +55,18 @@ async def test_server_takes_another_port_where_its_own_is_taken(server: Server) 
     connection = await server.connect()
     assert await connection.fetchval("SELECT 1") == 1
     await connection.close()
+
+
+async def test_end_of_a_server_is_waited_for(server: Server) -> None:
+    """Whoever ends it; one that was never started has ended."""
+    await server.ended()
+    await server.start()
+    waiting = asyncio.create_task(server.ended())
+
+    os.kill(server.pid, signal.SIGINT)
+    await asyncio.wait_for(waiting, 20)
+
+    assert not server.running
 
 
 async def test_server_that_does_not_start_says_why(server: Server) -> None:
