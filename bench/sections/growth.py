@@ -110,7 +110,8 @@ async def _workers(stage: Stage, plan: Plan, tell: Tell, section: Section) -> di
         "**Workers**, all on the one core: what matters here is the price of one request, not the rate. At "
         f"{rate:,} requests a second over {STEADY_CLIENTS} connections, a third of what one answers when it is busy, "
         f"and with what the workers do by themselves, four take {found:.2f} times the CPU of one, at most "
-        f"{MOST_OF_WORKERS} wanted: {held}; bare FastAPI's four take {of_bare:.2f} times. When there is more to do than the core can, with {BUSY} clients for each "
+        f"{MOST_OF_WORKERS} wanted: {held}; bare FastAPI's four take {of_bare:.2f} times. "
+        f"When there is more to do than the core can, with {BUSY} clients for each "
         f"worker, four take {ratio(busy):.2f} times, and bare FastAPI's {ratio(bare[0]):.2f} times; with {BUSY} "
         f"clients for all of them {ratio(shared):.2f} and {ratio(bare[1]):.2f} times: {WHY_WORKERS}"
     )
