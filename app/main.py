@@ -72,7 +72,7 @@ def create_app(settings: Settings | None = None, **options: Any) -> FastAPI:
             # All objects of now live until the end, so the garbage collector need not visit them.
             gc.collect()
             gc.freeze()
-            # Requests leave no cycles (tests/test_cost.py), but 200 in flight are 20,000 objects, which the
+            # Served requests leave no cycles (tests/test_cost.py), but 200 in flight are 20,000 objects, which the
             # collector looked at ten times a second with its usual threshold of 700, for 8 to 46 ms each.
             gc.set_threshold(20_000)
             more = None if inner is None else await stack.enter_async_context(inner(app))
