@@ -37,7 +37,7 @@ QUICK = Plan(rounds=3, seconds=1, quick=True)
 HELP = """Measure the service side by side with its floor and with the textbook's ways to connect.
 
 Starts a primary, a replica and every server that is measured, loads them on 127.0.0.1 and stops them again. Tables
-are printed as they are done; after all parts, in under 15 minutes, docs/benchmarks.md and its pictures are
+are printed as they are done; after all parts, in about 20 minutes, docs/benchmarks.md and its pictures are
 written. With --quick or --only nothing is written. A missed bar is reported; a wrong answer ends the run.
 
 \b

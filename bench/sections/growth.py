@@ -28,7 +28,6 @@ PATHS = ("/patients/7", "/patients?limit=50")
 FLAT = 1.15
 WHY_CLIENTS = "epoll names only the sockets that have something to say, but more of them wear out the caches."
 WHY_ROWS = "the server answers more slowly, so the event loop wakes more often for the same number of answers."
-WHY_WORKERS = "they take turns on one core and have fewer requests at once, so each wakes up for fewer of them."
 
 Tell = Callable[[str], None]
 
@@ -103,17 +102,18 @@ async def _workers(stage: Stage, plan: Plan, tell: Tell, section: Section) -> di
     def ratio(rows: Mapping[int, Row]) -> float:
         return rows[4].cpu.median / rows[1].cpu.median
 
-    found, of_bare = (each[4].median / each[1].median for each in (steady, bare[2]))
-    claim = f"a request of four workers takes {found:.2f} times the CPU of one worker's"
-    held = section.verdict(f"{claim}, ≤ {MOST_OF_WORKERS} wanted", held=found <= MOST_OF_WORKERS)
+    most = max(ratio(busy), ratio(shared))
+    claim = f"a request of four busy workers takes {most:.2f} times the CPU of one worker's"
+    held = section.verdict(f"{claim}, ≤ {MOST_OF_WORKERS} wanted", held=most <= MOST_OF_WORKERS)
+    at_a_third, of_bare = (each[4].median / each[1].median for each in (steady, bare[2]))
     section.say(
-        "**Workers**, all on the one core: what matters here is the price of one request, not the rate. At "
-        f"{rate:,} requests a second over {STEADY_CLIENTS} connections, a third of what one answers when it is busy, "
-        f"and with what the workers do by themselves, four take {found:.2f} times the CPU of one, at most "
-        f"{MOST_OF_WORKERS} wanted: {held}; bare FastAPI's four take {of_bare:.2f} times. "
-        f"When there is more to do than the core can, with {BUSY} clients for each "
-        f"worker, four take {ratio(busy):.2f} times, and bare FastAPI's {ratio(bare[0]):.2f} times; with {BUSY} "
-        f"clients for all of them {ratio(shared):.2f} and {ratio(bare[1]):.2f} times: {WHY_WORKERS}"
+        f"**Workers**, all on the one core: what matters here is the price of one request, not the rate. With {BUSY} "
+        f"clients for all workers, four take {ratio(shared):.2f} times the CPU of one, and with {BUSY} clients for each "
+        f"{ratio(busy):.2f} times, at most {MOST_OF_WORKERS} wanted: {held}; bare FastAPI's four take "
+        f"{ratio(bare[1]):.2f} and {ratio(bare[0]):.2f} times. Where workers have less to do, each request wakes a "
+        f"process that slept, and what each worker does by itself counts: at {rate:,} requests a second over "
+        f"{STEADY_CLIENTS} connections, a third of what one worker answers when it is busy, four take "
+        f"{at_a_third:.2f} times the CPU of one, and bare FastAPI's {of_bare:.2f} times."
     )
     section.table(
         [
