@@ -107,8 +107,8 @@ async def _workers(stage: Stage, plan: Plan, tell: Tell, section: Section) -> di
     held = section.verdict(f"{claim}, ≤ {MOST_OF_WORKERS} wanted", held=most <= MOST_OF_WORKERS)
     at_a_third, of_bare = (each[4].median / each[1].median for each in (steady, bare[2]))
     section.say(
-        f"**Workers**, all on the one core: what matters here is the price of one request, not the rate. With {BUSY} "
-        f"clients for all workers, four take {ratio(shared):.2f} times the CPU of one, and with {BUSY} clients for each "
+        "**Workers**, all on the one core: what matters here is the price of one request, not the rate. With "
+        f"{BUSY} clients for all workers, four take {ratio(shared):.2f} times the CPU of one, and with {BUSY} for each "
         f"{ratio(busy):.2f} times, at most {MOST_OF_WORKERS} wanted: {held}; bare FastAPI's four take "
         f"{ratio(bare[1]):.2f} and {ratio(bare[0]):.2f} times. Where workers have less to do, each request wakes a "
         f"process that slept, and what each worker does by itself counts: at {rate:,} requests a second over "
