@@ -1,9 +1,51 @@
-"""Types of request fields that more than one domain uses."""
+"""Types of request fields, for every domain. Each refuses what its JSON Schema refuses, and takes what that takes."""
 
+import re
+from datetime import UTC, date, datetime, timedelta
 from typing import Annotated, Any, Self
 
 from fastapi import Path
-from pydantic import BaseModel, ConfigDict, StringConstraints, model_validator
+from pydantic import (
+    AfterValidator,
+    AwareDatetime,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    model_validator,
+)
+
+LARGEST_ID = 2**63 - 1
+_DATE = re.compile(r"\d{4}-\d{2}-\d{2}")
+_TIME = re.compile(r"\d{4}-\d{2}-\d{2}[Tt]\d{2}:\d{2}:\d{2}(\.\d+)?([Zz]|[+-]\d{2}:\d{2})")
+
+
+def _written_as_date(value: object) -> object:
+    # Pydantic would read 0 and "0" as 1970-01-01.
+    if not isinstance(value, str) or _DATE.fullmatch(value) is None:
+        raise ValueError("must be a date, written as YYYY-MM-DD")
+    return value
+
+
+def _written_as_time(value: object) -> object:
+    # The same, and to the schema a time has its seconds and its zone.
+    if not isinstance(value, str) or _TIME.fullmatch(value) is None:
+        raise ValueError("must be a time with its zone, written as 2026-01-31T09:30:00Z")
+    return value
+
+
+def _not_in_future(day: date) -> date:
+    # East of UTC it may be tomorrow already.
+    if day > datetime.now(UTC).date() + timedelta(days=1):
+        raise ValueError("must not be in the future")
+    return day
+
+
+def _whole(value: object) -> object:
+    # JSON has one kind of number: 7.0 is an integer there, and not in Python.
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
 
 # One line of text without control characters: PostgreSQL cannot store NUL, and the others make text unreadable. That
 # it holds more than spaces is what `min_length` demands after they are taken off, and what the pattern tells clients.
@@ -16,8 +58,18 @@ Line = Annotated[
         pattern=r"^[^\x00-\x1f\x7f]*[^\s\x00-\x1f\x7f][^\x00-\x1f\x7f]*$",
     ),
 ]
-# A primary key. Larger numbers do not fit into PostgreSQL's bigint.
-Id = Annotated[int, Path(ge=1, le=2**63 - 1)]
+# A day of the calendar, and a moment. In whatever zone it is written, the years are those of Python.
+Day = Annotated[date, BeforeValidator(_written_as_date)]
+PastDay = Annotated[Day, AfterValidator(_not_in_future)]
+Moment = Annotated[
+    AwareDatetime,
+    BeforeValidator(_written_as_time),
+    Field(ge=datetime(1, 1, 2, tzinfo=UTC), lt=datetime(9999, 12, 31, tzinfo=UTC)),
+]
+# A primary key in a path. Larger numbers do not fit into PostgreSQL's bigint.
+Id = Annotated[int, Path(ge=1, le=LARGEST_ID)]
+# A primary key in JSON, whose readers may have no larger integers (RFC 8259).
+Key = Annotated[int, Field(strict=True, ge=1, le=2**53 - 1), BeforeValidator(_whole)]
 
 
 def _describe_change(schema: dict[str, Any]) -> None:

@@ -22,7 +22,7 @@ LEFT_OUT = shutil.ignore_patterns(".venv*", ".git", ".local", "*_cache", "__pyca
 # A block, with the file that holds it, or the file and the line below which it comes, or commands.
 STEP = re.compile(
     r"`(?P<file>[\w./]+\.py)`:\n\n```python\n(?P<text>.*?)```"
-    r"|`(?P<table>[\w./]+\.md)`, below ``(?P<line>[^\n]*?)``:\n\n```text\n(?P<rows>.*?)```"
+    r"|`(?P<table>[\w./]+)`, below ``(?P<line>[^\n]*?)``:\n\n```text\n(?P<rows>.*?)```"
     r"|```console\n(?P<commands>.*?)```",
     re.DOTALL,
 )

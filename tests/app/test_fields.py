@@ -4,8 +4,9 @@ import re
 from typing import Any
 
 import pytest
+from pydantic import TypeAdapter, ValidationError
 
-from app.fields import Change, Line
+from app.fields import Change, Day, Key, Line, Moment, PastDay
 from app.main import create_app
 from tests.conftest import Database
 
@@ -37,6 +38,41 @@ def test_line_tells_that_it_refuses_spaces_alone(text: str, fits: bool) -> None:
     pattern = ThingChange.model_json_schema()["properties"]["name"]["pattern"]
 
     assert (re.search(pattern, text) is not None) is fits
+
+
+def taken(kind: Any, value: object) -> str | None:
+    """Return what a field of this type makes of a value of JSON, as text; None when it is refused."""
+    try:
+        return str(TypeAdapter(kind).validate_python(value))
+    except ValidationError:
+        return None
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "made"),
+    [
+        (Day, "2026-01-31", "2026-01-31"),
+        *(
+            (Day, wrong, None)
+            for wrong in (0, "0", True, None, "2026-02-30", "2026-1-31", "20260131", "2026-01-31T00:00:00Z")
+        ),
+        (PastDay, "1915-12-10", "1915-12-10"),
+        (PastDay, "9999-12-31", None),
+        (Moment, "2026-01-31T09:30:00Z", "2026-01-31 09:30:00+00:00"),
+        (Moment, "2026-01-31t09:30:00.5z", "2026-01-31 09:30:00.500000+00:00"),
+        (Moment, "2026-01-31T09:30:00+01:00", "2026-01-31 09:30:00+01:00"),
+        *((Moment, wrong, None) for wrong in (0, "0", "2026-01-31", "2026-01-31T09:30Z", "2026-01-31T09:30:00")),
+        # Each is a time, and in UTC none that Python has.
+        *((Moment, wrong, None) for wrong in ("0001-01-01T00:00:00+14:00", "9999-12-31T23:00:00-14:00")),
+        (Key, 1, "1"),
+        (Key, 7.0, "7"),
+        (Key, 2**53 - 1, str(2**53 - 1)),
+        *((Key, wrong, None) for wrong in (0, -1, 1.5, True, "1", None, 2**53, 1e300, float("inf"), float("nan"))),
+    ],
+)
+def test_field_takes_what_the_document_says(kind: Any, value: object, made: str | None) -> None:
+    """A date is written as one, a time has its zone, and 7.0 is an integer: as JSON Schema has it, no more, no less."""
+    assert taken(kind, value) == made
 
 
 async def test_each_body_may_be_refused(database: Database) -> None:

@@ -1,6 +1,7 @@
 """The service keeps what its OpenAPI document promises, whatever is asked of it."""
 
 import asyncio
+import os
 import sys
 from pathlib import Path
 
@@ -19,12 +20,14 @@ CHECKS = (
     "content_type_conformance",
     "response_headers_conformance",
     "response_schema_conformance",
+    "positive_data_acceptance",
     "negative_data_rejection",
     "missing_required_header",
     "unsupported_method",
     "allow_header_conformance",
     "use_after_free",
 )
+HOOKS = Path(__file__).parents[2] / "fuzz/hooks.py"
 # What may be said of a wrong request: its own list, with a URL and a body that are too long to be looked at.
 REJECTED = """[checks.negative_data_rejection]
 expected-statuses = [400, 401, 403, 404, 405, 406, 409, 413, 414, 415, 422, 428, 429]
@@ -42,7 +45,8 @@ async def schemathesis(url: str, directory: Path, *, examples: int) -> tuple[int
         "--suppress-health-check", "all", "--warnings", "off", "--workers", "1",
         # It does what it promises: every request after it would wait (tests/pglifeguard/test_pause.py).
         "--exclude-path", "/debug/pause",
-        cwd=directory, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
+        cwd=directory, env=os.environ | {"SCHEMATHESIS_HOOKS": str(HOOKS)},
+        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
     )  # fmt: skip
     try:
         output, _ = await asyncio.wait_for(process.communicate(), 110)
