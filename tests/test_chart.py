@@ -24,6 +24,16 @@ def test_chart_has_the_projects_version() -> None:
     assert (chart["version"], chart["appVersion"]) == (__version__, __version__)
 
 
+def test_page_pushes_the_image_that_the_chart_asks_for() -> None:
+    """Who does as docs/kubernetes.md says has built the version that the chart names; the upgrade is to a later one."""
+    page = (ROOT / "docs/kubernetes.md").read_text(encoding="utf-8")
+
+    assert set(re.findall(r"-app:([\d.]+)", page)) == {__version__}
+    (upgrade,) = re.findall(r"image\.tag=([\d.]+)", page)
+    assert upgrade.rpartition(".")[0] == __version__.rpartition(".")[0]
+    assert int(upgrade.rpartition(".")[2]) > int(__version__.rpartition(".")[2])
+
+
 def test_chart_starts_the_images_of_the_compose_stack() -> None:
     """The chart's images are those that docker-compose.yml builds and pulls."""
     text = (ROOT / "docker-compose.yml").read_text(encoding="utf-8")

@@ -34,7 +34,7 @@ def exactly(path: str, old: str, new: str = "") -> Change:
     return Change(path, re.escape(old), new)
 
 
-VERSION = "0.1.0"
+VERSION, NEXT_VERSION = "0.1.0", "0.1.1"
 SETTINGS = """class Database(DatabaseSettings):
     \"\"\"A database of this service, as which it shows itself to the server.\"\"\"
 
@@ -151,6 +151,8 @@ DOCKER = (
         f'version: {VERSION}\nappVersion: "{VERSION}"',
     ),
     exactly("tests/test_chart.py", "from pglifeguard import __version__", "from app import __version__"),
+    Change("docs/kubernetes.md", r"(?<=lifeguard-app:)[\d.]+", VERSION),
+    Change("docs/kubernetes.md", r"(?<=image\.tag=)[\d.]+", NEXT_VERSION),
 )
 NO_DOCKER = (
     Change(".github/dependabot.yml", r"^  - package-ecosystem: docker(?:.*\n)+?\n(?=  - package-ecosystem: g)"),

@@ -8,7 +8,8 @@ from collections.abc import Collection, Iterable
 # The library's own names, which stay what they are: the package, its modules, and the class, where code or prose says
 # it. Everything else that is called so is the project, and gets the copy's name.
 OF_THE_LIBRARY = re.compile(
-    r"pglifeguard|fastapi[./]lifeguard|import Lifeguard\b|\bLifeguard(?=\(|\.\w|`)|Lifeguard(?=, (?:Read|Write)DB)"
+    r"pglifeguard|PGLIFEGUARD|fastapi[./]lifeguard|import Lifeguard\b|\bLifeguard(?=\(|\.\w|`)"
+    r"|Lifeguard(?=, (?:Read|Write)DB)"
 )
 _NAME = re.compile(rf"({OF_THE_LIBRARY.pattern})|lifeguard|Lifeguard|LIFEGUARD")
 _LINK = re.compile(

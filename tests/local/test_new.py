@@ -613,6 +613,7 @@ def test_library_goes_into_copies_alone(tmp_path: Path) -> None:
         ("from pglifeguard.fastapi.lifeguard import Lifeguard", "from pglifeguard.fastapi.lifeguard import Lifeguard"),
         ("Lifeguard: pools", "Clinic: pools"),
         ("deploy/helm/lifeguard/x LIFEGUARD_LOCAL", "deploy/helm/clinic/x CLINIC_LOCAL"),
+        ("PGLIFEGUARD_TEST_URL", "PGLIFEGUARD_TEST_URL"),
     ],
 )
 def test_project_is_renamed_and_the_library_is_not(said: str, says: str) -> None:
