@@ -9,7 +9,7 @@ the whole patience, however long that is. So there are three states:
   was long already: the newest is served first, so that those who are served have not waited for long, and the others
   wait for the end of the burst, as many of them as could be served after it;
 - standing, when it has grown for several intervals: it keeps as many requests as can be served within the target, and
-  refuses all others at once. It ends when the queue is empty.
+  refuses all others at once. It ends when the queue is empty, and is remembered for a moment.
 
 Where clients are told apart (`client_key`), each has a line of its own and they take turns, so one with many requests
 in flight does not keep the others waiting; in a full queue it makes room for them. While the queue stands a client may
@@ -48,7 +48,10 @@ HELD = 1.25
 REFUSED_AT_ONCE = 6
 # Intervals of growth after which the queue stands; one without growth takes one off. A burst that can be served in time
 # is over by then: three times the capacity may come for 0.2 s, and takes a busy event loop longer to notice.
-STANDING_AFTER = 8
+STANDING_AFTER = 7
+# A queue that stands is empty after the target without a request, and requests pause for longer than that. Those that
+# come so soon after it stood find it one interval of growth away from that, not a whole burst.
+REMEMBERED_SECONDS = 0.3
 
 # On whose behalf a connection is acquired in this context: a token's subject, a tenant; None tells nobody apart.
 client_key: ContextVar[str | None] = ContextVar("client_key", default=None)
@@ -116,7 +119,9 @@ class WaitQueue(Generic[S]):
     def count_arrival(self, now: float) -> None:
         """Count a request that found no connection, whether it then joins or is refused."""
         if self.idle:
-            self.idle, self._grown, self._limit, self._served_at = False, 0, None, now
+            stood = self._limit is not None and now - self._served_at <= REMEMBERED_SECONDS
+            self._grown = STANDING_AFTER - 1 if stood else 0
+            self.idle, self._limit, self._served_at = False, None, now
             self._begin(now)
             self._before = (now, 0)
         self._came += 1

@@ -11,7 +11,7 @@ from bench.stage import Stage
 POOL = 4
 LOADS = (0.5, 0.9, 1.0, 2.0, 3.0, 5.0)
 CALM, OVERLOADS = 0.9, (2.0, 3.0, 5.0)
-# The first 0.4 s of an overload are taken for a burst; a short window would be mostly that.
+# The first 0.35 s of an overload are taken for a burst; a short window would be mostly that.
 WINDOW_SECONDS = 3
 # Whoever asked has given up after this long; an answer that comes later did work for nobody.
 USEFUL_MILLISECONDS = 1000

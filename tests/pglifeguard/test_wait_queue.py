@@ -142,6 +142,28 @@ async def test_overload_keeps_nobody_waiting(loop: asyncio.AbstractEventLoop, lo
     assert outcome.refused["overload"] >= 0.8 * outcome.refused.total()
 
 
+async def test_overload_is_not_over_by_a_pause(loop: asyncio.AbstractEventLoop) -> None:
+    """When nothing comes for a moment the short queue is empty; those who come then are not held for another burst."""
+    rate = 2 * PER_SECOND
+
+    whole = Simulation(loop).run(evenly(rate, 4))
+    paused = Simulation(loop).run(itertools.chain(evenly(rate, 2), evenly(rate, 2, begin=2.1)))
+
+    held = [outcome.refused.total() - outcome.refused["overload"] for outcome in (whole, paused)]
+    assert held[1] <= held[0] + 0.1 * PER_SECOND
+
+
+async def test_overload_is_forgotten(loop: asyncio.AbstractEventLoop) -> None:
+    """Half a second after it, a burst that can be served in time is served whole again."""
+    overload = list(evenly(3 * PER_SECOND, 2))
+    burst = list(evenly(3 * PER_SECOND, 0.2, begin=2.5))
+
+    alone = Simulation(loop).run(iter(overload))
+    both = Simulation(loop).run(itertools.chain(overload, burst))
+
+    assert len(both.served) == len(alone.served) + len(burst)
+
+
 @pytest.mark.parametrize("client", [None, "gateway"])
 async def test_growing_queue_holds_as_many_as_can_be_served(
     loop: asyncio.AbstractEventLoop, client: str | None
