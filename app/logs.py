@@ -1,7 +1,6 @@
 """Log lines: JSON for machines, readable on a terminal, each with the id of the request that it belongs to."""
 
 import logging
-import logging.config
 import sys
 from typing import Any, Literal, cast
 
@@ -16,10 +15,12 @@ NOT_EXTRA = [*RESERVED_ATTRS, "taskName", "color_message"]
 
 def configure_logs(level: str, log_format: Literal["auto", "json", "console"], *, access_log: bool) -> None:
     """Send every logger, uvicorn's too, to standard error in one format."""
+    from logging.config import dictConfig  # noqa: PLC0415  # It loads Python's handlers for mail, sockets and files.
+
     for name in ("asyncio", "uvicorn.error", "uvicorn.access"):
         # dictConfig takes an earlier configuration's handlers off, and leaves its filters on.
         logging.getLogger(name).filters.clear()
-    logging.config.dictConfig(log_config(level, as_json=wants_json(log_format), access_log=access_log))
+    dictConfig(log_config(level, as_json=wants_json(log_format), access_log=access_log))
 
 
 def wants_json(log_format: Literal["auto", "json", "console"]) -> bool:

@@ -12,7 +12,6 @@ Active Record, node-postgres and SQLAlchemy.
 import os
 import re
 from collections.abc import Iterator, Mapping
-from difflib import get_close_matches
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -345,6 +344,8 @@ def _has_root_certificate() -> bool:
 
 
 def _unknown(name: str) -> str:
+    from difflib import get_close_matches  # noqa: PLC0415  # Only for who has misspelt something.
+
     # A piece of a password that was not percent-encoded may end up here: only a likely name is repeated.
     near = get_close_matches(name, sorted(PARAMETERS), n=1, cutoff=0.75)
     if not near:

@@ -9,7 +9,6 @@ and ignored.
 from collections.abc import Iterable, Iterator
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
-from difflib import SequenceMatcher
 from functools import lru_cache
 
 PREFIX = "database_"
@@ -105,6 +104,8 @@ class _Settings:
             # Of one word there is only URL and ECHO, and DATABASE_BACKUP_URL is neither.
             if "_" in _without_groups(other) and len(words ^ set(_words(other))) == 1:
                 return other
+        from difflib import SequenceMatcher  # noqa: PLC0415  # Only for who has misspelt something.
+
         ratio, best = max((SequenceMatcher(None, own, _own_part(other)).ratio(), other) for other in self.names)
         return best if ratio >= _ALIKE else None
 
