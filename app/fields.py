@@ -1,7 +1,8 @@
 """Types of request fields, for every domain. Each refuses what its JSON Schema refuses, and takes what that takes."""
 
 import re
-from datetime import UTC, date, datetime, timedelta
+from dataclasses import dataclass
+from datetime import UTC, date, datetime, time, timedelta
 from typing import Annotated, Any, Self
 
 from fastapi import Path
@@ -12,9 +13,11 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    GetCoreSchemaHandler,
     StringConstraints,
     model_validator,
 )
+from pydantic_core.core_schema import CoreSchema, no_info_before_validator_function
 
 LARGEST_ID = 2**63 - 1
 _DATE = re.compile(r"\d{4}-\d{2}-\d{2}")
@@ -47,6 +50,31 @@ def _whole(value: object) -> object:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
+@dataclass(frozen=True)
+class AsText:
+    """In JSON a value of this type is text of one form, and the OpenAPI document gives its pattern.
+
+    Pydantic reads a decimal or a time of day from numbers too, and describes them as any number, or as any text.
+    """
+
+    pattern: str
+    example: str
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        """Refuse what is written in another way, before Pydantic reads it."""
+        return no_info_before_validator_function(self._written_so, handler(source))
+
+    def __get_pydantic_json_schema__(self, _schema: CoreSchema, _handler: object) -> dict[str, Any]:
+        """Describe the text, in requests and in answers."""
+        return {"type": "string", "pattern": self.pattern, "examples": [self.example]}
+
+    def _written_so(self, value: object) -> object:
+        # An answer is made of values as the database gives them.
+        if isinstance(value, str | int | float) and not (isinstance(value, str) and re.search(self.pattern, value)):
+            raise ValueError(f"must be text, written as {self.example}")
+        return value
+
+
 # One line of text without control characters: PostgreSQL cannot store NUL, and the others make text unreadable. That
 # it holds more than spaces is what `min_length` demands after they are taken off, and what the pattern tells clients.
 Line = Annotated[
@@ -66,10 +94,14 @@ Moment = Annotated[
     BeforeValidator(_written_as_time),
     Field(ge=datetime(1, 1, 2, tzinfo=UTC), lt=datetime(9999, 12, 31, tzinfo=UTC)),
 ]
+# A time of day, without a zone.
+Clock = Annotated[time, AsText(r"^([01][0-9]|2[0-3]):[0-5][0-9](:[0-5][0-9](\.[0-9]{1,6})?)?$", "09:30:00")]
+# Behind a strict integer and its bounds: `Annotated[int, Field(strict=True, ge=0), WHOLE]`.
+WHOLE = BeforeValidator(_whole)
 # A primary key in a path. Larger numbers do not fit into PostgreSQL's bigint.
 Id = Annotated[int, Path(ge=1, le=LARGEST_ID)]
 # A primary key in JSON, whose readers may have no larger integers (RFC 8259).
-Key = Annotated[int, Field(strict=True, ge=1, le=2**53 - 1), BeforeValidator(_whole)]
+Key = Annotated[int, Field(strict=True, ge=1, le=2**53 - 1), WHOLE]
 
 
 def _describe_change(schema: dict[str, Any]) -> None:

@@ -13,6 +13,8 @@ PROGRAM = PROJECT / ".venv-fuzz" / "bin" / "schemathesis"
 HOOKS = PROJECT / "fuzz" / "hooks.py"
 # They do what they promise: every request after them would wait, have no connection, or lose the one that it has.
 ORDERS = "^/debug/(pause|drain|resize|end)$"
+# It would write [Filtered] for tokens and keys, and the commands that it prints would be answered in another way.
+TOLD = "[output.sanitization]\nenabled = false\n"
 # By the security schemes of the document, so that it knows what it leaves out where it asks without a token.
 AUTHORIZED = '[auth.openapi.{scheme}]\nbearer = "${{FUZZ_TOKEN}}"\n'
 # What may be said of a wrong request: its own list, with a URL and a body that are too long to be looked at.
@@ -51,7 +53,7 @@ async def ask(stage: Stage, directory: Path, *, phases: str, seconds: int, seed:
     schemes = document.get("components", {}).get("securitySchemes", {})
     config = directory / "schemathesis.toml"
     authorized = "".join(AUTHORIZED.format(scheme=scheme) for scheme in schemes)
-    config.write_text(authorized + REJECTED, encoding="utf-8")
+    config.write_text(authorized + TOLD + REJECTED, encoding="utf-8")
     process = await asyncio.create_subprocess_exec(
         PROGRAM, "--no-color", "--config-file", config, "run", f"{stage.url}/openapi.json", "--checks", "all",
         "--phases", phases, "--exclude-path-regex", ORDERS,

@@ -1,14 +1,18 @@
 """The OpenAPI document tells clients what the fields' types refuse, and which answers a body may get."""
 
 import re
-from typing import Any
+from datetime import time
+from decimal import Decimal
+from typing import Annotated, Any
 
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
-from app.fields import Change, Day, Key, Line, Moment, PastDay
+from app.fields import AsText, Change, Clock, Day, Key, Line, Moment, PastDay
 from app.main import create_app
 from tests.conftest import Database
+
+WEIGHT = Annotated[Decimal, AsText(r"^[0-9]{1,6}(\.[0-9]{1,2})?$", "12.50")]
 
 
 class ThingChange(Change):
@@ -64,6 +68,13 @@ def taken(kind: Any, value: object) -> str | None:
         *((Moment, wrong, None) for wrong in (0, "0", "2026-01-31", "2026-01-31T09:30Z", "2026-01-31T09:30:00")),
         # Each is a time, and in UTC none that Python has.
         *((Moment, wrong, None) for wrong in ("0001-01-01T00:00:00+14:00", "9999-12-31T23:00:00-14:00")),
+        (Clock, "09:30", "09:30:00"),
+        (Clock, "23:59:59.5", "23:59:59.500000"),
+        # As the database gives it, for an answer.
+        (Clock, time(9, 30), "09:30:00"),
+        *((Clock, wrong, None) for wrong in (0, 3600.0, True, "24:00", "9:30", "09:30:00Z", "09:30:00+01:00")),
+        (WEIGHT, "12.50", "12.50"),
+        *((WEIGHT, wrong, None) for wrong in (12, 12.5, True, "", "1e3", "-1", "12.505", "NaN", "12.50 ")),
         (Key, 1, "1"),
         (Key, 7.0, "7"),
         (Key, 2**53 - 1, str(2**53 - 1)),

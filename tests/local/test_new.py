@@ -283,7 +283,7 @@ def test_copy_has_its_own_name_everywhere(copy: Copy) -> None:
         assert "lifeguard" not in path.replace("pglifeguard", "").lower()
     for path, text in copy.texts():
         for line in text.splitlines():
-            left = re.sub(r"import Lifeguard\b|\bLifeguard\(|`Lifeguard`", "", line.replace("pglifeguard", ""))
+            left = re.sub(r"pglifeguard|PGLIFEGUARD|import Lifeguard\b|\bLifeguard\(|`Lifeguard`", "", line)
             assert "lifeguard" not in left.lower(), f"{path}: {line}"
 
 
