@@ -52,9 +52,10 @@ def _whole(value: object) -> object:
 
 @dataclass(frozen=True)
 class AsText:
-    """In JSON a value of this type is text of one form, and the OpenAPI document gives its pattern.
+    """In JSON a value of this type is text of one form, of which the OpenAPI document gives the pattern.
 
-    Pydantic reads a decimal or a time of day from numbers too, and describes them as any number, or as any text.
+    Pydantic reads a decimal or a time of day from numbers too, and describes them as any number, or as any text. The
+    pattern is of the whole text, without ^ and $: in Python $ lets a line's end pass, in JSON Schema it does not.
     """
 
     pattern: str
@@ -66,11 +67,12 @@ class AsText:
 
     def __get_pydantic_json_schema__(self, _schema: CoreSchema, _handler: object) -> dict[str, Any]:
         """Describe the text, in requests and in answers."""
-        return {"type": "string", "pattern": self.pattern, "examples": [self.example]}
+        return {"type": "string", "pattern": f"^({self.pattern})$", "examples": [self.example]}
 
     def _written_so(self, value: object) -> object:
         # An answer is made of values as the database gives them.
-        if isinstance(value, str | int | float) and not (isinstance(value, str) and re.search(self.pattern, value)):
+        written = isinstance(value, str) and re.fullmatch(self.pattern, value) is not None
+        if isinstance(value, str | int | float) and not written:
             raise ValueError(f"must be text, written as {self.example}")
         return value
 
@@ -95,8 +97,9 @@ Moment = Annotated[
     Field(ge=datetime(1, 1, 2, tzinfo=UTC), lt=datetime(9999, 12, 31, tzinfo=UTC)),
 ]
 # A time of day, without a zone.
-Clock = Annotated[time, AsText(r"^([01][0-9]|2[0-3]):[0-5][0-9](:[0-5][0-9](\.[0-9]{1,6})?)?$", "09:30:00")]
-# Behind a strict integer and its bounds: `Annotated[int, Field(strict=True, ge=0), WHOLE]`.
+Clock = Annotated[time, AsText(r"([01][0-9]|2[0-3]):[0-5][0-9](:[0-5][0-9](\.[0-9]{1,6})?)?", "09:30:00")]
+# An integer takes it at the end: `Annotated[int, Field(strict=True, ge=0), WHOLE]`. Of Pydantic's own, one would take
+# "1" and true, and the strict one refuse 7.0. The document would not tell bounds that stand behind it.
 WHOLE = BeforeValidator(_whole)
 # A primary key in a path. Larger numbers do not fit into PostgreSQL's bigint.
 Id = Annotated[int, Path(ge=1, le=LARGEST_ID)]
