@@ -149,7 +149,7 @@ async def steady_loop(url: str, *, rate: float, seconds: float, clients: int) ->
     Unlike the clients of a closed loop they send no more to a server that answers sooner. They speak HTTP as plainly as
     wrk does: a whole client library takes longer for a request than the service, and its requests come in heaps.
 
-    Raises: BenchError when an answer is not a 200, or when fewer were sent than were due.
+    Raises: BenchError when an answer is not a 200 or does not come, or when fewer were sent than were due.
     """
     asked = httpx.URL(url)
     request = f"GET {asked.raw_path.decode()} HTTP/1.1\r\nHost: {asked.netloc.decode()}\r\n\r\n".encode()
@@ -173,11 +173,13 @@ async def steady_loop(url: str, *, rate: float, seconds: float, clients: int) ->
 
     begun = time.monotonic()
     try:
-        async with asyncio.TaskGroup() as sending:
+        async with asyncio.timeout(seconds + PATIENCE_SECONDS), asyncio.TaskGroup() as sending:
             for place in range(clients):
                 sending.create_task(send(place))
-    except* (BenchError, OSError, EOFError) as failed:
+    except* BenchError as failed:
         raise BenchError(f"{failed.exceptions[0]}") from failed
+    except* (OSError, EOFError) as failed:
+        raise BenchError(f"{url}: {str(failed.exceptions[0]) or 'no answer'}") from failed
     took = time.monotonic() - begun
     if took > seconds * (1 + LATE_SHARE) + LATE_SECONDS:
         raise BenchError(f"{url}: {each * clients} requests took {took:.2f} s instead of {seconds:g}.")
