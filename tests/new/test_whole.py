@@ -18,11 +18,14 @@ from tests.local.test_main import until
 SERVE_SECONDS = 90
 CI = {"HOME": "/nonexistent", "GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_NOSYSTEM": "1"}
 
+# What `make test-new ARGS=…` is told is for pytest, and not for each make that is run below it.
+OWN = {name: value for name, value in os.environ.items() if name not in {"ARGS", "MAKEFLAGS"}}
+
 
 def run(*command: str | Path, directory: Path, **environment: str) -> str:
     """Run a command to its end, show what it writes, and fail with it."""
     process = subprocess.run(
-        command, cwd=directory, env=os.environ | environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        command, cwd=directory, env=OWN | environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         text=True, check=False,
     )  # fmt: skip
     sys.stdout.write(process.stdout)
@@ -58,7 +61,7 @@ def served(installed: Path, tmp_path: Path) -> Iterator[httpx.Client]:
     arguments = f"ARGS=--port {port} --directory {tmp_path / 'databases'}"
     with (tmp_path / "out").open("wb") as output:
         process = subprocess.Popen(
-            ["make", "run", arguments], cwd=installed, stdout=output, stderr=output, start_new_session=True
+            ["make", "run", arguments], cwd=installed, env=OWN, stdout=output, stderr=output, start_new_session=True
         )
     try:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}") as client:
