@@ -5,9 +5,8 @@ that a client makes up, would otherwise stand in links and caches.
 """
 
 import re
-from dataclasses import dataclass
 from ipaddress import ip_address
-from typing import Self
+from typing import NamedTuple, Self
 
 from prometheus_client import Counter
 from starlette._utils import get_route_path
@@ -29,8 +28,7 @@ class HostNotAllowed(ServiceError):
     code = "host_not_allowed"
 
 
-@dataclass(frozen=True, slots=True)
-class Authority:
+class Authority(NamedTuple):
     """A host, in small letters and an IPv6 address in its shortest form, and a port, None where none is named."""
 
     host: str

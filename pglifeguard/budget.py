@@ -12,15 +12,14 @@ jobs run beside the service, on the primary's server. `check_budget` refuses mor
 import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from pglifeguard.database_settings import DatabaseSettings
 from pglifeguard.environment import SettingsError
 from pglifeguard.settings import DatabasesSettings
 
 
-@dataclass(frozen=True, slots=True)
-class Preset:
+class Preset(NamedTuple):
     """A pool's size for a kind of service: pool_size and max_overflow per process."""
 
     name: str
@@ -59,8 +58,7 @@ def by_load(requests_per_second: float, query_seconds: float) -> int:
     return max(5, math.ceil(round(requests_per_second * query_seconds * 1.2, 6)))
 
 
-@dataclass(frozen=True, slots=True)
-class Demand:
+class Demand(NamedTuple):
     """What the service may open on one server.
 
     `per_instance` is one instance's part, `wanted` the sum for all of them with migrations and jobs, and `arithmetic`

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 from prometheus_client import Counter, Histogram
 
@@ -78,8 +78,7 @@ class Checkout:
         return self.queried if self.asked_at is None else self.queried + time.perf_counter() - self.asked_at
 
 
-@dataclass(frozen=True, slots=True)
-class PoolFigures:
+class PoolFigures(NamedTuple):
     """One instant of a pool. `checked_out + connecting + available == total`, always.
 
     Only in a pool that was made smaller the sum is more, until what is beyond its size is released.
@@ -99,8 +98,7 @@ class PoolFigures:
     waiting: int
 
 
-@dataclass(frozen=True, slots=True)
-class Holding:
+class Holding(NamedTuple):
     """An open checkout: its holder, its duration, and how much of that was without a query.
 
     `pid` is the server's process that serves it; None when it is closed, and behind a pooler, where each transaction

@@ -2,8 +2,7 @@
 
 import logging
 import time
-from dataclasses import dataclass
-from typing import Literal, TypeAlias, cast, get_args
+from typing import Literal, NamedTuple, TypeAlias, cast, get_args
 
 from sqlalchemy import event
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
@@ -35,8 +34,7 @@ Isolation: TypeAlias = Literal["READ COMMITTED", "REPEATABLE READ", "SERIALIZABL
 MUTE_SECONDS = 1.5
 
 
-@dataclass(frozen=True, slots=True)
-class TransactionMode:
+class TransactionMode(NamedTuple):
     """A kind of transaction: the engine with its options for SQLAlchemy, and the words that begin the same by hand.
 
     With `skips_transaction`, queries of `rows` need no transaction until there is one: each stands for itself.

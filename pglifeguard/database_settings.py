@@ -79,7 +79,8 @@ PasswordFile = Annotated[Path, AfterValidator(_checked_password_file)]
 class DatabaseSettings(BaseModel):
     """One database and the pool in front of it. All times are seconds, all sizes are per process."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
+    # The first use builds the validators: those of the settings around it hold them as well.
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True, defer_build=True)
 
     url: DatabaseUrl = Field(
         description="postgresql://user:password@host:port/database; several hosts as ?host=a:5432&host=b:5432."

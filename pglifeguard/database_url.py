@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from ipaddress import AddressValueError, IPv6Address
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple, cast
 from urllib.parse import quote, urlencode
 
 from pglifeguard import url_parameters
@@ -55,8 +55,7 @@ _URL = re.compile(
 _HOST_AND_PORT = re.compile(r"(?:\[(?P<bracketed>[^\]]*)\]|(?P<name>/.*?|[^/:\[]*))(?::(?P<port>\d*))?")
 
 
-@dataclass(frozen=True, slots=True)
-class Host:
+class Host(NamedTuple):
     """One address of a database: a name, an IP address, or the directory of a Unix socket.
 
     `address` is where the server of that name was found (see discovery.py); certificates are compared with the name.
@@ -81,8 +80,7 @@ class Host:
         return self.name.startswith("/")
 
 
-@dataclass(frozen=True, slots=True)
-class KeepAlive:
+class KeepAlive(NamedTuple):
     """What a URL says about TCP; None leaves the connector's own choice. Seconds, but for the last one."""
 
     enabled: bool = True

@@ -546,9 +546,7 @@ class Databases:
         while True:
             await asyncio.sleep(self.settings.pool_log_interval_seconds)
             for database in self.all():
-                figures = database.pool.figures()
-                extra = {name: getattr(figures, name) for name in figures.__slots__}
-                logger.info("pool figures", extra={"pool": database.name, **extra})
+                logger.info("pool figures", extra={"pool": database.name, **database.pool.figures()._asdict()})
 
 
 def _telemetry(settings: DatabasesSettings) -> Telemetry | None:

@@ -8,10 +8,9 @@ import asyncio
 import ipaddress
 import math
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from hashlib import blake2b
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from pglifeguard.database_url import Host
 from pglifeguard.lookup import Lookups, is_address
@@ -25,8 +24,7 @@ class LookupFailed(OSError):
     """DNS gave no answer, or one that says that there is nothing; the text says which."""
 
 
-@dataclass(frozen=True, slots=True)
-class Found:
+class Found(NamedTuple):
     """A replica as DNS names it. Of SRV records those of the lowest priority go first, the others in their absence.
 
     `weight` is its share beside others of the same priority.

@@ -6,9 +6,8 @@ way the statement took. Nothing here waits, closes a connection or knows SQLAlch
 """
 
 import re
-from dataclasses import dataclass
 from enum import Enum, auto
-from typing import Any
+from typing import Any, NamedTuple
 
 import asyncpg
 
@@ -50,8 +49,7 @@ class Fate(Enum):
     """Its server takes no writes any more, and so does every connection to that address: `leave_demoted`."""
 
 
-@dataclass(frozen=True, slots=True)
-class Meaning:
+class Meaning(NamedTuple):
     """What a failure means: the error to raise in place of the driver's, if there is one, and the connection's fate."""
 
     error: ServiceError | None = None

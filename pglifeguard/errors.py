@@ -23,9 +23,8 @@ elsewhere that raises one is not mistaken for a transient failure.
 """
 
 import json
-from dataclasses import dataclass
 from http import HTTPStatus
-from typing import Any
+from typing import Any, NamedTuple
 
 import asyncpg
 
@@ -154,8 +153,7 @@ class OutcomeUnknown(DatabaseUnavailable):
     code = "outcome_unknown"
 
 
-@dataclass(frozen=True, slots=True)
-class Failure:
+class Failure(NamedTuple):
     """The answer to a client for a failure that the database reported."""
 
     status: int

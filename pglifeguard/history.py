@@ -12,7 +12,6 @@ import socket
 import time
 from collections import Counter, deque
 from collections.abc import Sequence
-from dataclasses import asdict
 from itertools import islice
 from operator import add, sub
 from secrets import token_hex
@@ -158,13 +157,13 @@ def _describe(database: Database, replica: Replica | None) -> dict[str, Any]:
         "name": database.name,
         "role": database.role,
         "server": settings.server,
-        **{name: getattr(figures, name) for name in figures.__slots__},
+        **figures._asdict(),
         "timeout_seconds": settings.pool_timeout,
         "status": _status(database),
         "latency_ms": _milliseconds(probe.latency_seconds),
         "error": probe.error,
         "timeline": database.monitor.position.timeline,
-        "held": [asdict(holding) for holding in pool.holdings()[:HELD_SHOWN]],
+        "held": [holding._asdict() for holding in pool.holdings()[:HELD_SHOWN]],
     }
     if replica is not None:
         described |= {

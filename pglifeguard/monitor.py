@@ -10,8 +10,8 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol
+from dataclasses import replace
+from typing import Any, Literal, NamedTuple, Protocol
 
 import asyncpg
 
@@ -30,8 +30,7 @@ PROBE_SECONDS = 0.5
 STALLED_SECONDS = 1.0
 
 
-@dataclass(frozen=True, slots=True)
-class Probe:
+class Probe(NamedTuple):
     """The result of one probe. `at` is of time.monotonic(); `position` is what the server said of itself.
 
     "asleep" is no answer: nobody uses the database, so that it may sleep, and it was not asked. `server` is the one
@@ -136,7 +135,7 @@ class Monitor:
     def let_sleep(self, pool: SleepingPool) -> None:
         """Ask nothing, and keep no connection, while nobody uses the database: a probe would keep it awake."""
         self._pool = pool
-        self.last = replace(self.last, status="asleep")
+        self.last = self.last._replace(status="asleep")
 
     async def probe_forever(self) -> None:
         """Probe every `monitor_interval_seconds`, until the task is cancelled."""

@@ -6,8 +6,7 @@ is safe. Where data would be wrong the service refuses, with a sentence that say
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 Mode = Literal["transaction", "session", "statement"]
 
@@ -52,8 +51,7 @@ _REFUSAL = re.compile(r"unsupported startup parameter(?: in options)?: (?P<name>
 _OPTION = re.compile(r"(?:-c\s*|--)([A-Za-z_][\w.-]*)=")
 
 
-@dataclass(frozen=True, slots=True)
-class Pooler:
+class Pooler(NamedTuple):
     """What a look has found; None for what it could not tell.
 
     `present`: whether the login was answered by something that is not PostgreSQL. `splits`: whether the statements of

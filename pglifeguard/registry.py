@@ -4,10 +4,9 @@ import asyncio
 import math
 from collections.abc import Iterable, Iterator
 from copy import copy
-from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
-from typing import cast
+from typing import NamedTuple, cast
 
 from prometheus_client import CollectorRegistry, Metric, generate_latest
 from prometheus_client.metrics import MetricWrapperBase
@@ -73,8 +72,7 @@ async def write(slices: Iterable[Metric], *, openmetrics: bool = False) -> bytes
     return b"".join([*parts, end])
 
 
-@dataclass(frozen=True, slots=True)
-class _One:
+class _One(NamedTuple):
     """A registry of one family."""
 
     family: Metric

@@ -9,11 +9,10 @@ import os
 import socket
 import ssl
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import lru_cache
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import asyncpg
 
@@ -68,8 +67,7 @@ class TlsFailed(ConnectionError):
     """TLS could not be opened; the text says with whom and why."""
 
 
-@dataclass(frozen=True, slots=True)
-class Encryption:
+class Encryption(NamedTuple):
     """What protects a connection as far as the next hop: the server, or the pooler or proxy in front of it."""
 
     # "TLSv1.3"; None for a connection that is not encrypted.

@@ -8,8 +8,8 @@ and ignored.
 
 from collections.abc import Iterable, Iterator
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 PREFIX = "database_"
 # What platforms say of a database, word by word. In the names of settings are URL, NAME, and PASSWORD with
@@ -35,8 +35,7 @@ _IS_NO_SETTING = "is not a setting of this service."
 _ALL = "All are in docs/settings.md of pglifeguard."
 
 
-@dataclass(frozen=True, slots=True)
-class Findings:
+class Findings(NamedTuple):
     """What is in the environment and not read: sentences, by what becomes of them."""
 
     refused: tuple[str, ...]

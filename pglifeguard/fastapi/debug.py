@@ -1,7 +1,6 @@
 """Operators' routes: pool figures, holders of connections, and orders to the pools. They use no request pool."""
 
 import logging
-from dataclasses import asdict
 from typing import Annotated, Any
 
 from fastapi import Query, Request
@@ -59,7 +58,7 @@ class NewSize(BaseModel):
 @router.get("/debug/pool-stats")
 async def get_pool_stats(databases: RequestDatabases) -> dict[str, dict[str, int | str]]:
     """Count the connections of each pool of this process, now; of a replica that DNS has found say which one it is."""
-    return {database.name: asdict(database.pool.figures()) | _place_of(database) for database in databases.all()}
+    return {database.name: database.pool.figures()._asdict() | _place_of(database) for database in databases.all()}
 
 
 def _place_of(database: Database) -> dict[str, str]:
@@ -83,7 +82,7 @@ async def _all_connections(databases: Databases) -> dict[str, Any]:
 
 
 async def _connections(database: Database) -> dict[str, Any]:
-    holdings = [asdict(holding) for holding in database.pool.holdings()]
+    holdings = [holding._asdict() for holding in database.pool.holdings()]
     if database.monitor.asleep:
         return {"held": holdings, "server": None, "blocked": None, "error": ASLEEP}
     try:
@@ -102,13 +101,13 @@ async def pause(
 
     `pending` counts the connections that are still at work: a planned switchover begins when there are none.
     """
-    return asdict(await _tell(request, "pause", wait_seconds, seconds=seconds))
+    return (await _tell(request, "pause", wait_seconds, seconds=seconds))._asdict()
 
 
 @guarded_router.post("/debug/resume", status_code=202)
 async def resume(request: Request) -> dict[str, Any]:
     """End a pause: the pools connect anew, and serve those who have waited."""
-    return asdict(await _tell(request, "resume"))
+    return (await _tell(request, "resume"))._asdict()
 
 
 @guarded_router.post("/debug/drain", status_code=202, responses=documented(404, 422, 503))
@@ -118,7 +117,7 @@ async def drain(request: Request, pool: PoolName | None = None, wait_seconds: Wa
     `pending` counts the old connections that are still at work. No request fails for it. A database that lets no new
     connection in keeps its old ones, and the answer is 503.
     """
-    return asdict(await _tell(request, "drain", wait_seconds, pool=pool))
+    return (await _tell(request, "drain", wait_seconds, pool=pool))._asdict()
 
 
 @guarded_router.post("/debug/resize", status_code=202, responses=documented(404, 409, 422))
@@ -132,7 +131,7 @@ async def resize(request: Request, databases: RequestDatabases, size: Annotated[
     told = await _tell(request, "resize", size.wait_seconds, **wanted)
     now, set_to = databases.sized(size.pool), databases.configured(size.pool)
     return {
-        **asdict(told),
+        **told._asdict(),
         "pool": size.pool,
         "pool_size": now.pool_size,
         "max_overflow": now.max_overflow,

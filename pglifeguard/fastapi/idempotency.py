@@ -14,8 +14,7 @@ import logging
 import re
 from collections.abc import Callable, Collection, Coroutine, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from fastapi import Request, Response, params
 from fastapi.dependencies.utils import get_dependant, solve_dependencies
@@ -125,8 +124,7 @@ class IdempotentRoute(APIRoute):
         return handle
 
 
-@dataclass(frozen=True, slots=True)
-class _Claimed:
+class _Claimed(NamedTuple):
     """The key that this request has claimed, and the session whose transaction holds the claim."""
 
     session: WriteSession

@@ -5,9 +5,8 @@ The database notes which rows an answer tells of, in `idempotency_rows`, and del
 """
 
 import logging
-from dataclasses import dataclass
 from http import HTTPStatus
-from typing import Any
+from typing import Any, NamedTuple
 
 from fastapi import Response
 from sqlalchemy import Column, LargeBinary, MetaData, Row, SmallInteger, Table, Text, func, select, update
@@ -73,8 +72,7 @@ Table(
 _KEYS = IDEMPOTENCY_TABLE.c
 
 
-@dataclass(frozen=True, slots=True)
-class Claim:
+class Claim(NamedTuple):
     """One request's key: the caller and the key (digest), and the request (fingerprint)."""
 
     digest: bytes

@@ -4,7 +4,6 @@ import math
 import random
 import re
 from contextlib import suppress
-from dataclasses import replace
 from http import HTTPStatus
 from typing import Any
 
@@ -141,7 +140,7 @@ async def _answer_failure(connection: Request | WebSocket, error: Exception) -> 
     if failure is None:
         raise error  # A bug: `ObserveRequests` logs it and answers 500.
     if len(failure.detail) > DETAIL_CHARACTERS:
-        failure = replace(failure, detail=f"{failure.detail[:DETAIL_CHARACTERS]}…")
+        failure = failure._replace(detail=f"{failure.detail[:DETAIL_CHARACTERS]}…")
     note_failure(connection.scope, error)
     if failure.status >= HTTPStatus.INTERNAL_SERVER_ERROR:
         report_failure(connection, failure, error)

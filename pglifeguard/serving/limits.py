@@ -2,8 +2,7 @@
 
 import resource
 import sys
-from dataclasses import dataclass
-from typing import Self
+from typing import NamedTuple, Self
 
 from prometheus_client import Counter
 
@@ -16,8 +15,7 @@ LIMITS = "connection_limits"
 OTHER_FILES = 200
 
 
-@dataclass(frozen=True, slots=True)
-class ConnectionLimits:
+class ConnectionLimits(NamedTuple):
     """The limits of each connection, and the counter of connections that exceeded one."""
 
     head_bytes: int

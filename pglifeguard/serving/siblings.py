@@ -16,10 +16,9 @@ import socket
 import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from secrets import token_hex
-from typing import Any
+from typing import Any, NamedTuple
 from zlib import crc32
 
 from pglifeguard.databases import Databases
@@ -34,8 +33,7 @@ ANSWER_SECONDS = 10.0
 LOOK_SECONDS = 0.05
 
 
-@dataclass(frozen=True, slots=True)
-class Told:
+class Told(NamedTuple):
     """What became of an order: how many workers there are, how many obeyed, and why the others did not.
 
     `pending` counts the connections at work in all of them that the order has to wait for, by pool.

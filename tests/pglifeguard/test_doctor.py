@@ -47,7 +47,7 @@ def known(purpose: Purpose = "primary", **changes: Any) -> Facts:
 
 def plain(**changes: Any) -> Encryption:
     """Return the protection of a connection to another machine."""
-    return replace(Encryption("TLSv1.3", "name", None, leaves_machine=True), **changes)
+    return Encryption("TLSv1.3", "name", None, leaves_machine=True)._replace(**changes)
 
 
 def severities(findings: list[Finding]) -> dict[str, str]:

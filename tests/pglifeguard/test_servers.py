@@ -128,7 +128,7 @@ async def test_server_is_judged_by_what_it_says(database: Database, said: Positi
         monitor, replica = service.databases.primary.monitor, service.databases.router.replicas[0]
         monitor.position = PRIMARY
         replica.state_of(said)
-        monitor.last = replace(monitor.last, at=time.monotonic())
+        monitor.last = monitor.last._replace(at=time.monotonic())
 
         assert replica.state_of(said) == wanted
 
@@ -154,10 +154,10 @@ async def test_successor_and_its_standbys_serve_while_the_primary_is_away(
     """
     async with quiet(database.settings()) as service:
         monitor, replica = service.databases.primary.monitor, service.databases.router.replicas[0]
-        monitor.position, monitor.last = PRIMARY, replace(monitor.last, status=status)
+        monitor.position, monitor.last = PRIMARY, monitor.last._replace(status=status)
         states = [replica.state_of(said)]
         if status == "error":
-            monitor.last = replace(monitor.last, at=time.monotonic())
+            monitor.last = monitor.last._replace(at=time.monotonic())
             states.append(replica.state_of(said))
 
         assert set(states) == {wanted}
