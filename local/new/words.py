@@ -12,9 +12,6 @@ OF_THE_LIBRARY = re.compile(
     r"|Lifeguard(?=, (?:Read|Write)DB)"
 )
 _NAME = re.compile(rf"({OF_THE_LIBRARY.pattern})|lifeguard|Lifeguard|LIFEGUARD")
-_LINK = re.compile(
-    r"(?P<before>(?:(?<=\S)[ \n])?\()?(?P<image>!?)\[(?P<text>[^\]]*)\]\((?P<target>[^)\s]+)\)(?P<after>\))?"
-)
 # Characters of a line of Python: ruff's line-length in pyproject.toml.
 LINE = 120
 _PREFIX = re.compile(r" *(# )?")
@@ -22,6 +19,12 @@ CREDIT = "pglifeguard's "
 # Of a page: blocks of code, and what is code within a line.
 _BLOCK = r"^ *```(?:.|\n)*?^ *```$|(?<=\n\n)(?: {4}.*\n)+"
 _INLINE = r"(?<!`)(?P<ticks>`+)(?!`)(?:(?!\n\n)(?:.|\n))+?(?<!`)(?P=ticks)(?!`)"
+# A bracket in code begins no link.
+_LINK = re.compile(
+    rf"{_BLOCK}|{_INLINE}"
+    r"|(?P<before>(?:(?<=\S)[ \n])?\()?(?P<image>!?)\[(?P<text>[^\]]*)\]\((?P<target>[^)\s]+)\)(?P<after>\))?",
+    re.MULTILINE,
+)
 _DECISION = re.compile(r"\bdecision \d{4}\b", re.IGNORECASE)
 
 
@@ -45,6 +48,8 @@ def unlinked(text: str, path: str, kept: Collection[str]) -> str:
     folders = {posixpath.dirname(file) for file in kept}
 
     def mend(found: re.Match[str]) -> str:
+        if found["target"] is None:
+            return found.group()
         target = found["target"].partition("#")[0]
         whole = posixpath.normpath(posixpath.join(posixpath.dirname(path), target))
         if not target or "://" in target or whole in kept or whole in folders:

@@ -633,6 +633,13 @@ def test_links_to_what_is_left_out_become_text() -> None:
     )
 
 
+def test_bracket_in_code_begins_no_link() -> None:
+    """Else all between it and the next link would be that link's text."""
+    page = "64 kB of `[` or `]`.\n\n```python\nfound[0](gone)\n```\n\nand [the fence](gone.md)"
+
+    assert unlinked(page, "docs/page.md", set()) == page.replace("[the fence](gone.md)", "the fence")
+
+
 def test_mentions_of_what_is_left_out_are_credited_once() -> None:
     """A path, a command and a decision, in words; not in a string of code."""
     text = (
