@@ -40,13 +40,13 @@ new: install  ## Start a project of your own from this one (NAME=clinic DIR=../c
 
 # Without bytecode each of these processes would compile the tests anew, which takes longer than to collect them.
 test: export PYTHONDONTWRITEBYTECODE =
-test: install  ## Run all tests on real PostgreSQL, and ask for full branch coverage (some: .venv/bin/python -m pytest FILE)
+test: install  ## Run all tests on real PostgreSQL, and ask for the branch coverage of pyproject.toml (some: .venv/bin/python -m pytest FILE)
 	$(BIN)/python -m coverage erase
 	$(BIN)/python -m coverage run -m pytest -n $(TESTERS) --dist worksteal $(ARGS)
 	$(BIN)/python -m coverage combine $(QUIET)
 	$(BIN)/python -m coverage report
 
-test-fast: install  ## Run the quick tests, a minute or two, for the inner loop (ARGS=tests/pglifeguard)
+test-fast: install  ## Run the quick tests, some minutes, for the inner loop (ARGS=tests/pglifeguard)
 	$(BIN)/python -m pytest -q -x -m "not slow" $(ARGS)
 
 .venv-fuzz/.installed: requirements-fuzz.txt

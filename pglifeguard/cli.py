@@ -294,7 +294,7 @@ def _blocked(pairs: Sequence[Any]) -> Table:
         "state",
         "for s",
         "open s",
-        "",
+        "waits itself",
     )
     table = Table(*names, title="Blocked: end the one that does not wait itself, by pg_terminate_backend(blocked by)")
     for pair in pairs:
@@ -307,7 +307,7 @@ def _blocked(pairs: Sequence[Any]) -> Table:
         )
         table.add_row(
             *(str(pair["pid"]), application, waited, lock, str(pair["blocker_pid"]), role, blocker),
-            *(pair["blocker_state"], state, transaction, "waits itself" if pair["blocker_waits"] else ""),
+            *(pair["blocker_state"], state, transaction, "yes" if pair["blocker_waits"] else "no"),
         )
     return table
 

@@ -24,7 +24,7 @@ WEAKNESS = {
     "affected": [{"package": {"name": "asyncpg", "ecosystem": "PyPI"}, "ranges": []}],
 }
 with_tools = pytest.mark.skipif(
-    not (ROOT / ".venv-audit/.installed").exists(), reason="`make .venv-audit/.installed` was not run"
+    not (ROOT / ".venv-audit/.installed").exists(), reason="`make audit` was not run, which installs its tools"
 )
 
 

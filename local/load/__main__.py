@@ -95,7 +95,10 @@ def main(  # noqa: PLR0913  # A command line has as many parameters as options.
     anywhere: Annotated[bool, typer.Option("--anywhere", help="Let it be on another machine.")] = False,
     token: Annotated[
         str | None,
-        typer.Option(help="For a service with AUTH_SECRET; that of `make run` needs none.", envvar="LOAD_TOKEN"),
+        typer.Option(
+            help="For a service that wants tokens; that of `make run` needs none but with an identity provider alone.",
+            envvar="LOAD_TOKEN",
+        ),
     ] = None,
 ) -> None:
     """Load a service; the help is above, with its paragraphs."""

@@ -109,5 +109,8 @@ def make_token(run: Running, scopes: Collection[str] = SCOPES) -> str:
         cwd=PROJECT, env=run.environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
     if made.returncode != 0:
-        raise EmbeddedError(f"No token could be made: {made.stderr.strip()}")
+        raise EmbeddedError(
+            f"No token could be made: {made.stderr.strip()} Give one with the scopes {', '.join(scopes)} by --token or "
+            "LOAD_TOKEN."
+        )
     return made.stdout.strip()
