@@ -24,7 +24,7 @@ from pglifeguard.serving.limits import LIMITS, ConnectionLimits
 from pglifeguard.serving.loop import LoopWatch
 from pglifeguard.serving.shutdown import draining_first, ending_with_parent
 from pglifeguard.serving.siblings import Siblings
-from pglifeguard.serving.workers import keep_written, write_figures
+from pglifeguard.serving.workers import write_figures
 from pglifeguard.settings import DatabasesSettings
 
 
@@ -126,10 +126,9 @@ class Lifeguard:
             self.metrics.event_loop_lag_seconds,
             blocked_seconds=settings.blocked_after_seconds,
             locate=settings.trace_checkouts,
+            also=write_figures,
         )
         tasks = [asyncio.create_task(loop_watch.run()), asyncio.create_task(self.history.keep())]
-        if settings.prometheus_multiproc_dir is not None:
-            tasks.append(asyncio.create_task(keep_written()))
         if _keeps_keys(app):
             tasks.append(asyncio.create_task(purge_expired_keys(databases, hours=settings.idempotency_hours)))
         try:

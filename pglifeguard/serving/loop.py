@@ -9,6 +9,7 @@ import logging
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from sysconfig import get_path
 from types import FrameType
@@ -23,10 +24,16 @@ NOT_OURS = (*{get_path(name) for name in ("stdlib", "purelib", "platlib")}, "<fr
 
 
 class LoopWatch:
-    """Measures how late the loop is, every `INTERVAL_SECONDS`; with `locate`, logs a line that blocks it for long."""
+    """Measures how late the loop is, every `INTERVAL_SECONDS`; with `locate`, logs a line that blocks it for long.
 
-    def __init__(self, lag: Histogram, *, blocked_seconds: float, locate: bool) -> None:
+    `also` is called each time: waking a process that sleeps takes longer than what is to be done.
+    """
+
+    def __init__(
+        self, lag: Histogram, *, blocked_seconds: float, locate: bool, also: Callable[[], None] = lambda: None
+    ) -> None:
         self._lag = lag
+        self._also = also
         self._blocked_seconds = blocked_seconds
         self._locate = locate
         self._beat = time.monotonic()
@@ -39,6 +46,7 @@ class LoopWatch:
             threading.Thread(target=self._watch, args=(loop_thread,), name="loop-watch", daemon=True).start()
         with suppress(asyncio.CancelledError):
             while True:
+                self._also()
                 due = self._beat = time.monotonic()
                 await asyncio.sleep(INTERVAL_SECONDS)
                 self._lag.observe(max(0.0, time.monotonic() - due - INTERVAL_SECONDS))

@@ -1,9 +1,10 @@
 """The metrics of several worker processes as one: counted in memory, written to shared files ten times a second.
 
 prometheus-client gives each worker files, and adds them up at a scrape. It writes to them at every count, which makes
-a count three times as dear. Here a worker counts in memory and writes what has changed every `WRITE_SECONDS`: a worker
-that is killed loses the counts since then, and no more. What a scrape has shown was in a file, so no counter falls. A
-scrape waits until each worker has written once more, so it shows all that happened before it.
+a count three times as dear. Here a worker counts in memory and writes what has changed each time that `LoopWatch`
+measures: a worker that is killed loses the counts of a tenth of a second, and no more. What a scrape has shown was in a
+file, so no counter falls. A scrape waits until each worker has written once more, so it shows all that happened before
+it.
 
 prometheus-client names the files by process, so a killed worker's gauges stay in the sums, and its files stay for
 good. Here they are named by place: a new worker takes the lowest that is free, continues the counts that it finds there
@@ -38,7 +39,6 @@ logger = logging.getLogger(__name__)
 _unwritten: "deque[Buffered]" = deque()
 
 VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
-WRITE_SECONDS = 0.1
 # How long a scrape waits for a worker whose event loop is blocked. Then that worker's last figures have to do.
 SCRAPE_PATIENCE_SECONDS = 1.0
 SCRAPE_LOOK_SECONDS = 0.01
@@ -70,13 +70,6 @@ async def exposition(folder: Path) -> bytes:
             while any(place.stat().st_mtime_ns < asked for place in _taken(folder)):  # noqa: ASYNC110
                 await asyncio.sleep(SCRAPE_LOOK_SECONDS)
     return await write(await add_up(await asyncio.to_thread(_read, folder)))
-
-
-async def keep_written() -> None:
-    """Write this worker's figures until cancelled."""
-    while True:
-        write_figures()
-        await asyncio.sleep(WRITE_SECONDS)
 
 
 def write_figures() -> None:

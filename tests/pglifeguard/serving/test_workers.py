@@ -519,7 +519,7 @@ async def test_last_counts_are_written_when_the_lifespan_ends(
     folder: Path, database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A worker that ends in good order loses nothing."""
-    monkeypatch.setattr("pglifeguard.serving.workers.WRITE_SECONDS", 3600)
+    monkeypatch.setattr("pglifeguard.serving.loop.INTERVAL_SECONDS", 3600)
     async with serving(database.settings(prometheus_multiproc_dir=folder)) as service:
         await service.client.get("/health/live")
 
