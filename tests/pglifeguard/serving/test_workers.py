@@ -30,6 +30,7 @@ from pglifeguard.serving.workers import (
     VARIABLE,
     Buffered,
     Place,
+    _read,
     buffer_values,
     exposition,
     shared_figures,
@@ -41,6 +42,7 @@ from tests.conftest import Database
 from tests.service import serving
 
 WORKERS = 4
+LIVE = 'http_requests_total{method="GET",route="/health/live",status="200"} 1.0'
 
 
 @pytest.fixture
@@ -515,6 +517,18 @@ def test_folder_is_named_to_the_workers_and_forgotten_afterwards(
     assert not folder.exists()
 
 
+async def test_counts_are_written_while_it_serves(folder: Path, database: Database) -> None:
+    """So a worker that is killed loses those of a moment, and no more; nobody has to scrape for it."""
+
+    async def is_written() -> bool:
+        return LIVE in (await write(await add_up(_read(folder)))).decode()
+
+    async with serving(database.settings(prometheus_multiproc_dir=folder)) as service:
+        await service.client.get("/health/live")
+
+        assert await eventually(is_written, 10)
+
+
 async def test_last_counts_are_written_when_the_lifespan_ends(
     folder: Path, database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -524,7 +538,7 @@ async def test_last_counts_are_written_when_the_lifespan_ends(
         await service.client.get("/health/live")
 
     monkeypatch.setattr(Buffered, "place", None)  # From here on this process writes no more.
-    assert 'http_requests_total{method="GET",route="/health/live",status="200"} 1.0' in await _exposed(folder)
+    assert LIVE in await _exposed(folder)
 
 
 def test_place_that_is_taken_is_left_to_its_owner(folder: Path) -> None:
