@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
+from dataclasses import dataclass
 
 from bench import clients, plots
 from bench.load import steady_loop
@@ -30,6 +31,22 @@ WHY_CLIENTS = "epoll names only the sockets that have something to say, but more
 WHY_ROWS = "the server answers more slowly, so the event loop wakes more often for the same number of answers."
 
 Tell = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Workers:
+    """What was found of one kind by its number of workers; times are microseconds of CPU for each request."""
+
+    each: Mapping[int, Row]
+    """With clients of its own for each worker."""
+    shared: Mapping[int, Row]
+    """With the same clients for all."""
+    steady: Mapping[int, Series]
+    """At `rate` requests a second for all."""
+    alone: Series
+    """One worker at a quarter of `rate`: as much as each of four has."""
+    megabytes: Mapping[int, float]
+    rate: int
 
 
 async def run(stage: Stage, plan: Plan, tell: Tell) -> Section:
@@ -92,56 +109,58 @@ async def _rows(stage: Stage, server: Served, plan: Plan, tell: Tell, section: S
 async def _workers(stage: Stage, plan: Plan, tell: Tell, section: Section) -> dict[int, Series]:
     longer = plan if plan.quick else Plan(WORKER_ROUNDS, WORKER_SECONDS)
     # One kind after the other: the pools of all these processes together are more than a server's connections.
-    busy, shared, steady, memory, rate = await _with_workers(
-        stage, longer, tell, {n: ("ours", f"workers={n}") for n in WORKERS}
-    )
+    ours = await _with_workers(stage, longer, tell, {n: ("ours", f"workers={n}") for n in WORKERS})
     bare = await _with_workers(
-        stage, longer, tell, {n: ("bare_fastapi", f"bare, workers={n}") for n in BARE_WORKERS}, rate=rate
+        stage, longer, tell, {n: ("bare_fastapi", f"bare, workers={n}") for n in BARE_WORKERS}, rate=ours.rate
     )
 
-    def ratio(rows: Mapping[int, Row]) -> float:
-        return rows[4].cpu.median / rows[1].cpu.median
+    def ratio(found: Mapping[int, Row]) -> float:
+        return found[4].cpu.median / found[1].cpu.median
 
-    at_a_third, of_bare = (each[4].median / each[1].median for each in (steady, bare[2]))
-    most = max(at_a_third, ratio(busy), ratio(shared))
+    at_a_third, of_bare = (found.steady[4].median / found.steady[1].median for found in (ours, bare))
+    most = max(at_a_third, ratio(ours.each), ratio(ours.shared))
     claim = f"a request of four workers takes {most:.2f} times the CPU of one worker's"
     held = section.verdict(f"{claim}, ≤ {MOST_OF_WORKERS} wanted", held=most <= MOST_OF_WORKERS)
     section.say(
         "**Workers**, all on the one core: what matters here is the price of one request, not the rate. With "
-        f"{BUSY} clients for all workers, four take {ratio(shared):.2f} times the CPU of one, with {BUSY} for each "
-        f"{ratio(busy):.2f} times, and at {rate:,} requests a second over {STEADY_CLIENTS} connections, a third of "
-        f"what one worker answers when it is busy, {at_a_third:.2f} times; at most {MOST_OF_WORKERS} is wanted of "
-        f"each: {held}. Bare FastAPI's four take {ratio(bare[1]):.2f}, {ratio(bare[0]):.2f} and {of_bare:.2f} times. "
-        "Where workers have less to do, each request wakes a process that slept, and what each worker does by itself "
-        "counts."
+        f"{BUSY} clients for all workers, four take {ratio(ours.shared):.2f} times the CPU of one, with {BUSY} for "
+        f"each {ratio(ours.each):.2f} times, and at {ours.rate:,} requests a second over {STEADY_CLIENTS} connections, "
+        f"a third of what one worker answers when it is busy, {at_a_third:.2f} times; at most {MOST_OF_WORKERS} is "
+        f"wanted of each: {held}. Bare FastAPI's four take {ratio(bare.shared):.2f}, {ratio(bare.each):.2f} and "
+        f"{of_bare:.2f} times. Where workers have less to do, each request wakes a process that slept, and what each "
+        f"worker does by itself counts. One worker with {ours.rate / 4:,.0f} requests a second, as many as each of the "
+        f"four had, takes {ours.alone.text()} µs for each; the four take "
+        f"{ours.steady[4].median / ours.alone.median:.2f} times that (bare FastAPI's four "
+        f"{bare.steady[4].median / bare.alone.median:.2f} times what one takes so)."
     )
     section.table(
         [
             "workers",
-            f"µs CPU at {rate:,}/s",
+            f"µs CPU at {ours.rate:,}/s",
             *(f"{text}, {BUSY} clients {whose}" for whose in ("each", "in all") for text in ("µs CPU", "requests/s")),
             "resident MB, all processes",
         ],
         [
             [
                 str(count),
-                steady[count].text(),
-                *(text for rows in (busy, shared) for text in (rows[count].cpu.text(), rows[count].rate.text())),
-                f"{memory[count]:.0f}",
+                ours.steady[count].text(),
+                *(
+                    text
+                    for rows in (ours.each, ours.shared)
+                    for text in (rows[count].cpu.text(), rows[count].rate.text())
+                ),
+                f"{ours.megabytes[count]:.0f}",
             ]
             for count in WORKERS
         ],
     )
-    return dict(steady)
+    return dict(ours.steady)
 
 
 async def _with_workers(
     stage: Stage, plan: Plan, tell: Tell, variants: Mapping[int, tuple[str, str]], *, rate: int | None = None
-) -> tuple[Mapping[int, Row], Mapping[int, Row], Mapping[int, Series], Mapping[int, float], int]:
-    """Measure one kind by workers: each with clients of its own, all with the same ones, at one rate, and megabytes.
-
-    Without a `rate` it is a third of what one answers when it is busy; it is returned as well.
-    """
+) -> Workers:
+    """Measure one kind by workers; without a `rate` it is a third of what one answers when it is busy."""
     async with AsyncExitStack() as stack:
         served = {
             count: await stack.enter_async_context(stage.serving(variant, name=name, workers=count))
@@ -149,22 +168,25 @@ async def _with_workers(
         }
         servers = list(served.values())
         # Each worker with as much to do as the one has, and then all together with as much.
-        each = {server.name: BUSY * count for count, server in served.items()}
-        busy = await alternate(stage, servers, PATHS[0], clients=each, plan=plan, tell=tell)
+        clients_of = {server.name: BUSY * count for count, server in served.items()}
+        busy = await alternate(stage, servers, PATHS[0], clients=clients_of, plan=plan, tell=tell)
         shared = await alternate(stage, servers, PATHS[0], clients=BUSY, plan=plan, tell=tell)
         rate = rate or round(busy[servers[0].name].rate.median * STEADY_SHARE)
-        steady = await _steady(servers, rate, plan if plan.quick else Plan(plan.rounds, STEADY_SECONDS), tell)
-        memory = {count: server.memory_bytes() / 1e6 for count, server in served.items()}
-    by_count = [{count: rows[server.name] for count, server in served.items()} for rows in (busy, shared)]
-    return by_count[0], by_count[1], {count: steady[server.name] for count, server in served.items()}, memory, rate
+        longer = plan if plan.quick else Plan(plan.rounds, STEADY_SECONDS)
+        steady = await _steady(servers, rate, longer, tell)
+        alone = await _steady([served[1]], rate / 4, longer, tell)
+        megabytes = {count: server.memory_bytes() / 1e6 for count, server in served.items()}
+    each, together = ({count: rows[server.name] for count, server in served.items()} for rows in (busy, shared))
+    by_count = {count: steady[server.name] for count, server in served.items()}
+    return Workers(each, together, by_count, alone[served[1].name], megabytes, rate)
 
 
-async def _steady(servers: Sequence[Served], rate: int, plan: Plan, tell: Tell) -> dict[str, Series]:
+async def _steady(servers: Sequence[Served], rate: float, plan: Plan, tell: Tell) -> dict[str, Series]:
     """Measure CPU microseconds for each request at a rate that is the same for all."""
     found = {server.name: Series() for server in servers}
     for number in range(plan.rounds + 1):
         for server in servers:
-            tell(f"{PATHS[0]} at {rate:,}/s · {server.name} · round {number} of {plan.rounds}")
+            tell(f"{PATHS[0]} at {rate:,.0f}/s · {server.name} · round {number} of {plan.rounds}")
             cpu = server.cpu_seconds()
             sent = await steady_loop(server.url + PATHS[0], rate=rate, seconds=plan.seconds, clients=STEADY_CLIENTS)
             if number:
