@@ -139,10 +139,11 @@ class Monitor:
 
     async def probe_forever(self) -> None:
         """Probe every `monitor_interval_seconds`, until the task is cancelled."""
+        begun = time.monotonic()
         while True:
             # A short timeout, so that a database that hangs is found within a second.
             await self.probe(timeout_seconds=min(PROBE_SECONDS, self._settings.health_timeout_seconds))
-            await asyncio.sleep(self._settings.monitor_interval_seconds)
+            await asyncio.sleep(seconds_to_beat(time.monotonic() - begun, self._settings.monitor_interval_seconds))
 
     async def probe(self, *, timeout_seconds: float | None = None) -> Probe:
         """Probe now. Callers at the same time share one probe. Never raises: the result says what was wrong.
@@ -290,3 +291,14 @@ class Monitor:
         connection, self._connection = self._connection, None
         if connection is not None:
             connection.terminate()
+
+
+def seconds_to_beat(passed: float, interval: float) -> float:
+    """Return the seconds until the next multiple of an interval, when so many have passed.
+
+    Monitors that count so from one moment stay in step, whatever their servers take for an answer. So they wake a
+    process that sleeps together: that takes more CPU, 0.25 ms, than the probe of a warm one.
+    """
+    left = interval - passed % interval
+    # An event loop counts milliseconds, and may wake it one too early.
+    return left if left > interval / 10 else left + interval

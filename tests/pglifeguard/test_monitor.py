@@ -2,8 +2,10 @@
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from statistics import median
 from typing import Any
 
 import pytest
@@ -13,7 +15,7 @@ from pglifeguard.database_settings import DatabaseSettings
 from pglifeguard.embedded.waiting import eventually
 from pglifeguard.errors import DatabaseUnreachable
 from pglifeguard.metrics import Metrics
-from pglifeguard.monitor import Monitor, Probe
+from pglifeguard.monitor import Monitor, Probe, seconds_to_beat
 from pglifeguard.testing.proxy import Proxy
 from tests.conftest import Database
 from tests.pglifeguard.conftest import service_settings, sessions_end
@@ -150,6 +152,34 @@ async def test_question_that_is_wrong_says_so(database: Database) -> None:
     async with watching(database.url()) as monitor:
         with pytest.raises(DatabaseUnreachable, match="does not exist"):
             await monitor.ask("SELECT * FROM nothing", timeout_seconds=5)
+
+
+@pytest.mark.parametrize(
+    ("passed", "left"),
+    [(0.0, 0.5), (0.1, 0.4), (0.44, 0.06), (0.499, 0.501), (0.5, 0.5), (1.2, 0.3), (60.25, 0.25)],
+)
+def test_beats_are_multiples_of_the_interval(passed: float, left: float) -> None:
+    """Also after a probe that took long; a loop that wakes a little early has had its beat."""
+    assert seconds_to_beat(passed, 0.5) == pytest.approx(left)
+
+
+async def test_monitors_keep_step_whatever_an_answer_takes(database: Database, proxy: Proxy) -> None:
+    """A server that answers late does not move the probes, and monitors that began together wake together."""
+    seconds = 0.1
+    heard: list[Probe] = []
+    async with watching(proxy.url(database.url()), monitor_interval_seconds=seconds) as monitor:
+        await monitor.probe()
+        proxy.delay_seconds = 0.035
+        monitor.listeners.append(heard.append)
+        begun = time.monotonic()
+        task = asyncio.create_task(monitor.probe_forever())
+        assert await eventually(lambda: asyncio.sleep(0, len(heard) >= 12), 30)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    late = [(probe.at - (probe.latency_seconds or 0.0) - begun) % seconds for probe in heard]
+    assert median(late) < seconds / 5
 
 
 async def test_watch_looks_again_and_again(database: Database, proxy: Proxy, caplog: pytest.LogCaptureFixture) -> None:
