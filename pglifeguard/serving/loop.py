@@ -44,13 +44,16 @@ class LoopWatch:
         loop_thread = threading.get_ident()
         if self._locate:
             threading.Thread(target=self._watch, args=(loop_thread,), name="loop-watch", daemon=True).start()
-        with suppress(asyncio.CancelledError):
-            while True:
-                self._also()
-                due = self._beat = time.monotonic()
-                await asyncio.sleep(INTERVAL_SECONDS)
-                self._lag.observe(max(0.0, time.monotonic() - due - INTERVAL_SECONDS))
-        self._stop.set()
+        try:
+            with suppress(asyncio.CancelledError):
+                while True:
+                    self._also()
+                    due = self._beat = time.monotonic()
+                    await asyncio.sleep(INTERVAL_SECONDS)
+                    self._lag.observe(max(0.0, time.monotonic() - due - INTERVAL_SECONDS))
+        finally:
+            # Also when `also` fails: without a beat the thread would report a loop that nothing blocks.
+            self._stop.set()
 
     def _watch(self, loop_thread: int) -> None:
         reported = 0.0

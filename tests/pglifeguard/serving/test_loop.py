@@ -4,8 +4,11 @@ import sys
 import threading
 from types import FrameType
 
+import pytest
+from prometheus_client import CollectorRegistry, Histogram
+
 from pglifeguard.embedded.waiting import eventually
-from pglifeguard.serving.loop import blocking_line
+from pglifeguard.serving.loop import LoopWatch, blocking_line
 
 
 def test_innermost_line_of_ours_is_named() -> None:
@@ -33,3 +36,19 @@ async def test_library_is_named_when_nothing_else_is_there() -> None:
     finally:
         done.set()
         thread.join()
+
+
+async def test_watch_that_fails_leaves_no_thread() -> None:
+    """Without a beat it would report a loop that nothing blocks."""
+
+    def fail() -> None:
+        raise OSError("The disk is full.")
+
+    lag = Histogram("lag_seconds", "How late.", registry=CollectorRegistry())
+    with pytest.raises(OSError, match="disk is full"):
+        await LoopWatch(lag, blocked_seconds=60, locate=True, also=fail).run()
+
+    async def has_ended() -> bool:
+        return "loop-watch" not in {thread.name for thread in threading.enumerate()}
+
+    assert await eventually(has_ended, 10)
