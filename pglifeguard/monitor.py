@@ -296,8 +296,8 @@ class Monitor:
 def seconds_to_beat(passed: float, interval: float) -> float:
     """Return the seconds until the next multiple of an interval, when so many have passed.
 
-    Monitors that count so from one moment stay in step, whatever their servers take for an answer. So they wake a
-    process that sleeps together: that takes more CPU, 0.25 ms, than the probe of a warm one.
+    Monitors that count so from one moment stay in step, whatever their servers take for an answer. Together they wake a
+    process that sleeps once, which takes more CPU than a probe.
     """
     left = interval - passed % interval
     # An event loop counts milliseconds, and may wake it one too early.
