@@ -28,13 +28,14 @@ from app.settings import Settings
 from local.cluster import Cluster
 from pglifeguard.database_settings import DatabaseSettings
 from pglifeguard.embedded.directories import open_directory
+from pglifeguard.embedded.waiting import eventually
 from pglifeguard.fastapi import IDEMPOTENCY_TABLE
 from pglifeguard.testing.network import Network
 from pglifeguard.testing.proxy import Proxy
 from pglifeguard.testing.servers import DatabaseServers
 from pglifeguard.testing.serving import Running
 from tests import moving
-from tests.servers import Servers
+from tests.servers import Servers, last_lines, setting
 from tests.service import Service, serving
 from tests.stopwatch import Stopwatch
 
@@ -282,7 +283,13 @@ def servers(request: pytest.FixtureRequest, shared_servers: Servers, breakable_s
 @pytest.fixture
 async def cluster(request: pytest.FixtureRequest, servers: Servers) -> AsyncIterator[Cluster]:
     """Give the shared cluster, which the test leaves as it found it; beside `breakable_cluster`, that one."""
-    yield await servers.take()
+    taken = await servers.take()
+    yield taken
+    if request.node.stash.get(_failed, False):
+        for server in (taken.primary, taken.replica):
+            request.node.add_report_section(
+                "teardown", server.log.name, await asyncio.to_thread(last_lines, server.log)
+            )
     if "breakable_cluster" in request.fixturenames or request.node.stash.get(_failed, False):
         await servers.inspect()
 
@@ -346,6 +353,26 @@ async def behind(breakable_cluster: Cluster, service: Service) -> AsyncIterator[
         yield service
     finally:
         await breakable_cluster.resume_replay()
+
+
+@pytest.fixture
+async def no_autovacuum(cluster: Cluster) -> AsyncIterator[None]:
+    """Let nothing be cleaned up by itself.
+
+    For who waits until the replica has replayed while a transaction there keeps its snapshot: replay of a row's removal
+    would wait for that transaction, and end it.
+    """
+    async with setting(cluster.primary, "autovacuum", "off"):
+        connection = await cluster.primary.connect()
+
+        async def at_rest() -> bool:
+            return not await connection.fetchval(
+                "SELECT count(*) FROM pg_stat_activity WHERE backend_type LIKE 'autovacuum%'"
+            )
+
+        assert await eventually(at_rest, 10)
+        await connection.close()
+        yield
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ import shutil
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import asyncpg
 
@@ -44,6 +45,14 @@ async def setting(server: Server, name: str, value: str) -> AsyncIterator[None]:
         await connection.execute(f"ALTER SYSTEM RESET {name}")
         await connection.execute("SELECT pg_reload_conf()")
         await connection.close()
+
+
+def last_lines(log: Path, count: int = 25) -> str:
+    """Return the end of a server's log, which often says why a test failed; nothing of a log that is not there."""
+    try:
+        return "\n".join(log.read_text(errors="replace").splitlines()[-count:])
+    except FileNotFoundError:
+        return ""
 
 
 class Servers:

@@ -265,6 +265,7 @@ async def test_demoted_server_is_left(service: Service) -> None:
     assert service.databases.primary.pool.figures().checked_in == 0
 
 
+@pytest.mark.usefixtures("no_autovacuum")
 async def test_report_by_the_driver_sees_one_snapshot(service: Service, database: Database, execute: Execute) -> None:
     """Queries of a report, by the driver and then by SQLAlchemy, see what was there when the first one started."""
     async with service.databases.reporting() as session:

@@ -194,6 +194,7 @@ async def test_shared_session_is_committed_once(database: Database, proxy: Proxy
         assert service.sample("db_connection_hold_seconds_count", pool="primary", route="/patients") == 1
 
 
+@pytest.mark.usefixtures("no_autovacuum")
 async def test_report_sees_one_snapshot(service: Service, database: Database, execute: Execute) -> None:
     """What is committed between two statements of a report is in neither or in both."""
 
