@@ -98,6 +98,7 @@ class Database:
             trace=service.trace_checkouts,
             on_connect=on_connect,
             connect_args={"async_creator_fn": opened_connection},
+            json_serializer=dialect.write_json,
             echo=settings.echo,
             hide_parameters=True,
         )

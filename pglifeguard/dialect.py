@@ -3,10 +3,12 @@
 So statements that go to the driver past SQLAlchemy, a COPY for example, are in the transaction too.
 """
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from pydantic_core import to_jsonable_python
 from sqlalchemy.dialects import registry
 from sqlalchemy.dialects.postgresql.asyncpg import PGDialect_asyncpg
 from sqlalchemy.util.concurrency import await_
@@ -14,6 +16,15 @@ from sqlalchemy.util.concurrency import await_
 # The URL that stands for this dialect.
 URL = "postgresql+lifeguard://"
 registry.register("postgresql.lifeguard", __name__, "Dialect")
+
+
+def write_json(value: Any) -> str:
+    """Write a value of json or jsonb: as SQLAlchemy does, and what it refuses as FastAPI writes it in an answer.
+
+    So a column takes Pydantic's models, dataclasses, dates, decimals and UUIDs, alone or in lists and dicts. Raises:
+    PydanticSerializationError for what an answer could not have either.
+    """
+    return json.dumps(value, default=to_jsonable_python)
 
 
 class Dialect(PGDialect_asyncpg):

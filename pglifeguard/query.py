@@ -22,13 +22,15 @@ from sqlalchemy.sql.compiler import ExpandedState, SQLCompiler
 from sqlalchemy.sql.selectable import TextualSelect, TypedReturnsRows
 from sqlalchemy.types import TypeEngine
 
+from pglifeguard.dialect import write_json
+
 Ts = TypeVarTuple("Ts")
 
 # PostgreSQL's numbers for two of its types.
 FLOAT8, NUMERIC = 701, 1700
 
 # The types of ranges and bit strings need the driver's module to say how their values are read.
-_DIALECT: Dialect = dialect(dbapi=dialect.import_dbapi())  # type: ignore[no-untyped-call]  # SQLAlchemy leaves its dialects bare.
+_DIALECT: Dialect = dialect(dbapi=dialect.import_dbapi(), json_serializer=write_json)  # type: ignore[no-untyped-call]  # SQLAlchemy leaves its dialects bare.
 
 
 class Query(Generic[*Ts]):

@@ -11,8 +11,8 @@ ROOT = Path(__file__).parent.parent
 DOMAINS = sorted(path.parent.name for path in (ROOT / "app").glob("*/routes.py"))
 # A module imports from lower floors only. `TYPE_CHECKING` is no way around: no two modules import each other.
 LIBRARY = (
-    {"extras"},
-    {"activity", "builtin_functions", "credentials", "dialect", "errors", "fence", "pooler", "query", "registry",
+    {"dialect", "extras"},
+    {"activity", "builtin_functions", "credentials", "errors", "fence", "pooler", "query", "registry",
      "sampling", "sealing", "service_file", "statement_text", "tls", "variables", "duration", "doctor.findings",
      "embedded", "embedded.account", "embedded.waiting"},
     {"collisions", "doctor.questions", "driver_failures", "effects", "environment", "metrics", "server_position",

@@ -26,7 +26,8 @@ NOT_OURS = (*{get_path(name) for name in ("stdlib", "purelib", "platlib")}, "<fr
 class LoopWatch:
     """Measures how late the loop is, every `INTERVAL_SECONDS`; with `locate`, logs a line that blocks it for long.
 
-    `also` is called each time: waking a process that sleeps takes longer than what is to be done.
+    `also` is called each time: waking a process that sleeps takes longer than what is to be done. Its OSErrors are
+    logged, the first of those that follow each other, and the next time it is called again.
     """
 
     def __init__(
@@ -36,6 +37,7 @@ class LoopWatch:
         self._also = also
         self._blocked_seconds = blocked_seconds
         self._locate = locate
+        self._failed = False
         self._beat = time.monotonic()
         self._stop = threading.Event()
 
@@ -47,13 +49,23 @@ class LoopWatch:
         try:
             with suppress(asyncio.CancelledError):
                 while True:
-                    self._also()
+                    self._write()
                     due = self._beat = time.monotonic()
                     await asyncio.sleep(INTERVAL_SECONDS)
                     self._lag.observe(max(0.0, time.monotonic() - due - INTERVAL_SECONDS))
         finally:
-            # Also when `also` fails: without a beat the thread would report a loop that nothing blocks.
+            # Also when `also` fails in another way: without a beat the thread would report a loop that nothing blocks.
             self._stop.set()
+
+    def _write(self) -> None:
+        try:
+            self._also()
+        except OSError as error:
+            if not self._failed:
+                logger.error("metrics of this worker are not written: %s", error)  # noqa: TRY400  # It is no bug, so no traceback.
+            self._failed = True
+        else:
+            self._failed = False
 
     def _watch(self, loop_thread: int) -> None:
         reported = 0.0

@@ -73,7 +73,10 @@ async def exposition(folder: Path) -> bytes:
 
 
 def write_figures() -> None:
-    """Write what has changed since the last time, and the time. Without several workers, do nothing."""
+    """Write what has changed since the last time, and the time. Without several workers, do nothing.
+
+    Raises: OSError when the folder is gone, which programs that clean up /tmp can do.
+    """
     place = Buffered.place
     if place is not None:
         begun = time.monotonic_ns()

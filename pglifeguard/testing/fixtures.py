@@ -45,7 +45,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(scope="session")
 def make_tables() -> MakeTables:
-    """Override it: return a coroutine function that makes the tables in the database of a URL, as its owner."""
+    """Override it: return a coroutine function that makes the tables in the database of a URL, as its owner.
+
+    DATABASE_URL and the others lead to that database while it runs.
+    """
 
     async def none(_url: str) -> None:
         """Leave the database empty."""
@@ -82,8 +85,12 @@ async def template(database_servers: DatabaseServers, make_tables: MakeTables) -
     """Give the name of the database that each test's own is a copy of."""
     name = f"template_{secrets.token_hex(4)}"
     await database_servers.create(name)
+    made = Database(name, database_servers)
     try:
-        await make_tables(Database(name, database_servers).url)
+        # Its tables may come from modules that read their settings when they are imported.
+        with pytest.MonkeyPatch.context() as environment:
+            _lead_to(made, environment)
+            await make_tables(made.url)
         await database_servers.wait_left(name)
         yield name
     finally:
@@ -121,10 +128,7 @@ async def database(
     name = f"{template}_{next(_numbers)}"
     await database_servers.create(name, template=template)
     made = Database(name, database_servers, maybe_network)
-    for variable in [name for name in os.environ if name.startswith("DATABASE_")]:
-        monkeypatch.delenv(variable)
-    for variable, value in made.variables.items():
-        monkeypatch.setenv(variable, value)
+    _lead_to(made, monkeypatch)
     yield made
     await database_servers.drop(name)
 
@@ -183,3 +187,10 @@ def statements(databases: Databases) -> Statements:
 def round_trips(network: Network, databases: Databases) -> RoundTrips:
     """Give a function for `with`: its block fails unless each server is waited for as often as is said, if it is."""
     return partial(counting_round_trips, network, databases)
+
+
+def _lead_to(database: Database, environment: pytest.MonkeyPatch) -> None:
+    for variable in [name for name in os.environ if name.startswith("DATABASE_")]:
+        environment.delenv(variable)
+    for variable, value in database.variables.items():
+        environment.setenv(variable, value)

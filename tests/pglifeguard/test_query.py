@@ -4,11 +4,15 @@ import enum
 from datetime import date, timedelta
 from decimal import Decimal
 from typing import Any, cast
+from uuid import UUID
 
 import asyncpg
 import pytest
+from pydantic import BaseModel
+from pydantic_core import PydanticSerializationError
 from sqlalchemy import (
     ARRAY,
+    JSON,
     BigInteger,
     Column,
     Date,
@@ -37,6 +41,7 @@ from sqlalchemy import (
 )
 from sqlalchemy import cast as cast_
 from sqlalchemy.dialects.postgresql import BIT, INT8MULTIRANGE, INT8RANGE, JSONB, BitString, Range
+from sqlalchemy.exc import StatementError
 from sqlalchemy.orm import Bundle, aliased, load_only
 from sqlalchemy.types import TypeDecorator
 
@@ -294,6 +299,34 @@ async def test_every_type_is_read_and_bound_as_by_sqlalchemy(database: Database)
     assert past._asdict() == through._asdict() == dict(past._mapping) == values
     assert list(map(type, past)) == list(map(type, through))
     assert (past.count, past.index, past._fields) == (values["count"], values["index"], through._fields)
+
+
+class Item(BaseModel):
+    """A part of a document, as a request may have it."""
+
+    name: str
+    price: Decimal
+    due: date
+
+
+@pytest.mark.parametrize("kind", [JSON, JSONB])
+async def test_json_takes_what_an_answer_may_hold(database: Database, kind: Any) -> None:
+    """A request's models can be stored as they came, in the driver's lane as in SQLAlchemy's."""
+    item = Item(name="é", price=Decimal("1.50"), due=date(2026, 1, 31))
+    query = Query(select(cast_(bindparam("document", type_=kind), kind).label("document")))
+    given = {"document": {"items": [item], "id": UUID(int=7), "plain": [1, None, True]}}
+    async with pooled(database.url()) as p:
+        (past,) = await fetch_once(p.database, query, given)
+        async with ReadSession(p.database, p.database.reads, label="test") as session:
+            (through,) = (await session.execute(query.statement, given)).all()
+            with pytest.raises(StatementError, match="Unable to serialize unknown type"):
+                await session.execute(query.statement, {"document": [object()]})
+        with pytest.raises(PydanticSerializationError, match="Unable to serialize unknown type"):
+            await fetch_once(p.database, query, {"document": [object()]})
+
+    stored = {"name": "é", "price": "1.50", "due": "2026-01-31"}
+    expected = {"items": [stored], "id": str(UUID(int=7)), "plain": [1, None, True]}
+    assert past.document == through.document == expected
 
 
 @pytest.mark.parametrize("kind", [Text, Whispered])

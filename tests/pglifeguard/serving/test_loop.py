@@ -1,5 +1,6 @@
 """Who is named when the event loop stands still; that it is noticed at all is shown in tests/chaos/test_loop.py."""
 
+import asyncio
 import sys
 import threading
 from types import FrameType
@@ -38,14 +39,39 @@ async def test_library_is_named_when_nothing_else_is_there() -> None:
         thread.join()
 
 
+async def test_figures_that_cannot_be_written_are_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    """The loop is measured all the same, and the next time they are written again."""
+    fates = iter([OSError("No folder."), OSError("No folder."), None, OSError("Again no folder."), None])
+    done = asyncio.Event()
+
+    def write() -> None:
+        fate = next(fates, "over")
+        if isinstance(fate, OSError):
+            raise fate
+        if fate == "over":
+            done.set()
+
+    lag = Histogram("lag_seconds", "How late.", registry=CollectorRegistry())
+    watching = asyncio.create_task(LoopWatch(lag, blocked_seconds=60, locate=False, also=write).run())
+    async with asyncio.timeout(10):
+        await done.wait()
+    watching.cancel()
+    await watching
+
+    assert caplog.messages == [
+        "metrics of this worker are not written: No folder.",
+        "metrics of this worker are not written: Again no folder.",
+    ]
+
+
 async def test_watch_that_fails_leaves_no_thread() -> None:
     """Without a beat it would report a loop that nothing blocks."""
 
     def fail() -> None:
-        raise OSError("The disk is full.")
+        raise LookupError("A bug.")
 
     lag = Histogram("lag_seconds", "How late.", registry=CollectorRegistry())
-    with pytest.raises(OSError, match="disk is full"):
+    with pytest.raises(LookupError, match="A bug"):
         await LoopWatch(lag, blocked_seconds=60, locate=True, also=fail).run()
 
     async def has_ended() -> bool:

@@ -9,6 +9,7 @@ import httpx
 import pytest
 from fastapi import FastAPI
 
+from pglifeguard import DatabasesSettings
 from pglifeguard.embedded import postgres
 from pglifeguard.embedded.account import EmbeddedError
 from pglifeguard.testing import (
@@ -105,6 +106,26 @@ async def test_what_is_missing_is_told() -> None:
     with pytest.raises(pytest.fail.Exception, match="among its arguments"):
         NETWORK(None)
     assert (await TABLES()("postgresql://nowhere"), TOKEN()) == (None, None)
+
+
+async def test_environment_leads_to_the_template_while_tables_are_made(
+    database_servers: DatabaseServers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A module that makes a Lifeguard when it is imported can be imported there; afterwards all is as it was."""
+    monkeypatch.setenv("DATABASE_POOL_SIZE", "7")
+    before = dict(os.environ)
+    led_to: list[str] = []
+
+    async def make_tables(url: str) -> None:
+        assert (os.environ["DATABASE_URL"], "DATABASE_POOL_SIZE" in os.environ) == (url, False)
+        led_to.append(DatabasesSettings().primary.parameters.database)
+
+    making = TEMPLATE(database_servers, make_tables)
+    name = await anext(making)
+    await making.aclose()
+
+    assert led_to == [name]
+    assert dict(os.environ) == before
 
 
 async def test_connection_that_make_tables_leaves_is_told(database_servers: DatabaseServers) -> None:
