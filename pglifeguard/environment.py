@@ -215,5 +215,6 @@ def sentences(error: ValidationError, *, hint: str = "") -> str:
                 f"postgresql://user:password@host:5432/database{hint}"
             )
         # What the others inherit is wrong once, under the name by which it was set.
-        lines.setdefault((field, text), f"{name}: {text}.".removeprefix(": "))
+        end = "" if text.endswith("?") else "."
+        lines.setdefault((field, text), f"{name}: {text}{end}".removeprefix(": "))
     return "\n".join(lines.values())

@@ -114,6 +114,7 @@ def test_wrong_url_names_its_variable_and_the_cure(
 
             assert said.startswith(f"{variable}: "), name
             assert cure in said, name
+            assert not said.rstrip().endswith(("?.", "..")), name
 
 
 @pytest.mark.parametrize(

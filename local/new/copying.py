@@ -210,8 +210,8 @@ def _write_own(order: Order, half: Path, library: str, version: str) -> None:
 
 def _readme(ours: str, order: Order, version: str) -> str:
     text = (TEXTS / "README.md").read_text(encoding="utf-8")
-    gone = "no docker" if order.docker else "docker"
-    text = re.sub(rf"<!-- {gone} -->\n(?:.*\n)*?<!-- /{gone} -->\n", "", text)
+    for gone in ("no docker" if order.docker else "docker", "users" if "users" in order.without else "no users"):
+        text = re.sub(rf"<!-- {gone} -->\n(?:.*\n)*?<!-- /{gone} -->\n", "", text)
     text = re.sub(r"<!-- .* -->\n", "", text)
     table = re.findall(r"^\|.*$", ours.partition("\n## Routes\n")[2].partition("\n## ")[0], re.MULTILINE)
     routes = [row for row in table if not any(f" /{domain}" in row for domain in order.without)]

@@ -15,6 +15,7 @@ from pathlib import Path
 import asyncpg
 
 from pglifeguard.embedded.account import Account, remove_tree
+from pglifeguard.embedded.leftovers import remove_at_the_end
 from pglifeguard.embedded.postgres import HOST, Server
 from pglifeguard.embedded.programs import major_version, run_program
 from pglifeguard.embedded.waiting import eventually
@@ -39,11 +40,12 @@ def open_directory() -> Iterator[Path]:
 
 
 def make_directory() -> Path:
-    """Make such a directory; whoever asks removes it."""
+    """Make such a directory; whoever asks removes it, or else it is removed when this process has ended."""
     # In memory, a database of one's own is made and replayed in 20 ms; on a disk that others use in 50 to 200.
     roomy = MEMORY.is_dir() and shutil.disk_usage(MEMORY).free > MEMORY_BYTES
     directory = Path(tempfile.mkdtemp(prefix="lifeguard-tests-", dir=MEMORY if roomy else None))
     directory.chmod(0o711)
+    remove_at_the_end(directory)
     return directory
 
 

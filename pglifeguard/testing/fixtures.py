@@ -167,8 +167,18 @@ def databases(running_app: Running) -> Databases:
 
 @pytest.fixture
 def exhausted_pool(databases: Databases) -> ExhaustedPool:
-    """Give a function for `async with`: in its block every connection of a pool is held."""
-    return lambda pool="primary": exhausted(next(each for each in databases.all() if each.name == pool))
+    """Give a function for `async with`: in its block every connection of a pool is held.
+
+    It raises LookupError for a pool that is not there.
+    """
+
+    def hold(pool: str = "primary") -> AbstractAsyncContextManager[None]:
+        pools = {database.name: database for database in databases.all()}
+        if pool not in pools:
+            raise LookupError(f"there is no pool {pool!r}, but {', '.join(pools)}")
+        return exhausted(pools[pool])
+
+    return hold
 
 
 @pytest.fixture

@@ -466,6 +466,9 @@ def test_pages_tell_of_the_copy(copies: dict[str, Copy]) -> None:
         assert "The tests ask for no row" not in pages
         assert "make dev " in copy.read("README.md")
     assert "Patients are its example,\n" in copies["small"].read("README.md")
+    left_out = "and pglifeguard's docs/adding-a-domain.md, without pglifeguard's `tests/test_floors.py`"
+    assert [left_out in copies[name].read("README.md") for name in ("small", "whole")] == [True, False]
+    assert "(docs/adding-a-domain.md) |" in copies["whole"].read("README.md")
     assert "Patients, users and reports are its examples,\n" in copies["whole"].read("README.md")
     assert copies["no docker"].read("docs/runbook.md").startswith("# Runbook\n\n`docker compose` on this page means ")
     assert "pglifeguard's" not in copies["small"].read(".editorconfig")

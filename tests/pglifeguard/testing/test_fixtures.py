@@ -86,6 +86,8 @@ async def test_pool_without_connections_refuses(client: httpx.AsyncClient, exhau
 
     assert (refused.status_code, refused.json()["code"], read.status_code) == (503, "pool_exhausted", 200)
     assert written.status_code == 200
+    with pytest.raises(LookupError, match="there is no pool 'replicca', but primary, replica, analytics"):
+        exhausted_pool("replicca")
 
 
 async def test_network_is_between(network: Network, client: httpx.AsyncClient, database: Database) -> None:
