@@ -2,14 +2,13 @@
 
 import os
 import resource
-import tempfile
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
-from pathlib import Path
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 from bench.stage import Stage
 from local.cluster import Cluster
 from local.seed import seed
+from pglifeguard.embedded.directories import open_directory
 
 # Ten thousand open clients are as many files, here and in the server, which inherits the limit.
 FILES = 16_384
@@ -23,7 +22,7 @@ async def set_up() -> AsyncIterator[Stage]:
     if soft < FILES:
         most = FILES if hard == resource.RLIM_INFINITY else min(FILES, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
-    with _open_directory() as directory:
+    with open_directory() as directory:
         cores = os.sched_getaffinity(0)
         cluster = Cluster(directory)
         stage = Stage(cluster, directory)
@@ -37,12 +36,3 @@ async def set_up() -> AsyncIterator[Stage]:
         finally:
             cluster.remove()
             os.sched_setaffinity(0, cores)
-
-
-@contextmanager
-def _open_directory() -> Iterator[Path]:
-    # PostgreSQL's account must get into it.
-    memory = Path("/dev/shm")  # noqa: S108  # mkdtemp makes an unguessable name in it.
-    with tempfile.TemporaryDirectory(prefix="lifeguard-bench-", dir=memory if memory.is_dir() else None) as directory:
-        Path(directory).chmod(0o711)
-        yield Path(directory)
