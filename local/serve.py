@@ -91,6 +91,8 @@ class Service:
                 process.kill()
         if process.returncode != 0:
             text = output.decode(errors="replace").strip()
+            # Nobody listens at these yet, or it is somebody else.
+            text = text.replace("127.0.0.1:5432", "the primary").replace("127.0.0.1:5433", "the replica")
             raise EmbeddedError(text if process.returncode == WRONG_SETTINGS else explain(text, "Reading the settings"))
         return bool(said.strip())
 

@@ -25,14 +25,15 @@ ANSWER_BYTES = 100_000
 NO_URL = "--url is no address of a service: write it as http://127.0.0.1:8000."
 NO_TOKEN = "The token holds characters that no header may hold."  # noqa: S105  # It is a sentence.
 GIVE_TOKEN = "Give a token that may do this by --token or OPERATOR_TOKEN."  # noqa: S105  # The same.
-NO_ROUTE = "A service has these routes only where `debug_dependencies` guard them (docs/servers.md)."
+NO_ROUTE = "A service has these routes only where `debug_dependencies` guard them (docs/library.md of pglifeguard)."
 # Finds out where this machine reaches the service, and with which token: (URL, token or None). Raises SettingsError.
 Reach: TypeAlias = Callable[[], tuple[str, str | None]]
 
 Urls = Annotated[
     list[str] | None,
     typer.Option(
-        "--url", help=f"An instance, past the balancer; repeat it for several. {LOCAL}, or as the settings say."
+        "--url",
+        help=f"An instance, past the balancer; repeat it for several. {LOCAL} if none is given and no settings say.",
     ),
 ]
 Token = Annotated[str | None, typer.Option(help="Bearer token of an operator.", envvar="OPERATOR_TOKEN")]

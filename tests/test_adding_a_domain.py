@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import Database
+from tests.conftest import Database, Execute
 from tests.interpreter import python
 from tests.local.test_new_domain import NEWEST, take_out
 
@@ -26,6 +26,9 @@ STEP = re.compile(
     r"|```console\n(?P<commands>.*?)```",
     re.DOTALL,
 )
+TRIGGERS = """
+SELECT string_agg(tgname, ' ' ORDER BY tgname) FROM pg_trigger WHERE tgrelid = 'users'::regclass AND NOT tgisinternal
+"""
 # Clients of what was made: each prints what it was answered.
 CLIENT = """
 import asyncio, httpx
@@ -164,15 +167,22 @@ async def test_domain_is_made_as_the_page_says(tree: Tree) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-async def test_domain_is_removed_as_the_page_says(tree: Tree) -> None:
-    """Without its folder, its word and its table the service starts, the others work, and the schema is the models'."""
+async def test_domain_is_removed_as_the_page_says(tree: Tree, execute: Execute) -> None:
+    """Without its folder, its word and its table the service starts, the others work, and the schema is the models'.
+
+    The downgrade gives the table back with what notes its changes.
+    """
     tree.variables["DIRECTORY_URL"] = "http://directory"  # A deployment may still set it.
+    triggers = await execute(TRIGGERS)
 
     run = await tree.follow(REMOVING)
     _, seeded = await python("-c", SEED, environment=tree.variables, cwd=tree.path)
     answers = await tree.use(NO_USERS)
+    await python("-m", "alembic", "downgrade", NEWEST, environment=tree.variables, cwd=tree.path)
 
     assert "alembic check" in " ".join(run)
     assert not (tree.path / "app/users").exists()
     assert seeded == "True\n"
+    assert await execute(TRIGGERS) == triggers
+    assert "audit_change" in triggers
     assert answers == ["201 Ada", "404 200", "[]"]

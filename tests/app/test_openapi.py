@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 from uuid import UUID
 
+import pytest
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field, StrictBool
@@ -19,6 +20,8 @@ from pglifeguard.testing.serving import Running, listening
 from tests.conftest import Database
 from tests.service import serving
 
+# Hundreds of requests: half a minute, and much longer where the machine is busy.
+pytestmark = pytest.mark.timeout(300)
 # ignored_auth is about tokens (test_security.py).
 CHECKS = (
     "not_a_server_error",
@@ -59,7 +62,7 @@ async def schemathesis(url: str, directory: Path, *, examples: int) -> tuple[int
         stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
     )  # fmt: skip
     try:
-        output, _ = await asyncio.wait_for(process.communicate(), 110)
+        output, _ = await asyncio.wait_for(process.communicate(), 280)
     finally:
         if process.returncode is None:
             process.kill()
