@@ -43,12 +43,19 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def finding(database: Database, **changes: Any) -> Settings:
-    """Return settings by which DNS finds the replicas, often; `pool_timeout` is that of each pool."""
+def finding(database: Database, *, pool_timeout: float = 0.5, **changes: Any) -> Settings:
+    """Return settings by which DNS finds the replicas, often."""
     url = database.replica_url().replace("127.0.0.1", NAME)
-    patience = {name: value for name, value in changes.items() if name == "pool_timeout"}
+    replica: dict[str, Any] = {
+        "url": url,
+        "pool_min_size": 1,
+        "pool_size": 2,
+        "max_overflow": 0,
+        "pool_timeout": pool_timeout,
+    }
     fields: dict[str, Any] = {
-        "replicas": ({"url": url, "pool_min_size": 1, "pool_size": 2, "max_overflow": 0, **patience},),
+        "replicas": (replica,),
+        "pool_timeout": pool_timeout,
         "database_replica_discovery": "dns",
         "database_replica_discovery_seconds": 0.05,
     }
@@ -493,7 +500,7 @@ async def test_share_of_a_new_replica_grows(database: Database, names: Names, mo
 async def test_reads_stay_in_the_zone_while_it_serves(database: Database, names: Names) -> None:
     """A replica of another zone has a pool, and gets reads when none of the own zone serves."""
     names.addresses = [FIRST, SECOND]
-    zones = {"database_zone": "b", "database_replica_zones": f"{FIRST}/32=a,{SECOND}/32=b"}
+    zones: dict[str, Any] = {"database_zone": "b", "database_replica_zones": f"{FIRST}/32=a,{SECOND}/32=b"}
     async with addresses(database, SECOND), serving(finding(database, **zones)) as service:
         await become(service, first="serving", second="serving")
         router, near, far = service.databases.router, pool_at(service, SECOND), pool_at(service, FIRST)
