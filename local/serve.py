@@ -30,9 +30,10 @@ PORT_SECONDS = 2.0
 FIRST_PORT, LAST_PORT = 8001, 65_536
 # The status of local/check_settings.py where a setting is wrong, and not the code.
 WRONG_SETTINGS = 2
-# Where the databases will be is not known before they are there: URLs of two servers, in the form that these have.
+# Where the databases will be is not known before they are there. A sentence about them names them by their roles: at
+# 127.0.0.1:5432 it may be somebody else who listens.
 SOME_URLS = [
-    f"postgresql://{role}:password@127.0.0.1:{port}/db" for role, port in (("a", 5432), ("b", 5433), ("c", 5432))
+    f"postgresql://{role}:password@{host}/db" for role, host in (("a", "primary"), ("b", "replica"), ("c", "primary"))
 ]
 
 
@@ -91,8 +92,6 @@ class Service:
                 process.kill()
         if process.returncode != 0:
             text = output.decode(errors="replace").strip()
-            # Nobody listens at these yet, or it is somebody else.
-            text = text.replace("127.0.0.1:5432", "the primary").replace("127.0.0.1:5433", "the replica")
             raise EmbeddedError(text if process.returncode == WRONG_SETTINGS else explain(text, "Reading the settings"))
         return bool(said.strip())
 

@@ -231,7 +231,7 @@ def test_failed_run_touches_nothing_of_a_directory_that_was_there(directory: Pat
         ("DATABASE_POOLSIZE", "5", "DATABASE_POOLSIZE is not a setting of this service. Did you mean"),
         ("AUTH_SECRT", "x", "AUTH_SECRT is not a setting"),
         ("DATABASE_POOL_SIZE", "ten", "DATABASE_POOL_SIZE: "),
-        ("CONNECTION_LIMIT", "10", "CONNECTION_LIMIT: the primary would get 1 workers"),
+        ("CONNECTION_LIMIT", "10", "CONNECTION_LIMIT: primary:5432 would get 1 workers"),
         ("CONNECTION_LIMIT", "10", "= 17 connections > 10 - 3 reserved"),
         ("DATABASE_POOL_SIZE", "500", "connections > 100 - 3 reserved"),
         ("MIGRATIONS_WAIT_SECONDS", "long", "MIGRATIONS_WAIT_SECONDS: "),
