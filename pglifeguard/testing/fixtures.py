@@ -47,7 +47,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def make_tables() -> MakeTables:
     """Override it: return a coroutine function that makes the tables in the database of a URL, as its owner.
 
-    DATABASE_URL and the others lead to that database while it runs.
+    DATABASE_URL and the others lead to that database while it runs; all other DATABASE_… are taken away.
     """
 
     async def none(_url: str) -> None:

@@ -21,9 +21,10 @@ REPLAY_SECONDS = 10.0
 # A connection that was closed is gone in milliseconds.
 LEAVE_SECONDS = 1.0
 NOBODY = "SELECT NOT EXISTS (SELECT FROM pg_stat_activity WHERE datname = $1)"
-# Small pools, because to open the default's five connections takes longer than most tests; and a fast monitor, because
-# tests wait for what it finds.
+# Small pools, because to open the default's five connections takes longer than most tests; a fast monitor, because
+# tests wait for what it finds; and patience, because where tests run the machine is busy, and that is no overload.
 QUICK = {
+    "DATABASE_POOL_TIMEOUT": "2",
     "DATABASE_POOL_MIN_SIZE": "1",
     "DATABASE_ANALYTICS_POOL_SIZE": "2",
     "DATABASE_ANALYTICS_MAX_OVERFLOW": "0",
