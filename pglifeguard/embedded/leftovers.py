@@ -21,7 +21,7 @@ import psutil  # type: ignore[import-untyped]  # See waiting.py.
 from pglifeguard.embedded.waiting import processes_end
 
 END_SECONDS = 5.0
-# It imports nothing while it waits, so that it takes no memory and no time to speak of.
+# It imports nothing while it waits, and takes 4 MB then, beside what it shares with its parent.
 GUARD = """
 import sys
 sys.path[:] = sys.argv[1:]
