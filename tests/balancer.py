@@ -42,12 +42,16 @@ class Balancer:
         async with httpx.AsyncClient(base_url=self.operators_url, timeout=10, trust_env=False) as client:
             return (await client.get("/metrics")).text
 
-    async def up(self, backend: str = "instances") -> int:
-        """Count the instances that it believes to be there; in `starting` also those that have never been ready."""
+    async def figure(self, name: str, proxy: str) -> int:
+        """Read one of its metrics."""
         text = await self.figures()
-        found = re.search(rf'^haproxy_backend_active_servers\{{proxy="{backend}"\}} (\d+)', text, re.MULTILINE)
+        found = re.search(rf'^haproxy_{name}\{{proxy="{proxy}"\}} (\d+)', text, re.MULTILINE)
         assert found is not None, text
         return int(found[1])
+
+    async def up(self, backend: str = "instances") -> int:
+        """Count the instances that it believes to be there; in `starting` also those that have never been ready."""
+        return await self.figure("backend_active_servers", backend)
 
     def marked_down(self) -> list[str]:
         """List its log lines that say that an instance was taken out."""

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from pglifeguard.embedded.waiting import eventually
 from pglifeguard.testing.faults import exhausted
@@ -19,6 +19,7 @@ pytestmark = needs_haproxy
 
 PLACES = 60
 # The times are a tenth of the real ones: what is shown is that each of them is there and acts.
+ANY_ADDRESS = '"${ADDRESS_CONNECTIONS-8000}"'
 SMALLER = {
     "maxconn 8000": f"maxconn {PLACES}",
     "timeout http-request 5s": "timeout http-request 500ms",
@@ -26,10 +27,8 @@ SMALLER = {
     "timeout client 30s": "timeout client 3s",
 }
 ALIVE = b"GET /health/live HTTP/1.1\r\nHost: test\r\n\r\n"
-HOLDING = {
-    "nothing at all": (b"", b""),
-    "a request line without end": (b"GET /", b"x"),
-    "headers without end": (b"GET /health/live HTTP/1.1\r\nHost: test\r\nX-Slow: ", b"x"),
+# What HAProxy answers in time; from version 3.0 on it keeps the connection while a byte comes now and then.
+BODIES = {
     "a body without end": (
         b"POST /patients HTTP/1.1\r\nHost: test\r\nContent-Type: application/json\r\nContent-Length: 1000\r\n\r\n{",
         b" ",
@@ -38,6 +37,11 @@ HOLDING = {
         b"POST /patients HTTP/1.1\r\nHost: test\r\nTransfer-Encoding: chunked\r\n\r\n3E8\r\n{",
         b" ",
     ),
+}
+HOLDING = {
+    "nothing at all": (b"", b""),
+    "a request line without end": (b"GET /", b"x"),
+    "headers without end": (b"GET /health/live HTTP/1.1\r\nHost: test\r\nX-Slow: ", b"x"),
     "nothing after an answer": (ALIVE, b""),
     "a second request without end": (ALIVE + b"GET /", b"x"),
     # A connection in good order, SETTINGS and then PING after PING, and never a request.
@@ -48,15 +52,20 @@ HOLDING = {
 }
 
 
-@pytest.fixture
-async def balancer(service: Service, tmp_path: Path) -> AsyncIterator[Balancer]:
-    """Give a balancer with few places in front of the running service."""
+def without_lifespan(service: Service) -> ASGIApp:
+    """Return the running service as something to listen for, which is neither started nor stopped again."""
 
-    async def without_lifespan(scope: Scope, receive: Receive, send: Send) -> None:
+    async def serve(scope: Scope, receive: Receive, send: Send) -> None:
         assert scope["type"] == "http"
         await service.app(scope, receive, send)
 
-    async with listening(without_lifespan) as url, balanced(tmp_path, url, changes=SMALLER) as running:
+    return serve
+
+
+@pytest.fixture
+async def balancer(service: Service, tmp_path: Path) -> AsyncIterator[Balancer]:
+    """Give a balancer with few places in front of the running service."""
+    async with listening(without_lifespan(service)) as url, balanced(tmp_path, url, changes=SMALLER) as running:
         yield running
 
 
@@ -78,6 +87,49 @@ async def test_slow_and_silent_clients_lose_their_places(balancer: Balancer, hol
         assert await held.cut_off(15)
 
     assert operators.status_code == 200
+
+
+@pytest.mark.parametrize("holding", BODIES)
+async def test_slow_bodies_are_answered_and_reach_no_instance(balancer: Balancer, holding: str) -> None:
+    """Each is told 408 in time, though it goes on sending, and takes no place on an instance; others are served."""
+    begun, drip = BODIES[holding]
+
+    async with crowd(balancer.port, PLACES - 20, begun=begun, drip=drip) as held, httpx.AsyncClient() as client:
+
+        async def told() -> bool:
+            return all(member.received.startswith(b"HTTP/1.1 408 ") for member in held.members)
+
+        assert await eventually(told, 15)
+        asked = await balancer.figure("backend_sessions_total", "instances")
+        alive = await client.get(f"{balancer.url}/health/live", timeout=5)
+
+    assert alive.is_success
+    assert (asked, await balancer.figure("backend_sessions_total", "instances")) == (0, 1)
+
+
+@pytest.mark.parametrize("holding", BODIES)
+async def test_slow_clients_of_one_address_keep_no_other_out(service: Service, tmp_path: Path, holding: str) -> None:
+    """ADDRESS_CONNECTIONS is what one address may hold: its next connection is ended, another address gets in."""
+    begun, drip = BODIES[holding]
+    other = httpx.AsyncHTTPTransport(local_address="127.0.0.2")
+
+    async with (
+        listening(without_lifespan(service)) as url,
+        balanced(tmp_path, url, changes=SMALLER | {ANY_ADDRESS: str(PLACES // 2)}) as balancer,
+        crowd(balancer.port, PLACES // 2, begun=begun, drip=drip),
+        httpx.AsyncClient() as same_address,
+        httpx.AsyncClient(transport=other) as other_address,
+    ):
+
+        async def all_there() -> bool:
+            return await balancer.figure("frontend_current_sessions", "service") == PLACES // 2
+
+        assert await eventually(all_there, 5)
+        with pytest.raises(httpx.TransportError):
+            await same_address.get(f"{balancer.url}/health/live", timeout=5)
+        alive = await other_address.get(f"{balancer.url}/health/live", timeout=5)
+
+    assert alive.is_success
 
 
 async def test_answer_may_take_longer_than_a_client_may_be_silent(balancer: Balancer, service: Service) -> None:

@@ -17,6 +17,19 @@ from pglifeguard.embedded.postgres import HOST
 # What a client sends first to ask for TLS: its length, and the number that stands for it.
 SSL_REQUEST = b"\x00\x00\x00\x08\x04\xd2\x16\x2f"
 NAME = "localhost"
+CONFIGURATION = """
+[ca]
+default_ca = own
+[own]
+database = index
+new_certs_dir = .
+unique_subject = no
+rand_serial = yes
+default_md = sha256
+policy = any_name
+[any_name]
+commonName = supplied
+"""
 NEW_KEY = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1")
 
 Fate = Literal["end", "strip", "cut", "error", "leave"]
@@ -53,27 +66,43 @@ class Authority:
         made = ("-subj", f"/CN=authority {directory.name}", "-keyout", "ca.key", "-out", "ca.crt")
         self._openssl("req", "-x509", *NEW_KEY, "-nodes", "-days", "2", *made)
 
-    def issue(self, name: str, *, file: str | None = None, days: int = 2, password: str | None = None) -> Certificate:
-        """Sign a certificate for a host's or a role's name; with -1 day it has expired. `file` names its files."""
+    def issue(
+        self, name: str, *, file: str | None = None, expired: bool = False, password: str | None = None
+    ) -> Certificate:
+        """Sign a certificate for a host's or a role's name. `file` names its files."""
         file = file or name
         closed = ("-passout", f"pass:{password}") if password else ("-nodes",)
         asked = ("-subj", f"/CN={name}", "-keyout", f"{file}.key", "-out", f"{file}.csr")
         self._openssl("req", *NEW_KEY, *closed, *asked)
         (self._directory / "names").write_text(f"subjectAltName=DNS:{name}\n", encoding="utf-8")
-        signed = ("-CA", "ca.crt", "-CAkey", "ca.key", "-CAcreateserial", "-days", str(days), "-extfile", "names")
-        self._openssl("x509", "-req", "-in", f"{file}.csr", *signed, "-out", f"{file}.crt")
+        if expired:
+            # `x509` of OpenSSL 3.5 takes no negative number of days, and that of 3.0 no dates.
+            past = ("-startdate", "20200101000000Z", "-enddate", "20200102000000Z")
+            self._ca("-batch", "-notext", *past, "-extfile", "names", "-in", f"{file}.csr", "-out", f"{file}.crt")
+        else:
+            signed = ("-CA", "ca.crt", "-CAkey", "ca.key", "-CAcreateserial", "-days", "2", "-extfile", "names")
+            self._openssl("x509", "-req", "-in", f"{file}.csr", *signed, "-out", f"{file}.crt")
         return Certificate(self._directory / f"{file}.crt", self._directory / f"{file}.key")
+
+    def believed(self) -> ssl.SSLContext:
+        """Make a client's context that knows this authority alone, and asks as little of it as libpq does."""
+        context = ssl.create_default_context(cafile=self.certificate)
+        # Set by default from Python 3.13 on.
+        context.verify_flags &= ~ssl.VERIFY_X509_STRICT
+        return context
 
     def revoke(self, *revoked: Certificate) -> Path:
         """Write the list of what is revoked: these certificates."""
-        configuration = "[ca]\ndefault_ca = own\n[own]\ndatabase = index\ndefault_md = sha256\n"
-        (self._directory / "ca.conf").write_text(configuration, encoding="utf-8")
-        (self._directory / "index").write_text("", encoding="utf-8")
-        ours = ("ca", "-config", "ca.conf", "-cert", "ca.crt", "-keyfile", "ca.key")
         for certificate in revoked:
-            self._openssl(*ours, "-revoke", str(certificate.certificate))
-        self._openssl(*ours, "-gencrl", "-crldays", "2", "-out", "ca.crl")
+            self._ca("-revoke", str(certificate.certificate))
+        self._ca("-gencrl", "-crldays", "2", "-out", "ca.crl")
         return self._directory / "ca.crl"
+
+    def _ca(self, *arguments: str) -> None:
+        """Run the part of openssl that keeps a list of what it has signed."""
+        (self._directory / "ca.conf").write_text(CONFIGURATION, encoding="utf-8")
+        (self._directory / "index").touch()
+        self._openssl("ca", "-config", "ca.conf", "-cert", "ca.crt", "-keyfile", "ca.key", *arguments)
 
     def _openssl(self, *arguments: str) -> None:
         subprocess.run([str(program()), *arguments], cwd=self._directory, check=True, capture_output=True)

@@ -364,9 +364,7 @@ def _half(directory: Path) -> Iterator[Path]:
     try:
         half = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
     except OSError as error:
-        raise NewError(
-            f"DIR {directory} cannot be made, since nothing can be written in {directory.parent}: {error.strerror}."
-        ) from None
+        raise NewError(f"DIR {directory} cannot be made in {directory.parent}: {error.strerror}.") from None
     try:
         yield half
         half.chmod(0o755)

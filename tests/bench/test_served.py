@@ -10,6 +10,7 @@ from sqlalchemy.engine import make_url
 
 from bench.served import Served, cpu_seconds, stop
 from bench.wire import counting
+from pglifeguard.embedded.waiting import processes_end
 from tests.conftest import Database
 
 # A server whose worker does the work: it burns so much CPU, says so, and waits until it is told to end.
@@ -45,8 +46,7 @@ async def test_workers_count_too() -> None:
     finally:
         await stop(process)
         process.stdout.close()
-    _, alive = psutil.wait_procs(workers, timeout=5)
-    assert alive == []
+    assert await processes_end(workers, 5)
 
 
 def test_time_of_an_ended_child_counts() -> None:

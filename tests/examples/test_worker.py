@@ -81,8 +81,9 @@ async def test_worker_stops_after_the_job_at_work(start: Start, database: Databa
         await asyncio.wait_for(asyncio.shield(worker.wait()), 0.5)
     await transaction.rollback()
     await holder.close()
+    await worker.communicate()
 
-    assert await stopped(worker) == 0
+    assert worker.returncode == 0
     assert (await execute(LETTERS), await execute(WAITING)) == (1, 1)
 
 

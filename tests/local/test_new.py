@@ -243,7 +243,7 @@ def test_wrong_orders_are_refused_and_make_nothing(tmp_path: Path) -> None:
         ("Say DIR=…, as in", ["clinic", ""]),
         ("Say NAME=… and DIR=…, as in", ["", ""]),
         ("DIR /proc/made ", ["clinic", "/proc/made"]),
-        ("No copy was made in /aaa", ["clinic", f"/{'a' * 300}"]),
+        (": File name too long.", ["clinic", f"/{'a' * 300}"]),
         ("a person whom this machine does not know", ["clinic", "~nobody.of.this.name/made"]),
         ("AUTHOR is one line", ["clinic", tmp_path / "made", "--author", "a\nb"]),
     ]

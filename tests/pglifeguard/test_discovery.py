@@ -226,7 +226,7 @@ async def test_tls_from_the_first_byte_is_with_the_name(tmp_path: Path) -> None:
     certificate = authority.issue("orders.example")
     shown = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     shown.load_cert_chain(certificate.certificate, certificate.key)
-    believed = ssl.create_default_context(cafile=str(authority.certificate))
+    believed = authority.believed()
     loop = asyncio.get_running_loop()
     server = await asyncio.start_server(lambda _reader, writer: writer.close(), "127.0.0.1", 0, ssl=shown)
     port = server.sockets[0].getsockname()[1]

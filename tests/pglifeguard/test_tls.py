@@ -1,7 +1,6 @@
 """What a URL says about TLS is what happens, for everything that connects: service, listener, jobs and commands."""
 
 import asyncio
-import ssl
 from asyncio.trsock import TransportSocket
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -198,7 +197,7 @@ async def test_host_with_a_bad_certificate_is_passed_over(
     database: Database, encrypted: Tls, authority: Authority
 ) -> None:
     """Of several hosts the one whose certificate holds is used; when none holds, each is named with its reason."""
-    expired = authority.issue(NAME, file="expired", days=-1)
+    expired = authority.issue(NAME, file="expired", expired=True)
     verified = f"sslmode=verify-full&sslrootcert={authority.certificate}"
     account = f"app_rw:{database.cluster.passwords['app_rw']}"
     async with Tls(database.cluster.primary.port, expired) as bad:
@@ -303,7 +302,7 @@ async def test_service_serves_https(
         "TLS_KEY": str(certificate.key),
     }
     assert database.settings(tls_certificate=certificate.certificate, tls_key=certificate.key).tls_key is not None
-    believed = ssl.create_default_context(cafile=authority.certificate)
+    believed = authority.believed()
     async with served(tmp_path, environment, *MODULE, verify=believed) as server:
         answer = await server.client.get("/patients")
         async with httpx.AsyncClient() as plain:

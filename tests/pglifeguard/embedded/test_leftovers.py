@@ -14,7 +14,7 @@ import pytest
 
 from pglifeguard.embedded import leftovers
 from pglifeguard.embedded.leftovers import end_server, postmaster, remove_what_is_left
-from pglifeguard.embedded.waiting import eventually
+from pglifeguard.embedded.waiting import eventually, processes_end
 
 # Says that it runs, and takes SIGINT, by which a server is stopped, for nothing.
 STUBBORN = "import signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN); print(flush=True); signal.pause()"
@@ -87,13 +87,15 @@ def test_killed_run_leaves_nothing(number: signal.Signals) -> None:
     with subprocess.Popen([sys.executable, "-c", RUN], stdout=subprocess.PIPE, text=True) as run:
         assert run.stdout is not None
         directory, *pids = run.stdout.readline().split()
-        left = [directory_exists(directory), *(psutil.pid_exists(int(pid)) for pid in pids)]
+        servers = [psutil.Process(int(pid)) for pid in pids]
+        left = [directory_exists(directory), *(server.is_running() for server in servers)]
         run.send_signal(number)
 
     async def gone() -> bool:
-        return not directory_exists(directory) and not any(psutil.pid_exists(int(pid)) for pid in pids)
+        return not directory_exists(directory)
 
     assert left == [True, True, True]
+    assert asyncio.run(processes_end(servers, 15))
     assert asyncio.run(eventually(gone, 15))
 
 

@@ -20,7 +20,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Summ
 from uvicorn import Config
 from uvicorn.config import STARTUP_FAILURE
 
-from pglifeguard.embedded.waiting import eventually
+from pglifeguard.embedded.waiting import eventually, processes_end
 from pglifeguard.metrics import Metrics
 from pglifeguard.registry import SLICE_SAMPLES, write
 from pglifeguard.serving import serve
@@ -252,13 +252,14 @@ async def test_workers_end_with_their_parent(server: Process, database: Database
         return len(_workers(server)) == WORKERS
 
     assert await eventually(all_there, 60)
-    workers = _workers(server)
+    workers = [psutil.Process(pid) for pid in _workers(server)]
     server.process.kill()
 
-    async def all_gone() -> bool:
-        return not any(map(psutil.pid_exists, workers)) and await sessions(database) == 0
+    async def no_session() -> bool:
+        return await sessions(database) == 0
 
-    assert await eventually(all_gone, 60)
+    assert await processes_end(workers, 60)
+    assert await eventually(no_session, 60)
 
 
 async def test_folder_is_gone_when_the_service_has_ended(server: Process, tmp_path: Path) -> None:
