@@ -105,7 +105,7 @@ class DatabaseSettings(BaseModel):
         0.5, gt=0, le=60, description="Seconds to wait, connect and check, all together, before a 503."
     )
     pool_recycle: float = Field(
-        1800, gt=0, description="Seconds that a connection lives, shortened by up to a tenth at random."
+        1800, gt=0, description="Seconds until a connection is replaced, shortened by up to a tenth at random."
     )
     pool_min_size: int | None = Field(
         None,

@@ -139,7 +139,7 @@ class ConnectionPool(Generic[S]):
         self._queue: WaitQueue[S] = WaitQueue(settings)
         # The error of the last login; None when the last login succeeded.
         self._failure: Exception | None = None
-        self._returned_at = self._renewed_at = self._failed_at = float("-inf")
+        self._returned_at = self._renewed_at = self._failed_at = self._connected_at = float("-inf")
         self._generation = 0
         self._closed = False
         # Ends a pause; None while connections are handed out.
@@ -445,15 +445,26 @@ class ConnectionPool(Generic[S]):
             return "closed"
         if checkout.generation != self._generation:
             return "disposed"
-        if self._failure is not None:
-            # While no login succeeds, an old connection is better than none: a rotated password may reach the server
-            # minutes before it reaches this process.
+        worn = checkout.uses >= self.settings.pool_max_uses
+        if worn:
+            checkout.expires_at = min(checkout.expires_at, now)
+        if now < checkout.expires_at or self._outlives(checkout):
             return None
-        if now >= checkout.expires_at:
-            return "age"
-        if checkout.uses >= self.settings.pool_max_uses:
+        if worn:
             return "uses"
-        return None
+        return "age"
+
+    def _outlives(self, checkout: Checkout) -> bool:
+        """Say whether an old connection goes on: while no login succeeds it is better than none.
+
+        A rotated password may reach the server minutes before it reaches this process. Closed for its age before
+        anybody had tried to log in, the only connection of a quiet pool was lost, and each request was refused until
+        the password came. So a login has to succeed first, once the connection has come of age. `warm_up` begins it. It
+        needs a place: a pool that is full gives up one connection for it. The one that is judged is not counted.
+        """
+        if self._failure is not None:
+            return True
+        return self._connected_at < checkout.expires_at and self._opened + 1 < self.settings.capacity
 
     def _discard(self, slot: S, reason: str) -> None:
         self._watch.replaced(reason)
@@ -512,7 +523,7 @@ class ConnectionPool(Generic[S]):
             slot.info["checkout"] = Checkout(
                 connection, now, now + lifetime, opening.generation, idle_since=now, login_began_at=started
             )
-            self._failure = None
+            self._failure, self._connected_at = None, now
             self._watch.connected(now - started)
             self._arrive(slot, opening)
         finally:
@@ -644,9 +655,9 @@ class ConnectionPool(Generic[S]):
     # Upkeep, which `Databases` calls.
 
     async def warm_up(self) -> None:
-        """Open connections until `warm_size` are open.
+        """Open connections until `warm_size` are open, and one in the place of those that have come of age.
 
-        Without it the first requests after a start wait for logins.
+        Without it the first requests after a start, or after many minutes, wait for logins.
 
         Raises: DatabaseUnreachable when one cannot be opened within `connect_timeout_seconds`; the others stay open.
         """
@@ -660,12 +671,16 @@ class ConnectionPool(Generic[S]):
     def _lacks_connections(self) -> bool:
         if self._opened < self.settings.warm_size:
             return True
-        if self._failure is None or self._opened >= self.settings.capacity:
+        if self._opened >= self.settings.capacity:
             return False
-        # Connections outlive their time while logins fail. The login that succeeds lets `tend` close them.
-        now, most = self._clock(), self.settings.pool_max_uses
-        checkouts = (_checkout(slot) for slot in (*self._idle, *self._out))
-        return any(now >= checkout.expires_at or checkout.uses >= most for checkout in checkouts)
+        now, failed = self._clock(), self._failure is not None
+        # An old connection beyond `warm_size` that nobody has used since ends for idling; a database that sleeps is not
+        # woken for it.
+        all_needed = failed or self._opened <= self.settings.warm_size
+        idle = [each for each in map(_checkout, self._idle) if all_needed or each.idle_since >= each.expires_at]
+        old = [each for each in (*idle, *self._out.values()) if now >= each.expires_at]
+        # The login that succeeds lets `tend` close those that are old.
+        return any(failed or self._connected_at < each.expires_at for each in old)
 
     @property
     def _opened(self) -> int:
@@ -679,10 +694,11 @@ class ConnectionPool(Generic[S]):
         request would wait for a login. SQLAlchemy closes overflow connections at their release, so a load just above
         the pool's size would log in all the time.
         """
-        now, settings, kept = self._clock(), self.settings, []
+        now, settings = self._clock(), self.settings
         spare = self._opened - settings.warm_size
         surplus = self._opened - settings.pool_size
-        for slot in self._idle:  # The one idle for longest comes first.
+        for slot in tuple(self._idle):  # The one idle for longest comes first.
+            self._idle.remove(slot)
             checkout = _checkout(slot)
             idle = now - checkout.idle_since
             reason = self._expired(checkout, now)
@@ -691,11 +707,10 @@ class ConnectionPool(Generic[S]):
             if reason is None and spare > 0 and idle >= settings.pool_idle_seconds:
                 reason = "idle"
             if reason is None:
-                kept.append(slot)
+                self._idle.append(slot)
                 continue
             spare, surplus = spare - 1, surplus - 1
             self._discard(slot, reason)
-        self._idle = kept
 
     # The end, of the connections or of the pool.
 

@@ -388,6 +388,26 @@ async def test_old_connections_outlive_their_time_until_a_login_succeeds(role: R
         assert await p.backend() not in before
 
 
+async def test_only_connection_outlives_its_time_until_a_login_succeeds(role: Rotating) -> None:
+    """Also when it comes of age before anybody has tried to log in with the password that the server has no more."""
+    clock = [time.monotonic()]
+    async with pooled(role.url(), clock=lambda: clock[0], password_file=role.path, pool_min_size=1) as p:
+        await p.pool.warm_up()
+        before = await role.sessions()
+        await role.rotate(publish=False)
+        clock[0] += 2000
+
+        for _ in range(2):
+            p.pool.tend()
+            assert await p.backend() in before
+            with pytest.raises(DatabaseUnreachable, match="password authentication failed"):
+                await p.pool.warm_up()
+        role.publish()
+        await p.pool.warm_up()
+        p.pool.tend()
+        assert await p.backend() not in before
+
+
 async def test_source_that_fails_is_in_the_answer(role: Rotating, caplog: pytest.LogCaptureFixture) -> None:
     """503 `database_unreachable` with the reason; the log has what the source said."""
     async with pooled(role.url(), password_file=role.path, pool_timeout=0.2) as p:

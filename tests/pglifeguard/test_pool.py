@@ -576,24 +576,50 @@ async def test_lifetime_is_jittered(database: Database, clock: Clock) -> None:
 
 
 async def test_old_connection_is_replaced(database: Database, clock: Clock) -> None:
-    """Past its lifetime a connection is not given out again."""
+    """Past its lifetime a connection is used until the login for another one has succeeded, and not again."""
     async with pooled(database.url(), clock=clock, pool_recycle=100, pool_check_after_seconds=1000) as p:
         first = await p.backend()
         clock.now += 89
         assert await p.backend() == first
         clock.now += 11
+        assert await p.backend() == first
+        assert p.replaced("age") == 0
+        await p.pool.warm_up()
 
         assert await p.backend() != first
-        assert p.replaced("age") == 1
+        p.pool.tend()
+        assert (p.replaced("age"), p.pool.figures().checked_in) == (1, 1)
 
 
-async def test_connection_is_replaced_after_so_many_uses(database: Database) -> None:
-    """The last allowed use is the last."""
-    async with pooled(database.url(), pool_max_uses=2) as p:
-        backends = [await p.backend() for _ in range(4)]
+async def test_connection_is_replaced_after_so_many_uses(database: Database, clock: Clock) -> None:
+    """The last allowed use is followed by others only until the login for another connection has succeeded."""
+    async with pooled(database.url(), clock=clock, pool_min_size=1, pool_max_uses=2) as p:
+        await p.pool.warm_up()
+        clock.now += 1
+        backends = [await p.backend() for _ in range(3)]
+        await p.pool.warm_up()
+        p.pool.tend()
+        clock.now += 1
+        backends += [await p.backend() for _ in range(2)]
 
-        assert backends[0] == backends[1] != backends[2] == backends[3]
-        assert p.replaced("uses") == 2
+        assert backends[0] == backends[1] == backends[2] != backends[3] == backends[4]
+        assert p.replaced("uses") == 1
+
+
+async def test_full_pool_gives_up_one_old_connection_at_a_time(database: Database, clock: Clock) -> None:
+    """The login needs a place. At a release that is the released connection's, in the background an idle one's."""
+    async with pooled(database.url(), clock=clock, pool_size=3, max_overflow=0, pool_recycle=100) as p:
+        async with AsyncExitStack() as stack:
+            await hold(p, stack, 3)
+            clock.now += 101
+        released = p.replaced("age")
+        p.pool.tend()
+        in_the_background = p.replaced("age")
+        await p.pool.warm_up()
+        p.pool.tend()
+
+        assert (released, in_the_background, p.replaced("age")) == (1, 1, 3)
+        assert p.pool.figures().checked_in == 1
 
 
 async def test_lost_connection_is_counted_as_an_error(database: Database) -> None:
@@ -928,12 +954,36 @@ async def test_tend_closes_what_idles_for_long(database: Database, clock: Clock)
 async def test_tend_closes_what_is_old_even_if_kept_warm(database: Database, clock: Clock) -> None:
     """Age ends a connection in the background, and not in somebody's request."""
     async with pooled(database.url(), clock=clock, pool_min_size=1, pool_recycle=100) as p:
-        await p.backend()
+        before = await p.backend()
         clock.now += 101
 
         p.pool.tend()
+        await p.pool.warm_up()
+        p.pool.tend()
 
-        assert (p.pool.figures().checked_in, p.replaced("age")) == (0, 1)
+        assert (p.pool.figures().checked_in, p.replaced("age")) == (1, 1)
+        assert await p.backend() != before
+
+
+async def test_old_connection_that_nobody_needs_wakes_nobody(database: Database, proxy: Proxy, clock: Clock) -> None:
+    """Beyond what is kept warm, one that nobody has used since it came of age needs no login: it ends for idling."""
+    async with pooled(
+        proxy.url(database.url()),
+        clock=clock,
+        pool_min_size=0,
+        pool_recycle=100,
+        pool_idle_seconds=300,
+        pool_check_after_seconds=1000,
+    ) as p:
+        await p.backend()
+        clock.now += 101
+        await p.pool.warm_up()
+        unused = proxy.connections
+        await p.backend()
+        await p.pool.warm_up()
+        p.pool.tend()
+
+        assert (unused, proxy.connections, p.replaced("age")) == (1, 2, 1)
 
 
 async def test_warm_up_opens_as_many_as_are_kept(database: Database, proxy: Proxy) -> None:
