@@ -3,6 +3,8 @@
 import asyncio
 import errno
 import os
+import shlex
+import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,9 +43,17 @@ primary 127.0.0.1:{primary} · replica 127.0.0.1:{replica} · settings with pass
 NOT_YOURS = """\
 DATABASE_URL is set, and not used here: make run serves databases of its own, `python -m app serve` yours.
 """
-ENDED = """\
+PRIMARY_ENDED = """\
 The primary has ended; {log} may say why.
 Writes answer 503 until it is back: Ctrl-C, and `make {command}` again, starts it with its data.
+"""
+REPLICA_ENDED = """\
+The replica has ended; {log} may say why.
+The primary serves its reads until it is back: Ctrl-C, and `make {command}` again, starts it.
+"""
+KILLED = """\
+The service was ended by {signal}, from outside; the kernel does so with SIGKILL when memory is short.
+`make {command}` starts it again, with its data.
 """
 TOKENS = """\
 The routes want a token: AUTH_SECRET or an identity provider is set. Where that secret is set, too, one is made so:
@@ -131,17 +141,13 @@ async def _run(options: Options, place: Place) -> int:
             )
         )
         if guarded:
-            console.print(TOKENS.format(url=options.service.url, variables=variables), markup=False)
+            console.print(TOKENS.format(url=options.service.url, variables=shlex.quote(str(variables))), markup=False)
         if options.service.reload:
             console.print(
                 "A file that is saved in app/ or pglifeguard/ starts the service anew; the databases stay up.\n"
                 "While one does not import, its traceback stands below, and requests wait until it is mended.\n"
             )
-        watching = asyncio.create_task(_tell_end(cluster.primary, "dev" if options.service.reload else "run"))
-        try:
-            return await options.service.wait()
-        finally:
-            watching.cancel()
+        return await _wait(options.service, cluster)
     except asyncio.CancelledError:
         console.print("Stopping the service, the replica and the primary …")
         return 0
@@ -152,10 +158,27 @@ async def _run(options: Options, place: Place) -> int:
                 await cluster.stop()
 
 
-async def _tell_end(primary: Server, command: str) -> None:
-    """Say it when the primary ends: the service knows only that it gets no answer."""
-    await primary.ended()
-    complaints.print(ENDED.format(log=primary.log, command=command), style="red", markup=False, end="")
+async def _wait(service: Service, cluster: Cluster) -> int:
+    """Wait until the service ends by itself, say what ends meanwhile, and return its exit status as a shell does."""
+    command = "dev" if service.reload else "run"
+    servers = {PRIMARY_ENDED: cluster.primary, REPLICA_ENDED: cluster.replica}
+    watching = [asyncio.create_task(_tell_end(server, words, command)) for words, server in servers.items()]
+    try:
+        status = await service.wait()
+    finally:
+        for watch in watching:
+            watch.cancel()
+    if status >= 0:
+        return status
+    told = KILLED.format(signal=signal.Signals(-status).name, command=command)
+    complaints.print(told, style="red", markup=False, end="")
+    return 128 - status
+
+
+async def _tell_end(server: Server, sentences: str, command: str) -> None:
+    """Say it when a server ends: the service knows only that it gets no answer."""
+    await server.ended()
+    complaints.print(sentences.format(log=server.log, command=command), style="red", markup=False, end="")
 
 
 def _sentence(error: Exception) -> str:
@@ -166,7 +189,7 @@ def _sentence(error: Exception) -> str:
 
 def _load(directory: Path) -> str:
     """Return the command that loads the service of this directory."""
-    return "make load" if directory == DIRECTORY else f'make load ARGS="--directory {directory}"'
+    return "make load" if directory == DIRECTORY else f'make load ARGS="--directory {shlex.quote(str(directory))}"'
 
 
 def _write_variables(directory: Path, variables: dict[str, str]) -> Path:

@@ -3,6 +3,7 @@
 import asyncio
 import math
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -67,7 +68,7 @@ class Service:
 
         if not await eventually(free, patience):
             another = next(filter(self._is_free, range(self.port + 1, LAST_PORT)), FIRST_PORT)
-            elsewhere = "" if self._directory == DIRECTORY else f"--directory {self._directory} "
+            elsewhere = "" if self._directory == DIRECTORY else f"--directory {shlex.quote(str(self._directory))} "
             raise EmbeddedError(
                 f"Port {self.port} on {self.host} is taken or not ours to use. Stop what listens there, or choose "
                 f'another: make {"dev" if self.reload else "run"} ARGS="{elsewhere}--port {another}"'

@@ -62,7 +62,8 @@ async def test_down_and_up_again(database: Database, owner: "asyncpg.Connection[
     up = await alembic("upgrade", "head", **url)
     again = await alembic("check", **url)
 
-    assert (checked[0], down[0], up[0], again[0]) == (0, 0, 0, 0), (checked, down, up, again)
+    for status, output in (checked, down, up, again):
+        assert status == 0, output
     assert left == 0
     assert await owner.fetchval(TABLES) == TABLES_OF_MODELS
 

@@ -1,6 +1,7 @@
 """`python -m local.new clinic ../clinic`: see `--help`."""
 
 import re
+import shlex
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -56,7 +57,8 @@ def main(
     except OSError as error:
         complaints.print(f"No copy was made in {directory}: {error.strerror}.", style="red", markup=False)
         raise typer.Exit(1) from None
-    console.print(f"{name} is in {target}: {files} files, one commit. Next: cd {target} && make run", markup=False)
+    there = shlex.quote(str(target))
+    console.print(f"{name} is in {target}: {files} files, one commit. Next: cd {there} && make run", markup=False)
 
 
 def _absolute(directory: str) -> Path:

@@ -41,7 +41,8 @@ def run() -> Iterator[Run]:
     """Give a service of `make run` that wants tokens, which the tests of this file use in turn."""
     with open_directory() as place, pytest.MonkeyPatch.context() as patch:
         patch.setenv("AUTH_SECRET", SECRET)
-        with started(place / "local", "--seed", "20") as run:
+        # With a space: what is printed can be typed as it is.
+        with started(place / "local run", "--seed", "20") as run:
             patch.delenv("AUTH_SECRET")
             yield run
             run.stop(signal.SIGTERM)

@@ -179,6 +179,24 @@ def test_end_of_the_primary_is_told(directory: Path) -> None:
     assert "has ended" not in again.words
 
 
+def test_end_of_the_replica_and_of_the_service_is_told(directory: Path) -> None:
+    """The replica's with its log, while reads are served; the service's with the signal, and nothing is left."""
+    with started(directory, "--seed", "1") as run:
+        replica = postmaster((directory / "data").resolve() / "replica")
+        assert replica is not None
+        replica.send_signal(signal.SIGINT)
+        until(lambda: "The primary serves its reads" in run.words, STOP_SECONDS)
+        assert f"The replica has ended; {directory}/replica.log may say why." in run.words
+        assert httpx.get(f"{run.url}/patients/1").is_success
+        (service,) = (each for each in processes(directory) if "serve" in each.cmdline())
+
+        service.kill()
+
+        assert run.process.wait(STOP_SECONDS) == 128 + signal.SIGKILL
+    assert "The service was ended by SIGKILL" in run.words
+    assert processes(directory) == []
+
+
 def test_fresh_starts_anew(directory: Path) -> None:
     """--fresh forgets the last run's rows, and --no-seed makes none."""
     with started(directory, "--seed", "5") as run:

@@ -256,6 +256,15 @@ def test_wrong_orders_are_refused_and_make_nothing(tmp_path: Path) -> None:
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_next_command_can_be_typed(tmp_path: Path) -> None:
+    """Also where the folder's name has a space."""
+    run = new("clinic", tmp_path / "two words")
+
+    assert run.returncode == 0, run.stderr
+    command = run.stdout.partition("Next: ")[2].replace("make run", "pwd")
+    assert subprocess.check_output(["sh", "-c", command], text=True).strip() == str(tmp_path / "two words")
+
+
 def test_failure_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where words that are to be changed are no longer there, it says so, and the empty folder is as it was."""
     forgotten = changes.exactly("app/main.py", "nobody ever wrote this")
