@@ -85,7 +85,7 @@ def singular_of(name: str) -> str:
         found, times = re.subn(f"(?<=..){ending}$", instead, name)
         if times:
             return found
-    raise Refused(f"{name!r} is no plural that ends in s: name another, or say --singular.")
+    raise Refused(f"{name!r} is no plural whose singular can be guessed: name another, or say --singular.")
 
 
 def _check_word(word: str) -> None:
