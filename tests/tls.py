@@ -8,6 +8,7 @@ import shutil
 import ssl
 import subprocess
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self
@@ -66,22 +67,17 @@ class Authority:
         made = ("-subj", f"/CN=authority {directory.name}", "-keyout", "ca.key", "-out", "ca.crt")
         self._openssl("req", "-x509", *NEW_KEY, "-nodes", "-days", "2", *made)
 
-    def issue(
-        self, name: str, *, file: str | None = None, expired: bool = False, password: str | None = None
-    ) -> Certificate:
-        """Sign a certificate for a host's or a role's name. `file` names its files."""
+    def issue(self, name: str, *, file: str | None = None, days: int = 2, password: str | None = None) -> Certificate:
+        """Sign a certificate for a host's or a role's name; with -1 day it has expired. `file` names its files."""
         file = file or name
         closed = ("-passout", f"pass:{password}") if password else ("-nodes",)
         asked = ("-subj", f"/CN={name}", "-keyout", f"{file}.key", "-out", f"{file}.csr")
         self._openssl("req", *NEW_KEY, *closed, *asked)
         (self._directory / "names").write_text(f"subjectAltName=DNS:{name}\n", encoding="utf-8")
-        if expired:
-            # `x509` of OpenSSL 3.5 takes no negative number of days, and that of 3.0 no dates.
-            past = ("-startdate", "20200101000000Z", "-enddate", "20200102000000Z")
-            self._ca("-batch", "-notext", *past, "-extfile", "names", "-in", f"{file}.csr", "-out", f"{file}.crt")
-        else:
-            signed = ("-CA", "ca.crt", "-CAkey", "ca.key", "-CAcreateserial", "-days", "2", "-extfile", "names")
-            self._openssl("x509", "-req", "-in", f"{file}.csr", *signed, "-out", f"{file}.crt")
+        # `openssl x509` of version 3.5 takes no negative number of days, and that of 3.0 no dates.
+        begins, ends = (f"{datetime.now(UTC) + timedelta(days=day):%Y%m%d%H%M%SZ}" for day in (-2, days))
+        signed = ("-batch", "-notext", "-startdate", begins, "-enddate", ends, "-extfile", "names")
+        self._ca(*signed, "-in", f"{file}.csr", "-out", f"{file}.crt")
         return Certificate(self._directory / f"{file}.crt", self._directory / f"{file}.key")
 
     def believed(self) -> ssl.SSLContext:

@@ -197,7 +197,7 @@ async def test_host_with_a_bad_certificate_is_passed_over(
     database: Database, encrypted: Tls, authority: Authority
 ) -> None:
     """Of several hosts the one whose certificate holds is used; when none holds, each is named with its reason."""
-    expired = authority.issue(NAME, file="expired", expired=True)
+    expired = authority.issue(NAME, file="expired", days=-1)
     verified = f"sslmode=verify-full&sslrootcert={authority.certificate}"
     account = f"app_rw:{database.cluster.passwords['app_rw']}"
     async with Tls(database.cluster.primary.port, expired) as bad:

@@ -127,7 +127,7 @@ async def test_each_mode_does_what_libpqs_does(kit: Kit, situation: str, outcome
             proxy.fate = cast("Fate", situation.removeprefix("proxy: "))
             url = url.replace(f":{kit.server.port}/", f":{proxy.port}/")
         if situation == "expired":
-            await stack.enter_async_context(shown(kit, kit.authority.issue(NAME, file="expired", expired=True)))
+            await stack.enter_async_context(shown(kit, kit.authority.issue(NAME, file="expired", days=-1)))
         urls = [
             f"{url}sslmode={mode}" + (f"&sslrootcert={believed.certificate}" if "verify" in mode else "")
             for mode in MODES
@@ -170,7 +170,7 @@ async def test_failures_say_tls_and_why(kit: Kit) -> None:
         server.url(verified, host="127.0.0.1")
     )
     assert "no encryption" in await reason(server.url("sslmode=disable", role="only_tls"))
-    async with shown(kit, kit.authority.issue(NAME, file="expired", expired=True)):
+    async with shown(kit, kit.authority.issue(NAME, file="expired", days=-1)):
         assert f"{here}'s certificate has expired: renew it there" in await reason(server.url(verified))
     async with Tls(server.port, kit.certificate) as proxy:
         proxy.fate = "strip"
@@ -193,7 +193,7 @@ async def test_client_certificates(kit: Kit) -> None:
         kit.authority.issue("by_certificate", file="locked", password="pw12"),
     )
     someone = kit.authority.issue("someone")
-    expired = kit.authority.issue("by_certificate", file="old", expired=True)
+    expired = kit.authority.issue("by_certificate", file="old", days=-1)
     unknown = kit.another.issue("by_certificate")
 
     def url(presented: str, role: str = "by_certificate") -> str:
