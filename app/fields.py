@@ -20,6 +20,7 @@ from pydantic import (
 from pydantic_core.core_schema import CoreSchema, no_info_before_validator_function
 
 LARGEST_ID = 2**63 - 1
+_BOUNDS = {"gt", "ge", "lt", "le", "multiple_of", "max_digits", "decimal_places"}
 _DATE = re.compile(r"\d{4}-\d{2}-\d{2}")
 _TIME = re.compile(r"\d{4}-\d{2}-\d{2}[Tt]\d{2}:\d{2}:\d{2}(\.\d+)?([Zz]|[+-]\d{2}:\d{2})")
 
@@ -52,10 +53,13 @@ def _whole(value: object) -> object:
 
 @dataclass(frozen=True)
 class AsText:
-    """In JSON a value of this type is text of one form, of which the OpenAPI document gives the pattern.
+    r"""In JSON a value of this type is text of one form, of which the OpenAPI document gives the pattern.
 
     Pydantic reads a decimal or a time of day from numbers too, and describes them as any number, or as any text. The
-    pattern is of the whole text, without ^ and $: in Python $ lets a line's end pass, in JSON Schema it does not.
+    pattern is of the whole text, without ^ and $: in Python $ lets a line's end pass, in JSON Schema it does not. It is
+    all that the document tells, so bounds stand in it: `(?!0+(\.0+)?$)` in front refuses every zero.
+
+    Raises: TypeError for a bound of `Field` beside it, when the model is made, or where it stands behind, the document.
     """
 
     pattern: str
@@ -63,11 +67,21 @@ class AsText:
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         """Refuse what is written in another way, before Pydantic reads it."""
-        return no_info_before_validator_function(self._written_so, handler(source))
+        schema = handler(source)
+        self._refuse(_BOUNDS.intersection(schema))
+        return no_info_before_validator_function(self._written_so, schema)
 
-    def __get_pydantic_json_schema__(self, _schema: CoreSchema, _handler: object) -> dict[str, Any]:
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, _handler: object) -> dict[str, Any]:
         """Describe the text, in requests and in answers."""
+        self._refuse(_BOUNDS.intersection(schema.get("metadata", {}).get("pydantic_js_updates", ())))
         return {"type": "string", "pattern": f"^({self.pattern})$", "examples": [self.example]}
+
+    def _refuse(self, bounds: set[str]) -> None:
+        if bounds:
+            raise TypeError(
+                f"{', '.join(sorted(bounds))} beside AsText would not be told in the OpenAPI document. Write the bound "
+                r"into the pattern: (?!0+(\.0+)?$) in front of it refuses every zero."
+            )
 
     def _written_so(self, value: object) -> object:
         # An answer is made of values as the database gives them.

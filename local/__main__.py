@@ -43,6 +43,9 @@ primary 127.0.0.1:{primary} · replica 127.0.0.1:{replica} · settings with pass
 NOT_YOURS = """\
 DATABASE_URL is set, and not used here: make run serves databases of its own, `python -m app serve` yours.
 """
+BY_OPTION = """\
+{name}={value} is set, and not used here: make run takes it by ARGS="--{option} {value}".
+"""
 PRIMARY_ENDED = """\
 The primary has ended; {log} may say why.
 Writes answer 503 until it is back: Ctrl-C, and `make {command}` again, starts it with its data.
@@ -106,8 +109,7 @@ async def _run(options: Options, place: Place) -> int:
     try:
         await options.service.take_port()
         guarded = await options.service.check_settings()
-        if "DATABASE_URL" in os.environ or "DATABASE_URL" in dotenv_values(PROJECT / ".env"):
-            complaints.print(NOT_YOURS, style="yellow", markup=False, end="")
+        _tell_unused(options.service)
         with console.status("Starting") as status:
 
             def progress(step: str) -> None:
@@ -156,6 +158,17 @@ async def _run(options: Options, place: Place) -> int:
             await options.service.stop()
             if cluster is not None:
                 await cluster.stop()
+
+
+def _tell_unused(service: Service) -> None:
+    """Name the settings that are for `python -m app serve` alone, so that nobody waits for what they say."""
+    said = dotenv_values(PROJECT / ".env") | os.environ
+    if "DATABASE_URL" in said:
+        complaints.print(NOT_YOURS, style="yellow", markup=False, end="")
+    for option, chosen in (("host", service.host), ("port", service.port), ("workers", service.workers)):
+        if (value := said.get(option.upper())) is not None and value != str(chosen):
+            sentence = BY_OPTION.format(name=option.upper(), option=option, value=value)
+            complaints.print(sentence, style="yellow", markup=False, end="")
 
 
 async def _wait(service: Service, cluster: Cluster) -> int:

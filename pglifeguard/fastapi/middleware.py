@@ -8,6 +8,7 @@ import asyncio
 import logging
 import random
 import re
+import sys
 import time
 from collections.abc import Coroutine
 from contextvars import ContextVar
@@ -25,6 +26,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from pglifeguard.collisions import ATTEMPTS, collision, pause_seconds
 from pglifeguard.consistency import CURRENT, Consistency
 from pglifeguard.databases import Databases
+from pglifeguard.environment import SettingsError
 from pglifeguard.errors import URL_TOO_LONG, BodyTooLarge, BodyTooSlow, Failure
 from pglifeguard.fastapi.answer_headers import AnswerHeaders, RawHeaders
 from pglifeguard.fastapi.client_watch import ClientWatch, announces_body, may_be_given_up, note_broken_off
@@ -62,6 +64,18 @@ METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}
 TOKEN_SECONDS = 3600
 
 
+def _plain_refusals(send: Send) -> Send:
+    """Tell the server of a wrong setting by its sentence, where Starlette (1.10) would send the traceback."""
+
+    async def send_plain(message: Message) -> None:
+        error = sys.exception()
+        if message["type"] == "lifespan.startup.failed" and isinstance(error, SettingsError):
+            message["message"] = str(error)
+        await send(message)
+
+    return send_plain
+
+
 class ObserveRequests:
     """Give each request an id, count and time it, and answer the exceptions that no handler takes.
 
@@ -89,7 +103,7 @@ class ObserveRequests:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
         if scope["type"] != "http":
-            await self._app(scope, receive, send)
+            await self._app(scope, receive, _plain_refusals(send) if scope["type"] == "lifespan" else send)
             return
         given = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"")
         # The id is no secret, and random bytes of the kernel would cost ten times as much.

@@ -6,7 +6,7 @@ from decimal import Decimal
 from typing import Annotated, Any
 
 import pytest
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
 from app.fields import AsText, Change, Clock, Day, Key, Line, Moment, PastDay
 from app.main import create_app
@@ -42,6 +42,15 @@ def test_line_tells_that_it_refuses_spaces_alone(text: str, fits: bool) -> None:
     pattern = ThingChange.model_json_schema()["properties"]["name"]["pattern"]
 
     assert (re.search(pattern, text) is not None) is fits
+
+
+@pytest.mark.parametrize(
+    "kind", [Annotated[WEIGHT, Field(gt=0)], Annotated[Decimal, Field(gt=0), AsText("[0-9]{1,6}", "12")]]
+)
+def test_bound_that_the_document_would_not_tell_is_refused(kind: Any) -> None:
+    """A value that fits the pattern would be a 422. The sentence says how to write the bound."""
+    with pytest.raises(TypeError, match=r"gt beside AsText would not be told .* refuses every zero"):
+        TypeAdapter(kind).json_schema()
 
 
 def taken(kind: Any, value: object) -> str | None:

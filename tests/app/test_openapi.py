@@ -90,6 +90,7 @@ async def test_service_keeps_its_promises(database: Database, tmp_path: Path) ->
 NO_JSON: dict[int | str, dict[str, Any]] = {400: {"model": dict[str, str]}}
 Crates = Annotated[int, Field(strict=True, ge=0, le=1000), WHOLE]
 WEIGHT = AsText(r"[0-9]{1,6}(\.[0-9]{1,2})?", "12.50")
+PRICE = AsText(r"(?!0+(\.0+)?$)[0-9]{1,6}(\.[0-9]{1,2})?", "12.50")
 
 
 class Part(BaseModel):
@@ -111,6 +112,7 @@ class Thing(BaseModel):
     whole: Crates
     key: Key
     weight: Annotated[Decimal, WEIGHT]
+    price: Annotated[Decimal, PRICE]
     share: Annotated[float, Field(strict=True, ge=0, le=1)]
     day: Day
     moment: Moment
@@ -130,6 +132,7 @@ class ThingOut(BaseModel):
     whole: int
     key: int
     weight: Annotated[Decimal, WEIGHT]
+    price: Annotated[Decimal, PRICE]
     share: float
     day: date
     moment: datetime

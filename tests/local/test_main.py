@@ -271,15 +271,19 @@ def test_wrong_setting_is_said_before_anything_is_made(
     assert not directory.exists()
 
 
-def test_databases_that_are_not_used_are_named(monkeypatch: pytest.MonkeyPatch, directory: Path) -> None:
-    """Whoever has set DATABASE_URL may believe that their own database is served."""
+def test_settings_that_are_not_used_are_named(monkeypatch: pytest.MonkeyPatch, directory: Path) -> None:
+    """Whoever has set DATABASE_URL may believe that their own database is served, and PORT that it counts."""
     monkeypatch.setenv("DATABASE_URL", "postgresql://me@db.example/app")
+    monkeypatch.setenv("PORT", "8055")
+    monkeypatch.setenv("WORKERS", "1")
 
     with started(directory, "--no-seed") as run:
         words = run.words
         run.stop(signal.SIGTERM)
 
     assert "DATABASE_URL is set, and not used here" in words
+    assert 'PORT=8055 is set, and not used here: make run takes it by ARGS="--port 8055".' in words
+    assert "WORKERS=1" not in words
 
 
 def test_https_is_refused(monkeypatch: pytest.MonkeyPatch, directory: Path, tmp_path: Path) -> None:

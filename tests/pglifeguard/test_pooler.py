@@ -11,6 +11,7 @@ import asyncpg
 import pytest
 from sqlalchemy import text
 from sqlalchemy.engine import make_url
+from uvicorn.config import STARTUP_FAILURE
 
 from pglifeguard import SettingsError, pooler_look
 from pglifeguard.connector import Connector
@@ -22,6 +23,7 @@ from pglifeguard.pooler import FORGETS, LOST, NONE, UNTOLD, Pooler, startup_para
 from pglifeguard.testing.proxy import Proxy
 from tests.chaos.pooler import pooling, program, statement_cache_size
 from tests.conftest import Database, Execute
+from tests.interpreter import python
 from tests.pglifeguard.conftest import pooled
 from tests.poolers.programs import Running, Shape, installed, running
 from tests.service import ADA, Service, serving
@@ -151,6 +153,19 @@ async def test_statement_mode_ends_the_start(database: Database, open_directory:
 
     assert "pool_mode = transaction" in str(refused.value)
     assert database.cluster.passwords["app_rw"] not in str(refused.value)
+
+
+@needs_pgbouncer
+async def test_service_that_may_not_start_says_so_in_a_sentence(database: Database, open_directory: Path) -> None:
+    """As of every other wrong setting, and without the way through the code that has led to it."""
+    async with pooling(database.cluster, open_directory, size=2, mode="statement") as port:
+        status, output = await python(
+            "-m", "app", "serve", "--port", "0", environment={"DATABASE_URL": through(database, port)}
+        )
+
+    assert status == STARTUP_FAILURE
+    assert "DATABASE_URL leads to a pooler in statement mode" in output
+    assert "Traceback" not in output
 
 
 @needs_pgbouncer
