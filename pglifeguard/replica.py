@@ -112,6 +112,8 @@ class Replica:
         self._answer = UNKNOWN
         # The primary's LSN at its first probe on a timeline, by timeline.
         self._floors: dict[int, int] = {}
+        # When the replica had last replayed all that the primary had written, and the positions of the two.
+        self._level: tuple[float, Position, Position] | None = None
         # When a timeline that is later than the primary's was first seen.
         self._later_seen_at: dict[int | None, float] = {}
         # The servers behind the address that the monitor does not probe: the time and the answer of each.
@@ -147,7 +149,7 @@ class Replica:
     @property
     def lag_seconds(self) -> float | None:
         """Seconds behind; 0.0 when nothing is left to replay, however long ago the last transaction was."""
-        return None if self._old else self._lag(self.position)[1]
+        return None if self._old else self._bounded_lag()[1]
 
     def lag_of(self, position: Position) -> int | None:
         """Bytes behind of another server of the address; None as `lag_bytes`."""
@@ -323,6 +325,7 @@ class Replica:
         elif self.database.connector.several or probe.at - self._broken_at >= BREAK_SECONDS:
             if self.wait.missed is not None and self.covers(self.wait.missed):
                 self.wait.end()
+            self._note_level()
             self._note_lag()
             self._become(self.state_of(self.position))
 
@@ -347,12 +350,30 @@ class Replica:
         behind = max(0, written.lsn - position.lsn)
         return behind, 0.0 if behind == 0 else position.replay_age
 
+    def _bounded_lag(self) -> tuple[int | None, float | None]:
+        """Bytes and seconds behind: no more seconds than have passed since it was level with the primary.
+
+        An idle primary writes some log by itself. Until that is replayed, the age of the last transaction says an hour
+        of what has been missing for a moment.
+        """
+        behind, seconds = self._lag(self.position)
+        if seconds and self._level is not None:
+            at, position, written = self._level
+            if position.is_same_server(self.position) and written.is_same_server(self._primary.position):
+                seconds = min(seconds, max(0.0, self.database.monitor.last.at - at))
+        return behind, seconds
+
+    def _note_level(self) -> None:
+        # What is written after the primary's probe is not in its position, so the time is that of its probe.
+        if self._primary.last.status == "healthy" and self._lag(self.position)[0] == 0:
+            self._level = self._primary.last.at, self.position, self._primary.position
+
     def _note_lag(self) -> None:
         if self._old:
             self._metrics.forget(self._metrics.replica_lag_bytes, self.database.name)
             self._metrics.forget(self._metrics.replica_lag_seconds, self.database.name)
             return
-        behind, seconds = self._lag(self.position)
+        behind, seconds = self._bounded_lag()
         if behind is not None:
             self._metrics.replica_lag_bytes.labels(self.database.name).set(behind)
         if seconds is not None:

@@ -97,6 +97,33 @@ async def test_idle_primary_is_no_lag(database: Database) -> None:
 
 
 @pytest.mark.usefixtures("breakable_cluster")
+async def test_lag_is_no_longer_than_the_replica_has_not_been_level(database: Database, execute: Execute) -> None:
+    """After an idle time the first log that is not replayed yet is new, however old the last transaction is."""
+    idle = 2.0
+    async with quiet(database.settings()) as service:
+        replica = service.databases.router.replicas[0]
+
+        async def level_and_idle() -> bool:
+            await look(service)
+            return replica.lag_bytes == 0 and (replica.position.replay_age or 0.0) > idle
+
+        assert await eventually(level_and_idle, 20)
+        await database.cluster.pause_replay()
+        try:
+            await execute("CREATE TABLE news ()")
+            await look(service)
+            age, behind, seconds = replica.position.replay_age, replica.lag_bytes, replica.lag_seconds
+        finally:
+            await database.cluster.resume_replay()
+
+        assert behind
+        assert age is not None
+        assert seconds is not None
+        assert 0 < seconds < age - idle / 2
+        assert service.sample("db_replica_lag_seconds", pool="replica") == seconds
+
+
+@pytest.mark.usefixtures("breakable_cluster")
 async def test_dead_wal_receiver_is_lag(database: Database, execute: Execute) -> None:
     """A replica that receives nothing has replayed all it received, and is behind: the primary's position tells."""
     async with quiet(database.settings(**STRICT)) as service, without_wal_receiver(database):
