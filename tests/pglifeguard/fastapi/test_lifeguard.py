@@ -10,8 +10,10 @@ import pytest
 from fastapi import Depends, FastAPI, HTTPException, Request, Response
 from sqlalchemy import select, text
 from sqlalchemy.exc import NoResultFound, SQLAlchemyError
+from starlette.types import Message
 
 from app.patients.models import Patient
+from pglifeguard import SettingsError
 from pglifeguard.fastapi import Lifeguard, ReadDB, WriteDB
 from tests.conftest import Database
 from tests.service import Service, write
@@ -48,6 +50,36 @@ async def test_routes_may_come_before_or_after(database: Database, order: str) -
         answer = await client.get("/count")
 
     assert (answer.status_code, answer.json()) == (200, 0)
+
+
+@pytest.mark.parametrize("error", [SettingsError("DATABASE_URL leads nowhere."), RuntimeError("a bug")])
+async def test_server_is_told_of_a_wrong_setting_by_its_sentence(database: Database, error: Exception) -> None:
+    """Whatever the server is: uvicorn logs what it is told. A bug keeps its traceback."""
+
+    def fail() -> dict[str, Any]:
+        raise error
+
+    @asynccontextmanager
+    async def lifespan(_app: FastAPI) -> AsyncIterator[dict[str, Any]]:
+        yield fail()
+
+    app = FastAPI(lifespan=lifespan)
+    Lifeguard(database.settings(replica=False)).install(app)
+    sent: list[Message] = []
+
+    async def receive() -> Message:
+        return {"type": "lifespan.startup"}
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    with pytest.raises(type(error)):
+        await app({"type": "lifespan", "asgi": {"version": "3.0"}, "state": {}}, receive, send)
+
+    (told,) = sent
+    assert told["type"] == "lifespan.startup.failed"
+    assert (told["message"] == str(error)) is isinstance(error, SettingsError)
+    assert str(error) in told["message"]
 
 
 @pytest.mark.parametrize("order", ["before", "after"])
