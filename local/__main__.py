@@ -44,7 +44,7 @@ NOT_YOURS = """\
 DATABASE_URL is set, and not used here: make run serves databases of its own, `python -m app serve` yours.
 """
 BY_OPTION = """\
-{name}={value} is set, and not used here: make run takes it by ARGS="--{option} {value}".
+{name}={value} is set, and not used here: make {command} takes it by ARGS="--{option} {value}".
 """
 PRIMARY_ENDED = """\
 The primary has ended; {log} may say why.
@@ -55,7 +55,7 @@ The replica has ended; {log} may say why.
 The primary serves its reads until it is back: Ctrl-C, and `make {command}` again, starts it.
 """
 KILLED = """\
-The service was ended by {signal}, from outside; the kernel does so with SIGKILL when memory is short.
+The service was ended by {signal}; the kernel sends SIGKILL when memory is short.
 `make {command}` starts it again, with its data.
 """
 TOKENS = """\
@@ -165,9 +165,13 @@ def _tell_unused(service: Service) -> None:
     said = dotenv_values(PROJECT / ".env") | os.environ
     if "DATABASE_URL" in said:
         complaints.print(NOT_YOURS, style="yellow", markup=False, end="")
-    for option, chosen in (("host", service.host), ("port", service.port), ("workers", service.workers)):
+    taken = {"host": service.host, "port": service.port}
+    if not service.reload:  # Which serves with one process.
+        taken["workers"] = service.workers
+    for option, chosen in taken.items():
         if (value := said.get(option.upper())) is not None and value != str(chosen):
-            sentence = BY_OPTION.format(name=option.upper(), option=option, value=value)
+            command = "dev" if service.reload else "run"
+            sentence = BY_OPTION.format(name=option.upper(), option=option, value=value, command=command)
             complaints.print(sentence, style="yellow", markup=False, end="")
 
 

@@ -19,8 +19,9 @@ import psutil  # type: ignore[import-untyped]  # The wheel brings it along; its 
 import psycopg
 import pytest
 
+from local.__main__ import _tell_unused
 from local.runs import MARK
-from local.serve import running_in
+from local.serve import Service, running_in
 from local.setup import PROJECT
 from pglifeguard.embedded.leftovers import postmaster
 from pglifeguard.embedded.postgres import free_port
@@ -284,6 +285,20 @@ def test_settings_that_are_not_used_are_named(monkeypatch: pytest.MonkeyPatch, d
     assert "DATABASE_URL is set, and not used here" in words
     assert 'PORT=8055 is set, and not used here: make run takes it by ARGS="--port 8055".' in words
     assert "WORKERS=1" not in words
+
+
+def test_settings_that_dev_does_not_use_are_named_with_its_command(
+    monkeypatch: pytest.MonkeyPatch, directory: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It serves with one process whatever is set, so WORKERS is nothing to wait for."""
+    monkeypatch.setenv("PORT", "8055")
+    monkeypatch.setenv("WORKERS", "4")
+
+    _tell_unused(Service(directory, host="127.0.0.1", port=8000, workers=1, reload=True))
+
+    told = capsys.readouterr().err
+    assert 'make dev takes it by ARGS="--port 8055"' in told
+    assert "WORKERS" not in told
 
 
 def test_https_is_refused(monkeypatch: pytest.MonkeyPatch, directory: Path, tmp_path: Path) -> None:
