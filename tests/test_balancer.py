@@ -18,8 +18,8 @@ from tests.service import ADA, Service
 pytestmark = needs_haproxy
 
 PLACES = 60
-# The times are a tenth of the real ones: what is shown is that each of them is there and acts.
 ANY_ADDRESS = '"${ADDRESS_CONNECTIONS-8000}"'
+# The times are a tenth of the real ones: what is shown is that each of them is there and acts.
 SMALLER = {
     "maxconn 8000": f"maxconn {PLACES}",
     "timeout http-request 5s": "timeout http-request 500ms",

@@ -1,7 +1,8 @@
 """The layers around a request, pure ASGI, in the order in which it passes them.
 
 `ObserveRequests` (id, metrics, last resort), `ReadYourWrites` and `BodyLimit` stand outside the exception handlers,
-`RetryOnPrimary` and `RetryOnCollision` inside them, around the router. Each passes other scope types through.
+`RetryOnPrimary` and `RetryOnCollision` inside them, around the router. Each passes other scope types through; the first
+one tells the server of a start that failed.
 """
 
 import asyncio
