@@ -41,7 +41,10 @@ LIBRARY = (
     {"databases"},
     {"history"},
     {"", "__main__"},
-    {"serving.limits", "serving.loop", "serving.merging", "serving.shutdown", "serving.siblings"},
+    {
+        "serving.joined_writes", "serving.limits", "serving.loop", "serving.merging", "serving.shutdown",
+        "serving.siblings",
+    },
     {"serving.protocol", "serving.workers"},
     {"serving.server"},
     {"serving"},

@@ -15,6 +15,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from uvicorn.server import ServerState
 
 from pglifeguard.errors import HEAD_TOO_LARGE, HEAD_TOO_SLOW, MALFORMED, MEDIA_TYPE, URL_TOO_LONG, Failure, document
+from pglifeguard.serving.joined_writes import JoinedWrites
 from pglifeguard.serving.limits import LIMITS, ConnectionLimits
 
 # HAProxy's limit (tune.http.maxhdr).
@@ -59,6 +60,7 @@ class LimitedProtocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # As uvicorn has it.
         """Accept the client, or close its connection when there are too many."""
         super().connection_made(transport)
+        self._answers = JoinedWrites(transport, self.loop)
         if len(self.connections) > self._limits.max_clients:
             self._refuse("too_many")
         else:
@@ -118,6 +120,8 @@ class LimitedProtocol(HttpToolsProtocol):
             raise _TooLarge
         self._stop()
         super().on_headers_complete()
+        if self.cycle is not None:  # Before a WebSocket there is none.
+            self.cycle.transport = self._answers  # type: ignore[assignment]  # What a cycle uses of one.
         if not self.pipeline:
             self._served = self.cycle
 
@@ -128,6 +132,7 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         """Take the next request, or bound the time in which the client reads the last answer."""
+        self._answers.flush()
         if self.pipeline:
             self._served = self.pipeline[-1][0]
         super().on_response_complete()
@@ -187,6 +192,7 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def _answer(self, failure: Failure) -> None:
         """Answer with the reason and close. During another answer, only close."""
+        self._answers.flush()
         if self._awaits_request():
             body = document(failure)
             headers = f"content-type: {MEDIA_TYPE}\r\ncontent-length: {len(body)}\r\n".encode()
