@@ -9,7 +9,7 @@ ARGS ?=
 SECONDS ?= 1200
 # Processes that run tests, each with a primary and replica of its own: one for each core, four at most. With ARGS,
 # and with 0, pytest itself runs them, as a debugger wants it.
-TESTERS ?= $(if $(ARGS),0,$(shell $(PYTHON) -c 'import os; cores = os.cpu_count() or 1; print(min(4, cores) if cores > 1 else 0)'))
+TESTERS ?= $(if $(ARGS),0,$(shell "$(PYTHON)" -c 'import os; cores = os.cpu_count() or 1; print(min(4, cores) if cores > 1 else 0)'))
 # The extras of the library that the service has when it serves.
 SERVED := $(addprefix --extra ,cli dns fastapi otel serving)
 # Where somebody looks, pip and coverage say what they are doing.
@@ -19,8 +19,8 @@ help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
 
 .venv/.installed: requirements-dev.txt
-	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed, this is " + sys.version.split()[0] + ". Name another with: make PYTHON=python3.13 …")'
-	$(PYTHON) -m venv .venv
+	@"$(PYTHON)" -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed, this is " + sys.version.split()[0] + ". Name another with: make PYTHON=python3.13 …")'
+	"$(PYTHON)" -m venv .venv
 	$(BIN)/python -m pip install $(QUIET) --disable-pip-version-check --require-hashes -r requirements-dev.txt
 	@touch $@
 
@@ -50,15 +50,15 @@ test-fast: install  ## Run the quick tests, some minutes, for the inner loop (AR
 	$(BIN)/python -m pytest -q -x -m "not slow" $(ARGS)
 
 .venv-fuzz/.installed: requirements-fuzz.txt
-	$(PYTHON) -m venv .venv-fuzz
+	"$(PYTHON)" -m venv .venv-fuzz
 	.venv-fuzz/bin/python -m pip install $(QUIET) --disable-pip-version-check --require-hashes -r requirements-fuzz.txt
 	@touch $@
 
-fuzz: install .venv-fuzz/.installed  ## Ask the service what strangers may ask, for two minutes (FUZZ=long for half an hour)
+fuzz: install .venv-fuzz/.installed  ## Ask the service what strangers may ask, for up to two minutes (FUZZ=long for half an hour)
 	$(BIN)/python -m fuzz $(if $(filter long,$(FUZZ)),--seconds 1800 --new-seed) $(ARGS)
 
 .venv-ha/.installed: requirements-ha.txt
-	$(PYTHON) -m venv .venv-ha
+	"$(PYTHON)" -m venv .venv-ha
 	.venv-ha/bin/python -m pip install $(QUIET) --disable-pip-version-check --require-hashes -r requirements-ha.txt
 	@touch $@
 
@@ -70,7 +70,7 @@ test-new: install  ## Make a project by `make new`, install it, serve it, and ru
 	$(BIN)/python -m pytest -v --timeout 900 tests/new $(ARGS)
 
 .venv-backup/.installed: requirements-backup.txt
-	$(PYTHON) -m venv .venv-backup
+	"$(PYTHON)" -m venv .venv-backup
 	.venv-backup/bin/python -m pip install $(QUIET) --disable-pip-version-check --no-deps --require-hashes -r requirements-backup.txt
 	@touch $@
 
@@ -78,12 +78,12 @@ test-backup: install .venv-backup/.installed  ## Archive a primary with Barman, 
 	$(BIN)/python -m pytest -q tests/backup $(ARGS)
 
 .venv-release/.installed: requirements-release.txt
-	$(PYTHON) -m venv .venv-release
+	"$(PYTHON)" -m venv .venv-release
 	.venv-release/bin/python -m pip install $(QUIET) --disable-pip-version-check --require-hashes -r requirements-release.txt
 	@touch $@
 
 .venv-audit/.installed: requirements-audit.txt
-	$(PYTHON) -m venv .venv-audit
+	"$(PYTHON)" -m venv .venv-audit
 	.venv-audit/bin/python -m pip install $(QUIET) --disable-pip-version-check --require-hashes -r requirements-audit.txt
 	@touch $@
 
@@ -117,7 +117,7 @@ outage: install  ## Play the outage of docs/outage.md in a minute, the textbook'
 	$(BIN)/python -m bench.outage
 
 .venv-docs/.installed: requirements-docs.txt
-	$(PYTHON) -m venv .venv-docs
+	"$(PYTHON)" -m venv .venv-docs
 	.venv-docs/bin/python -m pip install $(QUIET) --disable-pip-version-check --require-hashes -r requirements-docs.txt
 	@touch $@
 
@@ -162,4 +162,4 @@ release: install .venv-release/.installed  ## Check, build, describe and tag a v
 	$(BIN)/python -m release $(VERSION) $(ARGS)
 
 clean:  ## Remove what the other targets made; the databases of `make run` stay (ARGS=--databases: those, too)
-	@$(PYTHON) -m local.clean $(ARGS)
+	@"$(PYTHON)" -m local.clean $(ARGS)

@@ -28,20 +28,27 @@ from pglifeguard.embedded.account import EmbeddedError
 
 console = Console(highlight=False, soft_wrap=True)
 DIRECTORY = PROJECT / ".local" / "fuzz"
-# Of the seconds that are left after the corpus: for the corpus once more, for requests with edited bytes, and for each
-# run of schemathesis, which asks for sequences last and would not come to them in one.
-REPEATING, MUTATING = 0.2, 0.1
-PHASES = {"stateful": 0.3, "examples,coverage,fuzzing": 0.4}
+# Of the seconds that are left when a part begins: for the corpus once more, for requests with edited bytes, for each
+# run of schemathesis, which asks for sequences last and would not come to them in one. What a part does not need, the
+# later ones have.
+REPEATING, MUTATING = 0.2, 0.125
+PHASES = {"stateful": 0.4, "examples,coverage,fuzzing": 1.0}
 # For schemathesis to start and to end, twice, and for rest.
 APART_SECONDS = 20.0
-# However slow the machine is, the later parts get so much.
+# However slow the machine is, the parts after the corpus get so much together, and each run of schemathesis so much.
 LEAST_SECONDS = 40.0
+LEAST_PHASE_SECONDS = 12
 JSON = {"Content-Type": "application/json"}
 
 
 def main(  # noqa: PLR0913  # A command line has as many parameters as options.
     *,
-    seconds: Annotated[float, typer.Option(help="How long, the start of the databases included.", min=30)] = 105,
+    seconds: Annotated[
+        float,
+        typer.Option(
+            help="How long at most, the start of the databases included; a busy machine takes longer.", min=30
+        ),
+    ] = 105,
     seed: Annotated[int, typer.Option(help="Of edited bytes and made-up questions; equal ones ask alike.")] = 1,
     new_seed: Annotated[bool, typer.Option("--new-seed", help="Take another seed than any run before.")] = False,
     only: Annotated[
@@ -118,16 +125,22 @@ async def _go_on(  # noqa: PLR0913  # What the start has made, and what the comm
     progress: Callable[[str], None],
 ) -> list[str]:
     """Send what takes the rest of the time; return its figures."""
-    left = max(end - APART_SECONDS - time.monotonic(), LEAST_SECONDS)
+    end = max(end - APART_SECONDS, time.monotonic() + LEAST_SECONDS)
+
+    def after(share: float) -> float:
+        now = time.monotonic()
+        return now + max(0.0, end - now) * share
+
     progress("Once more, to see what grows")
-    await send(corpus(known), report, promised, until=time.monotonic() + left * REPEATING)
+    await send(corpus(known), report, promised, until=after(REPEATING))
     progress("Sending requests with edited bytes")
-    await send(mutations(known, seed), report, promised, until=time.monotonic() + left * MUTATING)
+    await send(mutations(known, seed), report, promised, until=after(MUTATING))
     figures = []
     for phases, share in PHASES.items():
         progress(f"Asking what the OpenAPI document promises: {phases}")
+        seconds = max(round(after(share) - time.monotonic()), LEAST_PHASE_SECONDS)
         asked = await properties.ask(
-            stage, report.directory.parent / "schemathesis", phases=phases, seconds=round(left * share), seed=seed
+            stage, report.directory.parent / "schemathesis", phases=phases, seconds=seconds, seed=seed
         )
         figures.append(f"schemathesis, {phases}: {asked.cases} cases, exit status {asked.status}")
         if asked.status != 0 or asked.cases == 0:

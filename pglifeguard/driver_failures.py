@@ -30,6 +30,11 @@ ABORTED = "25P02"
 ENDED_BY_SERVER = "57P"
 # asyncpg's words for a connection that is not ready for a statement.
 _BUSY = "another operation"
+WROTE = "A read session was asked to write: WriteDB, `databases.writing()` and `databases.write_once()` may."
+ONE_AT_A_TIME = (
+    "A session runs one statement at a time, so tasks that run together (asyncio.gather) need a session each: "
+    "`async with databases.reading() as session`."
+)
 
 LOST = "The connection to the database was lost; nothing was committed."
 SWALLOWED = (
@@ -75,11 +80,13 @@ def examine(
         # asyncpg refused a value when it had sent half of the statement: the server waits for the other half, in a
         # transaction that no ROLLBACK of ours ends.
         return Meaning(fate=Fate.CLOSED)
+    if isinstance(error, asyncpg.InterfaceError) and _BUSY in str(error):
+        error.add_note(ONE_AT_A_TIME)
     state = sqlstate(error) or ""
     if state == ABORTED:
         return Meaning(TransactionAborted(SWALLOWED))
     if state == READ_ONLY:
-        wrong = WriteInReadSession("A read session was asked to write.")
+        wrong = WriteInReadSession(WROTE)
         return Meaning(wrong) if reads_only else Meaning(fate=Fate.DEMOTED)
     return Meaning(fate=Fate.CLOSED if state.startswith(ENDED_BY_SERVER) else Fate.KEPT)
 

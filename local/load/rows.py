@@ -50,6 +50,10 @@ async def made_rows(target: Target, say: Callable[[str], None], *, calm: int, sl
                 answer = await client.post("/patients", json=new)
             except httpx.TransportError as error:
                 raise EmbeddedError(f"A patient could not be made: {type(error).__name__}.") from None
+            if answer.status_code == HTTPStatus.TOO_MANY_REQUESTS:
+                raise EmbeddedError(
+                    f"{target.url} lets no client ask so often (429): to load it, serve without RATE_LIMIT_PER_SECOND."
+                )
             if answer.status_code != HTTPStatus.CREATED:
                 raise EmbeddedError(f"A patient could not be made: {answer.status_code} {answer.text[:200]}")
             return int(answer.json()["id"])

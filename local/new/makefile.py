@@ -18,6 +18,8 @@ UPDATE = """
 update-pglifeguard: install  ## Take another pglifeguard into vendor/ (FROM=../pglifeguard, a checkout, or a wheel)
 	$(BIN)/python -m local.library "$(FROM)"
 """
+# Two checkouts of one version are two libraries, and pip would take the one that is there for the other.
+FORGET = "\t$(BIN)/python -m pip uninstall -qq --yes pglifeguard\n"
 _TARGET = re.compile(r"^([\w./-]+):(?!=)", re.MULTILINE)
 _COMPILE = "uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-header --emit-find-links"
 
@@ -50,4 +52,6 @@ def makefile(text: str, *, docker: bool) -> str:
     lines.append(f"\t$(BIN)/{others} --group fuzz -o requirements-fuzz.txt")
     recipe = "\n".join(lines)
     text = re.sub(r"^lock: .*\n(?:\t.*\n)+", lambda _: f"{recipe}\n{UPDATE}", text, flags=re.MULTILINE)
+    installing = re.compile(r"^\t.*pip install .*--require-hashes -r requirements-dev\.txt\n", re.MULTILINE)
+    text = installing.sub(lambda line: f"{FORGET}{line[0]}", text)
     return text.replace("ARGS=tests/pglifeguard", "ARGS=tests/app").replace("make %-14s", "make %-19s")

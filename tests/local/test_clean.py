@@ -17,7 +17,8 @@ from local.setup import PROJECT
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
     """Give a project in which targets were made, and a run has left its databases, somewhere else than they seem."""
-    project = tmp_path / "project"
+    # A path may have a space anywhere, also that of the interpreter.
+    project = tmp_path / "the project"
     (project / "local").mkdir(parents=True)
     for name in ("__init__.py", "clean.py"):
         shutil.copy(PROJECT / "local" / name, project / "local")
@@ -34,7 +35,10 @@ def project(tmp_path: Path) -> Path:
 
 def make_clean(project: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Type `make clean`."""
-    command = ["make", "--no-print-directory", "clean", f"PYTHON={sys.executable}", *arguments]
+    python = project.parent / "my python"
+    python.unlink(missing_ok=True)
+    python.symlink_to(sys.executable)
+    command = ["make", "--no-print-directory", "clean", f"PYTHON={python}", *arguments]
     # This may be a `make test` itself, which hands its flags and its ARGS on.
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("ARGS", "MAKE", "MFLAGS"))}
     return subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True, check=False)

@@ -6,7 +6,9 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -324,6 +326,41 @@ def test_what_cannot_be_loaded_is_refused(
 
     assert refused.ends() == 1
     assert sentence in refused.words
+    assert "Traceback" not in refused.words
+
+
+class Limited(BaseHTTPRequestHandler):
+    """A service that reads have not worn out, and writes have."""
+
+    def do_GET(self) -> None:
+        """Answer with nothing."""
+        self._answer(200, b"[]")
+
+    def do_POST(self) -> None:
+        """Refuse."""
+        self.rfile.read(int(self.headers["content-length"]))
+        self._answer(429, b"{}")
+
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002  # Its base class has named it.
+        """Say nothing."""
+
+    def _answer(self, status: int, body: bytes) -> None:
+        self.send_response(status)
+        self.send_header("content-length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+
+def test_service_that_limits_its_clients_is_not_loaded(tmp_path: Path, load: Loading) -> None:
+    """What is in the way is named, as the setting is called."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), Limited) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        refused = load(tmp_path, "--url", f"http://127.0.0.1:{server.server_port}")
+        status = refused.ends()
+        server.shutdown()
+
+    assert status == 1
+    assert "(429): to load it, serve without RATE_LIMIT_PER_SECOND." in refused.words
     assert "Traceback" not in refused.words
 
 

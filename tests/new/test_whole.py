@@ -1,6 +1,7 @@
 """What `make new` makes works: it installs by its locks, serves, and passes its own checks."""
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -120,3 +121,21 @@ def test_smallest_passes_its_tests(installed: Path, tmp_path: Path) -> None:
     run(python, "-m", "mypy", directory=small)
     run(python, "-m", "pytest", "-q", "-m", "not slow", directory=small)
     run(python, "-m", "pytest", "-q", "-k", "not own_tests", "tests/test_alerts.py", directory=small)
+
+
+def test_another_library_of_the_same_version_is_installed(installed: Path, tmp_path: Path) -> None:
+    """`make update-pglifeguard`: a checkout keeps its version, and pip would keep what it has."""
+    checkout, changed = tmp_path / "pglifeguard", "# Another library.\n"
+    checkout.mkdir()
+    for name in ("pyproject.toml", "LICENSE", "README.md"):
+        shutil.copy(PROJECT / name, checkout)
+    shutil.copytree(PROJECT / "pglifeguard", checkout / "pglifeguard", ignore=shutil.ignore_patterns("__pycache__"))
+    with (checkout / "pglifeguard/__init__.py").open("a", encoding="utf-8") as module:
+        module.write(changed)
+
+    run("make", "update-pglifeguard", f"FROM={checkout}", directory=installed)
+    run("make", "install", directory=installed)
+
+    code = "import pathlib, pglifeguard; print(pathlib.Path(pglifeguard.__file__).read_text(encoding='utf-8'))"
+    assert run(installed / ".venv/bin/python", "-c", code, directory=tmp_path).rstrip().endswith(changed.rstrip())
+    assert run(installed / ".venv/bin/python", "-m", "pip", "check", directory=tmp_path)

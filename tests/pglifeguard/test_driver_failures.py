@@ -9,7 +9,7 @@ from sqlalchemy import func, select, text
 from sqlalchemy.exc import DBAPIError
 
 from pglifeguard.consistency import Consistency
-from pglifeguard.driver_failures import Fate, examine
+from pglifeguard.driver_failures import ONE_AT_A_TIME, Fate, examine
 from pglifeguard.errors import CommandTimeout, ConnectionLost, WriteInReadSession, classify, database_of
 from pglifeguard.query import Query
 from pglifeguard.sessions import ReadSession
@@ -116,6 +116,8 @@ async def test_two_tasks_on_one_connection_are_a_bug(database: Database) -> None
         meaning = examine(busy, connection, database="primary", reads_only=False)
 
         assert (meaning.error, meaning.fate) == (None, Fate.KEPT)
+        # The driver's sentence does not say what to do.
+        assert busy.__notes__ == [ONE_AT_A_TIME]
         p.pool.release(slot)
 
 
