@@ -267,6 +267,8 @@ def _pyproject(ours: str, order: Order, version: str) -> str:
         "[tool.uv]",
         "package = false",
         'find-links = ["vendor"]',
+        "# Two checkouts of one version are two libraries, and uv would keep the one that is there.",
+        'reinstall-package = ["pglifeguard"]',
         *([f"# {UNUSED}", f"override-dependencies = {listed(overrides)}"] if order.docker else []),
         "",
         "[tool.mypy]",

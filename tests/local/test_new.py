@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -514,7 +515,11 @@ def test_library_is_a_wheel_that_the_locks_name(copy: Copy) -> None:
     for lock in ("requirements.txt", "requirements-dev.txt"):
         assert copy.read(lock).startswith("--find-links vendor\n")
         assert f"\npglifeguard=={version} \\\n    --hash=sha256:{digest}\n" in copy.read(lock)
-    assert f'"pglifeguard[cli,dns,fastapi,otel,serving]=={version}"' in copy.read("pyproject.toml")
+    project = tomllib.loads(copy.read("pyproject.toml"))
+    assert f"pglifeguard[cli,dns,fastapi,otel,serving]=={version}" in project["project"]["dependencies"]
+    # As `make install` does, so does `uv sync` when the wheel becomes another one of the same version.
+    assert project["tool"]["uv"]["find-links"] == ["vendor"]
+    assert project["tool"]["uv"]["reinstall-package"] == ["pglifeguard"]
 
 
 def test_locks_are_ours_without_what_nobody_asks_for(whole: Copy) -> None:
