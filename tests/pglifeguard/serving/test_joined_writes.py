@@ -72,6 +72,8 @@ class Server:
             await send({"type": "http.response.start", "status": 204, "headers": []})
             await send({"type": "http.response.body"})
         else:
+            while scope["method"] == "POST" and (await receive()).get("more_body"):
+                pass
             await send(start)
             await send({"type": "http.response.body", "body": b"here"})
 
@@ -157,6 +159,21 @@ async def test_head_of_a_stream_arrives_before_its_body_is_there() -> None:
 
     assert head.startswith(b"HTTP/1.1 200 OK\r\n")
     assert body == b"here"
+
+
+async def test_client_that_asks_is_told_to_send_its_body() -> None:
+    """It waits for that, and the application waits for it."""
+    async with listening(Server(), http=LimitedProtocol) as url:
+        reader, writer = await asyncio.open_connection("127.0.0.1", int(url.rpartition(":")[2]))
+        writer.write(b"POST / HTTP/1.1\r\n" + HOST + b"Content-Length: 4\r\nExpect: 100-continue\r\n\r\n")
+        async with asyncio.timeout(5):
+            told = await reader.readuntil(b"\r\n\r\n")
+            writer.write(b"body")
+            answer = await reader.readuntil(b"here")
+        writer.transport.abort()
+
+    assert told == b"HTTP/1.1 100 Continue\r\n\r\n"
+    assert answer.startswith(b"HTTP/1.1 200 OK\r\n")
 
 
 async def test_answers_come_in_the_order_of_their_requests() -> None:
