@@ -3,6 +3,7 @@
 import io
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -159,7 +160,7 @@ def test_calm_load_is_told_by_the_second_and_leaves_nothing(run: Run, client: ht
 def test_run_says_how_to_ask_a_service_that_wants_tokens(run: Run) -> None:
     """Without one each of the requests that it prints would be a 401."""
     (line,) = re.findall(r"^  TOKEN=\$\((.*)\)$", run.words, re.MULTILINE)
-    command = line.replace(".venv/bin/python", sys.executable)
+    command = line.replace(".venv/bin/python", shlex.quote(sys.executable))
 
     made = subprocess.run(
         ["bash", "-c", command],
