@@ -221,8 +221,12 @@ def _split(text: str) -> dict[str, str]:
     if scheme not in _SCHEMES or (driver and driver not in _DRIVERS):
         shown = f"the scheme {part['scheme']!r}" if _SCHEME.fullmatch(part["scheme"]) else "an unknown scheme"
         raise ValueError(f"has {shown}; this service speaks to postgresql:// only")
-    if "@" in part["hosts"][1:] or (not part["user"] and "@" in part["database"]):
-        raise ValueError("is not a URL: its user or password holds a / or an @; write them as %2F and %40 there")
+    if "@" in part["hosts"][1:] or "@" in part["database"]:
+        # libpq takes a database of such a name. It is more often the end of a password, and would be shown as a name.
+        raise ValueError(
+            "is not a URL: its user or password holds a / or an @; write them as %2F and %40 there, and an @ in the "
+            "name of a database as %40"
+        )
     return part
 
 

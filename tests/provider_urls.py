@@ -380,6 +380,7 @@ REFUSED = (
     # What would not be what it seems.
     Refused("an @ in the password", "postgresql://app:hun@ter2@db/orders", "write them as %2F and %40"),
     Refused("a / in the password", "postgresql://app:hun/ter2@db/orders", "write them as %2F and %40"),
+    Refused("an @ and a / in the password", "postgresql://app:hu@n/ter2@db/orders", "write them as %2F and %40"),
     Refused("a / and a ? in the password", "postgresql://app:hun/t?er2@db/orders", "%3F for a ? of a password"),
     Refused("a % in the password", "postgresql://app:hunter2%zz@db/orders", "write %25 for a % itself"),
     Refused("a NUL in the password", "postgresql://app:hunter2%00@db/orders", "a control character"),

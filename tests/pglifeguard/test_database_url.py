@@ -238,6 +238,7 @@ def test_credentials_are_decoded_once(url: str, user: str | None, password: str 
     [
         ("postgresql://app:hunter2/x@db/x", "write them as %2F and %40"),
         ("postgresql://app:p@hunter2@db/x", "write them as %2F and %40"),
+        ("postgresql://app:p@host/hunter2@db/x", "in the name of a database as %40"),
         ("postgresql:///x", "names no host"),
         ("postgresql://app:hunter2@/x", "names no host"),
         ("postgresql://:5432/x", "names no host"),
