@@ -125,7 +125,7 @@ outage: install  ## Play the outage of docs/outage.md in a minute, the textbook'
 docs: .venv-docs/.installed  ## Build the documentation into .local/site, to be read from disk without a network
 	rm -rf .local/site
 	.venv-docs/bin/python -m sphinx $(QUIET) --fresh-env --fail-on-warning --keep-going -j auto -c docs -d .local/doctrees . .local/site $(ARGS)
-	@$(BIN)/python -c 'import pathlib; print("Open", pathlib.Path(".local/site/index.html").absolute().as_uri())'
+	@.venv-docs/bin/python -c 'import pathlib; print("Open", pathlib.Path(".local/site/index.html").absolute().as_uri())'
 
 dashboards: install  ## Write the dashboards' JSON anew, from grafana/
 	$(BIN)/python -m grafana
