@@ -3,6 +3,7 @@
 import asyncio
 from typing import Any
 
+import pytest
 from starlette.types import Receive, Scope, Send
 from uvicorn.config import Config
 from uvicorn.server import ServerState
@@ -60,6 +61,12 @@ class Server:
             for done in ("startup", "shutdown"):
                 await receive()
                 await send({"type": f"lifespan.{done}.complete"})
+            return
+        if scope["type"] == "websocket":
+            await receive()
+            await send({"type": "websocket.accept"})
+            await send({"type": "websocket.send", "text": "here"})
+            await receive()
             return
         start: dict[str, Any] = {"type": "http.response.start", "status": 200, "headers": SHORT}
         if scope["path"] == "/stream":
@@ -243,3 +250,25 @@ async def test_answer_without_a_body_is_sent_before_a_shutdown() -> None:
 
     assert [piece.split(b" ")[1] for piece in network.written] == [b"200"]
     assert network.closed
+
+
+@pytest.mark.parametrize("before", [0, 1])
+async def test_websocket_takes_the_connection(before: int) -> None:
+    """It is asked for by the first request of a connection, or after others; what it writes is its own."""
+    asking = (
+        b"GET /socket HTTP/1.1\r\n" + HOST + b"Connection: Upgrade\r\nUpgrade: websocket\r\n"
+        b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n"
+    )
+    async with listening(Server(), http=LimitedProtocol) as url:
+        reader, writer = await asyncio.open_connection("127.0.0.1", int(url.rpartition(":")[2]))
+        async with asyncio.timeout(5):
+            for _ in range(before):
+                writer.write(b"GET / HTTP/1.1\r\n" + HOST + b"\r\n")
+                await reader.readuntil(b"here")
+            writer.write(asking)
+            head = await reader.readuntil(b"\r\n\r\n")
+            frame = await reader.readexactly(6)
+        writer.transport.abort()
+
+    assert head.startswith(b"HTTP/1.1 101 ")
+    assert frame == b"\x81\x04here"
