@@ -32,8 +32,8 @@ ENDED_BY_SERVER = "57P"
 _BUSY = "another operation"
 WROTE = "A read session was asked to write: WriteDB, `databases.writing()` and `databases.write_once()` may."
 ONE_AT_A_TIME = (
-    "A session runs one statement at a time, so tasks that run together (asyncio.gather) need a session each: "
-    "`async with databases.reading() as session`."
+    "A session does one thing at a time: tasks that run together, as by asyncio.gather, need a session each, of "
+    "`databases.reading()` or `databases.writing()`."
 )
 
 LOST = "The connection to the database was lost; nothing was committed."

@@ -22,7 +22,7 @@ from sqlalchemy.util.concurrency import await_, greenlet_spawn
 from pglifeguard.checkout import Checkout, holder
 from pglifeguard.consistency import Consistency
 from pglifeguard.database import Database, Isolation, TransactionMode
-from pglifeguard.driver_failures import LOST, SWALLOWED
+from pglifeguard.driver_failures import LOST, ONE_AT_A_TIME, SWALLOWED
 from pglifeguard.effects import effect_of
 from pglifeguard.errors import ConnectionLost, TransactionAborted
 from pglifeguard.lease import DriverLane, Lease, fetch_once
@@ -128,7 +128,7 @@ class ReadSession(AsyncSession):
         if self.ended:
             raise RuntimeError(ENDED)
         if self._beginning:
-            raise RuntimeError("a session does one thing at a time: this one is still getting its connection")
+            raise RuntimeError(ONE_AT_A_TIME)
         self._beginning = True
 
     async def rows(self, query: Query[*Ts], **parameters: Any) -> Sequence[Row[*Ts]]:

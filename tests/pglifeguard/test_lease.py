@@ -88,7 +88,7 @@ async def test_session_does_one_thing_at_a_time(database: Database) -> None:
         async with service.databases.writing() as session:
             first = asyncio.create_task(queries.add_patient(session, ADA))
             await asyncio.sleep(0)
-            with pytest.raises(RuntimeError, match="one thing at a time"):
+            with pytest.raises(RuntimeError, match="need a session each"):
                 await queries.add_patient(session, ADA | {"mrn": "A-2"})
             await first
 
