@@ -7,7 +7,7 @@ the client and wakes it.
 import asyncio
 from typing import Any
 
-# To join a larger body, its bytes are copied, which takes longer than a second write.
+# What is larger is not kept, and joined to nothing: to copy it takes longer than a second write.
 LARGEST_JOINED = 64 * 1024
 
 
@@ -27,7 +27,7 @@ class JoinedWrites:
 
     def write(self, data: bytes) -> None:
         """Keep the data, or write it with what was kept."""
-        if self._kept:
+        if self._kept or len(data) > LARGEST_JOINED:
             self._write_after_kept(data)
         elif data:
             self._kept = data
@@ -51,8 +51,9 @@ class JoinedWrites:
         kept, self._kept = self._kept, b""
         if self._transport.is_closing():
             return
-        if len(data) > LARGEST_JOINED:
-            self._transport.write(kept)
-            self._transport.write(data)
-        else:
+        if len(data) <= LARGEST_JOINED:
             self._transport.write(kept + data)
+            return
+        if kept:
+            self._transport.write(kept)
+        self._transport.write(data)

@@ -85,6 +85,17 @@ class Server:
             await send({"type": "http.response.body", "body": b"here"})
 
 
+async def served(network: Network, line: bytes) -> LimitedProtocol:
+    """Return the protocol of a connection whose first request has run, before the event loop comes round again."""
+    config = Config(Server(), lifespan="off")
+    config.load()
+    protocol = LimitedProtocol(config, ServerState(), {LIMITS: limits()})
+    protocol.connection_made(network)
+    protocol.data_received(line + HOST + b"\r\n")
+    await asyncio.sleep(0)
+    return protocol
+
+
 async def test_two_writes_are_one() -> None:
     """What follows at once goes with what was kept, and nothing is written again when the loop comes round."""
     network = Network()
@@ -118,6 +129,17 @@ async def test_large_body_is_not_copied() -> None:
     writes.write(body)
 
     assert network.written == [b"head", body]
+
+
+async def test_large_piece_waits_for_nothing() -> None:
+    """It is the transport's at once, whose buffer tells the application to wait for the client."""
+    network, piece = Network(), b"x" * (LARGEST_JOINED + 1)
+    writes = JoinedWrites(network, asyncio.get_running_loop())
+
+    for _ in range(3):
+        writes.write(piece)
+
+    assert network.written == [piece] * 3
 
 
 async def test_empty_body_sends_the_head() -> None:
@@ -208,12 +230,8 @@ async def test_answers_come_in_the_order_of_their_requests() -> None:
 
 async def test_refusal_does_not_overtake_an_answer_without_a_body() -> None:
     """What is no request may come before the event loop has come round to the answer's head."""
-    config, network = Config(Server(), lifespan="off"), Network()
-    config.load()
-    protocol = LimitedProtocol(config, ServerState(), {LIMITS: limits()})
-    protocol.connection_made(network)
-    protocol.data_received(b"HEAD / HTTP/1.1\r\n" + HOST + b"\r\n")
-    await asyncio.sleep(0)
+    network = Network()
+    protocol = await served(network, b"HEAD / HTTP/1.1\r\n")
     assert protocol.cycle is not None
     assert protocol.cycle.response_complete
     protocol.data_received(b"nonsense\r\n\r\n")
@@ -224,12 +242,8 @@ async def test_refusal_does_not_overtake_an_answer_without_a_body() -> None:
 
 async def test_connection_that_is_refused_gets_the_head_that_was_written() -> None:
     """What is no request ends the connection in the middle of an answer, as it does where nothing is kept."""
-    config, network = Config(Server(), lifespan="off"), Network()
-    config.load()
-    protocol = LimitedProtocol(config, ServerState(), {LIMITS: limits()})
-    protocol.connection_made(network)
-    protocol.data_received(b"GET /stream HTTP/1.1\r\n" + HOST + b"\r\n")
-    await asyncio.sleep(0)
+    network = Network()
+    protocol = await served(network, b"GET /stream HTTP/1.1\r\n")
     protocol.data_received(b"nonsense\r\n\r\n")
     protocol.connection_lost(None)
 
@@ -239,12 +253,8 @@ async def test_connection_that_is_refused_gets_the_head_that_was_written() -> No
 
 async def test_answer_without_a_body_is_sent_before_a_shutdown() -> None:
     """A server that stops closes the connections that have had their answer."""
-    config, network = Config(Server(), lifespan="off"), Network()
-    config.load()
-    protocol = LimitedProtocol(config, ServerState(), {LIMITS: limits()})
-    protocol.connection_made(network)
-    protocol.data_received(b"HEAD / HTTP/1.1\r\n" + HOST + b"\r\n")
-    await asyncio.sleep(0)
+    network = Network()
+    protocol = await served(network, b"HEAD / HTTP/1.1\r\n")
     protocol.shutdown()
     protocol.connection_lost(None)
 
