@@ -35,8 +35,9 @@ REPEATING, MUTATING = 0.2, 0.125
 PHASES = {"stateful": 0.4, "examples,coverage,fuzzing": 1.0}
 # For schemathesis to start and to end, twice, and for rest.
 APART_SECONDS = 20.0
-# However slow the machine is, the parts after the corpus get so much together, and each run of schemathesis so much.
+# However slow the machine is, the parts after the corpus get so much together,
 LEAST_SECONDS = 40.0
+# and each run of schemathesis so much, also where the parts before it took longer than their share.
 LEAST_PHASE_SECONDS = 12
 JSON = {"Content-Type": "application/json"}
 
