@@ -520,6 +520,8 @@ def test_library_is_a_wheel_that_the_locks_name(copy: Copy) -> None:
     # As `make install` does, so does `uv sync` when the wheel becomes another one of the same version.
     assert project["tool"]["uv"]["find-links"] == ["vendor"]
     assert project["tool"]["uv"]["reinstall-package"] == ["pglifeguard"]
+    forgets, installs = re.findall(r"^\t.*pip (uninstall|install) .*", copy.read("Makefile"), re.MULTILINE)[:2]
+    assert (forgets, installs) == ("uninstall", "install")
 
 
 def test_locks_are_ours_without_what_nobody_asks_for(whole: Copy) -> None:
